@@ -1,0 +1,248 @@
+"""The group document: what the devices of a group run, signed by the online role ``fleet``.
+
+A stage writes O(1): a device is a candidate when ``hash64(salt, id) < cut``. Cuts are 64-bit numbers written as decimal
+strings (2**64 means everyone; JSON numbers lose precision past 2**53 in some readers). ``assign`` is the one definition of
+which device runs what; server and device both call it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+import msgspec
+
+from skerry_contract import canonical, ids
+from skerry_contract.errors import Malformed, UnsupportedVersion
+
+SCHEMA = 1
+MAX_BYTES = 4 << 20
+EVERYONE = 1 << 64
+ANY_STRATUM = "*"
+
+FEATURES: frozenset[str] = frozenset({"pins", "canary"})
+"""What this release understands of a group document's ``requires``."""
+
+Mode = Literal["canary", "shadow", "ab"]
+Arm = Literal["none", "control", "candidate"]
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    pass
+
+
+class Target(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """A bundle as the group document names it: the digest decides, the version says where the catalog lists it."""
+
+    digest: str
+    version: str
+
+
+class Rollout(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """A candidate on its way.
+
+    Attributes:
+        id: the rollout's id; stage: number of the stage now running, from 0; both key the telemetry windows.
+        salt: 32 hex digits (16 bytes).
+        cuts: stratum -> cut as decimal string; ``*`` for strata not named. Cuts only grow.
+        windows: maintenance windows, opens_at: seconds since 1970 before which nothing is activated; 0 for at once.
+    """
+
+    id: str
+    stage: int
+    candidate: Target
+    salt: str
+    cuts: dict[str, str]
+    mode: Mode = "canary"
+    selector: dict[str, Any] = {}
+    windows: tuple[dict[str, Any], ...] = ()
+    opens_at: int = 0
+    layer: str = ""
+
+
+class ModelPlan(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """What the group runs of one model. ``fallback``: bundle for a device that can run neither of the others."""
+
+    stable: Target
+    fallback: Target | None = None
+    rollout: Rollout | None = None
+
+
+class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """How the agents of the group behave. Seconds, KiB per second; ``networks`` empty for any."""
+
+    window_s: float = 300.0
+    sample_rate: float = 0.0
+    sync_s: float = 300.0
+    jitter_s: float = 30.0
+    max_kib_s: int = 0
+    networks: tuple[str, ...] = ()
+    trial_s: float = 60.0
+    trial_inferences: int = 100
+
+
+class GroupDocument(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """See the module.
+
+    Attributes:
+        generation: grows with every change under the same key ids.
+        requires: abilities an agent must have; one that lacks any keeps what it runs and reports ``agent_too_old``.
+        models: by model name.
+        pins: ``pin_key`` -> model -> target; a pin beats stable and rollout.
+    """
+
+    schema: int
+    group: str
+    generation: int
+    requires: tuple[str, ...] = ()
+    models: dict[str, ModelPlan] = {}
+    pins: dict[str, dict[str, Target]] = {}
+    settings: Settings = Settings()
+
+
+class Assignment(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """What one device should run of one model, and the key its windows carry."""
+
+    model: str
+    digest: str
+    version: str
+    arm: Arm
+    rollout: str
+    stage: int
+    reason: Literal["stable", "candidate", "pin"]
+
+
+def hash64(salt: bytes, identity: str) -> int:
+    """First 8 bytes of sha256(salt || id), big-endian. The salt is 16 bytes.
+
+    >>> hash64(bytes(16), "device-1")
+    5289042743158628261
+    """
+    if len(salt) != 16:
+        raise ValueError(f"wanted 16 bytes of salt, got {len(salt)}")
+    return int.from_bytes(hashlib.sha256(salt + identity.encode()).digest()[:8], "big")
+
+
+def pin_key(group: str, device: ids.DeviceId) -> str:
+    """The key of a device in ``pins``: the document is public to its group, so it holds no plain ids."""
+    return hashlib.sha256(f"skerry-pin:{group}:{device}".encode()).hexdigest()[:32]
+
+
+def cut_for(rollout: Rollout, stratum: str) -> int:
+    """The cut of a stratum: its own, else that of ``*``, else 0."""
+    return int(rollout.cuts.get(stratum, rollout.cuts.get(ANY_STRATUM, "0")))
+
+
+def is_candidate(rollout: Rollout, device: ids.DeviceId, stratum: str) -> bool:
+    """Whether the device's hash lies below its stratum's cut."""
+    return hash64(bytes.fromhex(rollout.salt), device) < cut_for(rollout, stratum)
+
+
+def assign(document: GroupDocument, device: ids.DeviceId, model: str, stratum: str) -> Assignment | None:
+    """What the device should run of the model; None when the group does not run it.
+
+    A pinned device takes no part in a rollout (arm ``none``). Outside a rollout the arm is ``none``, inside it is
+    ``candidate`` or ``control``. Modes ``shadow`` and ``ab`` change nothing here: a shadow candidate answers nobody, so
+    its devices stay on stable, and a release that understands them says so in ``requires``.
+    """
+    plan = document.models.get(model)
+    pin = document.pins.get(pin_key(document.group, device), {}).get(model)
+    if pin is not None:
+        return Assignment(
+            model=model, digest=pin.digest, version=pin.version, arm="none", rollout="", stage=0, reason="pin"
+        )
+    if plan is None:
+        return None
+    rollout = plan.rollout
+    if rollout is not None and rollout.mode == "canary":
+        candidate = is_candidate(rollout, device, stratum)
+        target = rollout.candidate if candidate else plan.stable
+        return Assignment(
+            model=model,
+            digest=target.digest,
+            version=target.version,
+            arm="candidate" if candidate else "control",
+            rollout=rollout.id,
+            stage=rollout.stage,
+            reason="candidate" if candidate else "stable",
+        )
+    return Assignment(
+        model=model,
+        digest=plan.stable.digest,
+        version=plan.stable.version,
+        arm="none",
+        rollout="",
+        stage=0,
+        reason="stable",
+    )
+
+
+def missing_abilities(document: GroupDocument, abilities: frozenset[str] = FEATURES) -> tuple[str, ...]:
+    """What the document requires and the reader lacks, sorted."""
+    return tuple(sorted(set(document.requires) - abilities))
+
+
+def encode(document: GroupDocument) -> bytes:
+    """The canonical bytes, checked as a reader would."""
+    data = canonical.encode(document)
+    parse(data)
+    return data
+
+
+def parse(data: bytes) -> GroupDocument:
+    """Reads a group document.
+
+    Raises:
+        Malformed: not canonical, a field missing or of the wrong type or out of range.
+        UnsupportedVersion: written by a newer server.
+    """
+    value = canonical.decode(data, what="group document", max_bytes=MAX_BYTES)
+    schema = value.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise UnsupportedVersion("group document", schema, SCHEMA)
+    try:
+        document = msgspec.convert(value, GroupDocument)
+    except msgspec.ValidationError as error:
+        raise Malformed("group document", str(error)) from None
+    _check(document)
+    return document
+
+
+def _check(document: GroupDocument) -> None:
+    ids.group_name(document.group)
+    if document.generation < 1:
+        raise Malformed("group document", "wanted >= 1", where="$.generation")
+    for name, plan in document.models.items():
+        ids.model_name(name)
+        for target in (plan.stable, plan.fallback, plan.rollout.candidate if plan.rollout else None):
+            if target is not None:
+                _check_target(target)
+        if plan.rollout is not None:
+            _check_rollout(plan.rollout, f"$.models.{name}.rollout")
+    for key, pins in document.pins.items():
+        if len(key) != 32:
+            raise Malformed("group document", "wanted 32 hex digits", where="$.pins")
+        for name, target in pins.items():
+            ids.model_name(name)
+            _check_target(target)
+    s = document.settings
+    positive = (s.window_s, s.sync_s, s.trial_s)
+    if not (all(v > 0 for v in positive) and s.jitter_s >= 0 and 0 <= s.sample_rate <= 1 and s.max_kib_s >= 0):
+        raise Malformed("group document", "a value is out of range", where="$.settings")
+
+
+def _check_target(target: Target) -> None:
+    ids.bundle_digest(target.digest)
+    ids.version_key(target.version)
+
+
+def _check_rollout(rollout: Rollout, where: str) -> None:
+    ids.rollout_id(rollout.id)
+    if len(rollout.salt) != 32 or any(c not in "0123456789abcdef" for c in rollout.salt):
+        raise Malformed("group document", "wanted 32 lower-case hex digits", where=f"{where}.salt")
+    if rollout.stage < 0:
+        raise Malformed("group document", "wanted >= 0", where=f"{where}.stage")
+    for stratum, cut in rollout.cuts.items():
+        plain = cut.isascii() and cut.isdigit() and len(cut) <= 20 and (cut == "0" or cut[0] != "0")
+        if not plain or not 0 <= int(cut) <= EVERYONE:
+            raise Malformed("group document", "wanted a decimal number from 0 to 2**64", where=f"{where}.cuts.{stratum}")

@@ -1,0 +1,343 @@
+"""The bundle manifest: one model, for one or more runtimes, with what it needs to prove itself.
+
+A bundle is a folder with ``manifest.json`` and the files it lists. Its identity is the sha256 of the canonical manifest,
+which in turn names every file by sha256: who trusts the digest trusts the bundle. Beside the manifest may lie
+``model.sig``, an OpenSSF Model Signing signature, which is not part of the identity.
+
+Parsing takes bytes and decides; it opens no file. Unknown fields are kept in the bytes, and so in the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from skerry_contract import canonical, ids, layout
+from skerry_contract.errors import Malformed, UnsupportedVersion
+
+SCHEMA = 1
+MAX_BYTES = 1 << 20
+MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "model.sig"
+
+Runtime = Literal["onnx", "tflite"]
+Precision = Literal["int8", "fp16", "fp32", "mixed"]
+Datatype = Literal[
+    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BYTES"
+]
+DATATYPES: tuple[str, ...] = get_args(Datatype)
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    pass
+
+
+class Owner(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """Who answers for the model."""
+
+    name: str
+    contact: str
+
+
+class File(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """A file of the bundle. ``path`` is relative to its folder, ``size`` in bytes."""
+
+    path: str
+    sha256: str
+    size: int
+
+
+class Golden(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """How a variant proves itself on the device that will run it.
+
+    Attributes:
+        cases: path of a JSON-lines file in the bundle. Each line is one case in the shapes of the Open Inference Protocol:
+            ``{"inputs": [{name, shape, datatype, data}], "outputs": [...], "label": "..."?}``. Inputs are raw, before transforms.
+        tolerance: greatest absolute difference per datatype, e.g. ``{"FP32": 0.02}``; a datatype not named must be equal.
+        minimum_recall: per class label, the least share of labelled cases that must be predicted right.
+    """
+
+    cases: str
+    tolerance: dict[str, float] = {}
+    minimum_recall: dict[str, float] = {}
+
+
+class Needs(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """What a variant needs of a device, in MB (1e6 bytes)."""
+
+    rss_mb: int
+    disk_mb: int
+
+
+class Variant(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """The same model for one runtime and a set of architectures.
+
+    Attributes:
+        id: name within the bundle, e.g. ``onnx-int8``.
+        runtime: ``onnx`` or ``tflite``.
+        min: lowest runtime version that may run it, e.g. ``1.17``; empty for any.
+        arch: machine names as ``uname -m`` gives them; empty for any.
+        precision: what the graph is; ``int8`` is checked at validation.
+        model: path of the model file, one of ``files``.
+        files: all files the variant needs, golden cases included.
+    """
+
+    id: str
+    runtime: Runtime
+    min: str = ""
+    arch: tuple[str, ...] = ()
+    precision: Precision = "fp32"
+    model: str
+    files: tuple[File, ...]
+    golden: Golden
+    needs: Needs
+
+
+class Tensor(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """An input or output as the application sees it: raw, before transforms in, after transforms out.
+
+    Attributes:
+        shape: -1 for a dimension that varies; the first is the batch.
+        labels: for a classifier's probability output, the class of each column.
+    """
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+    labels: tuple[str, ...] = ()
+
+
+class Feature(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """One watched column of an input.
+
+    Attributes:
+        input: name of the input tensor; column: index in its last axis.
+        range: smallest and largest plausible value, or None.
+        nullable: whether NaN is allowed.
+        pii: values never leave the device, samples drop them.
+        ttl_s: age after which a value is stale, seconds; 0 for never.
+        edges: inner bin edges, ascending; ``len + 1`` bins.
+        centre, scale: for the quantized moments; scale > 0.
+    """
+
+    name: str
+    input: str
+    column: int
+    unit: str = ""
+    range: tuple[float, float] | None = None
+    nullable: bool = False
+    pii: bool = False
+    ttl_s: float = 0.0
+    edges: tuple[float, ...] = ()
+    centre: float = 0.0
+    scale: float = 1.0
+
+
+class Slice(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """A part of the traffic that is counted apart: rows whose feature lies in ``[low, high)``."""
+
+    name: str
+    feature: str
+    low: float
+    high: float
+
+
+class Transform(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """One declarative step, executed alike in training and on the device.
+
+    Attributes:
+        op: ``scale`` (params mean, scale) and others as the runtime defines them.
+        input: tensor it reads; output: tensor it writes, the same when empty.
+    """
+
+    op: str
+    input: str
+    output: str = ""
+    params: dict[str, Any] = {}
+
+
+class Transforms(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """Steps before and after the model, in order."""
+
+    pre: tuple[Transform, ...] = ()
+    post: tuple[Transform, ...] = ()
+
+
+class ReferenceColumn(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """Counts of one feature or output on held-out data: on its edges, plus nulls and integer moments [n, sum, squares]."""
+
+    counts: tuple[int, ...]
+    null: int = 0
+    moments: tuple[int, int, int] = (0, 0, 0)
+
+
+class Reference(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """What the model saw and did on held-out data.
+
+    Attributes:
+        n: rows.
+        features: by feature name; outputs: by output name, per class for a classifier.
+        calibration: map of confidence to probability of being right, method and its parameters.
+        validated_error: error rate per class label.
+        accuracy: share right over all rows, or None without labels.
+    """
+
+    n: int
+    features: dict[str, ReferenceColumn] = {}
+    outputs: dict[str, ReferenceColumn] = {}
+    calibration: dict[str, Any] = {}
+    validated_error: dict[str, float] = {}
+    accuracy: float | None = None
+
+
+class Slo(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """Service levels. ``latency_p95_ms`` on the device, ``success`` share of requests, ``accuracy_drop`` absolute."""
+
+    latency_p95_ms: float | None = None
+    success: float | None = None
+    accuracy_drop: float | None = None
+    business_metric: str = ""
+
+
+class Provenance(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """Where it came from. ``datasets``: name -> sha256; ``parent``: digest of the bundle it was made from."""
+
+    commit: str = ""
+    trainer: str = ""
+    datasets: dict[str, str] = {}
+    parent: str = ""
+    metrics: dict[str, float] = {}
+
+
+class Manifest(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """See the module. ``created`` is RFC 3339 UTC. ``requires``: agent abilities without which it must not run."""
+
+    schema: int
+    model: str
+    version: str
+    created: str
+    owner: Owner
+    licence: str
+    card: str = ""
+    variants: tuple[Variant, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    features: tuple[Feature, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    transforms: Transforms = Transforms()
+    reference: Reference
+    slo: Slo = Slo()
+    provenance: Provenance = Provenance()
+    min_agent: str = ""
+    requires: tuple[str, ...] = ()
+
+    def variant(self, variant_id: str) -> Variant:
+        """The variant of that id. Raises ``KeyError``."""
+        for variant in self.variants:
+            if variant.id == variant_id:
+                return variant
+        raise KeyError(variant_id)
+
+    def files(self) -> tuple[File, ...]:
+        """Every file of every variant once, by path."""
+        return tuple({file.path: file for variant in self.variants for file in variant.files}.values())
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The canonical bytes of a manifest, checked as a reader would."""
+    data = canonical.encode(manifest)
+    parse(data)
+    return data
+
+
+def digest(data: bytes) -> ids.BundleDigest:
+    """The identity of the bundle with this manifest."""
+    return ids.BundleDigest(canonical.sha256(data))
+
+
+def parse(data: bytes) -> Manifest:
+    """Reads a manifest.
+
+    Raises:
+        Malformed: not canonical JSON, a field missing or of the wrong type, or a rule of the contract broken; the message says where.
+        UnsupportedVersion: written by a newer program.
+    """
+    value = canonical.decode(data, what="manifest", max_bytes=MAX_BYTES)
+    schema = value.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise UnsupportedVersion("manifest", schema, SCHEMA)
+    try:
+        manifest = msgspec.convert(value, Manifest)
+    except msgspec.ValidationError as error:
+        raise Malformed("manifest", str(error)) from None
+    _check(manifest)
+    return manifest
+
+
+def _require(condition: bool, where: str, expected: str) -> None:
+    if not condition:
+        raise Malformed("manifest", expected, where=where)
+
+
+def _check(m: Manifest) -> None:
+    _require(m.schema == SCHEMA, "$.schema", f"wanted {SCHEMA}, got {m.schema}")
+    ids.model_name(m.model)
+    ids.version_key(m.version)
+    _unique([t.name for t in m.inputs], "$.inputs", nonempty=True)
+    _unique([t.name for t in m.outputs], "$.outputs", nonempty=True)
+    _unique([v.id for v in m.variants], "$.variants", nonempty=True)
+    for i, variant in enumerate(m.variants):
+        _check_variant(variant, f"$.variants[{i}]")
+    seen: dict[str, File] = {}
+    for variant in m.variants:
+        for file in variant.files:
+            _require(seen.setdefault(file.path, file) == file, "$.variants", f"{file.path} is listed twice and differs")
+    for kind, tensors in (("inputs", m.inputs), ("outputs", m.outputs)):
+        for i, tensor in enumerate(tensors):
+            _require(all(d == -1 or d > 0 for d in tensor.shape), f"$.{kind}[{i}].shape", "wanted -1 or positive sizes")
+    _check_features(m)
+
+
+def _check_variant(variant: Variant, where: str) -> None:
+    ids.variant_id(variant.id)
+    paths = [file.path for file in variant.files]
+    _unique(paths, f"{where}.files", nonempty=True)
+    for file in variant.files:
+        layout.bundle_path(file.path)
+        reserved = file.path in (MANIFEST_FILE, SIGNATURE_FILE)
+        _require(not reserved, f"{where}.files", f"{file.path} is a reserved name")
+        ids.sha256_hex(file.sha256, what=f"{where}.files {file.path}")
+        _require(0 <= file.size <= 1 << 40, f"{where}.files", f"size of {file.path} out of range")
+    _require(variant.model in paths, f"{where}.model", "wanted one of files")
+    _require(variant.golden.cases in paths, f"{where}.golden.cases", "wanted one of files")
+    for name, value in variant.golden.tolerance.items():
+        _require(name in DATATYPES and 0 <= value < math.inf, f"{where}.golden.tolerance", f"{name}: {value} cannot be")
+    for name, value in variant.golden.minimum_recall.items():
+        _require(0 <= value <= 1, f"{where}.golden.minimum_recall", f"{name}: wanted 0 to 1, got {value}")
+    _require(variant.needs.rss_mb > 0 and variant.needs.disk_mb >= 0, f"{where}.needs", "wanted positive MB")
+
+
+def _check_features(m: Manifest) -> None:
+    _unique([f.name for f in m.features], "$.features", nonempty=False)
+    inputs = {tensor.name: tensor for tensor in m.inputs}
+    for i, feature in enumerate(m.features):
+        where = f"$.features[{i}]"
+        _require(feature.input in inputs, where, f"{feature.input!r} is no input")
+        width = inputs[feature.input].shape[-1] if inputs[feature.input].shape else 1
+        _require(0 <= feature.column and (width == -1 or feature.column < width), where, f"column {feature.column} is outside")
+        ascending = all(a < b for a, b in zip(feature.edges, feature.edges[1:], strict=False))
+        _require(ascending and len(feature.edges) <= 255, f"{where}.edges", "wanted at most 255 ascending edges")
+        _require(feature.scale > 0, f"{where}.scale", f"wanted > 0, got {feature.scale}")
+        column = m.reference.features.get(feature.name)
+        fits = column is None or len(column.counts) == len(feature.edges) + 1
+        _require(fits, f"$.reference.features.{feature.name}", f"wanted {len(feature.edges) + 1} counts")
+    known = {feature.name for feature in m.features}
+    for part in m.slices:
+        _require(part.feature in known and part.low < part.high, "$.slices", f"{part.name} cannot be")
+
+
+def _unique(names: list[str], where: str, *, nonempty: bool) -> None:
+    _require(not nonempty or bool(names), where, "wanted at least one")
+    _require(len(set(names)) == len(names), where, "names must be unique")

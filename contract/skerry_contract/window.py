@@ -1,0 +1,263 @@
+"""The telemetry window: what one device counted of one key over a span, in integers that merge exactly.
+
+A key is (model, bundle, variant, arm, rollout, stage); windows of different keys never merge. The worker builds windows,
+the outbox may merge old ones of one key, the server adds them up. Fields a reader does not know survive in ``extra`` and
+end with a merge (a newer field's merge rule is unknown), which ``merge`` reports by dropping them from the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+from skerry_contract import histogram as h
+from skerry_contract import ids
+from skerry_contract.errors import Malformed
+
+
+class Key(NamedTuple):
+    """What windows are keyed by. ``rollout`` is empty and ``stage`` 0 outside a rollout."""
+
+    model: str
+    bundle: str
+    variant: str
+    arm: str
+    rollout: str
+    stage: int
+
+
+class Instant(msgspec.Struct, frozen=True, array_like=True):
+    """A moment as the device saw it.
+
+    Attributes:
+        boot_id: of the kernel's boot, 32 hex digits; orders records together with boot_ns.
+        boot_ns: CLOCK_BOOTTIME, nanoseconds.
+        wall_ms: wall clock, milliseconds since 1970; decides nothing.
+        synced: whether the wall clock was synchronised.
+    """
+
+    boot_id: str
+    boot_ns: int
+    wall_ms: int
+    synced: bool
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests by outcome, and rows of the answered ones.
+
+    Attributes:
+        ok: answered with 200. Each counts as one inference whatever its batch.
+        invalid: refused with 400: names, shapes, types, ranges, nulls.
+        failed: the runtime or a transform failed, 500.
+        shed: refused with 503.
+        rows: rows of the answered requests.
+        retries: requests marked as a repeat by the client, included above.
+        cached, fallback: answered from a cache, by the fallback model; included in ok.
+    """
+
+    ok: int = 0
+    invalid: int = 0
+    failed: int = 0
+    shed: int = 0
+    rows: int = 0
+    retries: int = 0
+    cached: int = 0
+    fallback: int = 0
+
+
+class FeatureCounts(msgspec.Struct, frozen=True, array_like=True):
+    """One feature: counts on the reference edges, nulls, values outside ``range``, integer moments."""
+
+    counts: tuple[int, ...]
+    null: int
+    outside: int
+    moments: h.Moments
+
+
+class OutputCounts(msgspec.Struct, frozen=True, array_like=True):
+    """One output. For a classifier ``counts`` is per predicted class and ``moments`` of the confidence.
+
+    ``estimated`` is CBPE: per predicted class the sum of ``round(p * 2**20)`` of the calibrated probability.
+    """
+
+    counts: tuple[int, ...]
+    moments: h.Moments
+    estimated: tuple[int, ...] = ()
+
+
+class SliceCounts(msgspec.Struct, frozen=True, array_like=True):
+    """Rows, and rows predicted per class, of one slice."""
+
+    rows: int
+    counts: tuple[int, ...] = ()
+
+
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
+    """Nanoseconds per request: in the queue, in transforms, in the runtime, and in all."""
+
+    total: h.Exponential = h.Exponential()
+    queue: h.Exponential = h.Exponential()
+    transform: h.Exponential = h.Exponential()
+    infer: h.Exponential = h.Exponential()
+
+
+class Labels(msgspec.Struct, frozen=True, kw_only=True):
+    """Late labels: ``confusion`` is row-major [true][predicted]; the rest counts what could not be matched."""
+
+    confusion: tuple[int, ...] = ()
+    matched: int = 0
+    late: int = 0
+    unknown: int = 0
+    duplicate: int = 0
+    conflicting: int = 0
+
+
+class Window(msgspec.Struct, frozen=True, kw_only=True):
+    """See the module. ``resources`` holds integer readings by name: sums as ``*_sum``, peaks as ``*_max``, counts as ``*_n``."""
+
+    key: Key
+    start: Instant
+    end: Instant
+    counts: Counts = Counts()
+    latency: Latency = Latency()
+    features: dict[str, FeatureCounts] = {}
+    outputs: dict[str, OutputCounts] = {}
+    slices: dict[str, SliceCounts] = {}
+    labels: Labels = Labels()
+    resources: dict[str, int] = {}
+    merged: int = 1
+    extra: dict[str, Any] = {}
+
+
+def merge(a: Window, b: Window) -> Window:
+    """The window of both spans. Commutative and associative in every count.
+
+    ``start`` and ``end`` become the earliest and latest by (boot_ns within one boot, else wall_ms).
+
+    Raises:
+        ValueError: when the keys or the bins differ.
+    """
+    if a.key != b.key:
+        raise ValueError("windows of different keys never merge")
+    return Window(
+        key=a.key,
+        start=min(a.start, b.start, key=_order(a, b)),
+        end=max(a.end, b.end, key=_order(a, b)),
+        counts=_add_fields(a.counts, b.counts),
+        latency=Latency(
+            total=h.merge_exponential(a.latency.total, b.latency.total),
+            queue=h.merge_exponential(a.latency.queue, b.latency.queue),
+            transform=h.merge_exponential(a.latency.transform, b.latency.transform),
+            infer=h.merge_exponential(a.latency.infer, b.latency.infer),
+        ),
+        features=_merge_maps(a.features, b.features, _merge_feature),
+        outputs=_merge_maps(a.outputs, b.outputs, _merge_output),
+        slices=_merge_maps(a.slices, b.slices, _merge_slice),
+        labels=_merge_labels(a.labels, b.labels),
+        resources={
+            name: _merge_resource(name, a.resources.get(name), b.resources.get(name))
+            for name in sorted({*a.resources, *b.resources})
+        },
+        merged=a.merged + b.merged,
+    )
+
+
+def _order(a: Window, b: Window) -> Any:
+    boots = {a.start.boot_id, a.end.boot_id, b.start.boot_id, b.end.boot_id}
+    if len(boots) == 1:
+        return lambda t: (t.boot_ns, t.wall_ms)
+    return lambda t: (t.wall_ms, t.boot_id, t.boot_ns)
+
+
+def _add_fields(a: Any, b: Any) -> Any:
+    return type(a)(**{f: getattr(a, f) + getattr(b, f) for f in a.__struct_fields__})
+
+
+def _merge_maps(a: dict[str, Any], b: dict[str, Any], join: Any) -> dict[str, Any]:
+    return {
+        name: join(a[name], b[name]) if name in a and name in b else (a[name] if name in a else b[name])
+        for name in sorted({*a, *b})
+    }
+
+
+def _merge_feature(a: FeatureCounts, b: FeatureCounts) -> FeatureCounts:
+    return FeatureCounts(
+        h.merge_counts(a.counts, b.counts), a.null + b.null, a.outside + b.outside, h.merge_moments(a.moments, b.moments)
+    )
+
+
+def _merge_output(a: OutputCounts, b: OutputCounts) -> OutputCounts:
+    return OutputCounts(
+        h.merge_counts(a.counts, b.counts), h.merge_moments(a.moments, b.moments), _longer(a.estimated, b.estimated)
+    )
+
+
+def _merge_slice(a: SliceCounts, b: SliceCounts) -> SliceCounts:
+    return SliceCounts(a.rows + b.rows, _longer(a.counts, b.counts))
+
+
+def _longer(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    # Empty means "not counted yet", the zero of every length.
+    if not a or not b:
+        return a or b
+    return h.merge_counts(a, b)
+
+
+def _merge_labels(a: Labels, b: Labels) -> Labels:
+    return Labels(
+        confusion=_longer(a.confusion, b.confusion),
+        matched=a.matched + b.matched,
+        late=a.late + b.late,
+        unknown=a.unknown + b.unknown,
+        duplicate=a.duplicate + b.duplicate,
+        conflicting=a.conflicting + b.conflicting,
+    )
+
+
+def _merge_resource(name: str, a: int | None, b: int | None) -> int:
+    if a is None or b is None:
+        return a if a is not None else (b or 0)
+    return max(a, b) if name.endswith("_max") else a + b
+
+
+def check(window: Window) -> Window:
+    """Refuses a window that no device of ours can have made.
+
+    Raises:
+        Malformed: ids out of grammar, negative or absurd counts.
+    """
+    key = window.key
+    ids.model_name(key.model)
+    ids.bundle_digest(key.bundle)
+    ids.variant_id(key.variant)
+    if key.arm not in ("none", "control", "candidate"):
+        raise Malformed("window", f"unknown arm {key.arm[:20]!r}", where="key.arm")
+    if key.rollout:
+        ids.rollout_id(key.rollout)
+    for name in window.counts.__struct_fields__:
+        if not 0 <= getattr(window.counts, name) < 1 << 40:
+            raise Malformed("window", "wanted a count from 0 to 2**40", where=f"counts.{name}")
+    for part in window.latency.__struct_fields__:
+        h.check_exponential(getattr(window.latency, part), where=f"latency.{part}")
+    for name, feature in window.features.items():
+        _check_row(feature.counts, feature.moments, f"features.{name[:40]}")
+        if feature.null < 0 or feature.outside < 0:
+            raise Malformed("window", "wanted counts >= 0", where=f"features.{name[:40]}")
+    for name, output in window.outputs.items():
+        _check_row((*output.counts, *output.estimated), output.moments, f"outputs.{name[:40]}")
+    for name, part_counts in window.slices.items():
+        if part_counts.rows < 0 or any(c < 0 for c in part_counts.counts):
+            raise Malformed("window", "wanted counts >= 0", where=f"slices.{name[:40]}")
+    labels = window.labels
+    numbers = (labels.matched, labels.late, labels.unknown, labels.duplicate, labels.conflicting, *labels.confusion)
+    if any(c < 0 for c in numbers):
+        raise Malformed("window", "wanted counts >= 0", where="labels")
+    if window.merged < 1:
+        raise Malformed("window", "wanted >= 1", where="merged")
+    return window
+
+
+def _check_row(counts: tuple[int, ...], moments: h.Moments, where: str) -> None:
+    if len(counts) > 4096 or any(c < 0 for c in counts) or moments.n < 0 or moments.squares < 0:
+        raise Malformed("window", "wanted at most 4096 counts >= 0", where=where)

@@ -1,0 +1,289 @@
+"""What travels over MQTT: batches of records up, state up, acknowledgements and bells down.
+
+A batch is zlib (with a preset dictionary) over MessagePack; acknowledgements, bells and states are MessagePack alone. Every
+message carries ``schema``. A reader refuses a newer schema and keeps fields it does not know: a program may pass on what it
+does not understand. Bodies of records stay bytes from the outbox to the database, so a record that is sent again is
+identical and its digest is the same.
+
+A record's digest is ``sha256(kind || 0x00 || replaces || 0x00 || body)``: the same seq with another digest is a conflict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from skerry_contract import ids
+from skerry_contract import window as w
+from skerry_contract.errors import Malformed, UnsupportedVersion
+
+SCHEMA = 1
+MAX_MESSAGE_BYTES = 256 * 1024
+"""Greatest MQTT payload; a device splits its batches below it."""
+MAX_INFLATED_BYTES = 4 << 20
+MAX_RECORDS = 1000
+MAX_SEQ = (1 << 63) - 1
+ONLINE, OFFLINE = "online", "offline"
+
+Kind = Literal["window", "event", "sample", "tombstone"]
+KINDS: tuple[Kind, ...] = ("window", "event", "sample", "tombstone")
+
+# Part of schema 1 for ever: both sides must have the same bytes. A better dictionary is another schema.
+_DICTIONARY = (
+    b"\xa5start\xa3end\xa6merged\xa5extra\xa9resources\xa6labels\xa6slices\xa7outputs\xa8features\xa7latency\xa6counts\xa3key"
+    b"confusion\xa7matched\xa4late\xa7unknown\xa9duplicate\xabconflicting\xa5total\xa5queue\xa9transform\xa5infer"
+    b"\xa2ok\xa7invalid\xa6failed\xa4shed\xa4rows\xa7retries\xa6cached\xa8fallbackcontrolcandidatenone"
+    b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x05\x00\x00\x90\x00"
+    b"\x86\xa6schema\x01\xa5epoch\xd9 \xa7records\xa3seq\xa4kind\xa6window\xa8replaces\x90\xa4body"
+)
+
+Range = tuple[int, int]
+"""Inclusive (low, high)."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing the outbox holds.
+
+    Attributes:
+        seq: running number within the epoch, from 1; never reused.
+        replaces: seqs of older records that this one stands for (merged windows, tombstones), ascending, disjoint.
+        body: MessagePack of a Window, Event, Sample or Tombstone.
+    """
+
+    seq: int
+    kind: Kind
+    body: bytes
+    replaces: tuple[Range, ...] = ()
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """Records of one epoch, ascending by seq."""
+
+    schema: int = SCHEMA
+    epoch: str
+    records: tuple[Record, ...]
+    extra: dict[str, Any] = {}
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened on the device, for the server's record.
+
+    Attributes:
+        name: e.g. ``update``; code: stable reason code, e.g. ``hash_mismatch``, empty for success.
+        data: further fields by name.
+    """
+
+    at: w.Instant
+    name: str
+    code: str = ""
+    data: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One inference kept whole, without features marked ``pii``."""
+
+    at: w.Instant
+    key: w.Key
+    id: str
+    why: str
+    inputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+
+
+class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
+    """Records that were dropped: which is in the record's ``replaces``; how much and why is here."""
+
+    at: w.Instant
+    why: str
+    records: int
+    inferences: int = 0
+    extra: dict[str, Any] = {}
+
+
+class Running(msgspec.Struct, frozen=True, kw_only=True):
+    """What answers requests for one model now."""
+
+    digest: str
+    version: str
+    variant: str
+    state: Literal["trial", "confirmed", "confirmed_on_golden", "stopped"]
+
+
+class Update(msgspec.Struct, frozen=True, kw_only=True):
+    """The update under way or last ended. ``since`` is when its state was entered."""
+
+    model: str
+    digest: str
+    state: str
+    since: w.Instant
+    code: str = ""
+    detail: str = ""
+    attempt: int = 0
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's retained state; its will is the same with ``status`` offline and nothing else.
+
+    Attributes:
+        birth: number of this session, grows with every connect; the will carries the same number, so that an old will
+            that comes late is told from the present session.
+        tuf: verified version per role, e.g. ``{"root": 1, "timestamp": 7, "fleet": 3}``.
+        generation: of the group document obeyed.
+        epoch, seq: the outbox and its newest seq.
+        stratum: hardware class and variants, as cuts name it.
+        abilities: what it understands of a group document.
+        lost: counters of what was lost or dropped, by cause.
+    """
+
+    schema: int = SCHEMA
+    status: Literal["online", "offline"]
+    birth: int
+    agent: str = ""
+    group: str = ""
+    generation: int = 0
+    boot_id: str = ""
+    epoch: str = ""
+    seq: int = 0
+    stratum: str = ""
+    arch: str = ""
+    abilities: tuple[str, ...] = ()
+    runtimes: dict[str, str] = {}
+    tuf: dict[str, int] = {}
+    running: dict[str, Running] = {}
+    update: Update | None = None
+    lost: dict[str, int] = {}
+    extra: dict[str, Any] = {}
+
+
+class Ack(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server has committed.
+
+    Attributes:
+        upto: highest seq below which all are committed, tombstoned or quarantined; from the database.
+        extra_ranges: what it holds above that.
+        server_time: seconds since 1970; annotates, decides nothing.
+        conflict: seqs that it holds with another digest.
+    """
+
+    schema: int = SCHEMA
+    epoch: str
+    upto: int
+    extra_ranges: tuple[Range, ...] = ()
+    server_time: float = 0.0
+    conflict: tuple[int, ...] = ()
+    extra: dict[str, Any] = {}
+
+
+class Bell(msgspec.Struct, frozen=True, kw_only=True):
+    """Look again. ``version`` grows with every ring."""
+
+    schema: int = SCHEMA
+    version: int
+    extra: dict[str, Any] = {}
+
+
+class ServerState(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the server listens; while it does not, devices publish only birth and will."""
+
+    schema: int = SCHEMA
+    status: Literal["online", "offline"]
+    birth: int
+    extra: dict[str, Any] = {}
+
+
+T = TypeVar("T", Batch, Event, Sample, Tombstone, State, Ack, Bell, ServerState, w.Window)
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: T) -> bytes:
+    """MessagePack of a message, with the fields of ``extra`` beside the known ones."""
+    fields = msgspec.structs.asdict(message)
+    extra = fields.pop("extra", {})
+    return _encoder.encode({**extra, **fields})
+
+
+def decode(kind: type[T], data: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) -> T:
+    """Reads a message; fields it does not know go to ``extra``.
+
+    Raises:
+        Malformed: too long, not MessagePack, a field missing or of the wrong type.
+        UnsupportedVersion: a newer schema.
+    """
+    what = kind.__name__.lower()
+    if len(data) > max_bytes:
+        raise Malformed(what, f"at most {max_bytes} bytes, got {len(data)}")
+    try:
+        value = msgspec.msgpack.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise Malformed(what, f"wanted MessagePack: {error}") from None
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise Malformed(what, "wanted a map with text keys")
+    schema = value.get("schema", SCHEMA)
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise UnsupportedVersion(what, schema, SCHEMA)
+    known = set(kind.__struct_fields__) - {"extra"}
+    extra = {name: value.pop(name) for name in list(value) if name not in known}
+    try:
+        return msgspec.convert({**value, "extra": extra}, kind)
+    except (msgspec.ValidationError, ValueError, OverflowError) as error:
+        raise Malformed(what, str(error)) from None
+
+
+def encode_batch(batch: Batch) -> bytes:
+    """The bytes of an ``up`` message."""
+    packer = zlib.compressobj(level=6, wbits=-15, zdict=_DICTIONARY)
+    return packer.compress(encode(batch)) + packer.flush()
+
+
+def decode_batch(data: bytes) -> Batch:
+    """Reads an ``up`` message, never inflating past ``MAX_INFLATED_BYTES``.
+
+    Raises:
+        Malformed: too long, no zlib stream, trailing bytes, or records out of order or range.
+        UnsupportedVersion: a newer schema.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise Malformed("batch", f"at most {MAX_MESSAGE_BYTES} bytes, got {len(data)}")
+    unpacker = zlib.decompressobj(wbits=-15, zdict=_DICTIONARY)
+    try:
+        inflated = unpacker.decompress(data, MAX_INFLATED_BYTES)
+    except zlib.error as error:
+        raise Malformed("batch", f"wanted a zlib stream: {error}") from None
+    if not unpacker.eof or unpacker.unused_data or unpacker.unconsumed_tail:
+        raise Malformed("batch", f"wanted one whole zlib stream of at most {MAX_INFLATED_BYTES} bytes")
+    batch = decode(Batch, inflated, max_bytes=MAX_INFLATED_BYTES)
+    ids.epoch(batch.epoch)
+    if not 0 < len(batch.records) <= MAX_RECORDS:
+        raise Malformed("batch", f"wanted 1 to {MAX_RECORDS} records, got {len(batch.records)}")
+    last = 0
+    for record in batch.records:
+        if not last < record.seq <= MAX_SEQ:
+            raise Malformed("batch", "wanted seqs that ascend from 1", where=f"seq {record.seq}")
+        last = record.seq
+        _check_replaces(record)
+    return batch
+
+
+def _check_replaces(record: Record) -> None:
+    last = 0
+    for low, high in record.replaces:
+        if not last < low <= high < record.seq:
+            raise Malformed("batch", "wanted ascending ranges below the seq", where=f"seq {record.seq} replaces")
+        last = high
+
+
+def digest(record: Record) -> bytes:
+    """The 32-byte digest of a record's content."""
+    spans = ",".join(f"{low}-{high}" for low, high in record.replaces)
+    return hashlib.sha256(record.kind.encode() + b"\0" + spans.encode() + b"\0" + record.body).digest()
+
+
+def decode_window(body: bytes) -> w.Window:
+    """Reads and checks the body of a ``window`` record. Raises ``Malformed``."""
+    return w.check(decode(w.Window, body, max_bytes=MAX_INFLATED_BYTES))

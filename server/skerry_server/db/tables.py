@@ -1,0 +1,369 @@
+"""The tables of the server's database, schema version 1.
+
+SQLAlchemy Core only. Times are whole milliseconds since 1970 (``*_ms``) of the server's clock unless named otherwise; JSON
+columns hold builtins. ``migrations/`` brings an older database here; a test compares what the migrations make with this file.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+# SQLite gives automatic row ids to INTEGER keys only; PostgreSQL wants 64 bits.
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+schema_version = Table(
+    "schema_version",
+    metadata,
+    Column("version", Integer, primary_key=True),
+    Column("name", String(100), nullable=False),
+    Column("applied_ms", BigInteger, nullable=False),
+)
+
+# --- who may do what ------------------------------------------------------------------------------------------------
+
+api_tokens = Table(
+    "api_tokens",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("name", String(63), nullable=False, unique=True),
+    Column("sha256", String(64), nullable=False, unique=True),
+    Column("role", String(20), nullable=False),  # viewer, engineer, approver, operator, auditor, admin
+    Column("created_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger),
+    Column("revoked_ms", BigInteger),
+    Column("used_ms", BigInteger),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("actor", String(100), nullable=False),  # token name, device:<id>, system:<part>
+    Column("action", String(60), nullable=False),  # e.g. rollout.start
+    Column("subject", String(200), nullable=False),  # e.g. rollout:r-12
+    Column("before", JSON),
+    Column("after", JSON),
+    Column("reason", Text, nullable=False, default=""),
+    # sha256 over the previous row's chain and this row: a removed or changed row shows.
+    Column("chain", String(64), nullable=False),
+)
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+groups = Table(
+    "groups",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("generation", BigInteger, nullable=False, default=0),  # of the last published document
+    Column("settings", JSON, nullable=False, default=dict),
+    Column("published", LargeBinary),  # bytes of the last published document
+    Column("version", Integer, nullable=False, default=1),  # optimistic lock
+    Column("created_ms", BigInteger, nullable=False),
+)
+
+group_models = Table(
+    "group_models",
+    metadata,
+    Column("group", String(63), ForeignKey("groups.name"), primary_key=True),
+    Column("model", String(63), primary_key=True),
+    Column("stable", String(64), nullable=False),  # bundle digest
+    Column("fallback", String(64)),
+    Column("version", Integer, nullable=False, default=1),
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    Column("id", String(63), primary_key=True),
+    Column("group", String(63), ForeignKey("groups.name"), nullable=False, index=True),
+    Column("tags", JSON, nullable=False, default=dict),
+    Column("membership_version", Integer, nullable=False, default=1),
+    Column("status", String(20), nullable=False),  # enrolled, revoked
+    Column("enrolled_ms", BigInteger, nullable=False),
+    Column("public_key_sha256", String(64), nullable=False),
+    Column("public_key_pem", Text, nullable=False),
+    Column("certificate_serial", String(60), nullable=False),
+    Column("certificate_expires_ms", BigInteger, nullable=False),
+    # From the retained state topic; liveness is by the server's receive time.
+    Column("online", Boolean, nullable=False, default=False),
+    Column("seen_ms", BigInteger),
+    Column("birth", BigInteger, nullable=False, default=0),
+    Column("stratum", String(200), nullable=False, default=""),
+    Column("agent", String(40), nullable=False, default=""),
+    Column("generation", BigInteger, nullable=False, default=0),
+    Column("running", JSON, nullable=False, default=dict),  # model -> {digest, version, variant, state}
+    Column("state", JSON, nullable=False, default=dict),  # the last state as builtins
+)
+
+pins = Table(
+    "pins",
+    metadata,
+    Column("device", String(63), ForeignKey("devices.id"), primary_key=True),
+    Column("model", String(63), primary_key=True),
+    Column("digest", String(64), nullable=False),
+    Column("set_by", String(100), nullable=False),
+    Column("set_ms", BigInteger, nullable=False),
+)
+
+enrolment_tokens = Table(
+    "enrolment_tokens",
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("device", String(63)),  # one of device, serial_prefix
+    Column("serial_prefix", String(63)),
+    Column("group", String(63), nullable=False),
+    Column("tags", JSON, nullable=False, default=dict),
+    Column("uses_left", Integer, nullable=False, default=1),
+    Column("created_by", String(100), nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+)
+
+certificates = Table(
+    "certificates",
+    metadata,
+    Column("serial", String(60), primary_key=True),
+    Column("device", String(63), nullable=False, index=True),
+    Column("issued_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+    Column("revoked_ms", BigInteger),
+)
+
+bells = Table(
+    "bells",
+    metadata,
+    Column("target", String(70), primary_key=True),  # d/<device> or g/<group>
+    Column("version", BigInteger, nullable=False),
+    Column("rung_version", BigInteger, nullable=False, default=0),  # published to the broker
+)
+
+# --- bundles and the repository --------------------------------------------------------------------------------------
+
+bundles = Table(
+    "bundles",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("model", String(63), nullable=False),
+    Column("version", String(128), nullable=False),
+    Column("state", String(20), nullable=False),  # draft, validated, approved, deprecated, retired, rejected
+    Column("reason", Text, nullable=False, default=""),
+    Column("manifest", LargeBinary, nullable=False),
+    Column("signature", LargeBinary),
+    Column("submitter", String(100), nullable=False),
+    Column("pushed_ms", BigInteger, nullable=False),
+    Column("validation", JSON),  # what the child measured and found
+    Column("lock_version", Integer, nullable=False, default=1),
+    UniqueConstraint("model", "version", name="one_digest_per_version"),
+)
+
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("stored_ms", BigInteger, nullable=False),
+)
+
+roles = Table(
+    "roles",
+    metadata,
+    Column("role", String(40), primary_key=True),  # TUF roles: the versions last published
+    Column("version", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+    Column("bytes", LargeBinary, nullable=False),
+)
+
+# --- rollouts --------------------------------------------------------------------------------------------------------
+
+rollouts = Table(
+    "rollouts",
+    metadata,
+    Column("id", String(63), primary_key=True),
+    Column("group", String(63), ForeignKey("groups.name"), nullable=False, index=True),
+    Column("model", String(63), nullable=False),
+    Column("stable", String(64), nullable=False),
+    Column("candidate", String(64), nullable=False),
+    Column("salt", String(32), nullable=False),
+    Column("plan", JSON, nullable=False),  # stages, gates, windows as core.rollout.Plan
+    Column("state", String(20), nullable=False),  # draft running paused completing completed rolling_back rolled_back aborted
+    Column("stage", Integer, nullable=False, default=0),
+    Column("stage_since_ms", BigInteger, nullable=False),
+    Column("cuts", JSON, nullable=False, default=dict),  # stratum -> decimal string, of the stage now running
+    Column("created_by", String(100), nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("ended_ms", BigInteger),
+    Column("reason", Text, nullable=False, default=""),
+    Column("version", Integer, nullable=False, default=1),
+)
+
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("rollout", String(63), ForeignKey("rollouts.id"), nullable=False, index=True),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("stage", Integer, nullable=False),
+    Column("action", String(20), nullable=False),  # start advance hold pause resume complete abort roll_back
+    Column("verdict", String(20), nullable=False),  # PASS FAIL INCONCLUSIVE NO_DATA or empty for a person's command
+    Column("reason", Text, nullable=False),
+    Column("evidence", JSON, nullable=False),
+)
+
+rollout_devices = Table(
+    "rollout_devices",
+    metadata,
+    # The eligible devices frozen at stage start, for the judge.
+    Column("rollout", String(63), ForeignKey("rollouts.id"), primary_key=True),
+    Column("stage", Integer, primary_key=True),
+    Column("device", String(63), primary_key=True),
+    Column("arm", String(10), nullable=False),
+    Column("stratum", String(200), nullable=False),
+)
+
+# --- telemetry -------------------------------------------------------------------------------------------------------
+
+streams = Table(
+    "streams",
+    metadata,
+    # One outbox life of one device. Everything up to and including upto is committed, tombstoned or quarantined.
+    Column("device", String(63), primary_key=True),
+    Column("epoch", String(32), primary_key=True),
+    Column("upto", BigInteger, nullable=False, default=0),
+    Column("first_ms", BigInteger, nullable=False),
+    Column("last_ms", BigInteger, nullable=False),
+    Column("records", BigInteger, nullable=False, default=0),
+    Column("duplicates", BigInteger, nullable=False, default=0),
+    Column("conflicts", BigInteger, nullable=False, default=0),
+    Column("tombstoned", BigInteger, nullable=False, default=0),
+)
+
+ledger = Table(
+    "ledger",
+    metadata,
+    # Each (device, epoch, seq) once, with the digest of what was taken.
+    Column("device", String(63), primary_key=True),
+    Column("epoch", String(32), primary_key=True),
+    Column("seq", BigInteger, primary_key=True),
+    Column("digest", LargeBinary, nullable=False),
+    Column("kind", String(12), nullable=False),  # window event sample tombstone, replaced, quarantined
+    sqlite_with_rowid=False,
+)
+
+windows = Table(
+    "windows",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("device", String(63), nullable=False),
+    Column("epoch", String(32), nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("received_ms", BigInteger, nullable=False, index=True),
+    Column("model", String(63), nullable=False),
+    Column("bundle", String(64), nullable=False),
+    Column("variant", String(63), nullable=False),
+    Column("arm", String(10), nullable=False),
+    Column("rollout", String(63), nullable=False),
+    Column("stage", Integer, nullable=False),
+    Column("start_ms", BigInteger, nullable=False),  # the device's wall clock
+    Column("end_ms", BigInteger, nullable=False),
+    Column("ok", BigInteger, nullable=False),
+    Column("errors", BigInteger, nullable=False),  # failed
+    Column("body", LargeBinary, nullable=False),
+    Index("windows_by_model", "model", "bundle", "received_ms"),
+    Index("windows_by_device", "device", "received_ms"),
+)
+
+evidence = Table(
+    "evidence",
+    metadata,
+    # Sums per device and key, kept as records arrive. With rollout = '' and stage = 0 they are the pre-period.
+    Column("device", String(63), primary_key=True),
+    Column("model", String(63), primary_key=True),
+    Column("bundle", String(64), primary_key=True),
+    Column("variant", String(63), primary_key=True),
+    Column("arm", String(10), primary_key=True),
+    Column("rollout", String(63), primary_key=True),
+    Column("stage", Integer, primary_key=True),
+    Column("windows", BigInteger, nullable=False),
+    Column("ok", BigInteger, nullable=False),
+    Column("invalid", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("shed", BigInteger, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("latency", LargeBinary, nullable=False),  # MessagePack of Exponential, total
+    Column("labelled", BigInteger, nullable=False, default=0),
+    Column("wrong", BigInteger, nullable=False, default=0),
+    # What this device had counted of the stable bundle when the stage began: the judge's pre-period.
+    Column("pre_ok", BigInteger, nullable=False, default=0),
+    Column("pre_failed", BigInteger, nullable=False, default=0),
+    Column("pre_labelled", BigInteger, nullable=False, default=0),
+    Column("pre_wrong", BigInteger, nullable=False, default=0),
+    Column("first_ms", BigInteger, nullable=False),
+    Column("last_ms", BigInteger, nullable=False),
+    Index("evidence_by_rollout", "rollout", "stage"),
+    Index("evidence_by_bundle", "bundle"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("device", String(63), nullable=False),
+    Column("received_ms", BigInteger, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("name", String(60), nullable=False),
+    Column("code", String(60), nullable=False),
+    Column("data", JSON, nullable=False),
+    Index("events_by_device", "device", "id"),
+    Index("events_by_name", "name", "id"),
+)
+
+samples = Table(
+    "samples",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("device", String(63), nullable=False),
+    Column("received_ms", BigInteger, nullable=False),
+    Column("model", String(63), nullable=False),
+    Column("bundle", String(64), nullable=False),
+    Column("body", LargeBinary, nullable=False),
+)
+
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("device", String(63), nullable=False, index=True),
+    Column("received_ms", BigInteger, nullable=False),
+    Column("topic", String(200), nullable=False),
+    Column("code", String(60), nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("payload", LargeBinary, nullable=False),  # at most 64 KiB are kept
+    Column("size", BigInteger, nullable=False),
+    Column("share", Float, nullable=False, default=1.0),  # of the messages of this kind that were kept
+)
+
+ingest_counters = Table(
+    "ingest_counters",
+    metadata,
+    Column("device", String(63), primary_key=True),
+    Column("name", String(60), primary_key=True),  # malformed, oversized, foreign, conflict, ...
+    Column("n", BigInteger, nullable=False),
+)
