@@ -44,7 +44,7 @@ def exponential_index(value: int | float) -> int:
         raise ValueError(f"wanted a positive value, got {value!r}")
     mantissa, exponent = math.frexp(value)
     # bisect_left: a value on a bound belongs to the bucket below it (upper bounds are inclusive).
-    return (exponent - 1) * 2**SCALE + bisect.bisect_left(BOUNDS, mantissa) - 1
+    return (exponent - 1) * (1 << SCALE) + bisect.bisect_left(BOUNDS, mantissa) - 1
 
 
 class Exponential(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
