@@ -41,6 +41,7 @@ def decode(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
         raise Malformed(what, f"at most {max_bytes} bytes, got {len(data)}")
     try:
         value = msgspec.json.decode(data)
+        canonical = isinstance(value, dict) and encode(value) == data
     except RecursionError:
         # msgspec counts its own recursion against the interpreter's limit: a nesting bomb ends here, not in the C stack.
         raise Malformed(what, "nested too deep") from None
@@ -48,7 +49,6 @@ def decode(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
         raise Malformed(what, f"wanted JSON: {error}") from None
     if not isinstance(value, dict):
         raise Malformed(what, f"wanted an object, got {type(value).__name__}")
-    if encode(value) != data:
+    if not canonical:
         raise Malformed(what, "wanted canonical JSON: sorted unique keys, no space, shortest numbers")
     return value
-

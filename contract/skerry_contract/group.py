@@ -209,6 +209,8 @@ def parse(data: bytes) -> GroupDocument:
 
 
 def _check(document: GroupDocument) -> None:
+    if document.schema != SCHEMA:
+        raise Malformed("group document", f"wanted {SCHEMA}, got {document.schema}", where="$.schema")
     ids.group_name(document.group)
     if document.generation < 1:
         raise Malformed("group document", "wanted >= 1", where="$.generation")
@@ -220,7 +222,7 @@ def _check(document: GroupDocument) -> None:
         if plan.rollout is not None:
             _check_rollout(plan.rollout, f"$.models.{name}.rollout")
     for key, pins in document.pins.items():
-        if len(key) != 32:
+        if not _is_hex32(key):
             raise Malformed("group document", "wanted 32 hex digits", where="$.pins")
         for name, target in pins.items():
             ids.model_name(name)
@@ -236,13 +238,19 @@ def _check_target(target: Target) -> None:
     ids.version_key(target.version)
 
 
+def _is_hex32(text: str) -> bool:
+    return len(text) == 32 and all(c in "0123456789abcdef" for c in text)
+
+
 def _check_rollout(rollout: Rollout, where: str) -> None:
     ids.rollout_id(rollout.id)
-    if len(rollout.salt) != 32 or any(c not in "0123456789abcdef" for c in rollout.salt):
+    if not _is_hex32(rollout.salt):
         raise Malformed("group document", "wanted 32 lower-case hex digits", where=f"{where}.salt")
     if rollout.stage < 0:
         raise Malformed("group document", "wanted >= 0", where=f"{where}.stage")
     for stratum, cut in rollout.cuts.items():
         plain = cut.isascii() and cut.isdigit() and len(cut) <= 20 and (cut == "0" or cut[0] != "0")
         if not plain or not 0 <= int(cut) <= EVERYONE:
-            raise Malformed("group document", "wanted a decimal number from 0 to 2**64", where=f"{where}.cuts.{stratum}")
+            raise Malformed(
+                "group document", "wanted a decimal number from 0 to 2**64", where=f"{where}.cuts.{stratum}"
+            )

@@ -26,6 +26,11 @@ SCALE = 5
 MIN_INDEX, MAX_INDEX = -1, 63 * 32
 """Latencies are whole nanoseconds from 1 to 2**63; zero is counted apart."""
 
+MAX_COUNT = 1 << 40
+"""Counts on the wire are below it: a device at 10,000 inferences a second takes three years to reach it."""
+MAX_SUM = 1 << 63
+"""Sums on the wire are below it, as a 64-bit integer of a database holds them."""
+
 BOUNDS: tuple[float, ...] = tuple(2.0 ** (i / 2**SCALE - 1.0) for i in range(2**SCALE))
 """Lower bounds of the buckets within one doubling, for a mantissa in [0.5, 1), as ``math.frexp`` gives it."""
 
@@ -125,7 +130,10 @@ def merge_exponential(a: Exponential, b: Exponential) -> Exponential:
 
 
 def quantile(histogram: Exponential, q: float) -> float | None:
-    """The q-quantile in the unit of the values: the geometric middle of the bucket that holds it; None when empty.
+    """The q-quantile in the unit of the values, None when empty.
+
+    It is the harmonic middle ``2 * low * high / (low + high)`` of the bucket that holds it: the point whose relative error
+    is the same at both ends, ``(b - 1) / (b + 1)``, and so the least that can be promised.
 
     >>> round(quantile(exponential_of([1000] * 9 + [2000]), 0.5) / 1000, 1)
     1.0
@@ -140,7 +148,8 @@ def quantile(histogram: Exponential, q: float) -> float | None:
     for i, count in enumerate(histogram.counts, histogram.offset):
         seen += count
         if rank < seen:
-            return float(2.0 ** ((i + 0.5) / 2**histogram.scale))
+            width = 2.0**-histogram.scale
+            return float(2.0 ** (i * width) * 2.0 / (1.0 + 2.0**-width))
     raise AssertionError("counts and n disagree")
 
 
@@ -148,19 +157,21 @@ def check_exponential(histogram: Exponential, *, where: str) -> Exponential:
     """Refuses a histogram that no device of ours can have made.
 
     Raises:
-        Malformed: negative counts, absurd scale, offset or length.
+        Malformed: counts or sum out of range, absurd scale, buckets outside what whole nanoseconds can reach.
     """
-    ok = (
-        -10 <= histogram.scale <= SCALE
-        and histogram.zero >= 0
-        and histogram.total >= 0
-        and len(histogram.counts) <= MAX_INDEX - MIN_INDEX + 1
-        and MIN_INDEX <= histogram.offset <= MAX_INDEX
-        and all(count >= 0 for count in histogram.counts)
-    )
+    ok = -10 <= histogram.scale <= SCALE and 0 <= histogram.zero < MAX_COUNT and 0 <= histogram.total < MAX_SUM
+    if ok and histogram.counts:
+        shift = SCALE - histogram.scale
+        low, high = histogram.offset, histogram.offset + len(histogram.counts) - 1
+        ok = MIN_INDEX >> shift <= low and high <= MAX_INDEX >> shift and counts_fit(histogram.counts)
     if not ok:
-        raise Malformed("histogram", "wanted counts >= 0, -10 <= scale <= 5 and offset within range", where=where)
+        raise Malformed("histogram", "wanted counts >= 0, -10 <= scale <= 5 and buckets within range", where=where)
     return histogram
+
+
+def counts_fit(counts: Sequence[int]) -> bool:
+    """Whether every count is one that a device can reach, and a database can add up."""
+    return not counts or (min(counts) >= 0 and max(counts) < MAX_COUNT)
 
 
 def edge_bin(edges: Sequence[float], value: float) -> int:

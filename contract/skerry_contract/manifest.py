@@ -294,6 +294,9 @@ def _check(m: Manifest) -> None:
     for variant in m.variants:
         for file in variant.files:
             _require(seen.setdefault(file.path, file) == file, "$.variants", f"{file.path} is listed twice and differs")
+    for path in seen:
+        folders = [path[:i] for i, c in enumerate(path) if c == "/"]
+        _require(not any(folder in seen for folder in folders), "$.variants", f"{path} lies below another file")
     for kind, tensors in (("inputs", m.inputs), ("outputs", m.outputs)):
         for i, tensor in enumerate(tensors):
             _require(all(d == -1 or d > 0 for d in tensor.shape), f"$.{kind}[{i}].shape", "wanted -1 or positive sizes")
@@ -306,7 +309,7 @@ def _check_variant(variant: Variant, where: str) -> None:
     _unique(paths, f"{where}.files", nonempty=True)
     for file in variant.files:
         layout.bundle_path(file.path)
-        reserved = file.path in (MANIFEST_FILE, SIGNATURE_FILE)
+        reserved = file.path.split("/")[0] in (MANIFEST_FILE, SIGNATURE_FILE)
         _require(not reserved, f"{where}.files", f"{file.path} is a reserved name")
         ids.sha256_hex(file.sha256, what=f"{where}.files {file.path}")
         _require(0 <= file.size <= 1 << 40, f"{where}.files", f"size of {file.path} out of range")
@@ -326,10 +329,17 @@ def _check_features(m: Manifest) -> None:
         where = f"$.features[{i}]"
         _require(feature.input in inputs, where, f"{feature.input!r} is no input")
         width = inputs[feature.input].shape[-1] if inputs[feature.input].shape else 1
-        _require(0 <= feature.column and (width == -1 or feature.column < width), where, f"column {feature.column} is outside")
+        _require(
+            feature.column >= 0 and (width == -1 or feature.column < width),
+            where,
+            f"column {feature.column} is outside",
+        )
         ascending = all(a < b for a, b in zip(feature.edges, feature.edges[1:], strict=False))
         _require(ascending and len(feature.edges) <= 255, f"{where}.edges", "wanted at most 255 ascending edges")
         _require(feature.scale > 0, f"{where}.scale", f"wanted > 0, got {feature.scale}")
+        ordered = feature.range is None or feature.range[0] < feature.range[1]
+        _require(ordered, f"{where}.range", "wanted the smaller value first")
+        _require(feature.ttl_s >= 0, f"{where}.ttl_s", f"wanted >= 0, got {feature.ttl_s}")
         column = m.reference.features.get(feature.name)
         fits = column is None or len(column.counts) == len(feature.edges) + 1
         _require(fits, f"$.reference.features.{feature.name}", f"wanted {len(feature.edges) + 1} counts")

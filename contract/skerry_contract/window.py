@@ -183,7 +183,10 @@ def _merge_maps(a: dict[str, Any], b: dict[str, Any], join: Any) -> dict[str, An
 
 def _merge_feature(a: FeatureCounts, b: FeatureCounts) -> FeatureCounts:
     return FeatureCounts(
-        h.merge_counts(a.counts, b.counts), a.null + b.null, a.outside + b.outside, h.merge_moments(a.moments, b.moments)
+        h.merge_counts(a.counts, b.counts),
+        a.null + b.null,
+        a.outside + b.outside,
+        h.merge_moments(a.moments, b.moments),
     )
 
 
@@ -235,29 +238,47 @@ def check(window: Window) -> Window:
         raise Malformed("window", f"unknown arm {key.arm[:20]!r}", where="key.arm")
     if key.rollout:
         ids.rollout_id(key.rollout)
+    if not 0 <= key.stage < 1 << 31:
+        raise Malformed("window", "wanted 0 to 2**31", where="key.stage")
+    for end in ("start", "end"):
+        _check_instant(getattr(window, end), end)
     for name in window.counts.__struct_fields__:
-        if not 0 <= getattr(window.counts, name) < 1 << 40:
+        if not 0 <= getattr(window.counts, name) < h.MAX_COUNT:
             raise Malformed("window", "wanted a count from 0 to 2**40", where=f"counts.{name}")
     for part in window.latency.__struct_fields__:
         h.check_exponential(getattr(window.latency, part), where=f"latency.{part}")
     for name, feature in window.features.items():
         _check_row(feature.counts, feature.moments, f"features.{name[:40]}")
-        if feature.null < 0 or feature.outside < 0:
+        if not h.counts_fit((feature.null, feature.outside)):
             raise Malformed("window", "wanted counts >= 0", where=f"features.{name[:40]}")
     for name, output in window.outputs.items():
-        _check_row((*output.counts, *output.estimated), output.moments, f"outputs.{name[:40]}")
+        _check_row(output.counts, output.moments, f"outputs.{name[:40]}")
+        if len(output.estimated) > 4096 or not all(0 <= part < h.MAX_SUM for part in output.estimated):
+            raise Malformed("window", "wanted at most 4096 sums >= 0", where=f"outputs.{name[:40]}")
     for name, part_counts in window.slices.items():
-        if part_counts.rows < 0 or any(c < 0 for c in part_counts.counts):
+        if not h.counts_fit((part_counts.rows, *part_counts.counts)):
             raise Malformed("window", "wanted counts >= 0", where=f"slices.{name[:40]}")
     labels = window.labels
     numbers = (labels.matched, labels.late, labels.unknown, labels.duplicate, labels.conflicting, *labels.confusion)
-    if any(c < 0 for c in numbers):
+    if not h.counts_fit(numbers):
         raise Malformed("window", "wanted counts >= 0", where="labels")
-    if window.merged < 1:
+    if not all(0 <= reading < h.MAX_SUM for reading in window.resources.values()):
+        raise Malformed("window", "wanted readings from 0 to 2**63", where="resources")
+    if not 1 <= window.merged < h.MAX_COUNT:
         raise Malformed("window", "wanted >= 1", where="merged")
     return window
 
 
+def _check_instant(instant: Instant, where: str) -> None:
+    if not (0 <= instant.boot_ns < h.MAX_SUM and 0 <= instant.wall_ms < 1 << 53 and len(instant.boot_id) <= 64):
+        raise Malformed("window", "wanted a boot id and times >= 0", where=where)
+
+
 def _check_row(counts: tuple[int, ...], moments: h.Moments, where: str) -> None:
-    if len(counts) > 4096 or any(c < 0 for c in counts) or moments.n < 0 or moments.squares < 0:
+    if len(counts) > 4096 or not h.counts_fit(counts):
         raise Malformed("window", "wanted at most 4096 counts >= 0", where=where)
+    # |sum of q| <= n * limit and sum of q*q <= n * limit**2: anything else is not a sum of quantized values.
+    n, limit = moments.n, h.Q_LIMIT
+    fits = 0 <= n < h.MAX_COUNT and abs(moments.total) <= n * limit and 0 <= moments.squares <= n * limit * limit
+    if not fits or moments.squares >= h.MAX_SUM:
+        raise Malformed("window", "these moments cannot be", where=where)

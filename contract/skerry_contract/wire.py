@@ -227,6 +227,8 @@ def decode(kind: type[T], data: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) ->
     schema = value.get("schema", SCHEMA)
     if isinstance(schema, int) and schema > SCHEMA:
         raise UnsupportedVersion(what, schema, SCHEMA)
+    if schema != SCHEMA:
+        raise Malformed(what, f"wanted {SCHEMA}", where="schema")
     known = set(kind.__struct_fields__) - {"extra"}
     extra = {name: value.pop(name) for name in list(value) if name not in known}
     try:

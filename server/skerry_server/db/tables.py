@@ -155,6 +155,14 @@ bells = Table(
     Column("rung_version", BigInteger, nullable=False, default=0),  # published to the broker
 )
 
+server_sessions = Table(
+    "server_sessions",
+    metadata,
+    # How often this server has connected to its broker: the birth number of ``server/state``.
+    Column("name", String(20), primary_key=True),
+    Column("birth", BigInteger, nullable=False),
+)
+
 # --- bundles and the repository --------------------------------------------------------------------------------------
 
 bundles = Table(
@@ -203,7 +211,9 @@ rollouts = Table(
     Column("candidate", String(64), nullable=False),
     Column("salt", String(32), nullable=False),
     Column("plan", JSON, nullable=False),  # stages, gates, windows as core.rollout.Plan
-    Column("state", String(20), nullable=False),  # draft running paused completing completed rolling_back rolled_back aborted
+    Column(
+        "state", String(20), nullable=False
+    ),  # draft running paused completing completed rolling_back rolled_back aborted
     Column("stage", Integer, nullable=False, default=0),
     Column("stage_since_ms", BigInteger, nullable=False),
     Column("cuts", JSON, nullable=False, default=dict),  # stratum -> decimal string, of the stage now running
@@ -247,6 +257,7 @@ streams = Table(
     Column("device", String(63), primary_key=True),
     Column("epoch", String(32), primary_key=True),
     Column("upto", BigInteger, nullable=False, default=0),
+    Column("high", BigInteger, nullable=False, default=0),  # greatest seq in the ledger: above it all is new
     Column("first_ms", BigInteger, nullable=False),
     Column("last_ms", BigInteger, nullable=False),
     Column("records", BigInteger, nullable=False, default=0),
@@ -258,12 +269,14 @@ streams = Table(
 ledger = Table(
     "ledger",
     metadata,
-    # Each (device, epoch, seq) once, with the digest of what was taken.
+    # Each (device, epoch, seq) once, with the digest of what was taken. A row covers low..seq: one record has low = seq; what
+    # a merged record or a tombstone replaced is one row per range, however long, with that record's digest. No two overlap.
     Column("device", String(63), primary_key=True),
     Column("epoch", String(32), primary_key=True),
     Column("seq", BigInteger, primary_key=True),
+    Column("low", BigInteger, nullable=False),
     Column("digest", LargeBinary, nullable=False),
-    Column("kind", String(12), nullable=False),  # window event sample tombstone, replaced, quarantined
+    Column("kind", String(12), nullable=False),  # window event sample tombstone, replaced tombstoned quarantined
     sqlite_with_rowid=False,
 )
 
@@ -310,7 +323,10 @@ evidence = Table(
     Column("latency", LargeBinary, nullable=False),  # MessagePack of Exponential, total
     Column("labelled", BigInteger, nullable=False, default=0),
     Column("wrong", BigInteger, nullable=False, default=0),
-    # What this device had counted of the stable bundle when the stage began: the judge's pre-period.
+    # What this device had counted of the rollout's stable bundle before it entered this (rollout, stage): the judge's
+    # pre-period. The entry is the lowest position (epoch, seq) seen under the key; records before it that come late count.
+    Column("entered_epoch", String(32), nullable=False, default=""),
+    Column("entered_seq", BigInteger, nullable=False, default=0),
     Column("pre_ok", BigInteger, nullable=False, default=0),
     Column("pre_failed", BigInteger, nullable=False, default=0),
     Column("pre_labelled", BigInteger, nullable=False, default=0),

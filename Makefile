@@ -1,0 +1,60 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything is set up in .venv; root is not needed.
+#
+#   make demo [KEEP=1]      a whole fleet on this machine; KEEP=1 leaves it running and prints the addresses
+#   make test               the tests                   make test-slow   those over a minute, or that need the network
+#   make check              format, lint, types, import rules, docs: what CI checks beside the tests
+#   make bench [ONLY=name]  benchmarks, one JSON line each
+#   make format             formats and applies safe fixes
+#   make clean              removes everything the above made
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+SOURCES := contract/skerry_contract runtime/skerry_runtime agent/skerry_agent server/skerry_server cli/skerry_cli
+MEMBERS := $(wildcard */pyproject.toml)
+PARALLEL ?= 2
+
+.PHONY: demo test test-slow check bench format clean setup setup-demo
+
+demo: $(VENV)/.ready-demo
+	$(BIN)/skerry demo $(if $(KEEP),--keep)
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile $(ARGS)
+
+test-slow: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/architecture/test_import_rules.py tests/architecture/test_docs.py
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python -m tests.bench $(ONLY)
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix --exit-zero --quiet .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.ready-dev
+
+setup-demo: $(VENV)/.ready-demo
+
+# The five members go in by one command, so that pip finds the exact pins between them in the tree.
+$(VENV)/.ready-demo: constraints.txt $(MEMBERS) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
+	    -e contract -e 'runtime[onnx]' -e 'agent[onnx,uvloop]' -e server -e 'cli[demo]'
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready-demo tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/requirements.txt
+	@touch $@
+
+$(VENV)/bin/python:
+	@./.ci/make-venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo bench
+	find $(SOURCES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,311 @@
+"""The agent's configuration: one frozen tree, read once from a TOML file and the environment.
+
+Every key has a default but ``state_dir``. ``SKERRY_AGENT_<SECTION>_<KEY>`` overrides (``SKERRY_AGENT_STATE_DIR`` for the one key
+without a section). All faults are reported together; an unknown key is a fault. What enrolment learnt
+(``identity/enrolled.json``) fills what the file leaves out. No secrets stand in here: keys are files under ``identity/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+from skerry_contract import ids
+from skerry_contract.errors import ContractError
+
+from skerry_agent.errors import BadConfig, Degraded
+
+ENVIRONMENT_PREFIX = "SKERRY_AGENT_"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Server:
+    """``url`` of the device API; empty: as enrolled."""
+
+    url: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repository:
+    """``url`` of the update repository; empty: as enrolled, else the server's ``/repository``."""
+
+    url: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mqtt:
+    """The broker; empty and 0: as enrolled. ``keepalive_s``: seconds."""
+
+    host: str = ""
+    port: int = 0
+    keepalive_s: int = 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """Where applications ask. ``port`` 0 takes a free one; ``run/serving.json`` says which."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Bounds.
+
+    Attributes:
+        outbox_mb: what waiting records may take, MB (1e6 bytes).
+        uploads_in_flight: batches that the server has not acknowledged.
+        upload_kib: bodies per batch, KiB.
+        max_inflight: local requests in work at once.
+        disk_reserve_mb, memory_reserve_mb: what updates must leave free.
+    """
+
+    outbox_mb: float = 64.0
+    uploads_in_flight: int = 4
+    upload_kib: int = 64
+    max_inflight: int = 64
+    disk_reserve_mb: float = 64.0
+    memory_reserve_mb: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What the operator says of this device. ``stratum_class``: hardware class, empty for the architecture's name."""
+
+    stratum_class: str = ""
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Seconds. A value below 0 leaves the choice to the group's settings.
+
+    Attributes:
+        fold_interval_s: cut windows this often; 0: as the group's ``window_s``.
+        health_interval_s: how often the worker reports its counts.
+        sync_s, jitter_s, trial_s: beat the group's settings.
+        trial_inferences: beats the group's.
+        drain_s: how long the old worker may finish.
+        ack_s: an upload that is not acknowledged for so long is sent again.
+        backoff_scale: multiplies every wait after a failure.
+        courier_s: longest run of a courier that moves no files.
+    """
+
+    fold_interval_s: float = 0.0
+    health_interval_s: float = 2.0
+    sync_s: float = -1.0
+    jitter_s: float = -1.0
+    trial_s: float = -1.0
+    trial_inferences: int = -1
+    drain_s: float = 10.0
+    ack_s: float = 30.0
+    backoff_scale: float = 1.0
+    courier_s: float = 120.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Log:
+    """``level``: debug, info, warning or error."""
+
+    level: str = "info"
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The tree. ``state_dir`` holds all state of the agent, mode 0700."""
+
+    state_dir: Path
+    server: Server = field(default_factory=Server)
+    repository: Repository = field(default_factory=Repository)
+    mqtt: Mqtt = field(default_factory=Mqtt)
+    serving: Serving = field(default_factory=Serving)
+    limits: Limits = field(default_factory=Limits)
+    device: Device = field(default_factory=Device)
+    timing: Timing = field(default_factory=Timing)
+    log: Log = field(default_factory=Log)
+
+    @property
+    def identity_dir(self) -> Path:
+        """Keys, certificates and what enrolment learnt."""
+        return self.state_dir / "identity"
+
+    @property
+    def run_dir(self) -> Path:
+        """What lives as long as the process: control socket, addresses."""
+        return self.state_dir / "run"
+
+
+_SECTIONS = ("server", "repository", "mqtt", "serving", "limits", "device", "timing", "log")
+_POSITIVE = {
+    "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "timing.health_interval_s",
+    "timing.drain_s", "timing.ack_s", "timing.backoff_scale", "timing.courier_s", "mqtt.keepalive_s",
+}  # fmt: skip
+_NOT_NEGATIVE = {"limits.disk_reserve_mb", "limits.memory_reserve_mb", "timing.fold_interval_s"}
+
+
+def load(path: Path, environment: Mapping[str, str]) -> Config:
+    """Reads the file and the environment.
+
+    Raises:
+        BadConfig: with every fault found.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadConfig([f"{path}: cannot be read: {error.strerror}"]) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig([f"{path}: no TOML: {error}"]) from None
+    return build(tree, environment, what=str(path))
+
+
+def build(tree: Mapping[str, Any], environment: Mapping[str, str], *, what: str = "configuration") -> Config:
+    """Checks a tree of builtins. Raises ``BadConfig`` with every fault."""
+    faults: list[str] = []
+    types = get_type_hints(Config)
+    values: dict[str, Any] = {}
+    for name in tree:
+        if name != "state_dir" and name not in _SECTIONS:
+            faults.append(f"{what}: unknown key {name!r}; wanted state_dir or one of {', '.join(_SECTIONS)}")
+    for name in _SECTIONS:
+        given = tree.get(name, {})
+        if not isinstance(given, dict):
+            faults.append(f"{what}: {name}: wanted a table, got {type(given).__name__}")
+            given = {}
+        values[name] = _section(name, types[name], given, environment, what, faults)
+    state_dir = environment.get(f"{ENVIRONMENT_PREFIX}STATE_DIR", tree.get("state_dir"))
+    if not isinstance(state_dir, str) or not state_dir:
+        faults.append(f"{what}: state_dir: wanted the path of a folder, got {state_dir!r}")
+    elif not Path(state_dir).is_absolute():
+        faults.append(f"{what}: state_dir: wanted an absolute path, got {state_dir!r}")
+    if faults:
+        raise BadConfig(faults)
+    return Config(state_dir=Path(str(state_dir)), **values)
+
+
+def _section(
+    section: str, kind: Any, given: Mapping[str, Any], environment: Mapping[str, str], what: str, faults: list[str]
+) -> Any:
+    hints = get_type_hints(kind)
+    for name in given:
+        if name not in hints:
+            faults.append(f"{what}: unknown key {section}.{name}; wanted one of {', '.join(sorted(hints))}")
+    values: dict[str, Any] = {}
+    for name, hint in hints.items():
+        variable = f"{ENVIRONMENT_PREFIX}{section.upper()}_{name.upper()}"
+        where = f"{what}: {section}.{name}"
+        if variable in environment:
+            where = variable
+            raw: Any = environment[variable]
+            if hint == tuple[str, ...]:
+                raw = [part for part in raw.split(",") if part]
+            strict = False
+        elif name in given:
+            raw, strict = given[name], True
+        else:
+            continue
+        try:
+            value = msgspec.convert(raw, hint, strict=strict)
+        except msgspec.ValidationError as error:
+            faults.append(f"{where}: {error}")
+            continue
+        fault = _fault(f"{section}.{name}", value)
+        if fault:
+            faults.append(f"{where}: {fault}")
+        values[name] = value
+    return kind(**values)
+
+
+def _fault(key: str, value: Any) -> str | None:
+    if key in _POSITIVE and not value > 0:
+        return f"wanted more than 0, got {value}"
+    if key in _NOT_NEGATIVE and not value >= 0:
+        return f"wanted 0 or more, got {value}"
+    if key.endswith(".port") and not 0 <= value <= 65535:
+        return f"wanted a port from 0 to 65535, got {value}"
+    if key.endswith(".url") and value and not value.startswith("https://"):
+        return f"wanted an https:// address, got {value!r}"
+    if key == "serving.host" and value not in ("127.0.0.1", "::1", "localhost"):
+        return f"wanted a loopback address: requests are not authenticated, got {value!r}"
+    if key == "log.level" and value not in ("debug", "info", "warning", "error"):
+        return f"wanted debug, info, warning or error, got {value!r}"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What enrolment left under ``identity/``, with the addresses that the configuration overrides."""
+
+    device: ids.DeviceId
+    group: ids.GroupName
+    server_url: str
+    repository_url: str
+    mqtt_host: str
+    mqtt_port: int
+    key: Path
+    certificate: Path
+    fleet_ca: Path
+
+
+class _MqttAddress(msgspec.Struct, frozen=True):
+    host: str
+    port: int
+
+
+class _Enrolled(msgspec.Struct, frozen=True):
+    device_id: str
+    group: str
+    server_url: str
+    mqtt: _MqttAddress
+    repository_url: str = ""
+
+
+def identity(config: Config) -> Identity:
+    """Reads who this device is.
+
+    Raises:
+        Degraded: ``not_enrolled``, or ``identity_damaged`` when a file is missing or wrong.
+    """
+    folder = config.identity_dir
+    path = folder / "enrolled.json"
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_Enrolled)
+        device, group = ids.device_id(found.device_id), ids.group_name(found.group)
+    except FileNotFoundError:
+        raise Degraded(
+            "not_enrolled", f"{path} is not there", advice="run: skerry-agent enrol --config FILE --token TOKEN"
+        ) from None
+    except (OSError, msgspec.DecodeError, ContractError) as error:
+        raise Degraded("identity_damaged", f"{path}: {error}", advice="enrol the device again") from None
+    files = {name: folder / name for name in ("device.key", "device.pem", "fleet-ca.pem")}
+    missing = [name for name, file in files.items() if not file.is_file()]
+    if missing:
+        raise Degraded("identity_damaged", f"{folder}: no {', '.join(missing)}", advice="enrol the device again")
+    server_url = (config.server.url or found.server_url).rstrip("/")
+    repository_url = (
+        config.repository.url or ("" if config.server.url else found.repository_url) or f"{server_url}/repository"
+    )
+    return Identity(
+        device=device,
+        group=group,
+        server_url=server_url,
+        repository_url=repository_url.rstrip("/"),
+        mqtt_host=config.mqtt.host or found.mqtt.host,
+        mqtt_port=config.mqtt.port or found.mqtt.port,
+        key=files["device.key"],
+        certificate=files["device.pem"],
+        fleet_ca=files["fleet-ca.pem"],
+    )
+
+
+def as_toml_keys() -> tuple[str, ...]:
+    """Every key that the file may hold, dotted, sorted: for the reference page and its test."""
+    hints = get_type_hints(Config)
+    keys = [f"{section}.{f.name}" for section in _SECTIONS for f in dataclasses.fields(hints[section])]
+    return ("state_dir", *sorted(keys))

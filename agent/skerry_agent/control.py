@@ -1,0 +1,153 @@
+"""The control socket: HTTP/1.1 over a unix socket in the state folder, for the person and the exporter on the device.
+
+``GET /skerry/v1/status``, ``GET /metrics``, ``POST /skerry/v1/sync``, ``POST /skerry/v1/revert``. Who may open the folder (mode 0700)
+may ask. One request per connection: the clients are tools, not loads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+MAX_BODY = 64 * 1024
+_TIMEOUT_S = 10.0
+
+
+class Answer(NamedTuple):
+    """What a handler gives back. ``body``: bytes as they are, else encoded as JSON."""
+
+    status: int
+    body: Any
+
+
+Handler = Callable[[dict[str, Any]], Awaitable[Answer]]
+_REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    409: "Conflict",
+    500: "Internal Server Error",
+}
+
+
+class ControlServer:
+    """Serves handlers by (method, path). Each gets the JSON object of the body, empty when there is none."""
+
+    def __init__(self, path: Path, handlers: dict[tuple[str, str], Handler]) -> None:
+        self._path = path
+        self._handlers = handlers
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Binds, replacing a socket that a killed agent left behind."""
+        self._path.unlink(missing_ok=True)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with _short(self._path) as address:
+            sock.bind(address)
+        self._path.chmod(0o600)
+        self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=MAX_BODY)
+
+    async def stop(self) -> None:
+        """Closes the socket and removes its file."""
+        if self._server is not None:
+            self._server.close()
+            self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                answer = await self._answer(reader)
+            raw = isinstance(answer.body, bytes)
+            body = answer.body if raw else msgspec.json.encode(answer.body)
+            kind = "text/plain; version=0.0.4; charset=utf-8" if raw else "application/json"
+            writer.write(
+                f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, 'Error')}\r\nContent-Type: {kind}\r\n"
+                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+                + body
+            )
+            await writer.drain()
+        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader) -> Answer:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        except asyncio.LimitOverrunError:
+            return _refusal(400, "the request's head is too long")
+        first, *lines = head.split("\r\n")
+        parts = first.split(" ")
+        if len(parts) != 3:
+            return _refusal(400, f"wanted METHOD PATH HTTP/1.1, got {first[:80]!r}")
+        method, path = parts[0], parts[1].partition("?")[0]
+        length = 0
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip().lower() == "content-length":
+                text = value.strip()
+                if not text.isdigit() or int(text) > MAX_BODY:
+                    return _refusal(400, f"Content-Length: wanted 0 to {MAX_BODY}, got {text[:40]!r}")
+                length = int(text)
+        body = await reader.readexactly(length)
+        handler = self._handlers.get((method, path))
+        if handler is None:
+            known = any(path == other for _, other in self._handlers)
+            return _refusal(405 if known else 404, f"there is no {method} {path[:100]}")
+        try:
+            value = msgspec.json.decode(body) if body else {}
+        except msgspec.DecodeError as error:
+            return _refusal(400, f"body: no JSON: {error}")
+        if not isinstance(value, dict):
+            return _refusal(400, f"body: wanted an object, got {type(value).__name__}")
+        return await handler(value)
+
+
+def _refusal(status: int, text: str) -> Answer:
+    return Answer(status, {"error": text})
+
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    # A socket's path may have 107 bytes; a deep state folder has more. The folder's descriptor makes it short.
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+def ask(path: Path, method: str, target: str, body: dict[str, Any] | None = None, *, timeout_s: float = 10.0) -> Answer:
+    """Asks a running agent, from another process.
+
+    Returns:
+        Status, and the decoded JSON or the bytes.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    payload = msgspec.json.encode(body) if body is not None else b""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        with _short(path) as address:
+            sock.connect(address)
+        sock.sendall(
+            f"{method} {target} HTTP/1.1\r\nHost: agent\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload
+        )
+        data = b""
+        while chunk := sock.recv(65536):
+            data += chunk
+    head, _, content = data.partition(b"\r\n\r\n")
+    if not head:
+        raise ConnectionError("the agent closed the connection")
+    status = int(head.split(b" ", 2)[1])
+    is_json = b"application/json" in head
+    return Answer(status, msgspec.json.decode(content) if is_json else content)

@@ -1,0 +1,151 @@
+"""May this bundle run here, now? As which variant?
+
+A pure function of the manifest, facts about the device and what is remembered of the bundle. It asks in the order of
+what a person would fix first: the bundle's own past, the agent's age, the floor, then for each variant runtime,
+architecture, memory and disk. Power and maintenance windows come with a later release.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from skerry_contract import ids
+from skerry_contract.manifest import Manifest, Variant
+
+from skerry_agent.core.lifecycle import ATTEMPTS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What counts of a device.
+
+    Attributes:
+        runtimes: name -> version, e.g. ``{"onnx": "1.32.0"}``.
+        arch: as ``uname -m`` gives it.
+        memory_free_mb, disk_free_mb: now, in MB (1e6 bytes).
+        memory_reserve_mb, disk_reserve_mb: what must stay free for others.
+        agent: the agent's version; abilities: what it understands of a manifest's ``requires``.
+    """
+
+    runtimes: dict[str, str]
+    arch: str
+    memory_free_mb: float
+    disk_free_mb: float
+    memory_reserve_mb: float = 0.0
+    disk_reserve_mb: float = 0.0
+    agent: str = "0.0.0"
+    abilities: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """What is remembered about the bundle and its model.
+
+    Attributes:
+        floor: lowest version of the model that may be activated; empty for none.
+        failures: entries of ``ATTEMPTS`` -> how often this bundle failed so.
+        present_bytes: of its files, already on this disk.
+    """
+
+    floor: str = ""
+    failures: dict[str, int] = field(default_factory=dict)
+    present_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admit:
+    """It may run, as ``variant``; ``fetch_bytes`` are still to come."""
+
+    variant: str
+    fetch_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refuse:
+    """It may not. ``code`` is of the update vocabulary."""
+
+    code: str
+    detail: str
+
+
+def exhausted(failures: dict[str, int]) -> str | None:
+    """The reason of which the bundle has used up its attempts, or None."""
+    for reason, count in sorted(failures.items()):
+        limit = ATTEMPTS.get(reason)
+        if limit is not None and count >= limit:
+            return reason
+    return None
+
+
+def below_floor(version: str, floor: str) -> bool:
+    """Whether the floor forbids to activate the version."""
+    return bool(floor) and ids.version_key(version) < ids.version_key(floor)
+
+
+def admit(manifest: Manifest, device: Device, memory: Memory) -> Admit | Refuse:
+    """Decides. With several variants that fit, the first in the manifest wins: its author ordered them."""
+    spent = exhausted(memory.failures)
+    if spent is not None:
+        return Refuse(code="attempts_exhausted", detail=f"{spent} {memory.failures[spent]} times")
+    if manifest.min_agent and ids.version_key(device.agent) < ids.version_key(manifest.min_agent):
+        return Refuse(code="agent_too_old", detail=f"wants agent {manifest.min_agent}, this is {device.agent}")
+    lacking = sorted(set(manifest.requires) - device.abilities)
+    if lacking:
+        return Refuse(code="agent_too_old", detail=f"this agent lacks {', '.join(lacking)}")
+    if below_floor(manifest.version, memory.floor):
+        return Refuse(code="below_floor", detail=f"{manifest.model} {manifest.version} is below floor {memory.floor}")
+    refusals: list[Refuse] = []
+    for variant in manifest.variants:
+        answer = _admit_variant(variant, device, memory)
+        if isinstance(answer, Admit):
+            return answer
+        refusals.append(answer)
+    # The variant that came furthest says what to fix.
+    return max(refusals, key=lambda refusal: _ORDER.index(refusal.code))
+
+
+_ORDER = ("no_variant", "runtime_missing", "not_enough_memory", "not_enough_disk")
+
+
+def _admit_variant(variant: Variant, device: Device, memory: Memory) -> Admit | Refuse:
+    if variant.arch and device.arch not in variant.arch:
+        return Refuse(code="no_variant", detail=f"{variant.id} is for {', '.join(variant.arch)}, this is {device.arch}")
+    version = device.runtimes.get(variant.runtime)
+    if version is None:
+        return Refuse(code="runtime_missing", detail=f"{variant.id} wants {variant.runtime}, which is not installed")
+    if variant.min and _numbers(version) < _numbers(variant.min):
+        return Refuse(
+            code="runtime_missing", detail=f"{variant.id} wants {variant.runtime} {variant.min}, here is {version}"
+        )
+    free_mb = device.memory_free_mb - device.memory_reserve_mb
+    if variant.needs.rss_mb > free_mb:
+        return Refuse(
+            code="not_enough_memory", detail=f"{variant.id} wants {variant.needs.rss_mb} MB, {free_mb:.0f} MB are free"
+        )
+    fetch_bytes = max(0, sum(file.size for file in variant.files) - memory.present_bytes)
+    wanted_mb = max(float(variant.needs.disk_mb), fetch_bytes / 1e6) if fetch_bytes else 0.0
+    room_mb = device.disk_free_mb - device.disk_reserve_mb
+    if wanted_mb > room_mb:
+        return Refuse(
+            code="not_enough_disk", detail=f"{variant.id} wants {wanted_mb:.1f} MB, {room_mb:.1f} MB are free"
+        )
+    return Admit(variant=variant.id, fetch_bytes=fetch_bytes)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading dotted numbers of a runtime's version: these need not be semantic versions."""
+    numbers: list[int] = []
+    for part in version.split("."):
+        digits = ""
+        for character in part:
+            if not character.isdigit():
+                break
+            digits += character
+        if not digits:
+            break
+        numbers.append(int(digits))
+        if digits != part:
+            break
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)

@@ -1,0 +1,195 @@
+"""The update lifecycle: one table (state, event) -> (state, effects) that can be printed.
+
+Theory of operation. One update is under way at a time: one model goes from one bundle to another. The supervisor feeds
+events to ``step``, stores the update that comes back, and only then carries out the effects; an effect's outcome is the
+next event. So a power cut at any point finds a stored state, and ``Booted`` says what follows from it. Which bundle runs
+is not decided here: the slots' pointer file says so, and only ``CONFIRM`` and a revert ordered by a person change it.
+
+``idle``, ``confirmed`` and ``confirmed_on_golden`` rest: the next ``Assigned`` starts from them. Every failure passes through
+``revert`` to ``idle`` and keeps its reason code. A pair that the table lacks is an answer that came too late: ``step``
+ignores it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from skerry_contract.window import Instant
+
+from skerry_agent.core import effects as e
+from skerry_agent.core.effects import Effect
+
+State = Literal["idle", "fetch", "verify", "stage", "prove", "trial", "confirmed", "confirmed_on_golden", "revert"]
+STATES: tuple[State, ...] = (
+    "idle", "fetch", "verify", "stage", "prove", "trial", "confirmed", "confirmed_on_golden", "revert",
+)  # fmt: skip
+RESTING: frozenset[State] = frozenset({"idle", "confirmed", "confirmed_on_golden"})
+
+DEADLINES_S: dict[State, float] = {"fetch": 3600.0, "verify": 600.0, "stage": 120.0, "prove": 180.0, "revert": 120.0}
+"""How long a state may last, seconds. The trial's time comes from the group's settings."""
+
+ATTEMPTS: dict[str, int] = {
+    "bad_signature": 3, "hash_mismatch": 3, "size_mismatch": 3, "malformed_manifest": 1,
+    "model_damaged": 2, "operator_unknown": 1, "golden_failed": 1, "runtime_crashed": 2, "start_timeout": 2,
+    "trial_crashed": 1, "trial_errors": 1, "trial_slow": 1, "reverted_by_operator": 1,
+    "runtime_crashed@boot": 3, "trial_crashed@boot": 2,
+}  # fmt: skip
+"""How often a bundle may fail for a reason before it is refused with ``attempts_exhausted``, until a person clears it.
+
+Codes that are not here never exhaust: they speak of the network or of this device's room, which change. ``@boot`` marks
+an update that ended with the supervisor's own process: a power cut is likelier than the bundle's fault.
+"""
+
+
+class Update(msgspec.Struct, frozen=True, kw_only=True):
+    """The update under way or last ended; stored as it is.
+
+    Attributes:
+        attempt: of this bundle, from 1.
+        since: when the state was entered.
+        code, detail: why it failed; empty while nothing did.
+        failed_in: the state that failed, for ``revert`` and after it.
+        at_boot: it ended with the supervisor's process.
+    """
+
+    state: State = "idle"
+    model: str = ""
+    digest: str = ""
+    version: str = ""
+    variant: str = ""
+    arm: e.Arm = "none"
+    rollout: str = ""
+    stage: int = 0
+    attempt: int = 0
+    since: Instant = Instant("", 0, 0, False)
+    code: str = ""
+    detail: str = ""
+    failed_in: str = ""
+    at_boot: bool = False
+
+    @property
+    def resting(self) -> bool:
+        """Whether nothing is under way."""
+        return self.state in RESTING
+
+    @property
+    def penalty(self) -> str:
+        """The entry of ``ATTEMPTS`` that this failure counts under."""
+        return f"{self.code}@boot" if self.at_boot else self.code
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """One cell of the table. ``code`` is the reason when the event brings none."""
+
+    to: State
+    effects: tuple[Effect, ...] = ()
+    code: str = ""
+
+
+def _table() -> dict[tuple[State, type[e.Event]], Move]:
+    record, discard, penalise = Effect.RECORD, Effect.DISCARD, Effect.PENALISE
+    table: dict[tuple[State, type[e.Event]], Move] = {
+        ("fetch", e.ManifestFetched): Move(to="fetch", effects=(Effect.ADMIT,)),
+        ("fetch", e.Admitted): Move(to="fetch", effects=(Effect.FETCH_FILES,)),
+        ("fetch", e.FilesFetched): Move(to="verify", effects=(record, Effect.VERIFY_FILES)),
+        ("verify", e.Verified): Move(to="stage", effects=(record, Effect.STAGE_SLOT)),
+        ("stage", e.Staged): Move(to="prove", effects=(record, Effect.START_WORKER)),
+        ("prove", e.Proved): Move(to="trial", effects=(record, Effect.HAND_OVER)),
+        ("trial", e.HandedOver): Move(to="trial", effects=(Effect.WATCH_TRIAL,)),
+        ("trial", e.Rekeyed): Move(to="trial", effects=(record,)),
+        ("trial", e.TrialKept): Move(to="confirmed", effects=(Effect.CONFIRM, record)),
+        ("trial", e.TrialQuiet): Move(to="confirmed_on_golden", effects=(Effect.CONFIRM, record)),
+        ("revert", e.Reverted): Move(to="idle", effects=(record,)),
+        ("revert", e.Deadline): Move(to="revert", effects=(Effect.RESTORE,)),
+        # What a restarted supervisor finds. It runs what the pointer file calls confirmed, whatever stands here.
+        ("prove", e.Booted): Move(to="idle", effects=(penalise, record), code="runtime_crashed"),
+        ("trial", e.Booted): Move(to="idle", effects=(penalise, record), code="trial_crashed"),
+        ("revert", e.Booted): Move(to="idle", effects=(record,)),
+        ("confirmed", e.Booted): Move(to="confirmed", effects=(Effect.CONFIRM,)),
+        ("confirmed_on_golden", e.Booted): Move(to="confirmed_on_golden", effects=(Effect.CONFIRM,)),
+    }
+    fetching: tuple[State, ...] = ("fetch", "verify", "stage")
+    for state in fetching:
+        table[state, e.Failed] = Move(to="revert", effects=(penalise, record, discard))
+        table[state, e.Deadline] = Move(to="revert", effects=(penalise, record, discard), code="timeout")
+        table[state, e.Withdrawn] = Move(to="revert", effects=(record, discard), code="withdrawn")
+        table[state, e.Booted] = Move(to="idle", effects=(record,), code="interrupted")
+    table["prove", e.Failed] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW))
+    table["prove", e.Deadline] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW), code="start_timeout")
+    table["prove", e.Withdrawn] = Move(to="revert", effects=(record, Effect.STOP_NEW), code="withdrawn")
+    table["trial", e.Failed] = Move(to="revert", effects=(penalise, record, Effect.RESTORE))
+    table["trial", e.Withdrawn] = Move(to="revert", effects=(record, Effect.RESTORE), code="withdrawn")
+    table["trial", e.RevertOrdered] = Move(
+        to="revert", effects=(penalise, record, Effect.RESTORE), code="reverted_by_operator"
+    )
+    resting: tuple[State, ...] = ("idle", "confirmed", "confirmed_on_golden")
+    for state in resting:
+        table[state, e.Assigned] = Move(to="fetch", effects=(record, Effect.FETCH_MANIFEST))
+        table[state, e.RevertOrdered] = Move(
+            to="revert", effects=(penalise, record, Effect.RESTORE), code="reverted_by_operator"
+        )
+    return table
+
+
+TABLE = _table()
+
+
+def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Effect, ...]]:
+    """The update after an event, and what to do once it is stored.
+
+    Args:
+        update: as last stored.
+        event: what happened.
+        at: when; becomes ``since`` when the state changes.
+
+    Returns:
+        The new update and its effects; the same update and none for a pair that the table lacks.
+    """
+    move = TABLE.get((update.state, type(event)))
+    if move is None:
+        return update, ()
+    changed: dict[str, object] = {"state": move.to}
+    if move.to != update.state:
+        changed["since"] = at
+    match event:
+        case e.Assigned():
+            begun = msgspec.structs.asdict(event)
+            return Update(state=move.to, since=at, **begun), move.effects
+        case e.RevertOrdered() if update.state != "trial":
+            ordered = msgspec.structs.asdict(event)
+            update = Update(failed_in=update.state, attempt=1, **ordered)
+        case e.Admitted():
+            changed["variant"] = event.variant
+        case e.Rekeyed():
+            changed.update(arm=event.arm, rollout=event.rollout, stage=event.stage)
+        case e.TrialKept() | e.TrialQuiet():
+            changed["detail"] = event.detail
+        case _:
+            pass
+    failing = move.to == "revert" and update.state != "revert"
+    if isinstance(event, e.Failed) and failing:
+        changed.update(code=event.code, detail=event.detail)
+    elif move.code:
+        changed["code"] = move.code
+    if failing or (isinstance(event, e.Booted) and move.code):
+        changed["failed_in"] = update.failed_in or update.state
+        changed["at_boot"] = isinstance(event, e.Booted)
+    return msgspec.structs.replace(update, **changed), move.effects
+
+
+def printed() -> str:
+    """The table as text: one line per cell, states in order, then deadlines and attempt limits."""
+    lines = ["state               event            -> state               effects"]
+    for state in STATES:
+        for event in e.EVENTS:
+            move = TABLE.get((state, event))
+            if move is None:
+                continue
+            reason = f" [{move.code}]" if move.code else ""
+            names = ", ".join(effect.name.lower() for effect in move.effects) or "-"
+            lines.append(f"{state:<19} {event.__name__:<16} -> {move.to:<19} {names}{reason}")
+    lines += ["", "deadlines, seconds: " + ", ".join(f"{state} {limit:g}" for state, limit in DEADLINES_S.items())]
+    lines[-1] += ", trial as the group's settings say"
+    lines.append("attempts by reason: " + ", ".join(f"{code} {limit}" for code, limit in ATTEMPTS.items()))
+    return "\n".join(lines)

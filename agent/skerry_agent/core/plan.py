@@ -1,0 +1,120 @@
+"""What the group document asks of this device: keep, count under another key, or update; per model.
+
+``skerry_contract.group.assign`` says what should run; this module compares it with what does run and with what the device
+had to refuse. A device that cannot run the candidate goes to stable, one that cannot run stable to the fallback, and it
+counts under no arm then: it is neither candidate nor control. A model that the document no longer names keeps serving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from skerry_contract import group as g
+from skerry_contract import ids
+
+from skerry_agent.core.effects import Arm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Running:
+    """What answers for a model now, and the key it counts under."""
+
+    digest: str
+    arm: Arm = "none"
+    rollout: str = ""
+    stage: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keep:
+    """Nothing changes. ``why``: ``as_assigned``, ``agent_too_old``, ``not_assigned``, ``refused`` or ``not_open``."""
+
+    model: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rekey:
+    """The same bundle, counted under another key from now on."""
+
+    model: str
+    arm: Arm
+    rollout: str
+    stage: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """Another bundle."""
+
+    model: str
+    digest: str
+    version: str
+    arm: Arm
+    rollout: str
+    stage: int
+
+
+Step = Keep | Rekey | Change
+
+
+def plan(
+    document: g.GroupDocument,
+    device: ids.DeviceId,
+    stratum: str,
+    running: Mapping[str, Running],
+    refused: Collection[str],
+    now_s: float,
+) -> tuple[Step, ...]:
+    """One step per model, sorted by name.
+
+    Args:
+        document: verified and parsed.
+        device, stratum: who asks.
+        running: by model.
+        refused: digests that this device refused at this look, or whose attempts are used up.
+        now_s: seconds since 1970, for ``opens_at``.
+    """
+    models = sorted({*running, *document.models, *document.pins.get(g.pin_key(document.group, device), {})})
+    if g.missing_abilities(document):
+        return tuple(Keep(model=model, why="agent_too_old") for model in models)
+    return tuple(_step(document, device, stratum, model, running.get(model), refused, now_s) for model in models)
+
+
+def _step(
+    document: g.GroupDocument,
+    device: ids.DeviceId,
+    stratum: str,
+    model: str,
+    now: Running | None,
+    refused: Collection[str],
+    now_s: float,
+) -> Step:
+    assigned = g.assign(document, device, model, stratum)
+    if assigned is None:
+        return Keep(model=model, why="not_assigned")
+    group_plan = document.models.get(model)
+    rollout = group_plan.rollout if group_plan is not None else None
+    if assigned.reason == "candidate" and rollout is not None and now_s < rollout.opens_at:
+        if now is not None and now.digest != assigned.digest:
+            return Keep(model=model, why="not_open")
+    if assigned.digest not in refused:
+        return _toward(model, now, assigned.digest, assigned.version, assigned.arm, assigned.rollout, assigned.stage)
+    others: list[g.Target] = []
+    if group_plan is not None:
+        others = [target for target in (group_plan.stable, group_plan.fallback) if target is not None]
+    for target in others:
+        if target.digest not in refused:
+            return _toward(model, now, target.digest, target.version, "none", "", 0)
+    if now is not None and (now.arm, now.rollout, now.stage) != ("none", "", 0):
+        return Rekey(model=model, arm="none", rollout="", stage=0)
+    return Keep(model=model, why="refused")
+
+
+def _toward(model: str, now: Running | None, digest: str, version: str, arm: Arm, rollout: str, stage: int) -> Step:
+    if now is None or now.digest != digest:
+        return Change(model=model, digest=digest, version=version, arm=arm, rollout=rollout, stage=stage)
+    if (now.arm, now.rollout, now.stage) != (arm, rollout, stage):
+        return Rekey(model=model, arm=arm, rollout=rollout, stage=stage)
+    return Keep(model=model, why="as_assigned")

@@ -1,0 +1,95 @@
+"""The server's device API, ``/device/v1``: enrol, self, renew.
+
+Owns the requests and reading the answers; what the answers are believed for is the caller's matter.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from skerry_agent.courier import keys, transport
+from skerry_agent.errors import Rejected, Transient
+
+BASE = "/device/v1"
+MAX_ANSWER_BYTES = 256 * 1024
+
+
+class DeviceApi:
+    """Requests to one server.
+
+    Args:
+        web: trusts the fleet's CA.
+        server_url: ``https://host:port``.
+        now_s: the best known now; replaced by the server's own time where a token needs it.
+    """
+
+    def __init__(self, web: transport.Web, server_url: str, now_s: float) -> None:
+        self._web = web
+        self._url = server_url.rstrip("/")
+        self._now_s = now_s
+
+    def enrol(self, token: str, csr_pem: str, asked_id: str) -> dict[str, Any]:
+        """Trades the enrolment token and a certificate request for an identity.
+
+        Raises:
+            Rejected: the server's own code, e.g. ``bad_enrolment_token``.
+            Transient: unreachable, or the server cannot now.
+        """
+        wish = {"token": token, "csr": csr_pem, **({"device_id": asked_id} if asked_id else {})}
+        return self._ask("POST", f"{BASE}/enrol", json.dumps(wish).encode(), {})
+
+    def membership(self, key: ec.EllipticCurvePrivateKey, device: str) -> dict[str, Any]:
+        """``/self``: {group, tags, version}. Raises as ``enrol``; a revoked device gets ``unknown_device``."""
+        return self._signed(key, device, "GET", f"{BASE}/self", b"")
+
+    def renew(self, key: ec.EllipticCurvePrivateKey, device: str, csr_pem: str) -> dict[str, Any]:
+        """A new certificate for the same key. Raises as ``enrol``."""
+        return self._signed(key, device, "POST", f"{BASE}/renew", json.dumps({"csr": csr_pem}).encode())
+
+    def _signed(
+        self, key: ec.EllipticCurvePrivateKey, device: str, method: str, path: str, body: bytes
+    ) -> dict[str, Any]:
+        nonce = self._ask("GET", f"{BASE}/nonce", b"", {})
+        # A device whose clock is wrong dates its token by the server's, which TLS has just vouched for.
+        token = keys.request_token(
+            key,
+            device=device,
+            method=method,
+            path=path,
+            body=body,
+            nonce=_text(nonce, "nonce"),
+            now_s=self._now_s,
+        )
+        return self._ask(method, path, body, {"Authorization": f"Skerry-JWT {token}"})
+
+    def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> dict[str, Any]:
+        url = self._url + path
+        headers = {**headers, **({"Content-Type": "application/json"} if body else {})}
+        with self._web.open(method, url, headers=headers, body=body or None, redirects=0) as response:
+            data = transport.read(response, MAX_ANSWER_BYTES, url)
+            date = email.utils.parsedate_tz(response.headers.get("Date", ""))
+        if date is not None:
+            self._now_s = float(email.utils.mktime_tz(date))
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            value = None
+        if response.status in (200, 201) and isinstance(value, dict):
+            return value
+        fault = value.get("error") if isinstance(value, dict) else None
+        code, message = (fault.get("code"), fault.get("message")) if isinstance(fault, dict) else (None, None)
+        told = f"{url}: HTTP {response.status}: {str(message)[:500]}"
+        if response.status >= 500 or response.status in (408, 425, 429) or not isinstance(code, str):
+            raise Transient("unreachable", told)
+        raise Rejected(code[:60], told)
+
+
+def _text(answer: dict[str, Any], field: str) -> str:
+    value = answer.get(field)
+    if not isinstance(value, str) or not value:
+        raise Transient("unreachable", f"the server's answer lacks {field}")
+    return value

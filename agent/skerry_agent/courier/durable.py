@@ -1,0 +1,81 @@
+"""Writing files so that a power cut leaves the old one or the new one, and couriers out of each other's way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from skerry_agent.errors import AgentError, Degraded, Transient
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replaces ``path`` by ``data``; on return both the file and its name are on disk. Raises ``OSError``."""
+    scratch = path.with_name(f".{path.name}.new")
+    # A leftover of a crash is overwritten, so scratch files never pile up. It may have another mode: begin afresh.
+    scratch.unlink(missing_ok=True)
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder and its parents, each 0700; every new name is on disk on return. Raises ``OSError``."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(new.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone(path: Path, wait_s: float) -> Iterator[None]:
+    """Holds a lock file: a courier that outlived its supervisor must not write beside a new one.
+
+    Raises:
+        Transient: ``busy`` when the other is not done within ``wait_s``.
+    """
+    make_folder(path.parent)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Transient("busy", f"another courier holds {path.name}") from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def disk_error(error: OSError) -> AgentError:
+    """What an ``OSError`` of the local disk means to the supervisor."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in _FULL:
+        return Degraded("not_enough_disk", f"{error.strerror}{where}", advice="make room on the disk")
+    return Degraded("storage_failed", f"{error.strerror or error}{where}", advice="check the disk and its rights")

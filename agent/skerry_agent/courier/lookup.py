@@ -1,0 +1,181 @@
+"""The verbs ``sync`` and ``manifest``: what should this device run, and is it approved?
+
+Owns the order of the questions. The answers are verified here as far as signatures go; floors, windows and whether the
+bundle fits this device are the supervisor's.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from skerry_contract import canonical, floors, group, ids, layout
+from skerry_contract import manifest as manifests
+from skerry_contract.errors import ContractError
+from tuf.api.exceptions import LengthOrHashMismatchError
+
+from skerry_agent.courier import device_api, durable, keys, requests, transport, updater
+from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
+
+_LOCK_WAIT_S = 20.0
+
+
+def sync(request: requests.Sync) -> dict[str, Any]:
+    """Refreshes the metadata and reads the group document and the floors.
+
+    An expired or missing catalog does not fail the errand: the group document may still send the device back to what it has
+    confirmed. Then ``floors`` is None and ``catalog_error`` says why.
+
+    Returns:
+        ``tuf`` {role: version}, ``signed_at`` with ``online_keys`` whose word it is, ``group``, ``group_document`` (canonical
+        JSON text, None when the group has none), ``floors``, ``catalog_error`` {code, detail} or None, ``membership`` (None
+        when the server could not be asked, then ``self_error`` {kind, code, detail}).
+
+    Raises:
+        AgentError: what keeps the device from knowing its group document.
+    """
+    try:
+        name = ids.group_name(request.group)
+    except ContractError as error:
+        raise Rejected("bad_request", str(error)) from None
+    web = _web(request)
+    with durable.alone(request.tuf / "lock", _LOCK_WAIT_S):
+        membership, self_error = _membership(request, web)
+        if membership is not None:
+            name = membership["group"]
+        fresh = _open(request, web)
+        try:
+            fresh.refresh()
+            document = fresh.document(layout.group_target(name), group.MAX_BYTES)
+        except Exception as error:
+            raise _named(error) from error
+        if document is not None:
+            _check_group(document, name)
+        found, catalog_error = _floors(fresh)
+    return {
+        "tuf": fresh.versions(),
+        "signed_at": fresh.signed_at,
+        "online_keys": list(fresh.online_keys),
+        "group": name,
+        "group_document": None if document is None else document.decode(),
+        "floors": found,
+        "catalog_error": catalog_error,
+        "membership": membership,
+        "self_error": self_error,
+    }
+
+
+def manifest(request: requests.Manifest) -> dict[str, Any]:
+    """The manifest of a bundle that the approvers signed for, as text under ``manifest``.
+
+    Raises:
+        AgentError: ``not_in_catalog`` when the catalog does not list this version, or lists it as another digest;
+            ``malformed_manifest``; and every code of ``updater.explain``.
+    """
+    wanted = f"{request.model}@{request.version}"
+    try:
+        digest = ids.bundle_digest(request.digest)
+        target = layout.manifest_target(ids.model_name(request.model), request.version)
+    except ContractError as error:
+        raise Rejected("bad_request", str(error)) from None
+    web = _web(request)
+    with durable.alone(request.tuf / "lock", _LOCK_WAIT_S):
+        fresh = _open(request, web)
+        try:
+            fresh.refresh()
+            info = fresh.get_targetinfo(target)
+            if info is None:
+                raise Rejected("not_in_catalog", f"{wanted}: the catalog does not list it")
+            if info.hashes.get("sha256") != digest:
+                listed = info.hashes.get("sha256")
+                raise Rejected("not_in_catalog", f"{wanted}: the catalog lists it as {listed}, not as {digest}")
+            data = fresh.fetch_target(info, manifests.MAX_BYTES)
+            # What the signed length and hash vouch for is the digest that was asked for. Believing it twice costs nothing.
+            if canonical.sha256(data) != digest:
+                raise LengthOrHashMismatchError(f"{wanted}: the manifest is not of digest {digest}")
+        except Exception as error:
+            raise _named(error) from error
+    try:
+        parsed = manifests.parse(data)
+    except ContractError as error:
+        raise Rejected("malformed_manifest", f"{wanted}: {error}") from None
+    if (parsed.model, parsed.version) != (request.model, request.version):
+        raise Rejected("malformed_manifest", f"{wanted}: the manifest is of {parsed.model}@{parsed.version}")
+    return {"manifest": data.decode(), "tuf": fresh.versions(), "signed_at": fresh.signed_at}
+
+
+def _web(request: requests.Common) -> transport.Web:
+    path = request.identity / "fleet-ca.pem"
+    try:
+        ca_pem = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Degraded("not_enrolled", f"{path}: {error}", advice="enrol the device") from None
+    return transport.Web(
+        server_url=request.server_url, ca_pem=ca_pem, reference_s=request.reference_s, gap_s=request.limits.gap_s
+    )
+
+
+def _open(request: requests.Common, web: transport.Web) -> updater.DeviceUpdater:
+    root = updater.read_root(request.identity)
+    try:
+        return updater.DeviceUpdater(
+            request.tuf,
+            request.repository_url,
+            fetcher=updater.Fetcher(web),
+            bootstrap=root,
+            now_s=request.now_s,
+            lower_bound_s=request.lower_bound_s,
+            lower_bound_keys=request.lower_bound_keys,
+        )
+    except Exception as error:
+        raise _named(error) from error
+
+
+def _named(error: Exception) -> Exception:
+    return updater.explain(error) or error
+
+
+def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, Any] | None, dict[str, str] | None]:
+    """What the server says of this device. Its silence must not keep the device from its group document."""
+    try:
+        enrolled = json.loads((request.identity / "enrolled.json").read_bytes())
+        key = keys.load_key(request.identity)
+        api = device_api.DeviceApi(web, request.server_url, request.reference_s)
+        answer = api.membership(key, str(enrolled["device_id"]))
+        membership = {
+            "group": ids.group_name(answer.get("group")),
+            "tags": {str(k): str(v) for k, v in dict(answer.get("tags") or {}).items()},
+            "version": int(answer.get("version", 0)),
+        }
+    except AgentError as error:
+        return None, {"kind": type(error).__name__.lower(), "code": error.code, "detail": error.detail}
+    except (OSError, ValueError, KeyError, TypeError, ContractError) as error:
+        return None, {"kind": "rejected", "code": "malformed_answer", "detail": f"{type(error).__name__}: {error}"}
+    return membership, None
+
+
+def _check_group(document: bytes, name: str) -> None:
+    try:
+        parsed = group.parse(document)
+    except ContractError as error:
+        raise Rejected(getattr(error, "code", "malformed"), f"group {name}: {error}") from None
+    if parsed.group != name:
+        raise Rejected("malformed", f"group {name}: the document is of group {parsed.group}")
+
+
+def _floors(fresh: updater.DeviceUpdater) -> tuple[dict[str, str] | None, dict[str, str] | None]:
+    try:
+        data = fresh.document(layout.FLOORS_TARGET, floors.MAX_BYTES)
+        if data is None:
+            return None, {"code": "not_in_catalog", "detail": f"the catalog does not list {layout.FLOORS_TARGET}"}
+        return floors.parse(data), None
+    except ContractError as error:
+        return None, {"code": error.code, "detail": str(error)}
+    except Exception as error:
+        explained = updater.explain(error)
+        if explained is None or isinstance(explained, Degraded):
+            raise
+        # Not being reached is a failure of the errand: the next try may bring the floors.
+        if isinstance(explained, Transient):
+            raise explained from error
+        return None, {"code": explained.code, "detail": explained.detail}

@@ -1,0 +1,205 @@
+"""HTTPS on the standard library: connections, whom they trust, and bounded reading.
+
+Trust: our server is known by the fleet's CA and by nothing else. Any other host that serves the repository (a bucket, a CDN)
+is known by the system's CAs; what it serves is verified by TUF all the same. Plain HTTP is refused.
+
+A device may not know the time. So the fleet CA's certificates are not judged by the wall clock: they must not have expired
+before the lower bound of now that verified metadata gave, and "not yet valid" is not asked, since a clock at 1970 would say so of
+everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ssl
+from collections.abc import Iterator, Mapping
+from urllib.parse import urljoin, urlsplit
+
+from skerry_agent.errors import Rejected, Transient
+
+PIECE_BYTES = 1 << 16
+MAX_REDIRECTS = 3
+_REDIRECTS = (301, 302, 303, 307, 308)
+# X509_V_FLAG_NO_CHECK_TIME of OpenSSL; Python's ssl does not name it. The end of validity is checked below.
+_NO_CHECK_TIME = 0x200000
+USER_AGENT = "skerry-agent"
+
+
+class Web:
+    """Requests to our server and to whoever serves the repository. Keeps one connection per host.
+
+    Args:
+        server_url: whoever answers there must show a certificate of ``ca_pem``.
+        ca_pem: the fleet's CA.
+        reference_s: the best known now, seconds since 1970.
+        gap_s: longest silence on a connection.
+    """
+
+    def __init__(self, *, server_url: str, ca_pem: str, reference_s: float, gap_s: float) -> None:
+        self._server = _origin(server_url)
+        self._reference_s = reference_s
+        self._gap_s = gap_s
+        self._fleet = fleet_context(ca_pem)
+        self._public: ssl.SSLContext | None = None
+        self._connections: dict[tuple[str, int], http.client.HTTPSConnection] = {}
+
+    @contextlib.contextmanager
+    def open(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        redirects: int = MAX_REDIRECTS,
+    ) -> Iterator[http.client.HTTPResponse]:
+        """One request; the response's body is still to be read, with ``pieces`` or ``read``.
+
+        Raises:
+            Transient: ``unreachable`` or ``timeout``.
+            Rejected: ``bad_url`` for anything but https, and for a redirect of our server's API.
+        """
+        for _ in range(redirects + 1):
+            response, connection = self._ask(method, url, dict(headers or {}), body)
+            if response.status in _REDIRECTS and method == "GET" and redirects:
+                location = response.headers.get("Location", "")
+                connection.close()
+                url = urljoin(url, location)
+                continue
+            break
+        else:
+            raise Transient("unreachable", f"{url}: more than {redirects} redirects")
+        try:
+            yield response
+        finally:
+            if not response.isclosed():
+                # Something is left unread: the next request needs a clean connection.
+                connection.close()
+
+    def get(self, url: str, *, max_bytes: int) -> tuple[int, bytes]:
+        """Status and body of a small document.
+
+        Raises:
+            Transient: as ``open``.
+            Rejected: ``size_mismatch`` when it is longer than ``max_bytes``.
+        """
+        with self.open("GET", url) as response:
+            return response.status, read(response, max_bytes, url)
+
+    def close(self) -> None:
+        """Closes every connection."""
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
+
+    def _ask(
+        self, method: str, url: str, headers: dict[str, str], body: bytes | None
+    ) -> tuple[http.client.HTTPResponse, http.client.HTTPSConnection]:
+        host, port = _origin(url)
+        parts = urlsplit(url)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **headers}
+        with _named(url):
+            for fresh in (False, True):
+                connection = self._connections.get((host, port))
+                reused = connection is not None and connection.sock is not None
+                if connection is None:
+                    connection = http.client.HTTPSConnection(
+                        host, port, timeout=self._gap_s, context=self._context(host, port)
+                    )
+                    self._connections[host, port] = connection
+                try:
+                    if connection.sock is None:
+                        connection.connect()
+                        self._judge(connection, host, port)
+                    connection.request(method, target, body=body, headers=headers)
+                    return connection.getresponse(), connection
+                except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+                    # A kept connection that the peer had closed meanwhile: once more on a new one.
+                    connection.close()
+                    if fresh or not reused:
+                        raise
+                except BaseException:
+                    connection.close()
+                    raise
+        raise AssertionError("the second round returns or raises")
+
+    def _context(self, host: str, port: int) -> ssl.SSLContext:
+        if (host, port) == self._server:
+            return self._fleet
+        if self._public is None:
+            self._public = ssl.create_default_context()
+        return self._public
+
+    def _judge(self, connection: http.client.HTTPSConnection, host: str, port: int) -> None:
+        """The part of the certificate check that ``_NO_CHECK_TIME`` left out."""
+        if (host, port) != self._server:
+            return
+        certificate = connection.sock.getpeercert() or {}
+        ends = str(certificate.get("notAfter", ""))
+        if not ends or ssl.cert_time_to_seconds(ends) < self._reference_s:
+            connection.close()
+            raise Transient("unreachable", f"{host}:{port}: its certificate expired {ends}")
+
+
+def pieces(response: http.client.HTTPResponse, what: str) -> Iterator[bytes]:
+    """The body as it arrives, at most ``PIECE_BYTES`` at a time.
+
+    Raises:
+        Transient: ``unreachable`` when it ends early, ``timeout``. What the caller does with a piece raises as it is.
+    """
+    while True:
+        with _named(what):
+            piece = response.read1(PIECE_BYTES)
+            if not piece and response.length:
+                raise http.client.IncompleteRead(b"", response.length)
+        if not piece:
+            return
+        yield piece
+
+
+def read(response: http.client.HTTPResponse, max_bytes: int, what: str) -> bytes:
+    """The whole body. Raises ``Rejected`` (``size_mismatch``) when it is longer than ``max_bytes``."""
+    data = bytearray()
+    for piece in pieces(response, what):
+        data += piece
+        if len(data) > max_bytes:
+            raise Rejected("size_mismatch", f"{what}: more than {max_bytes} bytes")
+    return bytes(data)
+
+
+def fleet_context(ca_pem: str) -> ssl.SSLContext:
+    """TLS that trusts the fleet's CA only, names checked. Raises ``Rejected`` (``bad_ca``) when it is no certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(cadata=ca_pem)
+    except (ssl.SSLError, ValueError) as error:
+        raise Rejected("bad_ca", f"the fleet's CA is no certificate in PEM: {error}") from None
+    context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
+    return context
+
+
+@contextlib.contextmanager
+def _named(url: str) -> Iterator[None]:
+    """Says of a failing connection what it was for. ``Transient`` and ``Rejected`` pass as they are."""
+    where = url.partition("?")[0]
+    try:
+        yield
+    except TimeoutError as error:
+        raise Transient("timeout", f"{where}: {error}") from error
+    except ssl.SSLCertVerificationError as error:
+        raise Transient("unreachable", f"{where}: its certificate is not trusted: {error.verify_message}") from error
+    except (http.client.HTTPException, OSError) as error:
+        raise Transient("unreachable", f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _origin(url: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme == "https" and parts.hostname and parts.username is None:
+            return parts.hostname, parts.port or 443
+    except ValueError:
+        pass
+    raise Rejected("bad_url", f"wanted https://host[:port]/..., got {url[:200]!r}")

@@ -1,0 +1,109 @@
+"""Runs a courier: a short-lived process with one JSON object in and JSON lines out.
+
+``python -m skerry_agent.courier <verb>`` answers ``{"progress": ...}`` any number of times, then one ``{"ok": ...}`` or
+``{"error": {"kind", "code", "detail"}}``. What is heavy (TUF, cryptography, downloads) lives there, so that the supervisor
+stays small. A courier that dies or says nothing is a transient failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from skerry_agent.errors import Transient, by_kind
+
+COURIER: tuple[str, ...] = (sys.executable, "-m", "skerry_agent.courier")
+_MAX_LINE = 16 << 20
+_KEPT_STDERR = 2000
+
+
+class Errands:
+    """Starts couriers.
+
+    Args:
+        command: what to run; the verb is added.
+    """
+
+    def __init__(self, command: Sequence[str] = COURIER) -> None:
+        self._command = tuple(command)
+
+    async def run(
+        self,
+        verb: str,
+        message: dict[str, Any],
+        *,
+        timeout_s: float,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """One errand.
+
+        Returns:
+            The object under ``ok``.
+
+        Raises:
+            AgentError: as the courier reported it; ``Transient`` with ``timeout`` or ``courier_crashed`` when it did not.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            verb,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_MAX_LINE,
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer, complaint = await asyncio.gather(
+                    _converse(process, msgspec.json.encode(message), on_progress), _tail(process)
+                )
+                await process.wait()
+        except TimeoutError:
+            raise Transient("timeout", f"courier {verb} took more than {timeout_s:g} s") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if answer is None:
+            detail = complaint.strip().splitlines()[-1:] or ["no answer"]
+            raise Transient("courier_crashed", f"courier {verb} ended with {process.returncode}: {detail[0]}")
+        if "ok" in answer:
+            return dict(answer["ok"])
+        error = answer["error"]
+        raise by_kind(str(error.get("kind")), str(error.get("code")), str(error.get("detail", "")))
+
+
+async def _converse(
+    process: asyncio.subprocess.Process, message: bytes, on_progress: Callable[[dict[str, Any]], None] | None
+) -> dict[str, Any] | None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(message + b"\n")
+        await process.stdin.drain()
+        process.stdin.close()
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    answer: dict[str, Any] | None = None
+    while line := await process.stdout.readline():
+        try:
+            value = msgspec.json.decode(line)
+        except msgspec.DecodeError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("progress"), dict):
+            if on_progress is not None:
+                on_progress(value["progress"])
+        elif isinstance(value, dict) and (isinstance(value.get("ok"), dict) or isinstance(value.get("error"), dict)):
+            answer = value
+    return answer
+
+
+async def _tail(process: asyncio.subprocess.Process) -> str:
+    assert process.stderr is not None
+    kept = b""
+    while chunk := await process.stderr.read(65536):
+        kept = (kept + chunk)[-_KEPT_STDERR:]
+    return kept.decode(errors="replace")

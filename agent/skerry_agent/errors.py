@@ -1,0 +1,48 @@
+"""What goes wrong on a device, grouped by what the caller does next.
+
+``Transient``: try again later. ``Rejected``: the peer is wrong, say so and stay as you are. ``Degraded``: this device is short of
+something, a person must look. Each has a stable ``code`` and an ``advice``. A bug stays a plain exception.
+"""
+
+from __future__ import annotations
+
+
+class AgentError(Exception):
+    """Base: something the agent can name.
+
+    Attributes:
+        code: stable, of the update vocabulary where it concerns an update.
+        detail: what was seen.
+        advice: what a person can do.
+    """
+
+    def __init__(self, code: str, detail: str, *, advice: str = "") -> None:
+        self.code = code
+        self.detail = detail
+        self.advice = advice
+        super().__init__(f"{code}: {detail}")
+
+
+class Transient(AgentError):
+    """May be gone at the next try."""
+
+
+class Rejected(AgentError):
+    """The peer's data or wish cannot be accepted."""
+
+
+class Degraded(AgentError):
+    """This device lacks something: room, rights, a file, a runtime."""
+
+
+class BadConfig(Exception):
+    """The configuration cannot be used. ``faults`` holds everything that was found, one line each."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(faults))
+
+
+def by_kind(kind: str, code: str, detail: str) -> AgentError:
+    """The error that a courier reported as ``{"kind", "code", "detail"}``; an unknown kind counts as transient."""
+    return {"rejected": Rejected, "degraded": Degraded}.get(kind, Transient)(code, detail)

@@ -1,0 +1,72 @@
+"""What this device is and has: architecture, runtimes, free memory and disk, machine id. Read from the system, cheaply.
+
+Runtimes are found by their distributions' metadata: importing one would cost the supervisor its budget. Whether a runtime
+works is proved by the worker that loads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+from skerry_contract import group
+
+from skerry_agent import __version__
+from skerry_agent.config import Config, Identity
+from skerry_agent.core.admission import Device
+
+_DISTRIBUTIONS = {"onnx": ("onnxruntime",), "tflite": ("ai-edge-litert", "tflite-runtime")}
+
+ABILITIES: frozenset[str] = frozenset(group.FEATURES)
+"""What this agent understands of ``requires``, in group documents and manifests."""
+
+
+def arch() -> str:
+    """As ``uname -m`` gives it."""
+    return platform.machine()
+
+
+def runtimes() -> dict[str, str]:
+    """Runtime -> version of those that are installed."""
+    found: dict[str, str] = {}
+    for name, distributions in _DISTRIBUTIONS.items():
+        for distribution in distributions:
+            try:
+                found[name] = metadata.version(distribution)
+                break
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def stratum(config: Config, found: dict[str, str]) -> str:
+    """Hardware class and runtimes, as cuts name it: ``<class>.<runtime>+<runtime>``."""
+    return f"{config.device.stratum_class or arch()}.{'+'.join(sorted(found)) or 'none'}"
+
+
+def device(config: Config, found: dict[str, str]) -> Device:
+    """The facts for admission, read now."""
+    return Device(
+        runtimes=found,
+        arch=arch(),
+        memory_free_mb=psutil.virtual_memory().available / 1e6,
+        disk_free_mb=shutil.disk_usage(config.state_dir).free / 1e6,
+        memory_reserve_mb=config.limits.memory_reserve_mb,
+        disk_reserve_mb=config.limits.disk_reserve_mb,
+        agent=__version__,
+        abilities=ABILITIES,
+    )
+
+
+def binding(identity: Identity) -> str:
+    """Digest of the machine's id and the device's key: what an epoch of the outbox is bound to."""
+    try:
+        machine = Path("/etc/machine-id").read_bytes().strip()
+    except OSError:
+        machine = b""
+    key = hashlib.sha256(b"skerry-epoch-key:" + identity.key.read_bytes()).digest()
+    return hashlib.sha256(b"skerry-epoch:" + machine + b"\0" + key).hexdigest()

@@ -1,0 +1,265 @@
+"""The MQTT session: birth, will, publish, and what comes in. MQTT 3.1.1 over mutual TLS, clean sessions, QoS 1.
+
+Every session has a birth number of its own, higher than the last; the will carries it, so that a will which arrives late is
+told from the present session. The network runs in one thread per session; what happens is handed to the event loop as
+values. Reconnects wait by ``core.backoff``: paho's own do not jitter. What the messages mean is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.reasoncodes import ReasonCode
+from skerry_contract import ids, topics, wire
+from skerry_contract.errors import ContractError
+
+from skerry_agent.config import Identity
+from skerry_agent.core import backoff
+from skerry_agent.logs import kv
+
+log = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Up:
+    """A session began: subscribed, nothing published yet."""
+
+    birth: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Down:
+    """The session ended, or none could be had. ``cause`` is a key of ``backoff.POLICIES``."""
+
+    cause: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rang:
+    """A bell. The same version may come again."""
+
+    topic: str
+    version: int
+
+
+Happening = Up | Down | Rang | wire.Ack | wire.State | wire.ServerState
+
+
+def tls_context(identity: Identity) -> ssl.SSLContext:
+    """Trusts the fleet's CA only, and shows the device's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(identity.fleet_ca)
+    context.load_cert_chain(identity.certificate, identity.key)
+    return context
+
+
+class Link:
+    """Keeps one session after the other.
+
+    Args:
+        identity: who connects, and to whom.
+        context: makes the TLS context, anew per session: a renewed certificate is taken up. None for plain TCP, which
+            only a test on loopback wants.
+        next_birth: gives the next birth number, durably.
+        will: the bytes of the will for a birth number.
+        on_happening: called in the loop.
+        draw: uniform in [0, 1), for the waits.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        context: Callable[[], ssl.SSLContext] | None,
+        next_birth: Callable[[], int],
+        will: Callable[[int], bytes],
+        on_happening: Callable[[Happening], None],
+        draw: Callable[[], float],
+        keepalive_s: int = 30,
+        backoff_scale: float = 1.0,
+    ) -> None:
+        self._identity = identity
+        self._context = context
+        self._next_birth = next_birth
+        self._will = will
+        self._on_happening = on_happening
+        self._draw = draw
+        self._keepalive_s = keepalive_s
+        self._scale = backoff_scale
+        self._group = identity.group
+        self._client: mqtt.Client | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._birth = 0
+        self._again = asyncio.Event()
+        self._leaving = False
+
+    @property
+    def birth(self) -> int:
+        """The number of the session now or last up."""
+        return self._birth
+
+    @property
+    def connected(self) -> bool:
+        """Whether a session is up."""
+        return self._client is not None and self._client.is_connected()
+
+    def start(self) -> None:
+        """Begins to keep a session."""
+        self._task = asyncio.create_task(self._keep(), name="link")
+
+    async def stop(self) -> None:
+        """Says goodbye with the will's words and ends."""
+        if self._task is None:
+            return
+        client = self._client
+        # Our own goodbye comes back to us on the state topic: nobody may answer it any more.
+        self._leaving = True
+        if client is not None and client.is_connected():
+            info = client.publish(topics.state(self._identity.device), self._will(self._birth), qos=1, retain=True)
+            for _ in range(20):
+                if info.is_published():
+                    break
+                await asyncio.sleep(0.05)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._task = None
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
+        """Hands a message to the session. False without one; what becomes of it only the server can say."""
+        client = self._client
+        if client is None or not client.is_connected():
+            return False
+        return client.publish(topic, payload, qos=1, retain=retain).rc == mqtt.MQTT_ERR_SUCCESS
+
+    def follow(self, group: ids.GroupName) -> None:
+        """Listens to another group's bell from now on."""
+        client, before = self._client, self._group
+        self._group = group
+        if client is not None and client.is_connected() and group != before:
+            client.subscribe(topics.group_bell(group), qos=1)
+            client.unsubscribe(topics.group_bell(before))
+
+    def reconnect(self) -> None:
+        """Ends the session; the next has a new birth and will."""
+        if self._client is not None:
+            self._client.disconnect()
+
+    def hurry(self) -> None:
+        """Ends the present wait: there is reason to believe that the network is back."""
+        self._again.set()
+
+    async def _keep(self) -> None:
+        failures = 0
+        while True:
+            down, was_up = await self._session()
+            failures = 1 if was_up else failures + 1
+            wait_s = backoff.delay_s(down.cause, failures, self._draw(), scale=self._scale)
+            log.info("link down", extra=kv(cause=down.cause, detail=down.detail, wait_s=round(wait_s, 2)))
+            self._on_happening(down)
+            self._again.clear()
+            try:
+                await asyncio.wait_for(self._again.wait(), wait_s)
+            except TimeoutError:
+                continue
+
+    async def _session(self) -> tuple[Down, bool]:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[Down] = loop.create_future()
+        self._birth = birth = self._next_birth()
+        was_up = False
+
+        def post(function: Callable[..., None], *values: Any) -> None:
+            # A loop that is closing has no use for news.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(function, *values)
+
+        def end(cause: str, detail: str) -> None:
+            if not ended.done():
+                ended.set_result(Down(cause=cause, detail=detail))
+
+        def up() -> None:
+            nonlocal was_up
+            was_up = True
+            if self._client is client:
+                self._on_happening(Up(birth=birth))
+
+        try:
+            client = mqtt.Client(
+                CallbackAPIVersion.VERSION2,
+                client_id=self._identity.device,
+                clean_session=True,
+                protocol=mqtt.MQTTv311,
+                reconnect_on_failure=False,
+            )
+            client.connect_timeout = _CONNECT_TIMEOUT_S
+            if self._context is not None:
+                client.tls_set_context(self._context())
+        except (OSError, ssl.SSLError) as error:
+            return Down(cause="refused", detail=f"identity: {error}"), False
+        client.will_set(topics.state(self._identity.device), self._will(birth), qos=1, retain=True)
+
+        def on_connect(_client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+            if reason.is_failure:
+                post(end, "refused", str(reason))
+                return
+            device = self._identity.device
+            wanted = (
+                topics.ack(device), topics.bell(device), topics.state(device), topics.group_bell(self._group),
+                topics.SERVER_STATE,
+            )  # fmt: skip
+            client.subscribe([(topic, 1) for topic in wanted])
+            post(up)
+
+        def on_disconnect(_client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+            post(end, "broker", str(reason))
+
+        def on_message(_client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+            post(self._take, client, message.topic, message.payload)
+
+        client.on_connect, client.on_disconnect, client.on_message = on_connect, on_disconnect, on_message
+
+        def network() -> None:
+            try:
+                client.connect(self._identity.mqtt_host, self._identity.mqtt_port, keepalive=self._keepalive_s)
+                client.loop_forever()
+                post(end, "broker", "closed")
+            except (OSError, ssl.SSLError, ValueError) as error:
+                post(end, "broker", str(error))
+
+        thread = threading.Thread(target=network, name=f"mqtt-{birth}", daemon=True)
+        self._client = client
+        thread.start()
+        try:
+            return await ended, was_up
+        finally:
+            self._client = None
+            client.disconnect()
+            await asyncio.to_thread(thread.join, 2.0)
+
+    def _take(self, client: mqtt.Client, topic: str, payload: bytes) -> None:
+        if client is not self._client or self._leaving:
+            return
+        device = self._identity.device
+        try:
+            if topic == topics.ack(device):
+                self._on_happening(wire.decode(wire.Ack, payload))
+            elif topic in (topics.bell(device), topics.group_bell(self._group)):
+                self._on_happening(Rang(topic=topic, version=wire.decode(wire.Bell, payload).version))
+            elif topic == topics.SERVER_STATE:
+                self._on_happening(wire.decode(wire.ServerState, payload))
+            elif topic == topics.state(device):
+                self._on_happening(wire.decode(wire.State, payload))
+        except ContractError as error:
+            log.warning("message dropped", extra=kv(topic=topic, code=error.code, detail=str(error)))

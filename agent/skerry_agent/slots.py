@@ -1,0 +1,300 @@
+"""Bundles on disk, and the pointer file that says which of them run.
+
+``slots/.staging/<digest>/`` grows by download; when every file has the sha256 of the manifest it becomes ``slots/<digest>/`` by
+one rename, and never changes again. ``slots/pointers.json`` names per model what is confirmed, what it replaced and what
+answers requests now; it is written whole, synced and renamed. It stands beside the database and does not need it: with
+a lost database the device still runs what it had confirmed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from skerry_contract import manifest as m
+from skerry_contract.errors import ContractError
+
+from skerry_agent.core.effects import Arm
+from skerry_agent.errors import Degraded, Rejected
+
+_POINTERS = "pointers.json"
+_CHUNK = 1 << 20
+
+Standing = Literal["trial", "confirmed", "confirmed_on_golden"]
+
+
+class Slot(msgspec.Struct, frozen=True, kw_only=True):
+    """A bundle as it runs: which variant, and the key its windows carry."""
+
+    digest: str
+    version: str
+    variant: str
+    standing: Standing
+    arm: Arm = "none"
+    rollout: str = ""
+    stage: int = 0
+
+
+class Pointers(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one model.
+
+    Attributes:
+        confirmed: what a boot starts.
+        previous: what ``confirmed`` replaced; where a person's revert goes.
+        active: what answers requests now: the trial's bundle, or ``confirmed``.
+    """
+
+    confirmed: Slot | None = None
+    previous: Slot | None = None
+    active: Slot | None = None
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True):
+    schema: int
+    models: dict[str, Pointers]
+
+
+class Slots:
+    """The folder ``slots``. Every change of the pointer file is on disk when the method returns."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.staging = root / ".staging"
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.staging.mkdir(exist_ok=True, mode=0o700)
+        self.damage = ""
+        self._models = self._read()
+
+    # --- pointers ----------------------------------------------------------------------------------------------------
+
+    def _read(self) -> dict[str, Pointers]:
+        path = self.root / _POINTERS
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=_File)
+        except FileNotFoundError:
+            return {}
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            # Renames are atomic, so only the medium or a hand can have done this. The slots themselves are whole.
+            self.damage = f"{path}: {error}"
+            path.replace(path.with_name(_POINTERS + ".damaged"))
+            return {}
+        return dict(found.models)
+
+    def _write(self, model: str, pointers: Pointers) -> None:
+        models = {**self._models, model: pointers}
+        temporary = self.root / (_POINTERS + ".new")
+        with open(temporary, "wb") as file:
+            file.write(msgspec.json.encode(_File(schema=1, models=models)))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.root / _POINTERS)
+        _sync_folder(self.root)
+        self._models = models
+
+    def models(self) -> tuple[str, ...]:
+        """Names that have pointers, sorted."""
+        return tuple(sorted(self._models))
+
+    def pointers(self, model: str) -> Pointers:
+        """Of one model; all None when it never ran."""
+        return self._models.get(model, Pointers())
+
+    def activate(self, model: str, slot: Slot) -> None:
+        """``slot`` answers requests now; what is confirmed stays."""
+        self._write(model, msgspec.structs.replace(self.pointers(model), active=slot))
+
+    def confirm(self, model: str, slot: Slot) -> None:
+        """``slot`` is what a boot starts from now on. Doing it twice is doing it once."""
+        now = self.pointers(model)
+        same = now.confirmed is not None and now.confirmed.digest == slot.digest
+        self._write(model, Pointers(confirmed=slot, previous=now.previous if same else now.confirmed, active=slot))
+
+    def revert_active(self, model: str) -> None:
+        """A trial is over: what is confirmed answers again."""
+        now = self.pointers(model)
+        if now.active != now.confirmed:
+            self._write(model, msgspec.structs.replace(now, active=now.confirmed))
+
+    def step_back(self, model: str) -> bool:
+        """A person's revert: previous becomes confirmed, and there is nothing before it. False without a previous."""
+        now = self.pointers(model)
+        if now.previous is None:
+            return False
+        back = msgspec.structs.replace(now.previous, arm="none", rollout="", stage=0)
+        self._write(model, Pointers(confirmed=back, previous=None, active=back))
+        return True
+
+    def rekey(self, model: str, *, arm: Arm, rollout: str, stage: int) -> None:
+        """The active bundle counts under another key; the confirmed one too when it is the same."""
+        now = self.pointers(model)
+
+        def keyed(slot: Slot | None) -> Slot | None:
+            if slot is None or now.active is None or slot.digest != now.active.digest:
+                return slot
+            return msgspec.structs.replace(slot, arm=arm, rollout=rollout, stage=stage)
+
+        self._write(model, Pointers(confirmed=keyed(now.confirmed), previous=now.previous, active=keyed(now.active)))
+
+    def boot(self) -> tuple[dict[str, Slot], list[str]]:
+        """What to run after a start, per model: confirmed, else previous, whichever is whole.
+
+        Returns:
+            The slots, and a line about each that should run and cannot.
+        """
+        found: dict[str, Slot] = {}
+        complaints: list[str] = []
+        for model in self.models():
+            pointers = self.pointers(model)
+            for slot in (pointers.confirmed, pointers.previous):
+                if slot is None:
+                    continue
+                if self.whole(slot.digest, slot.variant):
+                    found[model] = slot
+                    break
+                complaints.append(f"{model} {slot.version} ({slot.digest[:12]}) is not whole on disk")
+            self.revert_active(model)
+        return found, complaints
+
+    # --- folders -----------------------------------------------------------------------------------------------------
+
+    def path(self, digest: str) -> Path:
+        """The folder of a bundle that is here."""
+        return self.root / digest
+
+    def staging_path(self, digest: str) -> Path:
+        """The folder of a bundle that is coming."""
+        return self.staging / digest
+
+    def digests(self) -> tuple[str, ...]:
+        """Bundles that are here, sorted."""
+        return tuple(sorted(entry.name for entry in self.root.iterdir() if entry.is_dir() and entry.name != ".staging"))
+
+    def manifest(self, digest: str) -> m.Manifest | None:
+        """The manifest of a bundle that is here; None when it is not, or is not the one of that digest."""
+        try:
+            data = (self.path(digest) / m.MANIFEST_FILE).read_bytes()
+            return m.parse(data) if m.digest(data) == digest else None
+        except (OSError, ContractError):
+            return None
+
+    def whole(self, digest: str, variant: str) -> bool:
+        """Whether the slot has its manifest and every file of the variant in the right size. Hashes are read at load."""
+        manifest = self.manifest(digest)
+        if manifest is None:
+            return False
+        try:
+            files = manifest.variant(variant).files
+            return all((self.path(digest) / file.path).stat().st_size == file.size for file in files)
+        except (KeyError, OSError):
+            return False
+
+    def present_bytes(self, digest: str, files: Iterable[m.File]) -> int:
+        """Bytes of the files that lie in the slot or in staging already."""
+        total = 0
+        for file in files:
+            for folder in (self.path(digest), self.staging_path(digest)):
+                try:
+                    total += min(file.size, (folder / file.path).stat().st_size)
+                    break
+                except OSError:
+                    continue
+        return total
+
+    def verify(self, digest: str, files: Iterable[m.File]) -> None:
+        """Reads every file of the staged (or present) bundle against the manifest's size and sha256. Slow: not for the loop.
+
+        Raises:
+            Rejected: ``size_mismatch``, ``hash_mismatch`` or ``malformed_manifest``, naming the file.
+        """
+        folder = self.staging_path(digest) if self.staging_path(digest).exists() else self.path(digest)
+        try:
+            data = (folder / m.MANIFEST_FILE).read_bytes()
+        except OSError as error:
+            raise Rejected("malformed_manifest", f"no manifest in what was fetched: {error.strerror}") from None
+        if m.digest(data) != digest:
+            raise Rejected("hash_mismatch", f"manifest.json: wanted {digest}, got {m.digest(data)}")
+        for file in files:
+            path = folder / file.path
+            try:
+                size = path.stat().st_size
+                if size != file.size:
+                    raise Rejected("size_mismatch", f"{file.path}: wanted {file.size} bytes, got {size}")
+                got = _sha256(path)
+            except OSError as error:
+                raise Rejected("size_mismatch", f"{file.path}: {error.strerror}") from None
+            if got != file.sha256:
+                raise Rejected("hash_mismatch", f"{file.path}: wanted sha256 {file.sha256}, got {got}")
+
+    def stage(self, digest: str) -> None:
+        """Makes the staged folder the bundle's slot: sync, rename, sync. Doing it twice is doing it once.
+
+        Raises:
+            Degraded: ``not_enough_disk`` when the disk cannot take it.
+        """
+        source, target = self.staging_path(digest), self.path(digest)
+        if not source.exists():
+            return
+        try:
+            for path in sorted(source.rglob("*")):
+                _sync_folder(path) if path.is_dir() else _sync_file(path)
+            _sync_folder(source)
+            if target.exists():
+                # A slot that lacks a variant's files, or was damaged: nothing runs from it, or plan would not have come here.
+                target.rename(self.staging / f"{digest}.old")
+            source.rename(target)
+            _sync_folder(self.root)
+            shutil.rmtree(self.staging / f"{digest}.old", ignore_errors=True)
+        except OSError as error:
+            raise Degraded("not_enough_disk", f"{target}: {error.strerror}", advice="make room on the disk") from error
+
+    def discard(self, digest: str) -> None:
+        """Removes what was staged of a bundle."""
+        shutil.rmtree(self.staging_path(digest), ignore_errors=True)
+
+    def collect(self, keep: Collection[str]) -> tuple[str, ...]:
+        """Removes bundles that no pointer names and ``keep`` does not either. Returns their digests."""
+        named = set(keep)
+        for pointers in self._models.values():
+            named |= {
+                slot.digest for slot in (pointers.confirmed, pointers.previous, pointers.active) if slot is not None
+            }
+        gone = tuple(digest for digest in self.digests() if digest not in named)
+        for digest in gone:
+            # Renamed first: a folder half removed must not look like a slot.
+            doomed = self.staging / f"{digest}.old"
+            self.path(digest).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        for entry in self.staging.iterdir():
+            if entry.name.removesuffix(".old") not in named or entry.name.endswith(".old"):
+                shutil.rmtree(entry, ignore_errors=True)
+        return gone
+
+    def size_bytes(self) -> int:
+        """What all bundles take, staging included."""
+        return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

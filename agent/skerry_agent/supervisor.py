@@ -1,0 +1,633 @@
+"""The supervisor: the only loop. It owns the listening socket, the store, the link and the workers, and feeds the core.
+
+It imports neither numpy nor tuf nor cryptography. Models run in workers (``serving``), updates run by the table
+(``updating``), the network is a doorbell (``link``): a bell or the timer starts a sync, the courier verifies, ``core.plan``
+says what follows. Nothing here waits for the network: without one the confirmed bundles serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import random
+import secrets
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import psutil
+from skerry_contract import group, ids, topics, wire
+from skerry_contract.errors import ContractError
+
+from skerry_agent import facts, reporting
+from skerry_agent.clock import Clock
+from skerry_agent.config import Config, identity
+from skerry_agent.control import Answer, ControlServer
+from skerry_agent.core import backoff
+from skerry_agent.core import effects as e
+from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
+from skerry_agent.errand import COURIER, Errands
+from skerry_agent.errors import AgentError, Degraded, Rejected
+from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
+from skerry_agent.logs import kv
+from skerry_agent.notify import Notify
+from skerry_agent.serving import Generation, Serving
+from skerry_agent.slots import Slots
+from skerry_agent.store import Entry, open_store
+from skerry_agent.updating import TrialRules, Updating
+from skerry_agent.upload import Upload
+from skerry_agent.workers import WORKER
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.5
+
+
+class Supervisor:
+    """One agent. ``run`` is its life; the rest answers events.
+
+    Args:
+        config: the frozen tree.
+        environment: for the service manager's sockets.
+        courier_command, worker_command: what to run as courier and worker.
+        plain_mqtt: no TLS; for tests on loopback.
+
+    Raises:
+        Degraded: not enrolled, or the state folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        environment: Mapping[str, str],
+        *,
+        courier_command: Sequence[str] = COURIER,
+        worker_command: Sequence[str] = WORKER,
+        plain_mqtt: bool = False,
+    ) -> None:
+        self._config = config
+        self._identity = identity(config)
+        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        config.run_dir.mkdir(exist_ok=True, mode=0o700)
+        self._draw = random.SystemRandom().random
+        self._clock = Clock()
+        self._lock = _lock(config)
+        self._store, self._opened = open_store(
+            config.state_dir / "state.db",
+            binding=facts.binding(self._identity),
+            device=self._identity.device,
+            new_epoch=lambda: secrets.token_hex(16),
+            wall_s=self._clock.wall_s(),
+            bound_bytes=int(config.limits.outbox_mb * 1e6),
+        )
+        self._clock.set_lower_bound(float(self._store.get("lower_bound_s", 0.0)))
+        self._slots = Slots(config.state_dir / "slots")
+        self._runtimes = facts.runtimes()
+        self._stratum = facts.stratum(config, self._runtimes)
+        self._group = ids.group_name(self._store.get("group", self._identity.group))
+        self._document: group.GroupDocument | None = None
+        self._settings = group.Settings()
+        self._errands = Errands(courier_command)
+        self._notify = Notify(environment)
+        self._listener = _bind(config)
+        self._serving = Serving(
+            config, self._store, self._slots, self._clock, self._listener, on_health=self._health, on_crash=self._crash,
+            on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
+        )  # fmt: skip
+        self._updating = Updating(
+            config, self._identity, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
+            errand_input=self._errand_input, on_change=self._changed, on_rest=self._rested, draw=self._draw,
+        )  # fmt: skip
+        self._plain_mqtt = plain_mqtt
+        self._link: Link | None = None
+        self._upload = Upload(
+            self._store, self._publish_up, window=config.limits.uploads_in_flight,
+            batch_bytes=config.limits.upload_kib * 1024, ack_s=config.timing.ack_s,
+        )  # fmt: skip
+        self._server: wire.ServerState | None = None
+        self._stop = asyncio.Event()
+        self._sync_now = asyncio.Event()
+        self._sync_after_s = 0.0
+        self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": ""}
+        self._ended: Degraded | None = None
+        self._pumping = False
+        self._started_s = self._clock.boot_s()
+        self._bells: dict[str, int] = dict(self._store.get("bells", {}))
+        self._heard: dict[str, int] = {}
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Runs until SIGTERM or SIGINT. Returns the exit code: 0, or 1 when the store failed."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        _write(self._config.run_dir / "supervisor.pid", f"{os.getpid()}\n".encode())
+        host, port = self._listener.getsockname()[:2]
+        _write(self._config.run_dir / "serving.json", msgspec.json.encode({"host": host, "port": port}))
+        control = ControlServer(
+            self._config.run_dir / "control.sock",
+            {
+                ("GET", "/skerry/v1/status"): self._answer_status,
+                ("GET", "/metrics"): self._answer_metrics,
+                ("POST", "/skerry/v1/sync"): self._answer_sync,
+                ("POST", "/skerry/v1/revert"): self._answer_revert,
+                ("POST", "/skerry/v1/flush"): self._answer_flush,
+            },
+        )
+        await control.start()
+        self._note_opening()
+        self._load_document(str(self._store.get("group_document", "")))
+        await self._boot()
+        self._link = Link(
+            self._identity, context=None if self._plain_mqtt else lambda: tls_context(self._identity),
+            next_birth=lambda: self._store.count_up("birth"), will=reporting.will, on_happening=self._happened,
+            draw=self._draw, keepalive_s=self._config.mqtt.keepalive_s,
+            backoff_scale=self._config.timing.backoff_scale,
+        )  # fmt: skip
+        self._link.follow(self._group)
+        self._link.start()
+        tasks = [loop.create_task(self._sync_loop(), name="sync"), loop.create_task(self._tick_loop(), name="tick")]
+        self._notify.tell("READY=1")
+        log.info("agent up", extra=kv(device=self._identity.device, host=host, port=port, epoch=self._store.epoch))
+        stopped = loop.create_task(self._stop.wait())
+        done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        self._notify.tell("STOPPING=1")
+        for task in (stopped, *tasks):
+            task.cancel()
+        await asyncio.gather(stopped, *tasks, return_exceptions=True)
+        await self._updating.stop()
+        await self._serving.stop()
+        self._pump()
+        await self._link.stop()
+        await control.stop()
+        self._listener.close()
+        self._store.close()
+        for task in done:
+            if task is not stopped and not task.cancelled() and task.exception() is not None:
+                raise task.exception() or RuntimeError(task.get_name())
+        return 1 if self._ended is not None else 0
+
+    def _note_opening(self) -> None:
+        opened = self._opened
+        if opened.new_epoch in ("moved", "damaged"):
+            log.warning("new epoch", extra=kv(why=opened.new_epoch, moved_aside=opened.moved_aside))
+            data = {
+                "why": opened.new_epoch, "epoch": self._store.epoch, "lost_records": opened.lost_records,
+                "lost_inferences": opened.lost_inferences,
+            }  # fmt: skip
+            self._event("epoch", "store_damaged" if opened.new_epoch == "damaged" else "", data)
+
+    async def _boot(self) -> None:
+        self._updating.finish_step_back()
+        models, complaints = self._slots.boot()
+        for complaint in complaints:
+            log.error("slot unusable", extra=kv(detail=complaint))
+            self._event("slot", "model_damaged", {"detail": complaint})
+        self._updating.feed(e.Booted())
+        self._apply_settings()
+        if not models:
+            return
+        try:
+            await self._serving.switch(await self._serving.start(models, timeout_s=180.0))
+        except AgentError as error:
+            log.error("confirmed bundles do not start", extra=kv(code=error.code, detail=error.detail))
+            self._event("worker", error.code, {"detail": error.detail})
+            self._serving.start_later(models)
+
+    async def _tick_loop(self) -> None:
+        pings_s = self._notify.interval_s
+        pinged = 0.0
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = self._clock.boot_s()
+            self._serving.tick()
+            self._updating.judge()
+            self._pump()
+            if pings_s is not None and now - pinged >= pings_s:
+                self._notify.tell("WATCHDOG=1")
+                pinged = now
+
+    def _fault(self, error: Degraded) -> None:
+        # Crash-only: the next start moves the file aside and goes on; the rings keep what was not committed.
+        log.critical("store failed", extra=kv(code=error.code, detail=error.detail, advice=error.advice))
+        self._store.mark_suspect()
+        self._ended = error
+        self._stop.set()
+
+    # --- the link ----------------------------------------------------------------------------------------------------
+
+    def _happened(self, happening: Happening) -> None:
+        match happening:
+            case Up():
+                self._server = None
+                self._upload.again()
+                self._report()
+            case Down():
+                self._upload.open = False
+                self._upload.again()
+            case wire.ServerState():
+                self._server_said(happening)
+            case wire.Ack():
+                self._acknowledged(happening)
+            case Rang():
+                if self._bells.get(happening.topic) != happening.version:
+                    self._heard[happening.topic] = happening.version
+                    self.sync(jitter=happening.topic == topics.group_bell(self._group))
+            case wire.State():
+                self._own_state(happening)
+
+    def _server_said(self, said: wire.ServerState) -> None:
+        before = self._server
+        if before is not None and said.birth < before.birth and said.status == "offline":
+            return
+        self._server = said
+        online = said.status == "online"
+        if online and (before is None or before.status != "online" or before.birth != said.birth):
+            # What was on its way to the server that ended may have ended with it.
+            self._upload.again()
+            self._report()
+        self._upload.open = online
+        if online:
+            self._pump()
+
+    def _own_state(self, seen: wire.State) -> None:
+        assert self._link is not None
+        if seen.birth > self._link.birth:
+            # Another life of this device was further on (a restored backup): go past it, so that its will cannot win.
+            log.warning("a later birth is retained", extra=kv(seen=seen.birth, ours=self._link.birth))
+            self._store.put("birth", seen.birth)
+            self._link.reconnect()
+        elif seen.birth < self._link.birth or seen.status == "offline":
+            self._report()
+
+    def _acknowledged(self, ack: wire.Ack) -> None:
+        try:
+            done = self._store.acknowledge(ack)
+        except Degraded as error:
+            if error.code == "store_damaged":
+                self._fault(error)
+            return
+        self._upload.acknowledged(ack)
+        if done.new_epoch:
+            log.warning("new epoch", extra=kv(why=done.new_epoch, epoch=self._store.epoch, server_upto=ack.upto))
+            self._upload.again()
+            self._event("epoch", done.new_epoch, {"why": done.new_epoch, "epoch": self._store.epoch})
+            self._report()
+        self._pump()
+
+    def _publish_up(self, payload: bytes) -> bool:
+        return self._link is not None and self._link.publish(topics.up(self._identity.device), payload)
+
+    def _pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        try:
+            if self._store.pending()[1] > self._store.bound_bytes:
+                freed = self._store.compact(self._clock.instant())
+                log.warning("outbox compacted", extra=kv(freed_bytes=freed))
+            self._upload.pump(self._clock.boot_s(), self._clock.instant())
+        except Degraded as error:
+            if error.code == "store_damaged":
+                self._fault(error)
+
+    def _report(self) -> None:
+        if self._link is None:
+            return
+        payload = wire.encode(reporting.state(self._snapshot()))
+        self._link.publish(topics.state(self._identity.device), payload, retain=True)
+
+    def _event(self, name: str, code: str, data: dict[str, Any]) -> None:
+        body = wire.encode(wire.Event(at=self._clock.instant(), name=name, code=code, data=data))
+        try:
+            self._store.append([Entry(kind="event", body=body)])
+        except Degraded as error:
+            log.error("event not stored", extra=kv(code=error.code, detail=error.detail, event=name))
+            return
+        self._pump_soon()
+
+    def _changed(self, code: str, data: dict[str, Any]) -> None:
+        if data:
+            self._event("update", code, data)
+        if self._server is not None and self._server.status == "online":
+            self._report()
+
+    # --- sync and plan -----------------------------------------------------------------------------------------------
+
+    def sync(self, *, jitter: bool = False) -> None:
+        """Asks for a sync soon; with ``jitter`` somewhere within the group's jitter, so that a fleet does not come at once."""
+        wait_s = self._draw() * self._jitter_s() if jitter else 0.0
+        due_s = self._clock.boot_s() + wait_s
+        if not self._sync_now.is_set() or due_s < self._sync_after_s:
+            self._sync_after_s = due_s
+        self._sync_now.set()
+
+    def _jitter_s(self) -> float:
+        given = self._config.timing.jitter_s
+        return given if given >= 0 else self._settings.jitter_s
+
+    async def _sync_loop(self) -> None:
+        failures = 0
+        while True:
+            self._sync_now.clear()
+            heard = dict(self._heard)
+            try:
+                await self._sync()
+                failures = 0
+                self._bells.update(heard)
+                self._store.put("bells", self._bells)
+                if self._link is not None:
+                    self._link.hurry()
+            except (AgentError, ContractError) as error:
+                failures += 1
+                self._sync_failed(error, failures)
+            wait_s = self._config.timing.sync_s if self._config.timing.sync_s > 0 else self._settings.sync_s
+            wait_s += self._draw() * self._jitter_s()
+            if failures:
+                wait_s = min(
+                    wait_s, backoff.delay_s("sync", failures, self._draw(), scale=self._config.timing.backoff_scale)
+                )
+            try:
+                await asyncio.wait_for(self._sync_now.wait(), wait_s)
+                await asyncio.sleep(max(0.0, self._sync_after_s - self._clock.boot_s()))
+            except TimeoutError:
+                continue
+
+    async def _sync(self) -> None:
+        named = {model: self._slots.pointers(model) for model in self._slots.models()}
+        answer = await self._errands.run(
+            "sync",
+            {
+                **self._errand_input(),
+                "group": self._group,
+                "have": {
+                    model: [s.digest for s in (p.active, p.confirmed, p.previous) if s is not None]
+                    for model, p in named.items()
+                },
+                "confirmed": sorted(
+                    {s.digest for p in named.values() for s in (p.confirmed, p.previous) if s is not None}
+                ),
+            },
+            timeout_s=self._config.timing.courier_s,
+        )
+        with self._store.transaction():
+            self._take_lower_bound(float(answer.get("signed_at") or 0.0), tuple(answer.get("online_keys") or ()))
+            self._store.put("tuf", answer.get("tuf") or {})
+            self._store.put("floors", _higher(self._store.get("floors", {}), answer.get("floors") or {}))
+        self._membership(answer.get("membership"))
+        text = str(answer.get("group_document") or "")
+        if text:
+            self._load_document(text)
+            self._store.put("group_document", text)
+        self._sync_status = {"at_ms": self._clock.instant().wall_ms, "code": "", "detail": ""}
+        self._follow_plan()
+        if self._server is not None and self._server.status == "online":
+            self._report()
+
+    def _take_lower_bound(self, signed_at_s: float, keys: tuple[str, ...]) -> None:
+        trusted = set(self._store.get("lower_bound_keys", []))
+        # Under keys that the root replaced since, a stolen key may have set the bound ahead: it is void, not merely old.
+        void = bool(trusted) and bool(keys) and not trusted & set(keys)
+        if signed_at_s > 0 and (void or signed_at_s > self._clock.lower_bound_s):
+            self._clock.set_lower_bound(signed_at_s)
+            self._store.put("lower_bound_s", signed_at_s)
+            self._store.put("lower_bound_keys", keys)
+
+    def _sync_failed(self, error: AgentError | ContractError, failures: int) -> None:
+        code, detail = error.code, error.detail if isinstance(error, AgentError) else str(error)
+        known = self._sync_status["code"] == code
+        self._sync_status = {"at_ms": self._clock.instant().wall_ms, "code": code, "detail": detail[:500]}
+        log.warning("sync failed", extra=kv(code=code, detail=detail, failures=failures))
+        if not known and isinstance(error, (Rejected, Degraded, ContractError)):
+            # The repository is there and wrong: worth the server's record. That it is away, the server knows better.
+            self._event("sync", code, {"detail": detail[:500]})
+
+    def _membership(self, found: Any) -> None:
+        if not isinstance(found, dict) or not found.get("group"):
+            return
+        name = ids.group_name(found["group"])
+        if name != self._group:
+            log.info("group changed", extra=kv(before=self._group, now=name))
+            self._group = name
+            self._store.put("group", name)
+            if self._link is not None:
+                self._link.follow(name)
+            self.sync()
+
+    def _load_document(self, text: str) -> None:
+        if not text:
+            return
+        document = group.parse(text.encode())
+        if document.group != self._group:
+            raise Rejected("malformed_group_document", f"wanted group {self._group}, got {document.group}")
+        self._document, self._settings = document, document.settings
+        self._apply_settings()
+
+    def _apply_settings(self) -> None:
+        timing, settings = self._config.timing, self._settings
+        self._updating.rules = TrialRules(
+            duration_s=timing.trial_s if timing.trial_s >= 0 else settings.trial_s,
+            inferences=timing.trial_inferences if timing.trial_inferences >= 0 else settings.trial_inferences,
+            max_kib_s=settings.max_kib_s,
+        )
+        self._serving.window_s = settings.window_s
+
+    def _follow_plan(self) -> None:
+        document = self._document
+        if document is None or self._stop.is_set():
+            return
+        refused, waiting = self._updating.refused()
+        update = self._updating.update
+        running = {
+            name: Running(digest=slot.digest, arm=slot.arm, rollout=slot.rollout, stage=slot.stage)
+            for name, slot in self._serving.models().items()
+        }
+        if not update.resting and update.state != "revert":
+            running[update.model] = Running(
+                digest=update.digest, arm=update.arm, rollout=update.rollout, stage=update.stage
+            )
+        steps = plan(document, self._identity.device, self._stratum, running, refused, self._clock.now_s())
+        for step in steps:
+            match step:
+                case Keep(why="agent_too_old"):
+                    self._too_old(document)
+                case Rekey():
+                    self._rekey(step)
+                case Change():
+                    self._change(step, waiting)
+                case _:
+                    pass
+
+    def _rested(self) -> None:
+        self._follow_plan()
+        wait_s = self._updating.next_try_s()
+        if wait_s is not None and self._updating.update.resting:
+            # Looks again when the first bundle may be tried again. A second timer for the same moment does no harm.
+            asyncio.get_running_loop().call_later(wait_s + 0.05, self.sync)
+
+    def _too_old(self, document: group.GroupDocument) -> None:
+        lacking = ", ".join(group.missing_abilities(document))
+        if self._store.get("too_old") == lacking:
+            return
+        self._store.put("too_old", lacking)
+        self._event("update", "agent_too_old", {"detail": f"the group document requires {lacking}", "state": "idle"})
+
+    def _rekey(self, step: Rekey) -> None:
+        update = self._updating.update
+        under_way = not update.resting and update.model == step.model
+        if under_way and update.state != "trial":
+            # The key of a bundle that does not serve yet is looked up again when it does.
+            return
+        self._slots.rekey(step.model, arm=step.arm, rollout=step.rollout, stage=step.stage)
+        self._serving.rekey(step.model, arm=step.arm, rollout=step.rollout, stage=step.stage)
+        if under_way:
+            self._updating.feed(e.Rekeyed(arm=step.arm, rollout=step.rollout, stage=step.stage))
+
+    def _change(self, step: Change, waiting: set[str]) -> None:
+        update = self._updating.update
+        if not update.resting:
+            if update.model == step.model and update.digest != step.digest:
+                self._updating.feed(e.Withdrawn())
+            return
+        if step.digest in waiting:
+            return
+        self._updating.feed(
+            e.Assigned(
+                model=step.model, digest=step.digest, version=step.version, arm=step.arm, rollout=step.rollout,
+                stage=step.stage, attempt=self._updating.attempt_of(step.digest),
+            )
+        )  # fmt: skip
+
+    # --- workers -----------------------------------------------------------------------------------------------------
+
+    def _health(self, generation: Generation) -> None:
+        del generation
+        self._updating.judge()
+
+    def _crash(self, generation: Generation, code: int) -> bool:
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        self._event(
+            "worker", "runtime_crashed",
+            {"how": how, "models": {n: s.digest for n, s in generation.models.items()}, "generation": generation.number},
+        )  # fmt: skip
+        return not self._updating.crashed(generation, how)
+
+    # --- what is said of us ------------------------------------------------------------------------------------------
+
+    def _errand_input(self) -> dict[str, Any]:
+        return {
+            "state_dir": str(self._config.state_dir),
+            "server_url": self._identity.server_url,
+            "repository_url": self._identity.repository_url,
+            "lower_bound_s": self._clock.lower_bound_s,
+            "lower_bound_keys": self._store.get("lower_bound_keys", []),
+            "now_s": self._clock.wall_s(),
+        }
+
+    def _snapshot(self) -> reporting.Snapshot:
+        pending, pending_bytes = self._store.pending()
+        serving = self._serving
+        health = serving.current.health if serving.current is not None else None
+        host, port = self._listener.getsockname()[:2]
+        counts = msgspec.to_builtins(health.models) if health is not None else {}
+        return reporting.Snapshot(
+            device=self._identity.device, group=self._group, birth=self._link.birth if self._link else 0,
+            generation=self._document.generation if self._document else 0, boot_id=self._clock.boot_id,
+            epoch=self._store.epoch, seq=self._store.last_seq, stratum=self._stratum, arch=facts.arch(),
+            abilities=tuple(sorted(facts.ABILITIES)), runtimes=self._runtimes, tuf=dict(self._store.get("tuf", {})),
+            models=serving.models(), answering=serving.answering(), update=self._updating.update,
+            lost=self._store.lost(), linked=bool(self._link and self._link.connected),
+            server_online=self._server is not None and self._server.status == "online", pending=pending,
+            pending_bytes=pending_bytes, pending_inferences=self._store.pending_inferences(),
+            serving={"host": host, "port": port, "inflight": health.inflight if health else 0},
+            sync=dict(self._sync_status), counts=counts, rss_mb=psutil.Process().memory_info().rss / 1e6,
+            worker_pid=serving.current.worker.pid if serving.answering() and serving.current else 0,
+            worker_rss_mb=health.rss_mb if health else 0.0, uptime_s=self._clock.boot_s() - self._started_s,
+        )  # fmt: skip
+
+    async def _answer_status(self, _body: dict[str, Any]) -> Answer:
+        return Answer(200, reporting.status(self._snapshot()))
+
+    async def _answer_metrics(self, _body: dict[str, Any]) -> Answer:
+        return Answer(200, reporting.metrics(self._snapshot()))
+
+    async def _answer_sync(self, body: dict[str, Any]) -> Answer:
+        pardoned = self._updating.pardon() if body.get("pardon") is True else 0
+        self.sync()
+        return Answer(200, {"ok": True, "pardoned": pardoned})
+
+    async def _answer_flush(self, _body: dict[str, Any]) -> Answer:
+        return Answer(200, {"ok": await self._serving.flush()})
+
+    async def _answer_revert(self, body: dict[str, Any]) -> Answer:
+        models = sorted(self._serving.models())
+        wanted = body.get("model") or (models[0] if len(models) == 1 else None)
+        try:
+            if wanted is None:
+                raise Rejected("which_model", f"name one of: {', '.join(models) or 'nothing runs'}")
+            back = self._updating.order_revert(ids.model_name(wanted))
+        except (Rejected, ContractError) as error:
+            return Answer(409, {"error": str(error), "code": error.code})
+        return Answer(200, {"ok": True, "model": wanted, "version": back.version, "digest": back.digest})
+
+
+def _lock(config: Config) -> int:
+    """One agent per state folder. The lock ends with the process, however it ends."""
+    descriptor = os.open(config.run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Degraded(
+            "already_running", f"another agent uses {config.state_dir}", advice="stop it, or use another state_dir"
+        ) from None
+    return descriptor
+
+
+def _bind(config: Config) -> socket.socket:
+    """The address of the applications, bound and not yet listening: the first worker makes it accept."""
+    family = socket.AF_INET6 if ":" in config.serving.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((config.serving.host, config.serving.port))
+    except OSError as error:
+        sock.close()
+        raise Degraded(
+            "address_in_use",
+            f"{config.serving.host}:{config.serving.port}: {error.strerror}",
+            advice="change serving.port",
+        ) from None
+    return sock
+
+
+def _write(path: Any, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _higher(known: dict[str, str], found: dict[str, str]) -> dict[str, str]:
+    """Floors only rise, whatever a later catalog says."""
+    result = dict(known)
+    for model, version in found.items():
+        if model not in result or ids.version_key(version) > ids.version_key(result[model]):
+            result[str(model)] = str(version)
+    return result
+
+
+def run(config: Config, environment: Mapping[str, str], **choices: Any) -> int:
+    """Runs an agent in this process. Returns the exit code."""
+
+    async def main() -> int:
+        return await Supervisor(config, environment, **choices).run()
+
+    return asyncio.run(main())

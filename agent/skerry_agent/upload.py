@@ -1,0 +1,113 @@
+"""What of the outbox is on its way: a bounded number of batches, each until the *server* acknowledged it.
+
+A broker's PUBACK frees nothing. A batch that is not acknowledged in time, or was on its way when the session or the
+server ended, is sent again; the server takes each record once. Records are frozen on disk before they leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from skerry_contract import wire
+from skerry_contract.window import Instant
+
+_MAX_RECORDS = 400
+
+
+class Outbox(Protocol):
+    """What uploading needs of the store."""
+
+    def next_batch(
+        self, in_flight: Collection[tuple[str, int]], *, max_bytes: int, max_records: int
+    ) -> wire.Batch | None:
+        """The next records, None when nothing waits."""
+        ...
+
+    def mark_sent(self, epoch: str, seqs: tuple[int, ...]) -> None:
+        """Freezes records durably."""
+        ...
+
+    def drop(self, epoch: str, seq: int, at: Instant, why: str) -> None:
+        """Gives up a record that cannot be sent."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Flight:
+    epoch: str
+    seqs: tuple[int, ...]
+    sent_s: float
+
+
+class Upload:
+    """See the module.
+
+    Args:
+        outbox: where records wait.
+        publish: hands bytes to the session; False without one.
+        window: batches in flight at most; batch_bytes: of bodies per batch; ack_s: patience per batch, seconds.
+    """
+
+    def __init__(
+        self, outbox: Outbox, publish: Callable[[bytes], bool], *, window: int, batch_bytes: int, ack_s: float
+    ) -> None:
+        self._outbox = outbox
+        self._publish = publish
+        self._window = window
+        self._batch_bytes = batch_bytes
+        self._ack_s = ack_s
+        self._flights: list[_Flight] = []
+        self.open = False
+
+    @property
+    def in_flight(self) -> int:
+        """Batches on their way."""
+        return len(self._flights)
+
+    def pump(self, now_s: float, at: Instant) -> int:
+        """Sends what may be sent. Returns the number of batches. ``now_s`` is any clock that only grows."""
+        if not self.open:
+            return 0
+        self._flights = [flight for flight in self._flights if now_s - flight.sent_s < self._ack_s]
+        sent = 0
+        max_bytes = self._batch_bytes
+        while len(self._flights) < self._window:
+            flying = {(flight.epoch, seq) for flight in self._flights for seq in flight.seqs}
+            batch = self._outbox.next_batch(flying, max_bytes=max_bytes, max_records=_MAX_RECORDS)
+            if batch is None:
+                break
+            payload = wire.encode_batch(batch)
+            seqs = tuple(record.seq for record in batch.records)
+            if (
+                len(payload) > wire.MAX_MESSAGE_BYTES
+                or sum(len(r.body) for r in batch.records) > wire.MAX_INFLATED_BYTES // 2
+            ):
+                if len(seqs) == 1:
+                    self._outbox.drop(batch.epoch, seqs[0], at, "too_large")
+                else:
+                    max_bytes //= 2
+                continue
+            self._outbox.mark_sent(batch.epoch, seqs)
+            if not self._publish(payload):
+                break
+            self._flights.append(_Flight(epoch=batch.epoch, seqs=seqs, sent_s=now_s))
+            sent += 1
+        return sent
+
+    def acknowledged(self, ack: wire.Ack) -> None:
+        """Lets go of the batches that the server holds in full."""
+        spans = ((0, ack.upto), *ack.extra_ranges)
+        known = set(ack.conflict)
+
+        def held(seq: int) -> bool:
+            return seq in known or any(low <= seq <= high for low, high in spans)
+
+        self._flights = [
+            flight for flight in self._flights if flight.epoch != ack.epoch or not all(held(seq) for seq in flight.seqs)
+        ]
+
+    def again(self) -> None:
+        """Whatever was on its way may be lost: it is sent again."""
+        self._flights.clear()

@@ -1,0 +1,260 @@
+"""Folding ring slots into a window, many rows at a time.
+
+Every number equals what the contract's one-by-one definitions give (``histogram.exponential_of``, ``edge_bin``,
+``quantize``, ``moments_of``); a property test compares both. Sums stay integers: float sums are taken only over integers
+whose total stays below 2**53.
+
+Outputs: for a classifier the predicted class of a row is the first largest probability; ``moments`` quantizes its
+confidence with centre 0 and scale 1; ``estimated`` is CBPE (Bialek et al. 2024, eq. 1): the calibrated probability of being
+right, summed per predicted class.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from skerry_contract import histogram as h
+from skerry_contract import window as w
+
+from skerry_agent.worker import ring as r
+from skerry_agent.worker.plan import Plan
+
+CHUNK = 4096
+"""Most rows folded at once: 4096 * 2**20 * 2**20 = 2**52, so sums of squares of q are exact in float64."""
+
+_Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
+_BOUNDS = np.array(h.BOUNDS)
+_BUCKETS = h.MAX_INDEX - h.MIN_INDEX + 1
+PARTS = ("total_ns", "queue_ns", "transform_ns", "infer_ns")
+
+
+class LatencyFold:
+    """An exponential histogram under way. Values are non-negative integers, nanoseconds."""
+
+    __slots__ = ("counts", "total", "zero")
+
+    def __init__(self) -> None:
+        self.counts: _Ints = np.zeros(_BUCKETS, np.int64)
+        self.zero = 0
+        self.total = 0
+
+    def add(self, values: _Ints) -> None:
+        """Counts the values."""
+        self.total += int(values.sum())
+        positive = values[values > 0]
+        self.zero += len(values) - len(positive)
+        if len(positive):
+            mantissa, exponent = np.frexp(positive.astype(np.float64))
+            index = (exponent.astype(np.int64) - 1) * 2**h.SCALE + np.searchsorted(_BOUNDS, mantissa, "left") - 1
+            self.counts += np.bincount(index - h.MIN_INDEX, minlength=_BUCKETS)
+
+    def merge(self, other: LatencyFold) -> None:
+        """Adds another fold's counts."""
+        self.counts += other.counts
+        self.zero += other.zero
+        self.total += other.total
+
+    def result(self) -> h.Exponential:
+        """The histogram so far."""
+        found = {int(i) + h.MIN_INDEX: int(self.counts[i]) for i in np.flatnonzero(self.counts)}
+        return h.exponential_from(found, zero=self.zero, total=self.total)
+
+
+class Fold:
+    """Counts of one key under way: add slots, then take the window."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        n = len(plan.features)
+        self._outcomes: _Ints = np.zeros(5, np.int64)
+        self._flags: _Ints = np.zeros(3, np.int64)
+        self._rows = 0
+        self.latency = {part: LatencyFold() for part in PARTS}
+        self._edges = [np.array(f.edges) for f in plan.features]
+        self._bins: list[_Ints] = [np.zeros(len(f.edges) + 1, np.int64) for f in plan.features]
+        self._null: _Ints = np.zeros(n, np.int64)
+        self._outside: _Ints = np.zeros(n, np.int64)
+        self._moments: _Ints = np.zeros((3, n), np.int64)
+        self._centre = np.array([[f.centre] for f in plan.features]).reshape(n, 1)
+        self._scale = np.array([[f.scale] for f in plan.features]).reshape(n, 1)
+        self._low = np.array([[-np.inf if f.low is None else f.low] for f in plan.features]).reshape(n, 1)
+        self._high = np.array([[np.inf if f.high is None else f.high] for f in plan.features]).reshape(n, 1)
+        self._outputs = [_OutputFold(o.classes, np.array(o.knots_x), np.array(o.knots_y)) for o in plan.outputs]
+        classes = plan.outputs[0].classes if plan.outputs else 0
+        self._slices: list[_Ints] = [np.zeros(1 + classes, np.int64) for _ in plan.slices]
+        self._first_ns = self._last_ns = 0
+        self.slots = 0
+
+    @property
+    def ok(self) -> int:
+        """Answered requests so far."""
+        return int(self._outcomes[r.OK])
+
+    def counts(self) -> w.Counts:
+        """Requests by outcome so far."""
+        return w.Counts(
+            ok=int(self._outcomes[r.OK]),
+            invalid=int(self._outcomes[r.INVALID]),
+            failed=int(self._outcomes[r.FAILED]),
+            shed=int(self._outcomes[r.SHED]),
+            rows=self._rows,
+            retries=int(self._flags[0]),
+            cached=int(self._flags[1]),
+            fallback=int(self._flags[2]),
+        )
+
+    def add_ring(self, ring: r.Ring, start: int, upto: int) -> None:
+        """Folds positions ``[start, upto)``, which must still be in the ring."""
+        while start < upto:
+            low = start % ring.capacity
+            high = min(low + (upto - start), ring.capacity, low + CHUNK)
+            self.add(ring.meta[low:high], ring.values[low:high])
+            start += high - low
+
+    def add(self, meta: npt.NDArray[np.void], values: npt.NDArray[np.floating]) -> None:
+        """Folds at most ``CHUNK`` slots."""
+        if not len(meta):
+            return
+        outcome = meta["outcome"]
+        flags = meta["flags"]
+        if not self.slots:
+            self._first_ns = int(meta["at_ns"][0])
+        self._last_ns = int(meta["at_ns"][-1])
+        self.slots += len(meta)
+        self._outcomes += np.bincount(outcome, minlength=5)
+        ok = outcome == r.OK
+        all_ok = bool(ok.all())
+        answered = meta if all_ok else meta[ok]
+        self._rows += int(answered["rows"].sum())
+        for part in PARTS:
+            self.latency[part].add(answered[part])
+        if flags.any():
+            request = outcome != r.ROW
+            for i, flag in enumerate((r.RETRY, r.CACHED, r.FALLBACK)):
+                self._flags[i] += int(np.count_nonzero((flags & flag != 0) & request))
+            counted = flags & r.VALUES != 0
+            if counted.any():
+                kept = values if counted.all() else values[counted]
+                self._add_values(np.ascontiguousarray(kept.T, np.float64))
+
+    def _add_values(self, columns: _Floats) -> None:
+        n = len(self.plan.features)
+        features = columns[:n]
+        null = np.isnan(features)
+        nulls = null.any()
+        self._null += null.sum(1)
+        # NaN is in no range and outside of none: both comparisons are false.
+        self._outside += ((features < self._low) | (features > self._high)).sum(1)
+        limit = float(h.Q_LIMIT)
+        with np.errstate(over="ignore", invalid="ignore"):
+            q = np.clip((features - self._centre) / self._scale * (1 << h.Q_BITS), -limit, limit)
+        q = np.rint(q, out=q)
+        if nulls:
+            q[null] = 0.0
+        self._moments[0] += columns.shape[1] - null.sum(1)
+        self._moments[1] += q.sum(1).astype(np.int64)
+        self._moments[2] += np.einsum("ij,ij->i", q, q).astype(np.int64)
+        for i, edges in enumerate(self._edges):
+            row = features[i]
+            if nulls:
+                row = row[~null[i]]
+            self._bins[i] += np.bincount(edges.searchsorted(row, "right"), minlength=len(edges) + 1)
+        predicted = self._add_outputs(columns[n:])
+        for counts, part in zip(self._slices, self.plan.slices, strict=True):
+            inside = (features[part.feature] >= part.low) & (features[part.feature] < part.high)
+            counts[0] += np.count_nonzero(inside)
+            if predicted is not None:
+                chosen = predicted[inside]
+                counts[1:] += np.bincount(chosen[chosen >= 0], minlength=len(counts) - 1)
+
+    def _add_outputs(self, columns: _Floats) -> _Ints | None:
+        first: _Ints | None = None
+        at = 0
+        for output, fold in zip(self.plan.outputs, self._outputs, strict=True):
+            part = columns[at : at + output.width]
+            at += output.width
+            if output.raw:
+                predicted = part.argmax(0).astype(np.int64)
+                confidence = part.max(0)
+            else:
+                confidence = part[1]
+                predicted = np.where(np.isnan(part[0]), 0, part[0]).astype(np.int64)
+            predicted[np.isnan(confidence)] = -1
+            fold.add(predicted, confidence)
+            first = predicted if first is None else first
+        return first
+
+    def window(self, key: w.Key, start: w.Instant, end: w.Instant, resources: dict[str, int]) -> w.Window:
+        """The window of everything added."""
+        counted = bool(self._moments[0].any() or self._null.any())
+        return w.Window(
+            key=key,
+            start=start,
+            end=end,
+            counts=self.counts(),
+            latency=w.Latency(
+                total=self.latency["total_ns"].result(),
+                queue=self.latency["queue_ns"].result(),
+                transform=self.latency["transform_ns"].result(),
+                infer=self.latency["infer_ns"].result(),
+            ),
+            features={
+                f.name: w.FeatureCounts(
+                    tuple(self._bins[i].tolist()),
+                    int(self._null[i]),
+                    int(self._outside[i]),
+                    h.Moments(
+                        n=int(self._moments[0, i]), total=int(self._moments[1, i]), squares=int(self._moments[2, i])
+                    ),
+                )
+                for i, f in enumerate(self.plan.features)
+                if counted
+            },
+            outputs={
+                o.name: fold.result()
+                for o, fold in zip(self.plan.outputs, self._outputs, strict=True)
+                if fold.moments[0]
+            },
+            slices={
+                part.name: w.SliceCounts(int(counts[0]), tuple(counts[1:].tolist()))
+                for part, counts in zip(self.plan.slices, self._slices, strict=True)
+                if counts[0]
+            },
+            resources=resources,
+        )
+
+    @property
+    def span_ns(self) -> tuple[int, int]:
+        """``at_ns`` of the first and last slot added."""
+        return self._first_ns, self._last_ns
+
+
+class _OutputFold:
+    def __init__(self, classes: int, knots_x: _Floats, knots_y: _Floats) -> None:
+        self.counts: _Ints = np.zeros(classes, np.int64)
+        self.estimated: _Ints = np.zeros(classes if len(knots_x) else 0, np.int64)
+        self.moments: _Ints = np.zeros(3, np.int64)
+        self._knots = (knots_x, knots_y)
+
+    def add(self, predicted: _Ints, confidence: _Floats) -> None:
+        known = predicted >= 0
+        if not known.all():
+            predicted, confidence = predicted[known], confidence[known]
+        classes = len(self.counts)
+        self.counts += np.bincount(predicted, minlength=classes)
+        limit = float(h.Q_LIMIT)
+        q = np.rint(np.clip(confidence * (1 << h.Q_BITS), -limit, limit))
+        self.moments += np.array([len(q), int(q.sum()), int((q * q).sum())])
+        if len(self.estimated):
+            right = np.rint(np.interp(confidence, *self._knots) * (1 << h.P_BITS))
+            # Weights are integers of at most 2**20 and at most 4096 of them: exact in float64.
+            self.estimated += np.bincount(predicted, right, minlength=classes).astype(np.int64)
+
+    def result(self) -> w.OutputCounts:
+        n, total, squares = (int(v) for v in self.moments)
+        return w.OutputCounts(
+            tuple(self.counts.tolist()),
+            h.Moments(n=n, total=total, squares=squares),
+            tuple(self.estimated.tolist()),
+        )

@@ -1,0 +1,190 @@
+"""One inference, timed and counted, and where it runs.
+
+A model whose golden cases take less than ``Start.inline_below_us`` answers on the event loop's own thread: handing over to a
+thread and back costs 40 to 90 us, more than such a model needs. A slower one runs in the single inference thread (runtimes
+release the GIL while they compute), so that health checks, other models and the control channel stay prompt; its requests
+queue there, at most ``max_inflight`` of them, and what is above that is shed at once with 503.
+
+Every request for a known model ends in exactly one record, written before its reply is sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import Protocol
+
+from skerry_contract import manifest as m
+from skerry_runtime.errors import BadInput, Violation
+from skerry_runtime.runner import Inference, Runner
+from skerry_runtime.tensors import Tensors
+
+from skerry_agent.worker import http1, oip
+from skerry_agent.worker import ring as r
+from skerry_agent.worker.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+RETRY_LATER = b"Retry-After: 1\r\n"
+Done = Callable[[bytes], None]
+
+
+class Loop(Protocol):
+    """What is needed of the event loop."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> object:
+        """See asyncio."""
+
+
+class Model:
+    """A loaded and proved model with its recorder.
+
+    Attributes:
+        inline: whether it runs on the event loop's thread.
+    """
+
+    def __init__(
+        self, name: str, version: str, manifest: m.Manifest, runner: Runner, recorder: Recorder, *, inline: bool
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.manifest = manifest
+        self.recorder = recorder
+        self.infer = runner.infer
+        self.inline = inline
+        self.platform = {"onnx": "onnx_onnxv1", "tflite": "tflite_tflite"}[runner.variant.runtime]
+
+
+class InferenceService:
+    """Answers inference requests of all models of a generation.
+
+    Attributes:
+        inflight: requests accepted and not yet answered.
+    """
+
+    def __init__(self, loop: Loop, *, max_inflight: int) -> None:
+        self._loop = loop
+        self._max_inflight = max_inflight
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.inflight = 0
+
+    def answer(self, model: Model, request: http1.Request, done: Done) -> bytes | None:
+        """Answers one request: returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
+        start = monotonic_ns()
+        head = request.head
+        flags = r.RETRY if head.attempt > 1 else 0
+        try:
+            asked = oip.parse_request(request.body, head.json_length)
+            rows = _rows(asked.inputs, model.recorder.max_rows)
+        except BadInput as error:
+            return _refuse(model, head, start, flags, error)
+        if model.inline:
+            try:
+                result = model.infer(asked.inputs)
+            except Exception as error:
+                return _fail(model, head, start, flags, error)
+            return _reply(model, head, asked, rows, result, (start, 0), flags)
+        if self.inflight >= self._max_inflight:
+            now = monotonic_ns()
+            model.recorder.other(r.SHED, now - start, now, flags)
+            body = oip.error_body(f"{self._max_inflight} requests are in work already")
+            return http1.reply(503, body, close=not head.keep_alive, extra=RETRY_LATER)
+        self.inflight += 1
+        self._jobs.put(lambda: self._run(model, head, asked, rows, start, flags, done))
+        if self._thread is None:
+            # A daemon: an inference that hangs must not keep the process from exiting.
+            self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+            self._thread.start()
+        return None
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
+
+    def _run(
+        self, model: Model, head: http1.Head, asked: oip.InferRequest, rows: int, start: int, flags: int, done: Done
+    ) -> None:
+        begun = monotonic_ns()
+        result: Inference | Exception
+        try:
+            result = model.infer(asked.inputs)
+        except Exception as error:
+            result = error
+        self._loop.call_soon_threadsafe(
+            self._finish, model, head, asked, rows, result, (start, begun - start), flags, done
+        )
+
+    def _finish(
+        self,
+        model: Model,
+        head: http1.Head,
+        asked: oip.InferRequest,
+        rows: int,
+        result: Inference | Exception,
+        times: tuple[int, int],
+        flags: int,
+        done: Done,
+    ) -> None:
+        self.inflight -= 1
+        if isinstance(result, Exception):
+            done(_fail(model, head, times[0], flags, result))
+        else:
+            done(_reply(model, head, asked, rows, result, times, flags))
+
+
+def _rows(inputs: Tensors, most: int) -> int:
+    for name, array in inputs.items():
+        rows = array.shape[0] if array.ndim else 1
+        if rows > most:
+            raise BadInput(Violation(name, f"{rows} rows", f"at most {most} in one request"))
+        return rows
+    return 0
+
+
+def _reply(
+    model: Model,
+    head: http1.Head,
+    asked: oip.InferRequest,
+    rows: int,
+    result: Inference,
+    times: tuple[int, int],
+    flags: int,
+) -> bytes:
+    start, queue_ns = times
+    outputs = result.outputs
+    try:
+        body, json_length = oip.build_response(model.name, model.version, asked, outputs)
+    except BadInput as error:
+        return _refuse(model, head, start, flags, error)
+    if json_length < 0:
+        reply = http1.reply(200, body, close=not head.keep_alive)
+    else:
+        extra = b"Inference-Header-Content-Length: %d\r\n" % json_length
+        reply = http1.reply(200, body, close=not head.keep_alive, content_type=b"application/octet-stream", extra=extra)
+    now = monotonic_ns()
+    model.recorder.ok(
+        asked.inputs, outputs, rows, now - start, queue_ns, result.transform_ns, result.infer_ns, now, flags
+    )
+    return reply
+
+
+def _refuse(model: Model, head: http1.Head, start: int, flags: int, error: BadInput) -> bytes:
+    now = monotonic_ns()
+    model.recorder.other(r.INVALID, now - start, now, flags)
+    return http1.reply(400, oip.error_body(str(error)), close=not head.keep_alive)
+
+
+def _fail(model: Model, head: http1.Head, start: int, flags: int, error: Exception) -> bytes:
+    if isinstance(error, BadInput):
+        return _refuse(model, head, start, flags, error)
+    now = monotonic_ns()
+    model.recorder.other(r.FAILED, now - start, now, flags)
+    # The runtime's words may quote values of the request: they go to the caller, who sent them, and not to the log.
+    log.error(
+        "inference failed model=%s error=%s code=%s", model.name, type(error).__name__, getattr(error, "code", "")
+    )
+    return http1.reply(500, oip.error_body(f"{model.name}: {error}"), close=not head.keep_alive)

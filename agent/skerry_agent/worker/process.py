@@ -1,0 +1,199 @@
+"""The worker's life: what each message of the supervisor does, and how it ends.
+
+It ends in one of four ways, all of which answer what is in work first: ``drain`` (connections are passed on), ``stop`` and
+SIGTERM (connections are closed), and the end of the control channel, which means that the supervisor is gone: then nothing
+can be sent, and the rings keep what was counted for the next worker to recover.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine
+
+from skerry_agent import workerwire as ww
+from skerry_agent.worker.generation import CannotServe, key_of, load_generation
+from skerry_agent.worker.handover import Handover
+from skerry_agent.worker.inference import InferenceService, Model
+from skerry_agent.worker.recorder import recover, rss_kb
+from skerry_agent.worker.routes import Routes
+from skerry_agent.worker.server import Server
+
+log = logging.getLogger(__name__)
+
+FINISH_S = 5.0
+"""How long requests in work may take once the worker is told to stop."""
+_POLL_S = 0.005
+
+
+class Worker:
+    """One worker process. Make it inside the running event loop, then await ``run``."""
+
+    def __init__(self, control: socket.socket, listener: socket.socket) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._over = asyncio.Event()
+        self._status = 0
+        self._models: dict[str, Model] = {}
+        self._served: dict[str, ww.Served] = {}
+        self._start: ww.Start | None = None
+        self._service: InferenceService | None = None
+        self._server: Server | None = None
+        self._since = time.monotonic()
+        self._ending: asyncio.Task[None] | None = None
+        self._channel = ww.Channel(control, self._on_message, self._on_eof)
+        self._loop.add_signal_handler(signal.SIGTERM, self._on_stop)
+        # A terminal's Ctrl-C reaches the whole process group; the supervisor decides what it means.
+        self._loop.add_signal_handler(signal.SIGINT, lambda: None)
+
+    async def run(self) -> int:
+        """Serves until told to end; the process's exit status."""
+        await self._over.wait()
+        await self._channel.flushed()
+        self._channel.close()
+        return self._status
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def _on_message(self, message: ww.ToWorker, fd: int | None) -> None:
+        match message:
+            case ww.Conn(head=head):
+                self._adopt(fd, head)
+                return
+            case ww.Start():
+                self._load(message)
+            case ww.Listen():
+                self._listen()
+            case ww.Drain(deadline_s=deadline_s):
+                self._end(self._drain(deadline_s))
+            case ww.Rekey():
+                self._rekey(message)
+            case ww.Committed(ring=ring, upto=upto):
+                for model in self._models.values():
+                    model.recorder.committed(ring, upto)
+            case ww.Recover():
+                cut, recovered = recover(message, boot_id=self._start.boot_id if self._start else "")
+                if cut is not None:
+                    self._channel.send(cut)
+                self._channel.send(recovered)
+            case ww.Flush(id=number):
+                self._cut()
+                self._channel.send(ww.Flushed(id=number))
+            case ww.Stop():
+                self._on_stop()
+        if fd is not None:
+            os.close(fd)
+
+    def _on_eof(self) -> None:
+        log.warning("supervisor gone; finishing inflight=%s", self._inflight)
+        self._on_stop()
+
+    def _on_stop(self) -> None:
+        self._end(self._finish())
+
+    def _load(self, start: ww.Start) -> None:
+        self._start = start
+        try:
+            self._models, proved = load_generation(start, send=self._channel.send, later=self._loop.call_soon)
+        except CannotServe as error:
+            log.error("cannot serve model=%s code=%s detail=%s", error.model, error.code, error.detail)
+            self._channel.send(ww.Failed(model=error.model, code=error.code, detail=error.detail))
+            self._status = 1
+            self._over.set()
+            return
+        self._served = {served.name: served for served in start.models}
+        self._service = InferenceService(self._loop, max_inflight=start.max_inflight)
+        self._server = Server(Routes(self._models, self._service))
+        # What was loaded stays for good: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        self._channel.send(ww.Ready(pid=os.getpid(), models=proved))
+        self._every(start.fold_interval_s or start.window_s, self._cut)
+        self._every(start.health_interval_s, self._report)
+
+    def _listen(self) -> None:
+        if self._server is None:
+            raise RuntimeError("listen before ready")
+        self._since = time.monotonic()
+        self._server.listen(self._listener)
+
+    def _adopt(self, fd: int | None, head: bytes) -> None:
+        if fd is None:
+            raise RuntimeError("conn without a descriptor")
+        sock = socket.socket(fileno=fd)
+        if self._server is None:
+            sock.close()
+            raise RuntimeError("conn before ready")
+        self._server.adopt(sock, head)
+
+    def _rekey(self, message: ww.Rekey) -> None:
+        recorder = self._models[message.model].recorder
+        old = recorder.ring.path
+        key = key_of(self._served[message.model], arm=message.arm, rollout=message.rollout, stage=message.stage)
+        upto = recorder.rekey(key, message.ring)
+        self._channel.send(ww.Rekeyed(model=message.model, ring=old, upto=upto))
+
+    # --- timers -----------------------------------------------------------------------------------------------------
+
+    def _every(self, interval_s: float, act: Callable[[], None]) -> None:
+        def again() -> None:
+            if self._over.is_set():
+                return
+            act()
+            self._loop.call_later(interval_s, again)
+
+        self._loop.call_later(interval_s, again)
+
+    def _cut(self) -> None:
+        for model in self._models.values():
+            model.recorder.cut()
+
+    def _report(self) -> None:
+        since_s = time.monotonic() - self._since
+        self._channel.send(
+            ww.Health(
+                models={name: model.recorder.health(since_s) for name, model in self._models.items()},
+                inflight=self._inflight,
+                rss_mb=rss_kb() * 1024 / 1e6,
+            )
+        )
+
+    @property
+    def _inflight(self) -> int:
+        return self._service.inflight if self._service is not None else 0
+
+    # --- endings ----------------------------------------------------------------------------------------------------
+
+    def _end(self, how: Coroutine[object, object, None]) -> None:
+        if self._ending is not None:
+            # The first ending wins; a stop in the middle of a drain changes nothing that matters.
+            how.close()
+            return
+        self._ending = self._loop.create_task(how)
+
+    async def _drain(self, deadline_s: float) -> None:
+        unpassed = 0
+        if self._server is not None:
+            handover = Handover(self._server, self._channel)
+            unpassed = await handover.run(deadline_s)
+            log.info("drained passed=%s unpassed=%s", handover.passed, unpassed)
+        self._cut()
+        self._report()
+        self._channel.send(ww.Drained(unpassed=unpassed))
+        self._over.set()
+
+    async def _finish(self) -> None:
+        server = self._server
+        if server is not None:
+            server.stop_accepting()
+            end = self._loop.time() + FINISH_S
+            while self._loop.time() < end and any(c.busy or c.unsent for c in server.connections):
+                await asyncio.sleep(_POLL_S)
+            server.close()
+        self._cut()
+        self._over.set()

@@ -1,0 +1,371 @@
+"""One model's requests, counted exactly once: ring first, windows later.
+
+A request's slots are written before its reply is sent. From time to time the slots are folded into a window in memory
+(``fold``), and the window is cut and sent with the range of positions it stands for. The supervisor commits window and
+position in one transaction and says ``committed``; after a crash the next worker folds what lies above that position.
+
+Slots are reused only after they were folded. While the supervisor cannot commit (a full disk, say) serving goes on: folded
+counts wait in memory, and only a crash in that state loses records, which ``recover`` then counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from skerry_contract import histogram as h
+from skerry_contract import window as w
+from skerry_contract import wire
+
+from skerry_agent import workerwire as ww
+from skerry_agent.worker import ring as r
+from skerry_agent.worker.fold import Fold, LatencyFold
+from skerry_agent.worker.plan import Plan
+
+log = logging.getLogger(__name__)
+
+CAPACITY = 8192
+FOLD_EVERY = 1024
+"""Slots folded in one go in the middle of traffic: 1 ms for 30 features."""
+MAX_WINDOW_ROWS = 1 << 22
+"""Below the 2**23 at which a sum of squares could leave int64."""
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+class Recorder:
+    """Counts the requests of one model. Not thread-safe: every call comes from the event loop's thread.
+
+    Args:
+        later: runs a function soon, after the reply at hand (``loop.call_soon``).
+        send: takes ``WindowCut`` messages to the supervisor.
+    """
+
+    def __init__(
+        self,
+        key: w.Key,
+        plan: Plan,
+        *,
+        ring: str,
+        boot_id: str,
+        send: Callable[[ww.WindowCut], None],
+        later: Callable[[Callable[[], None]], object],
+        capacity: int = CAPACITY,
+    ) -> None:
+        self.plan = plan
+        self._width = plan.width
+        self._send = send
+        self._later = later
+        self._boot_id = boot_id
+        self._capacity = capacity
+        self._fold_every = min(FOLD_EVERY, capacity // 4)
+        self.max_rows = capacity // 4 if plan.width else 1 << 32
+        self._past = w.Counts()
+        self._past_total = LatencyFold()
+        self._cpu_ns = time.process_time_ns()
+        self._attach(key, ring)
+
+    def _attach(self, key: w.Key, path: str) -> None:
+        header = r.Header(key=key, plan=self.plan, capacity=self._capacity, boot_id=self._boot_id)
+        self.key = key
+        self.ring = r.Ring.create(path, header)
+        self._fold = Fold(self.plan)
+        self._folded = self._cut = 0
+        self._folding = False
+        self._from_inputs = _input_copies(self.plan, self.ring.values)
+        self._from_outputs = _output_copies(self.plan, self.ring.values)
+
+    # --- one request ------------------------------------------------------------------------------------------------
+
+    def ok(
+        self,
+        inputs: Tensors,
+        outputs: Tensors,
+        rows: int,
+        total_ns: int,
+        queue_ns: int,
+        transform_ns: int,
+        infer_ns: int,
+        at_ns: int,
+        flags: int = 0,
+    ) -> None:
+        """Counts an answered request; call before its reply is sent.
+
+        Args:
+            inputs: as the application sent them.
+            outputs: as the application gets them.
+            rows: size of the first dimension, at most ``max_rows``.
+            total_ns: from the whole request read to the reply ready.
+            queue_ns: of it, waiting for the inference thread.
+            transform_ns: of it, in transforms.
+            infer_ns: of it, in the runtime.
+            at_ns: monotonic clock now.
+            flags: ``ring.RETRY``, ``CACHED``, ``FALLBACK``.
+        """
+        ring = self.ring
+        if not self._width:
+            ring.write(r.OK, flags, rows, total_ns, queue_ns, transform_ns, infer_ns, at_ns)
+            ring.publish(1)
+        elif rows == 1:
+            slot = ring.written % ring.capacity
+            flags |= r.VALUES
+            try:
+                for copy in self._from_inputs:
+                    copy.one(slot, inputs[copy.name])
+                for copy in self._from_outputs:
+                    copy.one(slot, outputs[copy.name])
+            except (KeyError, ValueError, TypeError, IndexError) as error:
+                flags = self._unreadable(flags, error)
+            ring.write(r.OK, flags, 1, total_ns, queue_ns, transform_ns, infer_ns, at_ns)
+            ring.publish(1)
+        else:
+            self._many(inputs, outputs, rows, (total_ns, queue_ns, transform_ns, infer_ns, at_ns), flags)
+        self._wrote()
+
+    def other(self, outcome: int, total_ns: int, at_ns: int, flags: int = 0) -> None:
+        """Counts a request that got no answer: ``ring.INVALID``, ``FAILED`` or ``SHED``."""
+        self.ring.write(outcome, flags, 0, total_ns, 0, 0, 0, at_ns)
+        self.ring.publish(1)
+        self._wrote()
+
+    def _many(self, inputs: Tensors, outputs: Tensors, rows: int, times: tuple[int, ...], flags: int) -> None:
+        ring = self.ring
+        slots = max(1, rows)
+        if ring.written + slots - self._folded > ring.capacity:
+            self.fold()
+        flags |= r.VALUES if rows else 0
+        done = 0
+        try:
+            while done < rows:
+                low = (ring.written + done) % ring.capacity
+                n = min(rows - done, ring.capacity - low)
+                slots_now, rows_now = slice(low, low + n), slice(done, done + n)
+                for copy in self._from_inputs:
+                    copy.many(slots_now, rows_now, inputs[copy.name])
+                for copy in self._from_outputs:
+                    copy.many(slots_now, rows_now, outputs[copy.name])
+                part = ring.meta[low : low + n]
+                part["outcome"], part["flags"], part["rows"], part["at_ns"] = r.ROW, flags, 0, times[-1]
+                done += n
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            flags, slots = self._unreadable(flags, error), 1
+        ring.write(r.OK, flags, rows, *times)
+        ring.publish(slots)
+
+    def _unreadable(self, flags: int, error: Exception) -> int:
+        # The model answered in another shape than its manifest says. The request counts, its values cannot.
+        log.warning("values not counted model=%s error=%s", self.key.model, error)
+        return flags & ~r.VALUES
+
+    def _wrote(self) -> None:
+        waiting = self.ring.written - self._folded
+        if waiting < self._fold_every:
+            return
+        if waiting >= self.ring.capacity:
+            self.fold()
+        elif not self._folding:
+            self._folding = True
+            self._later(self._fold_soon)
+
+    def _fold_soon(self) -> None:
+        self._folding = False
+        self.fold()
+        # Early, so that the supervisor can commit before the slots are needed again.
+        uncommitted = self.ring.written - max(self._cut, self.ring.committed)
+        if uncommitted >= self.ring.capacity // 2 or self._fold.slots >= MAX_WINDOW_ROWS:
+            self.cut()
+
+    # --- windows ----------------------------------------------------------------------------------------------------
+
+    def fold(self) -> None:
+        """Folds every record written so far into the window under way."""
+        if self._folded < self.ring.written:
+            self._fold.add_ring(self.ring, self._folded, self.ring.written)
+            self._folded = self.ring.written
+
+    def cut(self) -> None:
+        """Sends the window of everything since the last cut; nothing when nothing happened."""
+        self.fold()
+        self.ring.look_at_clocks()
+        if self._cut == self._folded:
+            return
+        done = self._fold
+        first, last = done.span_ns
+        window = done.window(self.key, self.ring.instant(first), self.ring.instant(last), self._resources())
+        self._send(
+            ww.WindowCut(
+                ring=self.ring.path, start=self._cut, upto=self._folded, body=wire.encode(window), inferences=done.ok
+            )
+        )
+        self._past = _add(self._past, window.counts)
+        self._past_total.merge(done.latency["total_ns"])
+        self._cut = self._folded
+        self._fold = Fold(self.plan)
+
+    def rekey(self, key: w.Key, path: str) -> int:
+        """Cuts the old key's last window and counts under the new key, in a new ring.
+
+        Returns:
+            The old ring's last position.
+        """
+        self.cut()
+        upto = self.ring.written
+        self.ring.close()
+        self._attach(key, path)
+        return upto
+
+    def committed(self, path: str, upto: int) -> None:
+        """Notes that the store holds ``path`` up to ``upto``; of an older ring it is of no interest any more."""
+        if path == self.ring.path:
+            self.ring.commit(upto)
+
+    def health(self, since_s: float) -> ww.ModelHealth:
+        """Counts since the recorder was made."""
+        self.fold()
+        counts = _add(self._past, self._fold.counts())
+        total = LatencyFold()
+        total.merge(self._past_total)
+        total.merge(self._fold.latency["total_ns"])
+        p95 = h.quantile(total.result(), 0.95)
+        return ww.ModelHealth(
+            ok=counts.ok,
+            invalid=counts.invalid,
+            failed=counts.failed,
+            shed=counts.shed,
+            p95_ms=None if p95 is None else p95 / 1e6,
+            since_s=since_s,
+        )
+
+    def _resources(self) -> dict[str, int]:
+        cpu_ns, before = time.process_time_ns(), self._cpu_ns
+        self._cpu_ns = cpu_ns
+        rss = rss_kb()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # CPU time and memory are the worker's, so of all models it serves.
+        return {
+            "worker_cpu_us_sum": (cpu_ns - before) // 1000,
+            "worker_rss_kb_max": max(rss, 0),
+            "worker_peak_kb_max": peak,
+            "worker_rss_kb_sum": rss,
+            "worker_rss_n": 1,
+        }
+
+
+def recover(message: ww.Recover, *, boot_id: str) -> tuple[ww.WindowCut | None, ww.Recovered]:
+    """Folds what a dead worker left: its window, if any, and what to say about the ring.
+
+    A record counts when its slots were published, which happens before its reply is sent.
+    """
+    try:
+        ring = r.Ring.open(message.ring, boot_id=boot_id)
+    except r.DamagedRing as error:
+        log.warning("ring not recovered path=%s error=%s", message.ring, error)
+        return None, ww.Recovered(ring=message.ring, upto=message.start, damage=str(error))
+    try:
+        upto = ring.written
+        lost = max(0, upto - ring.capacity - message.start)
+        start = message.start + lost
+        cut = None
+        if start < upto:
+            fold = Fold(ring.header.plan)
+            fold.add_ring(ring, start, upto)
+            first, last = fold.span_ns
+            window = fold.window(ring.header.key, ring.instant(first), ring.instant(last), {})
+            cut = ww.WindowCut(
+                ring=message.ring, start=message.start, upto=upto, body=wire.encode(window), inferences=fold.ok
+            )
+        return cut, ww.Recovered(ring=message.ring, upto=max(upto, message.start), lost=lost)
+    finally:
+        ring.close()
+
+
+def rss_kb() -> int:
+    """Resident memory of this process, in units of 1024 bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * (os.sysconf("SC_PAGE_SIZE") // 1024)
+
+
+def _add(a: w.Counts, b: w.Counts) -> w.Counts:
+    return w.Counts(**{name: getattr(a, name) + getattr(b, name) for name in a.__struct_fields__})
+
+
+# --- copying values into a slot -------------------------------------------------------------------------------------
+
+
+class _Whole:
+    """All columns of a tensor, in order."""
+
+    def __init__(self, name: str, target: npt.NDArray[np.floating]) -> None:
+        self.name = name
+        self._target = target
+
+    def one(self, slot: int, array: npt.NDArray[Any]) -> None:
+        self._target[slot] = array
+
+    def many(self, slots: slice, rows: slice, array: npt.NDArray[Any]) -> None:
+        self._target[slots] = array.reshape(len(array), -1)[rows]
+
+
+class _Chosen:
+    """Some columns of a tensor."""
+
+    def __init__(self, name: str, columns: list[int], target: npt.NDArray[np.floating]) -> None:
+        self.name = name
+        self._columns = np.array(columns)
+        self._target = target
+
+    def one(self, slot: int, array: npt.NDArray[Any]) -> None:
+        self._target[slot] = array.reshape(-1).take(self._columns)
+
+    def many(self, slots: slice, rows: slice, array: npt.NDArray[Any]) -> None:
+        self._target[slots] = array.reshape(len(array), -1)[rows].take(self._columns, axis=1)
+
+
+class _Top:
+    """Of many classes the first largest, and how large it is."""
+
+    def __init__(self, name: str, target: npt.NDArray[np.floating]) -> None:
+        self.name = name
+        self._target = target
+
+    def one(self, slot: int, array: npt.NDArray[Any]) -> None:
+        row = array.reshape(-1)
+        predicted = row.argmax()
+        self._target[slot] = (predicted, row[predicted])
+
+    def many(self, slots: slice, rows: slice, array: npt.NDArray[Any]) -> None:
+        part = array[rows]
+        self._target[slots, 0] = part.argmax(1)
+        self._target[slots, 1] = part.max(1)
+
+
+_Copy = _Whole | _Chosen | _Top
+
+
+def _input_copies(plan: Plan, values: npt.NDArray[np.floating]) -> list[_Copy]:
+    found: list[_Copy] = []
+    at = 0
+    while at < len(plan.features):
+        name = plan.features[at].input
+        columns = [f.column for f in plan.features if f.input == name]
+        target = values[:, at : at + len(columns)]
+        found.append(_Whole(name, target) if name in plan.whole else _Chosen(name, columns, target))
+        at += len(columns)
+    return found
+
+
+def _output_copies(plan: Plan, values: npt.NDArray[np.floating]) -> list[_Copy]:
+    found: list[_Copy] = []
+    at = len(plan.features)
+    for output in plan.outputs:
+        target = values[:, at : at + output.width]
+        found.append(_Whole(output.name, target) if output.raw else _Top(output.name, target))
+        at += output.width
+    return found

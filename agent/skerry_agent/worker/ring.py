@@ -1,0 +1,219 @@
+"""The recorder's ring: a file of fixed slots, mapped shared, that outlives a killed process.
+
+Layout, little-endian::
+
+    0   magic "SKRYRING"      8   version u32        12  length of the JSON u32
+    16  written u64           24  committed u64
+    32  boot_offset_ns i64    boottime - monotonic, when last looked at
+    40  wall_offset_ns i64    wall clock - boottime, when last looked at
+    48  synced u8
+    64  JSON of ``Header``, padded to 4096
+    ..  capacity x META       then, at the next multiple of 4096, capacity x width values
+
+Position ``p`` lives in slot ``p % capacity``. A writer fills the slots first and raises ``written`` last, so every position
+below ``written`` is whole as long as the kernel lives: ``kill -9`` loses nothing. After a power cut pages may be torn,
+and a ring of another boot is therefore refused. The ring knows nothing of windows; ``fold`` reads it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import struct
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from skerry_contract import window as w
+
+from skerry_agent.worker.plan import Plan
+
+log = logging.getLogger(__name__)
+_libc = ctypes.CDLL(None)
+_TIME_ERROR = 5
+
+VERSION = 1
+MAGIC = b"SKRYRING"
+PAGE = 4096
+OK, INVALID, FAILED, SHED, ROW = 0, 1, 2, 3, 4
+"""Outcomes of a slot; ``ROW`` continues the request of the slot before it."""
+RETRY, CACHED, FALLBACK, VALUES = 1, 2, 4, 8
+"""Flags; ``VALUES`` says that the slot's values are set."""
+
+META = np.dtype(
+    [
+        ("outcome", "u1"),
+        ("flags", "u1"),
+        ("reserved", "<u2"),
+        ("rows", "<u4"),
+        ("total_ns", "<i8"),
+        ("queue_ns", "<i8"),
+        ("transform_ns", "<i8"),
+        ("infer_ns", "<i8"),
+        ("at_ns", "<i8"),
+    ]
+)
+"""One slot. ``at_ns``: monotonic clock, when the reply was ready."""
+_SLOT = struct.Struct("<BBHIqqqqq")
+_POSITION = struct.Struct("<Q")
+_CLOCK = struct.Struct("<qqB")
+_WRITTEN, _COMMITTED, _CLOCK_AT = 16, 24, 32
+assert _SLOT.size == META.itemsize
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """What a ring holds: the window key, the columns, and the boot in which it was made."""
+
+    key: w.Key
+    plan: Plan
+    capacity: int
+    boot_id: str
+
+
+class DamagedRing(Exception):
+    """The file is no ring of ours, is cut short, or is of another boot."""
+
+
+class Ring:
+    """A mapped ring. Use ``create`` or ``open``.
+
+    Attributes:
+        meta: (capacity,) records of ``META``; values: (capacity, width) floats. Views into the file.
+    """
+
+    def __init__(self, path: str, header: Header, memory: mmap.mmap, start: int) -> None:
+        self.path = path
+        self.header = header
+        self.capacity = header.capacity
+        self._memory = memory
+        self._start = start
+        width, dtype = header.plan.width, np.dtype(header.plan.dtype)
+        self.meta: npt.NDArray[np.void] = np.frombuffer(memory, META, self.capacity, start)
+        after = _up(start + self.capacity * META.itemsize)
+        flat = np.frombuffer(memory, dtype, self.capacity * width, after)
+        self.values: npt.NDArray[np.floating] = flat.reshape(self.capacity, width)
+        self.written: int = _POSITION.unpack_from(memory, _WRITTEN)[0]
+        self.committed: int = _POSITION.unpack_from(memory, _COMMITTED)[0]
+
+    @classmethod
+    def create(cls, path: str, header: Header) -> Ring:
+        """Makes the file (0600, space reserved). Without room on the disk the ring lives in memory, and dies with the worker.
+
+        Raises:
+            FileExistsError: there is a ring of that name, perhaps with records that nobody has folded yet.
+        """
+        text = msgspec.json.encode(header)
+        start = _up(64 + len(text))
+        size = _up(start + header.capacity * META.itemsize)
+        size = _up(size + header.capacity * header.plan.width * np.dtype(header.plan.dtype).itemsize)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # Reserved now: a write into a hole of a full disk would kill the worker with SIGBUS.
+            os.posix_fallocate(fd, 0, size)
+            memory = mmap.mmap(fd, size)
+        except OSError as error:
+            log.warning("ring kept in memory path=%s error=%s", path, error)
+            os.unlink(path)
+            memory = mmap.mmap(-1, size)
+        finally:
+            os.close(fd)
+        memory[64 : 64 + len(text)] = text
+        struct.pack_into("<II", memory, 8, VERSION, len(text))
+        memory[:8] = MAGIC
+        ring = cls(path, header, memory, start)
+        ring.look_at_clocks()
+        return ring
+
+    @classmethod
+    def open(cls, path: str, *, boot_id: str) -> Ring:
+        """Maps a ring that another worker left.
+
+        Raises:
+            DamagedRing: it cannot be read, or is of another boot than ``boot_id``.
+        """
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise DamagedRing(f"cannot open: {error.strerror}") from None
+        try:
+            size = os.fstat(fd).st_size
+            if size < PAGE:
+                raise DamagedRing(f"wanted at least {PAGE} bytes, got {size}")
+            memory = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
+        version, length = struct.unpack_from("<II", memory, 8)
+        if memory[:8] != MAGIC or version != VERSION or 64 + length > size:
+            raise DamagedRing("not a ring of this version")
+        try:
+            header = msgspec.json.decode(memory[64 : 64 + length], type=Header)
+            if header.boot_id != boot_id:
+                raise DamagedRing("of another boot: its pages may be torn")
+            return cls(path, header, memory, _up(64 + length))
+        except (msgspec.DecodeError, ValueError) as error:
+            raise DamagedRing(f"unreadable: {error}") from None
+
+    def write(
+        self,
+        outcome: int,
+        flags: int,
+        rows: int,
+        total_ns: int,
+        queue_ns: int,
+        transform_ns: int,
+        infer_ns: int,
+        at_ns: int,
+    ) -> None:
+        """Fills the slot at ``written``; ``publish`` makes it valid."""
+        offset = self._start + self.written % self.capacity * _SLOT.size
+        _SLOT.pack_into(
+            self._memory, offset, outcome, flags, 0, rows, total_ns, queue_ns, transform_ns, infer_ns, at_ns
+        )
+
+    def publish(self, slots: int) -> None:
+        """Makes the next ``slots`` positions valid, all at once."""
+        self.written += slots
+        _POSITION.pack_into(self._memory, _WRITTEN, self.written)
+
+    def commit(self, upto: int) -> None:
+        """Notes that the store holds everything below ``upto``. The store's own note is the one that counts."""
+        self.committed = max(self.committed, upto)
+        _POSITION.pack_into(self._memory, _COMMITTED, self.committed)
+
+    def look_at_clocks(self) -> None:
+        """Notes how the clocks stand to each other, so that records need only the monotonic one."""
+        mono = time.monotonic_ns()
+        boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        _CLOCK.pack_into(self._memory, _CLOCK_AT, boot - mono, time.time_ns() - boot, clock_synchronised())
+
+    def instant(self, at_ns: int) -> w.Instant:
+        """The moment of a record's ``at_ns``."""
+        boot_offset, wall_offset, synced = _CLOCK.unpack_from(self._memory, _CLOCK_AT)
+        boot = at_ns + boot_offset
+        return w.Instant(
+            boot_id=self.header.boot_id, boot_ns=boot, wall_ms=(boot + wall_offset) // 1_000_000, synced=bool(synced)
+        )
+
+    def close(self, *, remove: bool = False) -> None:
+        """Gives up the mapping; with ``remove`` the file too."""
+        # The views keep the mapping alive; dropping them lets it go.
+        self.meta = np.empty(0, META)
+        self.values = np.empty((0, 0), self.header.plan.dtype)
+        if remove:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def clock_synchronised() -> bool:
+    """Whether the kernel holds the wall clock for synchronised (adjtimex(2) without changing anything)."""
+    # struct timex is 208 bytes on 64-bit and 128 on 32-bit Linux; all zero means "only read".
+    timex = ctypes.create_string_buffer(256)
+    state: int = _libc.adjtimex(timex)
+    return 0 <= state < _TIME_ERROR
+
+
+def _up(size: int) -> int:
+    return (size + PAGE - 1) // PAGE * PAGE

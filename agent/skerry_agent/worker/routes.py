@@ -1,0 +1,125 @@
+"""The paths of the Open Inference Protocol v2 (REST), and what each answers.
+
+Every error is ``{"error": "..."}``. A model of the generation is always loaded and proved, so ready means known.
+"""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Callable
+
+import msgspec
+from skerry_contract import __version__
+from skerry_contract import manifest as m
+
+from skerry_agent.worker import http1, oip
+from skerry_agent.worker.inference import Done, InferenceService, Model
+
+EXTENSIONS = ("binary_tensor_data",)
+_CACHED_PATHS = 256
+_Json = dict[str, object]
+
+
+class Routes:
+    """Dispatches requests to the models of one generation."""
+
+    def __init__(self, models: dict[str, Model], service: InferenceService) -> None:
+        self._models = models
+        self._service = service
+        self._infer_paths: dict[bytes, Model] = {}
+
+    def handle(self, request: http1.Request, done: Done) -> bytes | None:
+        """Returns the reply's bytes, or None and calls ``done`` with them later."""
+        head = request.head
+        if head.method == "POST":
+            model = self._infer_paths.get(head.path)
+            if model is not None and head.has_length:
+                return self._service.answer(model, request, done)
+        try:
+            return self._dispatch(request, done)
+        except _Status as error:
+            extra = b"Allow: %b\r\n" % error.allow if error.allow else b""
+            reply = http1.reply(error.status, oip.error_body(error.message), close=not head.keep_alive, extra=extra)
+            return _without_body(reply) if head.method == "HEAD" else reply
+
+    def _dispatch(self, request: http1.Request, done: Done) -> bytes | None:
+        head = request.head
+        parts = _split(head.path)
+        if parts[:1] != ["v2"]:
+            raise _Status(404, f"no such path: {_shown(head.path)}")
+        match parts[1:]:
+            case []:
+                return _get(head, lambda: {"name": "skerry", "version": __version__, "extensions": EXTENSIONS})
+            case ["health", "live" | "ready" as which]:
+                return _get(head, lambda: {which: True})
+            case ["models", name, *rest] if rest[:1] != ["versions"]:
+                return self._model(request, done, name, None, rest)
+            case ["models", name, "versions", version, *rest]:
+                return self._model(request, done, name, version, rest)
+        raise _Status(404, f"no such path: {_shown(head.path)}")
+
+    def _model(
+        self, request: http1.Request, done: Done, name: str, version: str | None, rest: list[str]
+    ) -> bytes | None:
+        head = request.head
+        model = self._models.get(name)
+        if model is None:
+            raise _Status(404, f"no such model: {_shown(name)}")
+        if version is not None and version != model.version:
+            raise _Status(404, f"{name}: no such version: {_shown(version)}, it is {model.version}")
+        match rest:
+            case []:
+                return _get(head, lambda: _metadata(model))
+            case ["ready"]:
+                return _get(head, lambda: {"name": name, "ready": True})
+            case ["infer"]:
+                if head.method != "POST":
+                    raise _Status(405, f"{head.method}: wanted POST", allow=b"POST")
+                if not head.has_length:
+                    raise _Status(411, "wanted Content-Length or chunks")
+                if len(self._infer_paths) < _CACHED_PATHS:
+                    self._infer_paths[head.path] = model
+                return self._service.answer(model, request, done)
+        raise _Status(404, f"no such path: {_shown(head.path)}")
+
+
+class _Status(Exception):
+    def __init__(self, status: int, message: str, *, allow: bytes = b"") -> None:
+        self.status = status
+        self.message = message
+        self.allow = allow
+
+
+def _get(head: http1.Head, answer: Callable[[], _Json]) -> bytes:
+    if head.method not in ("GET", "HEAD"):
+        raise _Status(405, f"{head.method}: wanted GET", allow=b"GET, HEAD")
+    reply = http1.reply(200, msgspec.json.encode(answer()), close=not head.keep_alive)
+    return _without_body(reply) if head.method == "HEAD" else reply
+
+
+def _without_body(reply: bytes) -> bytes:
+    return reply[: reply.index(b"\r\n\r\n") + 4]
+
+
+def _metadata(model: Model) -> _Json:
+    def shown(tensors: tuple[m.Tensor, ...]) -> list[_Json]:
+        return [{"name": t.name, "datatype": t.datatype, "shape": t.shape} for t in tensors]
+
+    return {
+        "name": model.name,
+        "versions": [model.version],
+        "platform": model.platform,
+        "inputs": shown(model.manifest.inputs),
+        "outputs": shown(model.manifest.outputs),
+    }
+
+
+def _split(path: bytes) -> list[str]:
+    text = path.decode("utf-8", "replace").removesuffix("/")
+    return [urllib.parse.unquote(part) for part in text.split("/")[1:]]
+
+
+def _shown(text: str | bytes) -> str:
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    return text if len(text) <= 80 else text[:77] + "..."

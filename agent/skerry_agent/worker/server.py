@@ -1,0 +1,345 @@
+"""Connections: bytes in, one request at a time, bytes out, on asyncio (uvloop where there is one).
+
+Each connection keeps the bytes it has read and not yet answered in one buffer; a request is taken off only when it is whole
+and the one before it is answered. So pipelined requests are answered in order, and at any moment between two requests the
+connection can be handed to another process together with its buffer (``handover``).
+
+An idle connection is never closed: a client that is about to use it would fail. What is closed: a connection whose request
+is malformed or too large (after saying so), and one whose request stays half-sent for ``partial_s`` (408).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Protocol, cast
+
+from skerry_agent.worker import http1, oip
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 << 20
+PARTIAL_S = 20.0
+LINGER_S = 2.0
+TURN = 16
+"""Pipelined requests served before other connections get their turn."""
+READ_AHEAD_BYTES = 256 * 1024
+"""Read while a request is in work; more stays in the kernel."""
+
+
+class Handler(Protocol):
+    """What answers requests; see ``routes.Routes``."""
+
+    def handle(self, request: http1.Request, done: Callable[[bytes], None]) -> bytes | None:
+        """Returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
+
+
+class Server:
+    """All connections of a worker, and the listening socket.
+
+    Attributes:
+        connections: open ones.
+        on_boundary: called with a connection whenever it has answered a request, or was just made; ``handover`` sets it.
+    """
+
+    def __init__(self, handler: Handler, *, max_body_bytes: int = MAX_BODY_BYTES, partial_s: float = PARTIAL_S) -> None:
+        self.handler = handler
+        self.max_body_bytes = max_body_bytes
+        self.connections: set[Connection] = set()
+        self.partial: dict[Connection, float] = {}
+        self.on_boundary: Callable[[Connection], None] | None = None
+        self._partial_s = partial_s
+        self._loop = asyncio.get_running_loop()
+        self._listener: socket.socket | None = None
+        self._joining: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no connection is open or being set up."""
+        return not self.connections and not self._joining
+
+    def listen(self, listener: socket.socket) -> None:
+        """Begins to accept. The socket is shared with other processes; each connection goes to one of them."""
+        listener.setblocking(False)
+        self._listener = listener
+        self._loop.add_reader(listener.fileno(), self._accept)
+        self._sweep()
+
+    def stop_accepting(self) -> None:
+        """Gives up the own copy of the listening socket; what waits in its backlog is the other processes'."""
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+
+    def adopt(self, sock: socket.socket, head: bytes = b"") -> None:
+        """Serves an accepted connection, of which ``head`` was already read."""
+        sock.setblocking(False)
+        task = self._loop.create_task(self._connect(sock, head))
+        # Counted from here on: a connection between accept and its first callback must not be forgotten by a drain.
+        self._joining.add(task)
+        task.add_done_callback(self._joining.discard)
+
+    def close(self) -> None:
+        """Stops accepting and closes every connection, after what was written to it."""
+        self.stop_accepting()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in list(self.connections):
+            connection.close()
+
+    async def _connect(self, sock: socket.socket, head: bytes) -> None:
+        try:
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._loop.connect_accepted_socket(lambda: Connection(self, head), sock)
+        except OSError as error:
+            # The client was gone before it began.
+            log.debug("connection not set up error=%s", error)
+            sock.close()
+
+    def _accept(self) -> None:
+        for _ in range(64):
+            if self._listener is None:
+                return
+            try:
+                sock, _address = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # Out of descriptors or memory: the backlog waits, and so do we, instead of spinning on it.
+                log.warning("cannot accept error=%s", error)
+                self._loop.remove_reader(self._listener.fileno())
+                self._loop.call_later(0.2, self._accept_again)
+                return
+            self.adopt(sock)
+
+    def _accept_again(self) -> None:
+        if self._listener is not None:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for connection, since in list(self.partial.items()):
+            if now - since > self._partial_s:
+                connection.refuse(http1.Refused(408, f"the request was not complete within {self._partial_s:g} s"))
+        self._sweeper = self._loop.call_later(min(1.0, self._partial_s / 4), self._sweep)
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection.
+
+    Attributes:
+        busy: a request is in work.
+    """
+
+    __slots__ = (
+        "_buffer", "_continued", "_cutter", "_eof", "_head", "_keep_alive", "_paused", "_refused", "_server",
+        "_transport", "_writable", "busy",
+    )  # fmt: skip
+
+    _transport: asyncio.Transport
+
+    def __init__(self, server: Server, head: bytes = b"") -> None:
+        self._server = server
+        self._head = head
+        self._cutter = http1.Cutter(server.max_body_bytes)
+        self._buffer: bytes | bytearray = b""
+        self.busy = False
+        self._writable = True
+        self._paused = self._refused = self._continued = self._eof = False
+        self._keep_alive = True
+
+    # --- asyncio ----------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio."""
+        # uvloop's transports are no subclass of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        server = self._server
+        server.connections.add(self)
+        if self._head:
+            self.data_received(self._head)
+            self._head = b""
+        elif server.on_boundary is not None:
+            server.on_boundary(self)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        if self._refused:
+            return
+        if not self._buffer:
+            self._buffer = data
+        else:
+            if not isinstance(self._buffer, bytearray):
+                self._buffer = bytearray(self._buffer)
+            self._buffer += data
+        if self.busy or not self._writable:
+            if len(self._buffer) > READ_AHEAD_BYTES and not self._paused:
+                self._paused = True
+                self._transport.pause_reading()
+            return
+        self._serve()
+
+    def eof_received(self) -> bool:
+        """See asyncio. A client may end its sending and still wait for the reply."""
+        self._eof = True
+        return self.busy or not self._writable
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """See asyncio."""
+        self._server.connections.discard(self)
+        self._server.partial.pop(self, None)
+
+    def pause_writing(self) -> None:
+        """See asyncio. A client that does not read its replies gets no more of them."""
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        """See asyncio."""
+        self._writable = True
+        if not self.busy:
+            self._proceed()
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        server = self._server
+        for _ in range(TURN):
+            buffer = self._buffer
+            if buffer[:2] == b"\r\n":
+                # RFC 9112, 2.2: an empty line before a request is ignored.
+                self._drop(2)
+                continue
+            if not buffer:
+                server.partial.pop(self, None)
+                break
+            try:
+                found = self._cutter.cut(buffer)
+            except http1.Refused as error:
+                self.refuse(error)
+                return
+            if isinstance(found, http1.Incomplete):
+                self._wait_for_more(found)
+                break
+            self._drop(found.size)
+            self._continued = False
+            if server.partial:
+                server.partial.pop(self, None)
+            self._keep_alive = found.head.keep_alive
+            self.busy = True
+            reply = server.handler.handle(found, self._done)
+            if reply is None:
+                return
+            self.busy = False
+            self._transport.write(reply)
+            if not self._keep_alive:
+                self.close()
+                return
+            if not self._writable:
+                return
+        else:
+            if self._buffer:
+                self.busy = True
+                asyncio.get_running_loop().call_soon(self._next_turn)
+                return
+        if self._eof:
+            self.close()
+        elif server.on_boundary is not None:
+            server.on_boundary(self)
+
+    def _next_turn(self) -> None:
+        self.busy = False
+        self._proceed()
+
+    def _done(self, reply: bytes) -> None:
+        self.busy = False
+        if self._transport.is_closing():
+            return
+        self._transport.write(reply)
+        if not self._keep_alive:
+            self.close()
+        elif self._writable:
+            self._proceed()
+
+    def _proceed(self) -> None:
+        if self._transport.is_closing() or self._refused:
+            return
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        self._serve()
+
+    def _drop(self, size: int) -> None:
+        if isinstance(self._buffer, bytearray):
+            del self._buffer[:size]
+        else:
+            self._buffer = self._buffer[size:]
+
+    def _wait_for_more(self, found: http1.Incomplete) -> None:
+        # The clock runs from the first byte: a client that trickles gains nothing.
+        self._server.partial.setdefault(self, time.monotonic())
+        if found.head is not None and found.head.expects and not self._continued:
+            self._continued = True
+            self._transport.write(http1.CONTINUE)
+
+    def refuse(self, error: http1.Refused) -> None:
+        """Says what is wrong and closes, leaving the client time to read it."""
+        self._server.partial.pop(self, None)
+        if self._refused or self._transport.is_closing():
+            return
+        self._refused = True
+        self._buffer = b""
+        self._transport.write(http1.reply(error.status, oip.error_body(error.message), close=True))
+        # Closing at once with unread bytes would make the kernel reset the connection and the reply be lost.
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        asyncio.get_running_loop().call_later(LINGER_S, self.close)
+
+    def close(self) -> None:
+        """Closes after what was written has been sent."""
+        if not self._transport.is_closing():
+            self._transport.close()
+
+    # --- hand-over --------------------------------------------------------------------------------------------------
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the connection can be handed over now: nothing in work, nothing left to write."""
+        return (
+            not self.busy
+            and not self._refused
+            and not self._transport.is_closing()
+            and self._transport.get_write_buffer_size() == 0
+        )
+
+    @property
+    def unsent(self) -> bool:
+        """Whether some of a reply still waits for the client to read."""
+        return not self._transport.is_closing() and self._transport.get_write_buffer_size() > 0
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is closing by itself."""
+        return self._refused or self._transport.is_closing()
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        descriptor: int = self._transport.get_extra_info("socket").fileno()
+        return descriptor
+
+    def unanswered(self) -> bytes:
+        """Bytes read and not yet answered."""
+        return bytes(self._buffer)
+
+    def abandon(self) -> None:
+        """Drops the own copy of the socket without a word to the client: it belongs to another process now."""
+        self._server.connections.discard(self)
+        self._server.partial.pop(self, None)
+        self._refused = True
+        # abort() closes the descriptor only; close() or write_eof() would end the connection for the new owner too.
+        self._transport.abort()

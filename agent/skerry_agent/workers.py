@@ -1,0 +1,101 @@
+"""One worker process: start, talk, end. Which models it serves and when it goes is decided by ``serving``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from skerry_agent import workerwire as ww
+from skerry_agent.logs import kv
+
+log = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 5.0
+WORKER: tuple[str, ...] = (sys.executable, "-m", "skerry_agent.worker")
+
+
+class Worker:
+    """A running worker. Made by ``spawn``.
+
+    Attributes:
+        pid: of the process.
+        exited: done with the exit code when the process is gone and its last message was read; negative for a signal.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, channel: ww.Channel, silent: asyncio.Event) -> None:
+        self._process = process
+        self._channel = channel
+        self._silent = silent
+        self.pid = process.pid
+        self.exited: asyncio.Task[int] = asyncio.create_task(self._wait(), name=f"worker-{process.pid}")
+
+    async def _wait(self) -> int:
+        code = await self._process.wait()
+        # What it sent before it died is still in the channel: windows among it.
+        try:
+            await asyncio.wait_for(self._silent.wait(), _LAST_WORDS_S)
+        except TimeoutError:
+            log.warning("channel of a dead worker stays open", extra=kv(pid=self.pid))
+        return code
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.returncode is None
+
+    def send(self, message: ww.Message, fd: int | None = None) -> None:
+        """Sends a message; dropped when the worker is gone."""
+        self._channel.send(message, fd)
+
+    async def end(self, grace_s: float) -> int:
+        """Asks it to stop, waits, kills. Returns the exit code."""
+        if self.alive:
+            self._channel.send(ww.Stop())
+            try:
+                await asyncio.wait_for(asyncio.shield(self.exited), grace_s)
+            except TimeoutError:
+                self.kill()
+        code = await asyncio.shield(self.exited)
+        self._channel.close()
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL. What it counted is in its rings."""
+        if self.alive:
+            log.warning("worker killed", extra=kv(pid=self.pid))
+            self._process.kill()
+
+    def close(self) -> None:
+        """Gives up the channel of a worker that is gone."""
+        self._channel.close()
+
+
+async def spawn(
+    listener: socket.socket,
+    on_message: Callable[[Any, int | None], None],
+    *,
+    command: Sequence[str] = WORKER,
+) -> Worker:
+    """Starts a worker process with its end of a channel and the listening socket."""
+    ours, theirs = ww.pair()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            "--control-fd",
+            str(theirs.fileno()),
+            "--listen-fd",
+            str(listener.fileno()),
+            pass_fds=(theirs.fileno(), listener.fileno()),
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    silent = asyncio.Event()
+    return Worker(process, ww.Channel(ours, on_message, silent.set), silent)

@@ -1,0 +1,1 @@
+"""The commands: each parses, calls, and shows. What they do is done by the modules above."""

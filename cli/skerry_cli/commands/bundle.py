@@ -1,0 +1,141 @@
+"""``skerry bundle``: build, validate, inspect, verify and sign bundles on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from skerry_contract import manifest as m
+
+from skerry_cli import bundle, output, validation
+from skerry_cli.commands.session import now, session
+from skerry_cli.errors import Failed
+
+app = typer.Typer(no_args_is_help=True, help="Build, check and sign bundles.")
+
+Folder = Annotated[Path, typer.Argument(help="The bundle's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+
+
+@app.command()
+def build(
+    spec: Annotated[Path, typer.Argument(help="The spec, TOML or JSON.")],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the bundle.")],
+    as_json: AsJson = False,
+) -> None:
+    """Makes a bundle from a spec: the manifest's fields, and files whose digests are filled in."""
+    made = bundle.build_bundle(
+        bundle.read_spec(spec), source=spec.parent, out=out, created=now().strftime("%Y-%m-%dT%H:%M:%SZ")
+    )
+    if as_json:
+        output.show_json(summary(made))
+    else:
+        output.say(f"{made.manifest.model} {made.manifest.version} is in {out}, digest {made.digest}.")
+
+
+@app.command()
+def validate(folder: Folder, as_json: AsJson = False) -> None:
+    """Runs the bundle on this machine's runtime, in a child process with limits: proof, precision, cost."""
+    made = bundle.read_bundle(folder)
+    bundle.check_files(made)
+    report = validation.validate(made)
+    if as_json:
+        output.show_json(report)
+    else:
+        output.show_fields(
+            f"{made.manifest.model} {made.manifest.version}", {n: v for n, v in report.items() if n != "variants"}
+        )
+        for variant in report.get("variants", ()):
+            output.show_fields(variant["id"], variant)
+    if not report["ok"]:
+        raise Failed(f"{folder}: not valid: {report['code']}: {report['detail']}", advice=report.get("advice", ""))
+
+
+@app.command()
+def inspect(folder: Folder, as_json: AsJson = False) -> None:
+    """Shows what a bundle is and asks for. Runs nothing."""
+    made = bundle.read_bundle(folder)
+    if as_json:
+        output.show_json(summary(made))
+        return
+    told = summary(made)
+    variants = told.pop("variants")
+    output.show_fields(str(folder), told)
+    output.show_table(
+        "variants",
+        ("id", "runtime", "arch", "precision", "memory MB", "files"),
+        [(v["id"], v["runtime"], v["arch"] or "any", v["precision"], v["rss_mb"], v["files"]) for v in variants],
+    )
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM): also check model.sig.")] = None,
+    digest: Annotated[str | None, typer.Option("--digest", help="The digest that the bundle must have.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Checks every file against the manifest, and the signature when a key is given."""
+    from skerry_cli import signing
+    from skerry_cli.errors import RefusedForSafety
+
+    made = bundle.read_bundle(folder)
+    if digest is not None and digest != made.digest:
+        raise RefusedForSafety(f"{folder}: its digest is {made.digest}, wanted {digest}")
+    bundle.check_files(made)
+    if key is not None:
+        signing.verify(made, signing.load_public_key(key))
+    told = {"digest": made.digest, "files": len(made.manifest.files()), "signature": "holds" if key else "not checked"}
+    if as_json:
+        output.show_json(told)
+    else:
+        output.say(f"{folder}: {told['files']} files match the manifest, digest {made.digest}; signature {told['signature']}.")
+
+
+@app.command()
+def sign(
+    context: typer.Context,
+    folder: Folder,
+    key: Annotated[Path, typer.Option("--key", help="Private key (P-256, PEM).")],
+    encrypted: Annotated[bool, typer.Option("--encrypted", help="The key has a password.")] = False,
+) -> None:
+    """Writes model.sig (OpenSSF Model Signing) beside the manifest."""
+    from skerry_cli import signing
+
+    made = bundle.read_bundle(folder)
+    private = signing.load_private_key(key, session(context).password(encrypted=encrypted))
+    (folder / m.SIGNATURE_FILE).write_bytes(signing.sign(made, private))
+    output.say(f"{folder / m.SIGNATURE_FILE} is written.")
+
+
+def summary(made: bundle.Bundle) -> dict[str, Any]:
+    """A bundle in few words."""
+    manifest = made.manifest
+    return {
+        "model": manifest.model,
+        "version": manifest.version,
+        "digest": made.digest,
+        "created": manifest.created,
+        "owner": f"{manifest.owner.name} <{manifest.owner.contact}>",
+        "licence": manifest.licence,
+        "card": manifest.card,
+        "inputs": [f"{t.name} {t.datatype} {list(t.shape)}" for t in manifest.inputs],
+        "outputs": [f"{t.name} {t.datatype} {list(t.shape)}" for t in manifest.outputs],
+        "features": len(manifest.features),
+        "reference_rows": manifest.reference.n,
+        "accuracy": manifest.reference.accuracy,
+        "signed": made.signature is not None,
+        "size_bytes": sum(file.size for file in manifest.files()),
+        "variants": [
+            {
+                "id": v.id,
+                "runtime": v.runtime,
+                "arch": list(v.arch),
+                "precision": v.precision,
+                "rss_mb": v.needs.rss_mb,
+                "files": [file.path for file in v.files],
+            }
+            for v in manifest.variants
+        ],
+    }

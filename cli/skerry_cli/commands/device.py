@@ -1,0 +1,130 @@
+"""``skerry device``: look at devices, let new ones in, pin and revoke."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from skerry_contract import enrolment
+
+from skerry_cli import keys, output
+from skerry_cli.client import Api, quote
+from skerry_cli.commands.publish import find_bundle
+from skerry_cli.commands.session import session
+from skerry_cli.errors import Usage
+
+app = typer.Typer(no_args_is_help=True, help="Look at devices, enrol, pin and revoke them.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+Device = Annotated[str, typer.Argument(help="The device's id.")]
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    group: Annotated[str | None, typer.Option("--group", help="Only of this group.")] = None,
+    online: Annotated[bool | None, typer.Option("--online/--offline", help="Only those now online, or offline.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Lists devices and what they run."""
+    wanted = None if online is None else str(online).lower()
+    items = list(session(context).api.items("/api/v1/devices", group=group, online=wanted))
+    if as_json:
+        output.show_json({"items": items})
+        return
+    output.show_table(
+        "devices",
+        ("id", "group", "status", "online", "runs", "seen"),
+        [(d["id"], d["group"], d["status"], d["online"], running_text(d), output.when(d.get("seen_ms"))) for d in items],
+    )
+
+
+@app.command()
+def show(context: typer.Context, device: Device, as_json: AsJson = False) -> None:
+    """Shows one device: state, versions, pins, last events."""
+    api = session(context).api
+    found = api.get(f"/api/v1/devices/{quote(device)}")
+    events = list(api.items(f"/api/v1/devices/{quote(device)}/events"))
+    if as_json:
+        output.show_json({**found, "events": events})
+        return
+    output.show_fields(f"device {device}", {n: v for n, v in found.items() if n not in ("state", "running", "public_key_pem")})
+    output.say(f"runs: {running_text(found)}")
+    output.show_table(
+        "events",
+        ("at", "event", "code", "data"),
+        [(output.when(e.get("at_ms")), e["name"], e["code"], e["data"]) for e in events[-20:]],
+    )
+
+
+@app.command()
+def token(
+    context: typer.Context,
+    group: Annotated[str, typer.Option("--group", help="The group that the device joins.")],
+    device: Annotated[str | None, typer.Option("--device", help="The one id that may use it.")] = None,
+    serial_prefix: Annotated[str | None, typer.Option("--serial-prefix", help="Or: ids that start so.")] = None,
+    expires_s: Annotated[float, typer.Option("--expires", help="Seconds until it ends.")] = 3600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Makes an enrolment token, completed with your root and the fleet's CA. It is a secret."""
+    if (device is None) == (serial_prefix is None):
+        raise Usage("wanted exactly one of --device and --serial-prefix")
+    run = session(context)
+    root_sha256 = keys.read_ceremony(run.keys).root_sha256
+    text = complete_token(
+        run.api, root_sha256, {"device_id": device, "serial_prefix": serial_prefix, "group": group, "expires_s": expires_s}
+    )
+    if as_json:
+        output.show_json({"token": text})
+    else:
+        output.say(text)
+
+
+@app.command()
+def pin(
+    context: typer.Context,
+    device: Device,
+    bundle: Annotated[str, typer.Argument(help="MODEL@VERSION or digest.")],
+) -> None:
+    """Makes one device run one approved bundle, whatever its group runs."""
+    api = session(context).api
+    found = find_bundle(api, bundle)
+    api.put(f"/api/v1/devices/{quote(device)}/pins/{quote(found['model'])}", {"digest": found["digest"]})
+    output.say(f"{device} is pinned to {found['model']} {found['version']}.")
+
+
+@app.command()
+def unpin(context: typer.Context, device: Device, model: Annotated[str, typer.Argument(help="The model.")]) -> None:
+    """Lets the device run what its group runs."""
+    session(context).api.delete(f"/api/v1/devices/{quote(device)}/pins/{quote(model)}")
+    output.say(f"{device} follows its group in {model}.")
+
+
+@app.command()
+def revoke(
+    context: typer.Context,
+    device: Device,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the record.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Takes the device's certificate away; it keeps serving what it has, unheard."""
+    if not yes:
+        typer.confirm(f"Revoke {device}? It must be enrolled anew to come back.", abort=True, err=True)
+    session(context).api.post(f"/api/v1/devices/{quote(device)}/revoke", {"reason": reason})
+    output.say(f"{device} is revoked.")
+
+
+def complete_token(api: Api, root_sha256: str, wish: dict[str, Any]) -> str:
+    """Asks the server for a token and adds what the server must not decide."""
+    issued = api.post("/api/v1/enrolment-tokens", {name: value for name, value in wish.items() if value is not None})
+    return enrolment.build(
+        enrolment.Enrolment(
+            server_url=api.server, token=str(issued["token"]), ca_sha256=api.ca_sha256, root_sha256=root_sha256
+        )
+    )
+
+
+def running_text(device: dict[str, Any]) -> str:
+    """What a device runs, in one line."""
+    parts = [f"{model} {run.get('version')} ({run.get('state')})" for model, run in (device.get("running") or {}).items()]
+    return ", ".join(parts) or "nothing yet"

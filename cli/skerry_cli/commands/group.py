@@ -1,0 +1,69 @@
+"""``skerry group``: groups, their settings and what they run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from skerry_cli import output
+from skerry_cli.client import quote
+from skerry_cli.commands.session import session
+from skerry_cli.errors import Usage
+
+app = typer.Typer(no_args_is_help=True, help="Make, list and configure groups of devices.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+Group = Annotated[str, typer.Argument(help="The group's name.")]
+_NUMBERS = frozenset(
+    {"window_s", "sample_rate", "sync_s", "jitter_s", "max_kib_s", "trial_s", "trial_inferences"}
+)
+
+
+@app.command()
+def create(
+    context: typer.Context,
+    group: Group,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=NUMBER, e.g. sync_s=300; repeat.")] = None,
+) -> None:
+    """Makes a group, or changes the settings of one that is there."""
+    session(context).api.put(f"/api/v1/groups/{quote(group)}", {"settings": parse_settings(setting or [])})
+    output.say(f"Group {group} is set.")
+
+
+@app.command("list")
+def list_(context: typer.Context, as_json: AsJson = False) -> None:
+    """Lists groups."""
+    items = list(session(context).api.items("/api/v1/groups"))
+    if as_json:
+        output.show_json({"items": items})
+    else:
+        output.show_table("groups", ("name", "generation"), [(g["name"], g.get("generation")) for g in items])
+
+
+@app.command()
+def show(context: typer.Context, group: Group, as_json: AsJson = False) -> None:
+    """Shows a group: settings, models, generation."""
+    found = session(context).api.get(f"/api/v1/groups/{quote(group)}")
+    if as_json:
+        output.show_json(found)
+    else:
+        output.show_fields(f"group {group}", found)
+
+
+def parse_settings(texts: list[str]) -> dict[str, Any]:
+    """Reads ``NAME=NUMBER`` pairs.
+
+    Raises:
+        Usage: an unknown name or no number.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, sep, value = text.partition("=")
+        if not sep or name not in _NUMBERS:
+            raise Usage(f"--set {text!r}: wanted NAME=NUMBER with one of {', '.join(sorted(_NUMBERS))}")
+        try:
+            settings[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            raise Usage(f"--set {text!r}: wanted a number, got {value!r}") from None
+    return settings

@@ -1,0 +1,157 @@
+"""``skerry push``, ``approve`` and ``floor set``: into the register, and into the signed catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skerry_cli import bundle, catalog, keys, output, publishing
+from skerry_cli.client import Api
+from skerry_cli.commands.session import Session, now, session
+from skerry_cli.errors import Failed, RefusedForSafety, Usage
+from skerry_cli.publishing import find_bundle
+
+__all__ = ["approve", "find_bundle", "floor_app", "push"]
+
+floor_app = typer.Typer(no_args_is_help=True, help="The lowest version of a model that devices may activate.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+ApproverName = Annotated[str, typer.Option("--as", help="Name of the approver whose key signs.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+ProposalOut = Annotated[
+    Path | None, typer.Option("--proposal", help="Where to keep the proposal when further approvers must sign.")
+]
+
+
+def push(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Sends a bundle to the server's register, which validates it."""
+    made = bundle.read_bundle(folder)
+    pushed = publishing.push(session(context).api, made, say=output.note)
+    if as_json:
+        output.show_json(
+            {"digest": pushed.digest, "state": pushed.state, "reason": pushed.reason, "sent_bytes": pushed.sent_bytes}
+        )
+    else:
+        output.say(
+            f"{made.manifest.model} {made.manifest.version} is {pushed.state}, digest {pushed.digest}; "
+            f"{pushed.sent_files} files sent."
+        )
+    if pushed.state not in ("validated", "approved", "deprecated"):
+        raise Failed(f"the server says {pushed.state}: {pushed.reason or 'no reason given'}")
+
+
+def approve(
+    context: typer.Context,
+    bundles: Annotated[list[str] | None, typer.Argument(help="MODEL@VERSION or digests to approve.")] = None,
+    remove: Annotated[list[str] | None, typer.Option("--remove", help="MODEL@VERSION to take out; repeat.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--from", help="Check against this local bundle instead of the server's copy.")
+    ] = None,
+    approver: ApproverName = "approver",
+    others: Annotated[list[str] | None, typer.Option("--with", help="Others who will sign too; repeat.")] = None,
+    cosign: Annotated[Path | None, typer.Option("--cosign", help="A colleague's proposal to sign.")] = None,
+    proposal_out: ProposalOut = None,
+    renew: Annotated[bool, typer.Option("--renew", help="Change nothing but the expiry.")] = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Signs the next catalog: verifies the last one from your own root, checks every added bundle, shows the difference."""
+    run = session(context)
+    if cosign is not None and (bundles or remove or renew):
+        raise Usage("--cosign signs the proposal as it is: wanted it alone")
+    if cosign is None and not (bundles or remove or renew):
+        raise Usage("wanted a bundle to approve, --remove, --renew or --cosign")
+    worker = _approver(run, approver)
+    if cosign is not None:
+        metadata, floors = publishing.read_proposal(cosign)
+        made = worker.cosign(metadata, floors, now=now(), folder=folder, confirm=_confirm(yes, as_json))
+    else:
+        change = catalog.Change(
+            add=tuple(_addition(run.api, wish) for wish in bundles or ()),
+            remove=tuple(_listed(text) for text in remove or ()),
+        )
+        made = worker.change(
+            change, now=now(), approvers=(approver, *(others or ())), folder=folder, confirm=_confirm(yes, as_json)
+        )
+    _report(made, proposal_out, as_json)
+
+
+@floor_app.command("set")
+def floor_set(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="The model.")],
+    version: Annotated[str, typer.Argument(help="Lowest version; 'none' takes the floor away.")],
+    lower: Annotated[bool, typer.Option("--lower", help="Allow the floor to go down or away.")] = False,
+    approver: ApproverName = "approver",
+    others: Annotated[list[str] | None, typer.Option("--with", help="Others who will sign too; repeat.")] = None,
+    proposal_out: ProposalOut = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Signs a catalog with another floor: devices refuse older versions from then on, whoever asks."""
+    change = catalog.Change(floors={model: None if version == "none" else version}, lower_floors=lower)
+    made = _approver(session(context), approver).change(
+        change, now=now(), approvers=(approver, *(others or ())), confirm=_confirm(yes, as_json)
+    )
+    _report(made, proposal_out, as_json)
+
+
+def _approver(run: Session, name: str) -> publishing.Approver:
+    ceremony = keys.read_ceremony(run.keys)
+    encrypted = bool(ceremony.record.get("encrypted", True))
+    signer = keys.load_signer(ceremony.key_path(name), run.password(encrypted=encrypted))
+    return publishing.Approver(
+        run.api, root=ceremony.root, signer=signer, name=name, cache_dir=run.keys / ".seen" / run.api.ca_sha256[:16]
+    )
+
+
+def _addition(api: Api, wish: str) -> catalog.Addition:
+    found = find_bundle(api, wish)
+    if found["state"] in ("draft", "rejected", "retired"):
+        raise RefusedForSafety(f"{wish} is {found['state']}: {found.get('reason') or 'wanted a validated bundle'}")
+    return catalog.Addition(
+        model=str(found["model"]),
+        version=str(found["version"]),
+        digest=str(found["digest"]),
+        submitter=str(found.get("submitter", "")),
+    )
+
+
+def _listed(text: str) -> tuple[str, str]:
+    model, at, version = text.partition("@")
+    if not at:
+        raise Usage(f"--remove {text!r}: wanted MODEL@VERSION")
+    return model, version
+
+
+def _confirm(yes: bool, as_json: bool) -> Callable[[catalog.Difference], bool]:
+    def ask(difference: catalog.Difference) -> bool:
+        # With --json stdout holds the answer alone: the question and its matter go to stderr.
+        (output.note if as_json else output.say)(difference.text())
+        return yes or typer.confirm("Sign this?", err=True)
+
+    return ask
+
+
+def _report(made: catalog.Proposal, proposal_out: Path | None, as_json: bool) -> None:
+    if not made.complete:
+        if proposal_out is None:
+            raise Usage(
+                f"{len(made.signed)} of {made.threshold} signatures: name a file with --proposal, for the next approver"
+            )
+        publishing.write_proposal(proposal_out, made)
+    if as_json:
+        output.show_json(
+            {**made.difference.to_json(), "signatures": len(made.signed), "threshold": made.threshold, "posted": made.complete}
+        )
+    elif made.complete:
+        output.say(f"Catalog {made.difference.to_version} is signed and on the server.")
+    else:
+        output.say(f"{len(made.signed)} of {made.threshold} signatures; pass {proposal_out} to the next approver.")

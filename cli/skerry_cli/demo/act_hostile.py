@@ -1,0 +1,155 @@
+"""Step 4: four bad bundles, each offered to a device; refused or reverted with a reason, while the device keeps serving."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from skerry_cli import catalog
+from skerry_cli.client import quote
+from skerry_cli.demo import data, forgery, models
+from skerry_cli.demo.act_rollouts import FIRST, SECOND, make
+from skerry_cli.demo.fleet import GROUP
+from skerry_cli.demo.models import MODEL
+from skerry_cli.demo.run import Refusal, Run
+from skerry_cli.errors import CliError
+
+_WAIT_S = 45.0
+_MORE_ANSWERS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """One attempt: what is offered, to which device, the code it must be refused with, and how it is offered."""
+
+    what: str
+    device: str
+    code: str
+    make: Callable[[], None]
+
+
+def hostile(run: Run) -> None:
+    """Step 4."""
+    fleet, screen = run.fleet, run.screen
+    screen.heading("4. Four bad bundles")
+    mirrored, crashing = fleet.mirrored, fleet.devices[0]
+    screen.say(f"{mirrored} gets its updates through a mirror that lies, and that holds the server's own keys.")
+    thief = forgery.Thief(fleet.server.data / "repository", fleet.overlay, fleet.server.data / "keys" / "online.pem")
+
+    good = make(run, "2.1.0", (1, 2, 3), seed=1)
+    run.publish(good, quietly=True)
+    blob = next(file for file in good.bundle.manifest.files() if file.path.endswith(".onnx"))
+
+    def flipped() -> None:
+        place = forgery.flip_byte(fleet.server.data / "repository", fleet.overlay, blob)
+        screen.say(f"(a) {mirrored} is pinned to {good.bundle.manifest.version}, approved and sound; the mirror flips byte {place} of its model.")
+        _pin(run, mirrored, good.bundle.digest)
+
+    _offer(run, Offer(what="one byte flipped on the way", device=mirrored, code="hash_mismatch", make=flipped))
+    _unpin(run, mirrored)
+    fleet.be_honest()
+
+    stolen = models.make_bundle(fleet.folder / "bundles" / "9.0.0", version="9.0.0", batches=(1,), created=run.created())
+
+    def unknown_key() -> None:
+        keyid = thief.approve_and_pin(stolen.bundle, group=GROUP, device=mirrored, now=run.now())
+        screen.say(
+            f"(b) The mirror offers 9.0.0 in a catalog signed by the unknown key {keyid[:8]}, under a snapshot and a timestamp "
+            "signed with the server's stolen online key."
+        )
+        fleet.sync(mirrored)
+
+    _offer(run, Offer(what="signed by an unknown key", device=mirrored, code="bad_signature", make=unknown_key))
+    fleet.be_honest()
+    _heal(run, thief)
+
+    def below_floor() -> None:
+        fleet.approver.change(catalog.Change(floors={MODEL: SECOND}), now=run.now())
+        screen.say(f"(c) The approver raises the floor of {MODEL} to {SECOND}.")
+        try:
+            _pin(run, mirrored, run.bundles[FIRST].bundle.digest)
+            screen.say(f"    {mirrored} is pinned to {FIRST}, which the catalog still lists.")
+        except CliError as error:
+            screen.say(f"    The server itself refuses to pin {FIRST}: {error.message}.")
+            thief.pin(run.bundles[FIRST].bundle, group=GROUP, device=mirrored, now=run.now())
+            screen.say(f"    So the thief signs a group document that pins {mirrored} to {FIRST}, which the catalog still lists.")
+            fleet.sync(mirrored)
+
+    _offer(run, Offer(what="below the floor", device=mirrored, code="below_floor", make=below_floor))
+    fleet.be_honest()
+    _unpin(run, mirrored)
+    _heal(run, thief)
+
+    live = data.load([fleet.batch])
+    bad, trigger = models.make_crashing_bundle(
+        fleet.folder / "bundles" / "3.0.0", version="3.0.0", batches=(1,), live=live, created=run.created()
+    )
+    run.publish(bad, quietly=True)
+    began = time.time()
+
+    def crash() -> None:
+        screen.say(
+            f"(d) {crashing} is pinned to 3.0.0: valid, approved, its golden proof holds, but {trigger.share:.0%} of the live rows make its "
+            "runtime overflow an integer division and die (SIGFPE)."
+        )
+        _pin(run, crashing, bad.bundle.digest)
+
+    _offer(run, Offer(what="crashes its runtime", device=crashing, code="trial_crashed", make=crash))
+    run.notes.crash = (crashing, began, time.time() + 1.0)
+    _unpin(run, crashing)
+
+
+def _offer(run: Run, offer: Offer) -> None:
+    fleet, screen = run.fleet, run.screen
+    device = offer.device
+    seen = max((int(event["id"]) for event in fleet.events(device)), default=0)
+    kept, _ = fleet.running(fleet.device(device))
+    before = fleet.counts(device).answered
+    offer.make()
+
+    def refused() -> dict[str, Any] | None:
+        new = [event for event in fleet.events(device) if int(event["id"]) > seen and event["code"]]
+        screen.progress(f"waiting for {device}; it says {', '.join(event['code'] for event in new) or 'nothing yet'}")
+        return next((event for event in new if event["code"] == offer.code), None)
+
+    event = fleet.wait(f"{device} to refuse with {offer.code}", refused, _WAIT_S)
+    detail = str((event.get("data") or {}).get("detail", ""))
+
+    def serving() -> bool:
+        version, state = fleet.running(fleet.device(device))
+        more = fleet.counts(device).answered - before
+        screen.progress(f"{device} runs {version} ({state}), {more} answers since")
+        return more >= _MORE_ANSWERS and version == kept and state.startswith("confirmed")
+
+    fleet.wait(f"{device} to serve {kept} again", serving, _WAIT_S)
+    since = fleet.counts(device).answered - before
+    run.notes.refusals.append(
+        Refusal(offered=offer.what, device=device, code=offer.code, detail=detail, kept=kept, answered_since=since)
+    )
+    run.must(kept == SECOND, f"{device} runs {SECOND} before and after; it runs {kept}")
+    screen.say(f"    {device}: {offer.code}{f' ({detail})' if detail else ''}. It runs {kept} and gave {since} answers since.", style="green")
+
+
+def _pin(run: Run, device: str, digest: str) -> None:
+    run.fleet.api.put(f"/api/v1/devices/{quote(device)}/pins/{MODEL}", {"digest": digest, "reason": "demo, step 4"})
+
+
+def _unpin(run: Run, device: str) -> None:
+    if MODEL in run.fleet.device(device).get("pins", {}):
+        run.fleet.api.delete(f"/api/v1/devices/{quote(device)}/pins/{MODEL}")
+
+
+def _heal(run: Run, thief: forgery.Thief) -> None:
+    """The server publishes on until its versions are above the forged ones, as one restored after a theft does."""
+    settings = dict(run.fleet.api.get(f"/api/v1/groups/{GROUP}")["settings"])
+    for extra in range(1, 20):
+        if not thief.ahead_of():
+            break
+        wished = {**settings, "sync_s": settings.get("sync_s", 60.0) + extra}
+        run.fleet.api.put(f"/api/v1/groups/{GROUP}", {"settings": wished})
+        time.sleep(0.8)
+    shutil.rmtree(run.fleet.overlay / "metadata", ignore_errors=True)
+    run.fleet.sync(run.fleet.mirrored)

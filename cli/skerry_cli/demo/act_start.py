@@ -1,0 +1,46 @@
+"""Before the steps: server, ceremony, sixteen enrolled devices."""
+
+from __future__ import annotations
+
+from skerry_cli.demo.fleet import RATE
+from skerry_cli.demo.run import Run
+
+_AT_ONCE = 4
+
+
+def start(run: Run, *, devices: int) -> None:
+    """Starts everything but the applications. The device with the cable is the last but one, the one with the mirror the last."""
+    fleet, screen = run.fleet, run.screen
+    screen.heading("The fleet")
+    screen.progress("starting the server")
+    server = fleet.start_server()
+    screen.say(f"The server runs at {server.url}, its embedded MQTT broker (mutual TLS) on port {server.mqtt_port}.")
+    ceremony = fleet.hold_ceremony(run.now())
+    screen.say(
+        f"Key ceremony with throwaway keys in {fleet.folder / 'keys'}: root, targets, approver. root.json is "
+        f"{ceremony.root_sha256[:12]}; each device gets this in its one-time token and trusts no other."
+    )
+    names = [f"gas-{i:02d}" for i in range(1, devices + 1)]
+    fleet.start_cable(names[-2])
+    fleet.start_mirror(names[-1])
+    for first in range(0, devices, _AT_ONCE):
+        part = names[first : first + _AT_ONCE]
+        screen.progress(f"enrolling {part[0]} to {part[-1]}")
+        for name in part:
+            fleet.enrol(name)
+        for name in part:
+            fleet.finish_enrolment(name)
+
+    def online() -> bool:
+        n = sum(bool(item["online"]) for item in fleet.listed().values())
+        screen.progress(f"{n} of {devices} devices online")
+        return n == devices
+
+    fleet.wait("all devices to be online", online, 90.0)
+    screen.say(f"{devices} agents run as daemons of their own, enrolled with one-time tokens, all online.")
+    for name in names:
+        fleet.start_application(name)
+    screen.say(
+        f"On each device an application asks its own agent about {RATE:g} times a second, with rows of batch {fleet.batch} "
+        f"drawn at random with replacement (seed {fleet.seed}). It never repeats a request. It waits for the first model."
+    )

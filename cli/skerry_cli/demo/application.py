@@ -1,0 +1,174 @@
+"""An application on a device, as small as they come: it asks its own agent for an inference, ten times a second.
+
+A process of its own. It reads the agent's address, keeps one HTTP connection, never repeats a request, and counts: attempts,
+answers by the version that gave them, right answers, failures with their time. The counts go to a file that is replaced as a
+whole every second and once more at the end. Rows of the named batch are drawn with replacement by a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skerry_cli.demo import data
+
+WRITE_EVERY_S = 1.0
+_TIMEOUT_S = 15.0
+_MAX_FAILURES = 200
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the application saw.
+
+    Attributes:
+        attempts = answered + failed; answered: with status 200.
+        versions: model version -> [answered, right]; a failure is kept as [seconds since 1970, what happened].
+        slowest_ms: of the answered.
+    """
+
+    device: str
+    attempts: int = 0
+    answered: int = 0
+    failed: int = 0
+    versions: dict[str, list[int]] = field(default_factory=dict)
+    failures: list[list[Any]] = field(default_factory=list)
+    slowest_ms: float = 0.0
+    last_answer_s: float = 0.0
+    done: bool = False
+
+
+class Application:
+    """See the module. ``clock`` and ``sleep`` are monotonic seconds."""
+
+    def __init__(self, *, device: str, serving: Path, out: Path, model: str, batch: int, seed: int, rate: float) -> None:
+        self._serving = serving
+        self._out = out
+        self._model = model
+        self._rate = rate
+        self._rows = data.load([batch])
+        self._draw = np.random.default_rng(seed)
+        self._connection: http.client.HTTPConnection | None = None
+        self.counts = Counts(device=device)
+
+    def run(self, stopped: Callable[[], bool]) -> None:
+        """Waits until the model is ready, then asks at the rate until ``stopped``."""
+        while not stopped() and not self._ready():
+            time.sleep(0.3)
+        due, written = time.monotonic(), 0.0
+        while not stopped():
+            self._ask()
+            now = time.monotonic()
+            if now - written >= WRITE_EVERY_S:
+                self._write()
+                written = now
+            # A slow answer is not made up for by a burst.
+            due = max(due + 1.0 / self._rate, now)
+            time.sleep(max(0.0, due - now))
+        self.counts.done = True
+        self._write()
+
+    def _ready(self) -> bool:
+        try:
+            connection = self._connect()
+            connection.request("GET", f"/v2/models/{self._model}/ready")
+            answer = connection.getresponse()
+            answer.read()
+            return answer.status == 200
+        except (OSError, ValueError, KeyError, http.client.HTTPException):
+            self._drop()
+            return False
+
+    def _ask(self) -> None:
+        row = int(self._draw.integers(len(self._rows)))
+        values = self._rows.x[row]
+        body = json.dumps(
+            {
+                "inputs": [
+                    {"name": "readings", "shape": [1, len(values)], "datatype": "FP32", "data": [float(v) for v in values]}
+                ]
+            }
+        ).encode()
+        self.counts.attempts += 1
+        began = time.monotonic()
+        try:
+            connection = self._connect()
+            connection.request("POST", f"/v2/models/{self._model}/infer", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read()
+            if answer.status != 200:
+                raise ValueError(f"HTTP {answer.status}: {text[:120].decode(errors='replace')}")
+            told = json.loads(text)
+            version, probabilities = str(told["model_version"]), told["outputs"][0]["data"]
+        except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
+            self._drop()
+            self.counts.failed += 1
+            if len(self.counts.failures) < _MAX_FAILURES:
+                self.counts.failures.append([time.time(), f"{type(error).__name__}: {error}"[:200]])
+            return
+        right = max(range(len(probabilities)), key=probabilities.__getitem__) == int(self._rows.y[row])
+        tally = self.counts.versions.setdefault(version, [0, 0])
+        tally[0] += 1
+        tally[1] += right
+        self.counts.answered += 1
+        self.counts.last_answer_s = time.time()
+        self.counts.slowest_ms = max(self.counts.slowest_ms, (time.monotonic() - began) * 1000)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._connection is None:
+            address = json.loads(self._serving.read_bytes())
+            self._connection = http.client.HTTPConnection(address["host"], int(address["port"]), timeout=_TIMEOUT_S)
+            self._connection.connect()
+            self._connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self._connection
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _write(self) -> None:
+        staging = self._out.with_name(f".{self._out.name}")
+        staging.write_text(json.dumps(asdict(self.counts)))
+        os.replace(staging, self._out)
+
+
+def read_counts(path: Path) -> Counts | None:
+    """The counts an application last wrote; None before the first."""
+    try:
+        return Counts(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def main() -> None:
+    """The process's entry."""
+    parser = argparse.ArgumentParser(prog="skerry-demo-application")
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--serving", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--rate", type=float, required=True)
+    application = Application(**vars(parser.parse_args()))
+    ended: list[int] = []
+    # The request under way is finished and counted before the process ends.
+    signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    application.run(lambda: bool(ended))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Runs the demo from an empty folder to its summary, and leaves nothing behind.
+
+Whatever happens (the end, an invariant that does not hold, Ctrl-C, an error), every process that was started is ended with its
+group. A run that was killed so hard that this could not happen is cleaned up by the next one.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+
+from skerry_cli.demo import act_hostile, act_rollouts, act_start, reckoning
+from skerry_cli.demo.fleet import Fleet
+from skerry_cli.demo.processes import RECORD, Processes, stop_recorded
+from skerry_cli.demo.run import Run
+from skerry_cli.demo.screen import Screen
+from skerry_cli.errors import CliError, Failed, Usage
+
+MARK = ".skerry-demo"
+LEAST_DEVICES = 6
+BATCH = 6
+
+
+def run_demo(folder: Path, *, devices: int, seed: int, keep: bool) -> int:
+    """Runs the demo; returns the exit code: 0 when every invariant held.
+
+    Args:
+        folder: emptied first when an earlier run made it; refused when it holds anything else.
+        devices: how many agents.
+        seed: of the rows that the applications draw.
+        keep: leave server, agents and applications running at the end.
+
+    Raises:
+        Usage: too few devices, or a folder that is not the demo's.
+    """
+    if devices < LEAST_DEVICES:
+        raise Usage(f"--devices {devices}: wanted at least {LEAST_DEVICES}")
+    folder = folder.resolve()
+    _prepare(folder)
+    screen = Screen()
+    screen.say(f"Everything is in {folder}; nothing leaves this machine.")
+    processes = Processes(folder, leashed=not keep)
+    fleet = Fleet(folder, processes, batch=BATCH, seed=seed)
+    run = Run(fleet=fleet, screen=screen, now=lambda: dt.datetime.now(dt.UTC))
+    kept = False
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        act_start.start(run, devices=devices)
+        act_rollouts.first_model(run)
+        act_rollouts.lose_network(run)
+        act_rollouts.second_model(run)
+        act_rollouts.regain_network(run)
+        act_hostile.hostile(run)
+        summary = reckoning.reckon(run)
+        path = reckoning.write(summary, folder)
+        reckoning.show(run, summary)
+        if keep:
+            _leave_running(run)
+            kept = True
+        screen.say(f"Summary: {path}")
+        if summary["broken"]:
+            raise Failed(f"{len(summary['broken'])} invariants do not hold: {'; '.join(summary['broken'])}")
+        screen.say("Every invariant held.", style="bold green")
+        return 0
+    except CliError as error:
+        raise type(error)(error.message, advice=error.advice or f"logs: {folder / 'logs'}") from error
+    finally:
+        screen.settle()
+        if not kept:
+            # A second Ctrl-C must not stop the clean-up half way.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            processes.stop()
+            (folder / RECORD).unlink(missing_ok=True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def stop_kept(folder: Path) -> int:
+    """Ends a fleet that was kept (or that a killed run left); returns how many processes were ended."""
+    return len(stop_recorded(folder.resolve()))
+
+
+def _prepare(folder: Path) -> None:
+    if folder.exists():
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARK).exists()):
+            raise Usage(f"{folder}: exists and is not a demo's folder; name another with --dir")
+        stop_recorded(folder)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, mode=0o700)
+    (folder / MARK).touch()
+    # The folder holds throwaway private keys: it is never committed, whatever the repository around it ignores.
+    (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+
+
+def _leave_running(run: Run) -> None:
+    fleet, screen = run.fleet, run.screen
+    for device in fleet.devices:
+        fleet.start_application(device)
+    screen.heading("The fleet is kept")
+    screen.say(f"API: {fleet.server.url} (CA {fleet.server.data / 'ca' / 'ca.pem'}, token {fleet.server.data / 'admin.token'})")
+    screen.say(
+        f"Ask it: skerry --server {fleet.server.url} --ca {fleet.server.data / 'ca' / 'ca.pem'} "
+        f"--token {fleet.server.data / 'admin.token'} --keys {fleet.ceremony.directory} device list"
+    )
+    for device in fleet.devices:
+        where = fleet.status_address(device)
+        screen.say(f"{device}: http://{where}/v2/models/gas")
+    screen.say(f"Stop it: skerry demo --stop --dir {fleet.folder}")
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

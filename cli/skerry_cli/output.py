@@ -1,0 +1,80 @@
+"""How answers are shown: JSON for programs, tables for people.
+
+With ``--json`` stdout holds exactly one JSON document. Everything that is not the answer (progress, questions, errors) goes to
+stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_PIPE_COLUMNS = 160
+"""Width of tables when nobody's terminal says another."""
+
+stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def show_json(value: Any) -> None:
+    """Prints one JSON document on stdout."""
+    print(json.dumps(value, indent=2, sort_keys=True))  # noqa: T201 - the answer itself, byte for byte
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints rows as a table on stdout."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(as_text(cell)) for cell in row))
+    stdout.print(table)
+
+
+def show_fields(title: str, fields: Mapping[str, Any]) -> None:
+    """Prints names and values, one per line."""
+    show_table(title, ("", ""), fields.items())
+
+
+def say(text: str) -> None:
+    """One line of plain words on stdout. What stands in it is never read as markup."""
+    stdout.print(Text(text))
+
+
+def note(text: str) -> None:
+    """One line on stderr, for what is not the answer."""
+    stderr.print(Text(text))
+
+
+def as_text(value: Any) -> str:
+    """A value as a person reads it."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={as_text(part)}" for name, part in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(as_text(part) for part in value) or "-"
+    return str(value)
+
+
+def short(digest: Any) -> str:
+    """A digest as tables show it."""
+    return str(digest)[:12] if digest else "-"
+
+
+def when(ms: Any) -> str:
+    """Milliseconds since 1970 as UTC text."""
+    if not isinstance(ms, int | float) or not ms:
+        return "-"
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(ms / 1000))

@@ -1,0 +1,81 @@
+"""The runtimes that execute a model file, behind one Protocol (``base.Engine``).
+
+Importing this package loads no runtime and no numpy: ``available`` only looks at what is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import TYPE_CHECKING
+
+from skerry_runtime.errors import Degraded
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from skerry_runtime.engines.base import Engine
+
+_INSTALLED_AS: dict[str, tuple[tuple[str, str], ...]] = {
+    "onnx": (("onnxruntime", "onnxruntime"),),
+    "tflite": (("ai_edge_litert", "ai-edge-litert"), ("tflite_runtime", "tflite-runtime")),
+}
+"""Runtime of the manifest -> modules that provide it and their distributions, the preferred first."""
+
+
+def available() -> dict[str, str]:
+    """Runtimes installed here and their versions, e.g. ``{"onnx": "1.32.0"}``. Looks only; nothing is imported or run."""
+    found: dict[str, str] = {}
+    for runtime, providers in _INSTALLED_AS.items():
+        for module, distribution in providers:
+            if importlib.util.find_spec(module) is None:
+                continue
+            try:
+                found[runtime] = importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:
+                # A GPU or vendor build has the same module under another distribution name.
+                found[runtime] = "0"
+            break
+    return found
+
+
+def load_engine(runtime: str, path: Path, *, threads: int = 1, minimum: str = "") -> Engine:
+    """Loads a model file.
+
+    Args:
+        runtime: ``onnx`` or ``tflite``, as in the manifest.
+        path: the model file, verified by the caller.
+        threads: threads within one inference.
+        minimum: lowest version of the runtime, empty for any.
+
+    Raises:
+        Degraded: ``runtime_missing`` when it is not installed, too old or broken; ``out_of_memory``.
+        Rejected: ``model_damaged``, ``operator_unknown``.
+    """
+    version = available().get(runtime)
+    if version is None:
+        raise Degraded("runtime_missing", f"{runtime}: not installed here")
+    if minimum and version != "0" and version_tuple(version) < version_tuple(minimum):
+        raise Degraded("runtime_missing", f"{runtime}: wanted at least {minimum}, got {version}")
+    if runtime == "onnx":
+        from skerry_runtime.engines.onnx import OnnxEngine
+
+        return OnnxEngine(path, threads=threads, version=version)
+    from skerry_runtime.engines.tflite import TfliteEngine
+
+    return TfliteEngine(path, threads=threads, version=version)
+
+
+def version_tuple(text: str) -> tuple[int, ...]:
+    """The leading numbers of a runtime's version, for comparison.
+
+    >>> version_tuple("1.17") <= version_tuple("1.17.0rc1") < version_tuple("1.32.0")
+    True
+    """
+    numbers: list[int] = []
+    for part in text.split(".")[:4]:
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)

@@ -1,0 +1,185 @@
+"""Routes: bundles and their files."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from skerry_contract import ids
+from skerry_contract import manifest as m
+from sqlalchemy import select, tuple_
+
+from skerry_server import registry
+from skerry_server.api.context import After, Ctx, Engineer, Limit, Operator, RawBody, Viewer, page, read_cursor
+from skerry_server.core.bundles import Action
+from skerry_server.db import tables as t
+from skerry_server.db.engine import reading, writing
+from skerry_server.errors import Conflict, Invalid, TooLarge
+from skerry_server.validation import Outcome
+
+router = APIRouter(prefix="/api/v1", tags=["bundles"])
+_PIECE_BYTES = 1 << 20
+
+
+class Reason(BaseModel):
+    """Why."""
+
+    model_config = ConfigDict(extra="forbid")
+    reason: str = Field(default="", max_length=2000)
+
+
+def _shape(row: dict[str, Any]) -> dict[str, Any]:
+    names = ("digest", "model", "version", "state", "reason", "submitter", "pushed_ms", "validation")
+    return {name: row[name] for name in names} | {"signed": row["signature"] is not None}
+
+
+@router.post("/bundles", summary="Push a bundle's manifest as a draft")
+def push(
+    context: Ctx,
+    caller: Engineer,
+    body: RawBody,
+    x_skerry_signature: Annotated[str | None, Header(description="base64 of model.sig")] = None,
+) -> dict[str, Any]:
+    """The body is the manifest's bytes. The answer names the files that are not here yet. The same manifest again is fine;
+    another bundle under the same model and version is refused with 409.
+    """
+    try:
+        signature = None if x_skerry_signature is None else base64.b64decode(x_skerry_signature, validate=True)
+    except binascii.Error:
+        raise Invalid("bad_request", "header X-Skerry-Signature: wanted base64") from None
+    with writing(context.engine) as conn:
+        return registry.push(
+            conn,
+            manifest=body,
+            signature=signature,
+            actor=caller.actor,
+            submitter=caller.name,
+            now_ms=context.now_ms(),
+        )
+
+
+@router.put("/blobs/{sha256}", summary="Upload one file that a draft lists")
+async def put_blob(context: Ctx, caller: Engineer, sha256: str, request: Request) -> dict[str, Any]:
+    """The raw bytes, streamed; size and sha256 are checked against the draft."""
+    ids.sha256_hex(sha256)
+    size = await to_thread.run_sync(_size_to_take, context, sha256)
+    if size is None:
+        return {"sha256": sha256, "stored": False}
+    writer = await to_thread.run_sync(context.repository.open_blob, sha256)
+    with writer:
+        piece = bytearray()
+        async for part in request.stream():
+            piece += part
+            if writer.size + len(piece) > size:
+                raise TooLarge(f"blob {sha256}", size)
+            if len(piece) >= _PIECE_BYTES:
+                await to_thread.run_sync(writer.write, bytes(piece))
+                piece.clear()
+        writer.write(bytes(piece))
+        if writer.size != size:
+            raise Invalid("size_mismatch", f"blob {sha256}: wanted {size} bytes, got {writer.size}")
+        await to_thread.run_sync(context.repository.finish_blob, writer, sha256)
+    await to_thread.run_sync(_note_blob, context, sha256, size, caller.actor)
+    return {"sha256": sha256, "stored": True}
+
+
+def _size_to_take(context: Ctx, sha256: str) -> int | None:
+    with reading(context.engine) as conn:
+        if conn.execute(select(t.blobs.c.sha256).where(t.blobs.c.sha256 == sha256)).first():
+            return None
+        return registry.expected_size(conn, sha256)
+
+
+def _note_blob(context: Ctx, sha256: str, size: int, actor: str) -> None:
+    with writing(context.engine) as conn:
+        registry.note_blob(conn, sha256=sha256, size=size, actor=actor, now_ms=context.now_ms())
+
+
+@router.post("/bundles/{digest}/validate", summary="Validate a draft in a child process")
+def validate(context: Ctx, caller: Engineer, digest: str) -> dict[str, Any]:
+    """A draft becomes `validated` or `rejected`; in any other state this answers what was found before."""
+    with reading(context.engine) as conn:
+        row = registry.require(conn, digest)
+        lacking = registry.missing(conn, m.parse(row["manifest"]))
+    if row["state"] == "draft":
+        if lacking:
+            raise Conflict("incomplete", f"{len(lacking)} files of the bundle are not here yet", missing=lacking)
+        outcome = context.validator.validate(digest, row["manifest"], row["signature"])
+        _note_outcome(context, digest, outcome, caller.actor)
+        with reading(context.engine) as conn:
+            row = registry.require(conn, digest)
+    return {"digest": digest} | {name: row[name] for name in ("state", "reason", "validation")}
+
+
+def _note_outcome(context: Ctx, digest: str, outcome: Outcome, actor: str) -> None:
+    with writing(context.engine) as conn:
+        if registry.require(conn, digest)["state"] != "draft":
+            return  # another request validated it meanwhile
+        registry.move(
+            conn,
+            digest=digest,
+            action="pass" if outcome.good else "reject",
+            reason=f"{outcome.code}: {outcome.reason}" if outcome.code else "",
+            actor=actor,
+            now_ms=context.now_ms(),
+            validation=outcome.report,
+        )
+    # A catalog that lists it may have been installed before.
+    context.publication.align()
+
+
+@router.get("/bundles", summary="List bundles")
+def list_bundles(
+    context: Ctx,
+    _caller: Viewer,
+    model: Annotated[str | None, Query(max_length=63)] = None,
+    after: After = None,
+    limit: Limit = 100,
+) -> dict[str, Any]:
+    c = t.bundles.c
+    query = select(t.bundles).order_by(c.pushed_ms, c.digest).limit(limit)
+    if model is not None:
+        query = query.where(c.model == model)
+    last = read_cursor(after, int, str)
+    if last is not None:
+        query = query.where(tuple_(c.pushed_ms, c.digest) > tuple_(*last))
+    with reading(context.engine) as conn:
+        items = [_shape(dict(row)) for row in conn.execute(query).mappings()]
+    return page(items, limit, *((items[-1]["pushed_ms"], items[-1]["digest"]) if items else ()))
+
+
+@router.get("/bundles/{digest}", summary="One bundle")
+def get_bundle(context: Ctx, _caller: Viewer, digest: str) -> dict[str, Any]:
+    with reading(context.engine) as conn:
+        row = registry.require(conn, digest)
+        return _shape(row) | {
+            "missing": registry.missing(conn, m.parse(row["manifest"])),
+            "used_by": registry.users(conn, digest),
+        }
+
+
+@router.get("/bundles/{digest}/manifest", summary="The manifest's bytes", response_class=Response)
+def get_manifest(context: Ctx, _caller: Viewer, digest: str) -> Response:
+    with reading(context.engine) as conn:
+        return Response(registry.require(conn, digest)["manifest"], media_type="application/json")
+
+
+@router.post("/bundles/{digest}/deprecate", summary="No new rollouts of it")
+def deprecate(context: Ctx, caller: Operator, digest: str, why: Reason | None = None) -> dict[str, Any]:
+    return _move(context, caller.actor, digest, "deprecate", why)
+
+
+@router.post("/bundles/{digest}/retire", summary="End it for good; refused while something runs it")
+def retire(context: Ctx, caller: Operator, digest: str, why: Reason | None = None) -> dict[str, Any]:
+    return _move(context, caller.actor, digest, "retire", why)
+
+
+def _move(context: Ctx, actor: str, digest: str, action: Action, why: Reason | None) -> dict[str, Any]:
+    reason = why.reason if why else ""
+    with writing(context.engine) as conn:
+        state = registry.move(conn, digest=digest, action=action, reason=reason, actor=actor, now_ms=context.now_ms())
+    return {"digest": digest, "state": state}

@@ -1,0 +1,81 @@
+"""Routes that devices call: enrolment, nonces, membership, renewal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, Field
+
+from skerry_server import devices
+from skerry_server.api.context import Ctx, SignedByDevice
+from skerry_server.db import queries
+from skerry_server.db.engine import reading, writing
+
+router = APIRouter(prefix="/device/v1", tags=["device"])
+
+
+class Enrolment(BaseModel):
+    """A device's first request. The server takes the public key from the CSR, and nothing else."""
+
+    token: str = Field(max_length=200)
+    csr: str = Field(description="PEM of a PKCS#10 request with a P-256 or Ed25519 key")
+    device_id: str | None = Field(
+        default=None, description="For a token with a prefix; else the CSR's CN, or the token's id"
+    )
+
+
+class Renewal(BaseModel):
+    """A request for a new certificate; the token in the header is signed with the old key and covers this body."""
+
+    csr: str
+
+
+@router.get("/ca", summary="The fleet's CA, in PEM", response_class=Response)
+def ca(context: Ctx) -> Response:
+    """No token: whoever asks believes it only for its fingerprint, which the enrolment token or the operator holds."""
+    return Response(context.authority.pem, media_type="application/x-pem-file")
+
+
+@router.post("/enrol", summary="Enter the fleet with a token and a CSR")
+def enrol(context: Ctx, wanted: Enrolment) -> dict[str, Any]:
+    with writing(context.engine) as conn:
+        enrolled = devices.enrol(
+            conn,
+            context.authority,
+            token=wanted.token,
+            csr_pem=wanted.csr,
+            asked_id=wanted.device_id,
+            now_ms=context.now_ms(),
+        )
+        users = queries.enrolled_device_ids(conn)
+    context.set_broker_users(users)
+    return {
+        "device_id": enrolled.device,
+        "group": enrolled.group,
+        "certificate": enrolled.issued.certificate_pem,
+        "ca": context.authority.pem,
+        "mqtt": context.mqtt,
+        "repository_url": f"{context.url}/repository",
+    }
+
+
+@router.get("/nonce", summary="A nonce for one signed request")
+def nonce(context: Ctx) -> dict[str, Any]:
+    """`time` is the server's, seconds since 1970: a device with a wrong clock dates its token by it."""
+    now_ms = context.now_ms()
+    return {"nonce": context.nonces.give(now_ms), "time": now_ms / 1000}
+
+
+@router.get("/self", summary="The device's own group and tags")
+def own(context: Ctx, device: SignedByDevice) -> dict[str, Any]:
+    with reading(context.engine) as conn:
+        row = devices.require(conn, device)
+    return {"device_id": device, "group": row["group"], "tags": row["tags"], "version": row["membership_version"]}
+
+
+@router.post("/renew", summary="A new certificate")
+def renew(context: Ctx, device: SignedByDevice, wanted: Renewal) -> dict[str, Any]:
+    with writing(context.engine) as conn:
+        issued = devices.renew(conn, context.authority, device=device, csr_pem=wanted.csr, now_ms=context.now_ms())
+    return {"device_id": device, "certificate": issued.certificate_pem, "ca": context.authority.pem}

@@ -1,0 +1,138 @@
+"""Routes: rollouts and their decisions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import select, tuple_
+
+from skerry_server import rollouts
+from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, page, read_cursor
+from skerry_server.core import rollout as core
+from skerry_server.db import tables as t
+from skerry_server.db.engine import reading, writing
+
+router = APIRouter(prefix="/api/v1/rollouts", tags=["rollouts"])
+
+
+class NewRollout(BaseModel):
+    """A candidate to bring to a group by stages."""
+
+    model_config = ConfigDict(extra="forbid")
+    group: str
+    model: str
+    candidate: str = Field(description="Digest of an approved bundle")
+    stages: list[dict[str, Any]] = Field(
+        description="Each: devices or share (of the eligible), min_devices, min_inferences, min_seconds, max_seconds"
+    )
+    gates: dict[str, Any] = Field(
+        default={},
+        description="max_error_rate, latency_p95_ms, max_invalid_rate, max_reverts, require (trial or golden)",
+    )
+    stratified: bool = False
+    id: str | None = None
+
+
+class Why(BaseModel):
+    """The person's reason, kept with the decision."""
+
+    model_config = ConfigDict(extra="forbid")
+    reason: str = Field(default="", max_length=2000)
+
+
+@router.post("", summary="Make a rollout and start its first stage", status_code=201)
+def create(context: Ctx, caller: Operator, wanted: NewRollout) -> dict[str, Any]:
+    plan = {"stages": wanted.stages, "gates": wanted.gates, "stratified": wanted.stratified}
+    floors = context.publication.floors()
+    with writing(context.engine) as conn:
+        row = rollouts.create(
+            conn,
+            group=wanted.group,
+            model=wanted.model,
+            candidate=wanted.candidate,
+            plan=plan,
+            rollout_id=wanted.id,
+            actor=caller.actor,
+            now_ms=context.now_ms(),
+            seen_s=context.settings.rollout.seen_s,
+            floors=floors,
+        )
+    context.wake()
+    return row
+
+
+@router.get("", summary="List rollouts, oldest first")
+def list_rollouts(
+    context: Ctx,
+    _caller: Viewer,
+    group: Annotated[str | None, Query(max_length=63)] = None,
+    model: Annotated[str | None, Query(max_length=63)] = None,
+    state: Annotated[str | None, Query(max_length=20)] = None,
+    after: After = None,
+    limit: Limit = 100,
+) -> dict[str, Any]:
+    c = t.rollouts.c
+    query = select(t.rollouts).order_by(c.created_ms, c.id).limit(limit)
+    for column, wanted in ((c.group, group), (c.model, model), (c.state, state)):
+        if wanted is not None:
+            query = query.where(column == wanted)
+    last = read_cursor(after, int, str)
+    if last is not None:
+        query = query.where(tuple_(c.created_ms, c.id) > tuple_(*last))
+    with reading(context.engine) as conn:
+        items = [dict(row) for row in conn.execute(query).mappings()]
+    return page(items, limit, *((items[-1]["created_ms"], items[-1]["id"]) if items else ()))
+
+
+@router.get("/{rollout}", summary="One rollout, with the verdict as it stands now")
+def get_rollout(context: Ctx, _caller: Viewer, rollout: str) -> dict[str, Any]:
+    """`now` is computed for this answer and stored nowhere; stored decisions are under `/decisions`."""
+    with reading(context.engine) as conn:
+        row = rollouts.require(conn, rollout)
+        found = core.decide(rollouts.value(row), rollouts.gather(conn, row), context.now_ms())
+        frozen = rollouts.arms(conn, rollout, row["stage"])
+    now = {"action": found.action, "verdict": found.verdict, "reason": found.reason, "evidence": found.evidence}
+    return row | {"now": now, "devices": frozen}
+
+
+@router.get("/{rollout}/decisions", summary="Every decision with its evidence, oldest first")
+def decisions(context: Ctx, _caller: Viewer, rollout: str, after: After = None, limit: Limit = 100) -> dict[str, Any]:
+    (last,) = read_cursor(after, int) or (0,)
+    c = t.decisions.c
+    with reading(context.engine) as conn:
+        rollouts.require(conn, rollout)
+        query = select(t.decisions).where(c.rollout == rollout, c.id > last).order_by(c.id).limit(limit)
+        items = [dict(row) for row in conn.execute(query).mappings()]
+    return page(items, limit, items[-1]["id"] if items else 0)
+
+
+@router.post("/{rollout}/pause", summary="Stay where it is")
+def pause(context: Ctx, caller: Operator, rollout: str, why: Why | None = None) -> dict[str, Any]:
+    return _command(context, caller.actor, rollout, "pause", why)
+
+
+@router.post("/{rollout}/resume", summary="Go on after a pause")
+def resume(context: Ctx, caller: Operator, rollout: str, why: Why | None = None) -> dict[str, Any]:
+    return _command(context, caller.actor, rollout, "resume", why)
+
+
+@router.post("/{rollout}/abort", summary="End it: every device goes back to the stable bundle")
+def abort(context: Ctx, caller: Operator, rollout: str, why: Why | None = None) -> dict[str, Any]:
+    return _command(context, caller.actor, rollout, "abort", why)
+
+
+def _command(context: Ctx, actor: str, rollout: str, action: core.Action, why: Why | None) -> dict[str, Any]:
+    with writing(context.engine) as conn:
+        row = rollouts.command(
+            conn,
+            rollout,
+            action,
+            reason=why.reason if why else "",
+            actor=actor,
+            now_ms=context.now_ms(),
+            seen_s=context.settings.rollout.seen_s,
+        )
+    context.wake()
+    return row

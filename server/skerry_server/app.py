@@ -1,0 +1,381 @@
+"""The whole server composed: database, CA, repository, broker child, ingest, orchestrator, API; one process, one folder.
+
+``initialise`` makes the folder; ``Server`` opens it. A server that was killed at any point starts again from its folder: the
+database and the repository on disk are the truth, ports are kept in ``run.json`` so that devices find it again, and the
+kernel ends the broker with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from sqlalchemy import Engine, text
+
+from skerry_server import __version__, access, ca, clock, device_auth, durable
+from skerry_server.api import (
+    access as access_routes,
+)
+from skerry_server.api import (
+    bundles,
+    device,
+    devices,
+    faults,
+    files,
+    groups,
+    health,
+    limits,
+    repository,
+    rollouts,
+)
+from skerry_server.api import (
+    telemetry as telemetry_routes,
+)
+from skerry_server.api.context import Context
+from skerry_server.broker.embedded import EmbeddedBroker
+from skerry_server.config import Settings
+from skerry_server.db import queries
+from skerry_server.db.engine import open_engine, reading, writing
+from skerry_server.db.migrations import migrate
+from skerry_server.ingest import Ingest
+from skerry_server.mqtt import Endpoint, ServerLink
+from skerry_server.orchestrator import Orchestrator
+from skerry_server.publication import Publication
+from skerry_server.repository import Repository, make_online_key
+from skerry_server.telemetry import Telemetry
+from skerry_server.validation import Validator
+
+log = logging.getLogger(__name__)
+
+ADMIN_TOKEN = "admin.token"  # noqa: S105 - a file name
+RUN_FILE = "run.json"
+TAGS = [
+    {"name": "server", "description": "Who this server is."},
+    {
+        "name": "tokens",
+        "description": "API tokens and their roles: viewer, engineer, approver, operator, auditor, admin.",
+    },
+    {"name": "audit", "description": "The hash-chained record of every change."},
+    {"name": "repository", "description": "The TUF repository that devices verify."},
+    {"name": "bundles", "description": "Model packages: draft, validated, approved, deprecated, retired, rejected."},
+    {"name": "devices", "description": "Enrolment, pins, membership, revocation."},
+    {"name": "groups", "description": "Devices that share one signed document."},
+    {"name": "rollouts", "description": "Candidates on their way through stages, on recorded evidence."},
+    {"name": "telemetry", "description": "What devices counted."},
+    {"name": "device", "description": "What devices call; requests are signed with the device's key."},
+    {"name": "health", "description": "For machines that watch this server."},
+]
+
+
+class NotInitialised(Exception):
+    """The folder holds no server."""
+
+
+class AlreadyRunning(Exception):
+    """Another server runs in this folder."""
+
+
+def initialise(settings: Settings) -> dict[str, Any]:
+    """Makes what a new server needs: folder, CA, online key, database, admin token. Again is fine: what is there stays.
+
+    Returns:
+        Where the parts are, and the CA's fingerprint; no secrets.
+    """
+    data = settings.data
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _only_server(data):
+        now = clock.utc_now()
+        authority = ca.open_ca(data / "ca", now)
+        authority.ensure_own([settings.server.public_host, *settings.server.public_names], now)
+        make_online_key(data / "keys" / "online.pem", data / "keys" / "online.pub.json")
+        engine = open_engine(settings.database_url)
+        try:
+            migrate(engine)
+            _ensure_admin(engine, data / ADMIN_TOKEN)
+        finally:
+            engine.dispose()
+    return {
+        "data": str(data),
+        "ca": str(authority.files.ca),
+        "ca_sha256": authority.sha256,
+        "online_keys": str(data / "keys" / "online.pub.json"),
+        "admin_token": str(data / ADMIN_TOKEN),
+    }
+
+
+def _ensure_admin(engine: Engine, path: Path) -> None:
+    if path.exists():
+        return
+    name = "admin"
+    with writing(engine) as conn:
+        taken = {row["name"] for row in access.list_tokens(conn)}
+        number = 1
+        while name in taken:
+            # A crash between the row and the file, or a lost file: the old token stays valid until it is revoked.
+            number += 1
+            name = f"admin-{number}"
+        secret = access.create_token(conn, name=name, role="admin", now_ms=clock.now_ms(), actor="system:init")
+        ca.write_private(path, secret.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def _only_server(data: Path) -> Iterator[None]:
+    """Holds the folder's lock. The kernel frees it when this process ends, however it ends."""
+    descriptor = os.open(data / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(f"another server runs in {data}") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def create_app(context: Context) -> FastAPI:
+    """The HTTP application over composed parts."""
+    app = FastAPI(
+        title="Skerry",
+        version=__version__,
+        summary="ModelOps for edge fleets",
+        description='Errors: `{"error": {"code", "message", "details"?}}`. Lists: `{"items": [...], "next": cursor or null}`.',
+        openapi_tags=TAGS,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.context = context
+    for module in (access_routes, repository, bundles, devices, groups, rollouts, telemetry_routes, device, health):
+        app.include_router(module.router)
+    folder = context.settings.data / "repository"
+    app.mount("/repository", files.RepositoryFiles(directory=folder), name="repository")
+    faults.install(app)
+    app.add_middleware(limits.BodyLimit, limits=context.settings.limits)
+    app.add_middleware(limits.Timed, telemetry=context.telemetry)
+    return app
+
+
+class Server:
+    """One running server. ``run`` blocks until ``stop`` or a signal."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Opens the folder and starts nothing yet.
+
+        Raises:
+            NotInitialised: ``initialise`` was never run here. AlreadyRunning: another server holds the folder.
+        """
+        self._settings = settings
+        self._data = data = settings.data
+        if not (data / "ca" / "ca.pem").exists():
+            raise NotInitialised(f"{data} holds no server; run: skerry-server init --data {data}")
+        self._stack = contextlib.ExitStack()
+        self._http: uvicorn.Server | None = None
+        self._stack.enter_context(_only_server(data))
+        try:
+            self._compose(data, settings)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _compose(self, data: Path, settings: Settings) -> None:
+        now = clock.utc_now()
+        last = _last_run(data)
+        self._authority = ca.open_ca(data / "ca", now)
+        self._authority.ensure_own([settings.server.public_host, *settings.server.public_names], now)
+        self._engine = open_engine(settings.database_url)
+        self._stack.callback(self._engine.dispose)
+        migrate(self._engine)
+        signer = make_online_key(data / "keys" / "online.pem", data / "keys" / "online.pub.json")
+        self._repository = Repository(data / "repository", signer, clock.utc_now)
+        self._publication = Publication(self._engine, self._repository, clock.now_ms)
+        self._socket = _listen(settings.server.host, settings.server.port, last.get("port", 0))
+        self._stack.callback(self._socket.close)
+        self._port = int(self._socket.getsockname()[1])
+        with reading(self._engine) as conn:
+            enrolled = queries.enrolled_device_ids(conn)
+        mqtt_port = settings.mqtt.port or _if_free(settings.server.host, last.get("mqtt_port", 0))
+        files_ = self._authority.files
+        self._broker = EmbeddedBroker(
+            data,
+            ca_file=files_.ca,
+            certificate_file=files_.server_certificate,
+            key_file=files_.server_key,
+            devices=enrolled,
+            host=settings.server.host,
+            port=mqtt_port,
+        )
+        self._telemetry = Telemetry(self._engine, self.probe, clock.now_ms)
+        self._link: ServerLink | None = None
+        self._ingest: Ingest | None = None
+        self._orchestrator: Orchestrator | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the API is."""
+        host = self._settings.server.public_host
+        return f"https://[{host}]:{self._port}" if ":" in host else f"https://{host}:{self._port}"
+
+    def probe(self) -> dict[str, bool]:
+        """Whether each part is well."""
+        orchestrator, patience_s = self._orchestrator, 10 + 5 * self._settings.rollout.tick_s
+        ticking = orchestrator is not None and time.monotonic() - orchestrator.last_tick < patience_s
+        return {
+            "database": self._database_answers(),
+            "broker": self._broker.pid is not None,
+            "ingest": self._ingest is not None and self._ingest.healthy,
+            "orchestrator": ticking and orchestrator is not None and orchestrator.last_tick > 0,
+        }
+
+    def _database_answers(self) -> bool:
+        try:
+            with reading(self._engine) as conn:
+                conn.execute(text("select 1"))
+        except Exception:
+            log.exception("the database does not answer")
+            return False
+        return True
+
+    def run(self) -> None:
+        """Starts every part, prints the ready line, serves until told to stop, and stops every part again."""
+        try:
+            self._start_parts()
+            self._serve()
+        finally:
+            self._stack.close()
+
+    def _start_parts(self) -> None:
+        data, settings, certificates = self._data, self._settings, self._authority.files
+        self._broker.start()
+        self._stack.callback(self._broker.stop)
+        endpoint = Endpoint(
+            host="127.0.0.1" if settings.server.host in ("0.0.0.0", "::") else settings.server.host,  # noqa: S104
+            port=self._broker.port,
+            ca_file=certificates.ca,
+            certificate_file=certificates.client_certificate,
+            key_file=certificates.client_key,
+        )
+        link = self._link = ServerLink(self._engine, endpoint)
+        self._ingest = Ingest(self._engine, link)
+        orchestrator = self._orchestrator = Orchestrator(
+            self._engine, self._publication, link, settings.rollout, clock.now_ms, self._telemetry.observe_tick
+        )
+        # Before any bell can ring: what a crash left unpublished, and states that follow from the catalog.
+        self._publication.align()
+        self._publication.publish(link)
+        self._ingest.start()
+        self._stack.callback(self._ingest.stop)
+        orchestrator.start()
+        self._stack.callback(orchestrator.stop)
+        self._app = create_app(
+            Context(
+                settings=settings,
+                engine=self._engine,
+                authority=self._authority,
+                publication=self._publication,
+                repository=self._repository,
+                validator=Validator(data / "repository", data / "validation", settings.validation),
+                nonces=device_auth.Nonces(life_s=settings.devices.nonce_s, most=settings.limits.nonces),
+                telemetry=self._telemetry,
+                url=self.url,
+                mqtt_port=self._broker.port,
+                online_keys=json.loads((data / "keys" / "online.pub.json").read_text(encoding="utf-8")),
+                wake=orchestrator.wake,
+                set_broker_users=self._broker.set_devices,
+                probe=self.probe,
+                now_ms=clock.now_ms,
+            )
+        )
+
+    def _serve(self) -> None:
+        certificates = self._authority.files
+        config = uvicorn.Config(
+            self._app,
+            ssl_certfile=str(certificates.server_certificate),
+            ssl_keyfile=str(certificates.server_key),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+            timeout_keep_alive=30,
+        )
+        self._http = uvicorn.Server(config)
+        announcer = threading.Thread(target=self._announce, name="announce", daemon=True)
+        announcer.start()
+        self._http.run(sockets=[self._socket])
+
+    def _announce(self) -> None:
+        """Prints the ready line once requests are answered and ingest is connected."""
+        http, ingest = self._http, self._ingest
+        assert http is not None
+        assert ingest is not None
+        deadline = time.monotonic() + 30
+        while not (http.started and ingest.healthy):
+            if http.should_exit:
+                return
+            if time.monotonic() > deadline:
+                log.error("not ready parts=%s", self.probe())
+                http.should_exit = True
+                return
+            time.sleep(0.02)
+        line = {
+            "ready": True,
+            "url": self.url,
+            "mqtt": {"host": self._settings.server.public_host, "port": self._broker.port},
+            "data": str(self._data),
+        }
+        kept = line | {"pid": os.getpid(), "port": self._port, "mqtt_port": self._broker.port}
+        durable.write(self._data / RUN_FILE, json.dumps(kept).encode() + b"\n")
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+
+    def stop(self) -> None:
+        """Ends ``run`` soon. May be called from any thread."""
+        if self._http is not None:
+            self._http.should_exit = True
+
+
+def _last_run(data: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((data / RUN_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _listen(host: str, port: int, last: int) -> socket.socket:
+    """A listening socket on the port asked for; on 0 that of the last run, else a free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for wanted in [port] if port else [last, 0]:
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((host, wanted))
+            found.listen(512)
+            return found
+        except OSError:
+            found.close()
+            if wanted == port:
+                raise
+    raise AssertionError("0 always binds or raises")
+
+
+def _if_free(host: str, port: int) -> int:
+    """The port when it can be bound now, else 0."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return 0
+        return port

@@ -1,0 +1,107 @@
+"""The embedded broker's configuration as text: a pure function of its settings and of who may connect.
+
+Rights come from ``skerry_contract.topics`` alone. No device has a right on ``$MQTT`` or ``$JS``: with one it could write
+another's message into the broker's own streams. Every user is bound to MQTT connections, so that nobody, the server
+included, is let in at the broker's own protocol port.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from skerry_contract import ids, topics, wire
+
+MAX_PENDING_ACKS = 4000
+"""Messages that the broker sends to one subscription before it waits for their acknowledgement: ingest's window."""
+MAX_PAYLOAD_BYTES = 2 * wire.MAX_MESSAGE_BYTES
+"""Greatest message that the broker takes; ingest refuses and counts what lies between its own limit and this."""
+
+_MEMORY_STORE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listener:
+    """Where the broker listens, with which certificate, and where it keeps its streams.
+
+    Attributes:
+        client_port: of the broker's own protocol, on loopback; it cannot be turned off, but no user may use it.
+        sync_interval_s: how often the streams are flushed to disk; a power cut may cost what came since, and the devices
+            and the server send it again.
+        max_store_bytes: bound of the streams; past it the broker refuses what is to be kept.
+    """
+
+    host: str
+    port: int
+    client_port: int
+    ca_file: Path
+    certificate_file: Path
+    key_file: Path
+    store_dir: Path
+    sync_interval_s: int = 60
+    max_store_bytes: int = 8 << 30
+
+
+def render(listener: Listener, devices: Iterable[str]) -> str:
+    """The configuration file for these devices.
+
+    Raises:
+        Malformed: when an id breaks the grammar; nothing unquoted can get into the file.
+    """
+    tls = (
+        f"{{ cert_file: {_text(listener.certificate_file)}, key_file: {_text(listener.key_file)}, "
+        f"ca_file: {_text(listener.ca_file)}, verify_and_map: true, timeout: 10 }}"
+    )
+    users = [
+        _user(ids.SERVER_IDENTITY, (f"{topics.ROOT.replace('/', '.')}.>",), (f"{topics.ROOT.replace('/', '.')}.>",))
+    ]
+    users += [_device(ids.device_id(device)) for device in sorted(set(devices))]
+    lines = (
+        'server_name: "skerry"',
+        'host: "127.0.0.1"',
+        f"port: {listener.client_port}",
+        f"tls {tls}",
+        f"max_payload: {MAX_PAYLOAD_BYTES}",
+        "max_connections: 200000",
+        "jetstream {",
+        f"  store_dir: {_text(listener.store_dir)}",
+        f'  sync_interval: "{listener.sync_interval_s}s"',
+        f"  max_file_store: {listener.max_store_bytes}",
+        f"  max_memory_store: {_MEMORY_STORE_BYTES}",
+        "}",
+        "mqtt {",
+        f"  host: {_text(listener.host)}",
+        f"  port: {listener.port}",
+        f"  max_ack_pending: {MAX_PENDING_ACKS}",
+        '  ack_wait: "60s"',
+        f"  tls {tls}",
+        "}",
+        "authorization {",
+        "  timeout: 10",
+        "  users: [",
+        *(f"    {user}" for user in users),
+        "  ]",
+        "}",
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _device(device: ids.DeviceId) -> str:
+    return _user(
+        device,
+        tuple(topics.nats_subject(topic) for topic in topics.device_may_publish(device)),
+        tuple(topics.nats_subject(topic) for topic in topics.device_may_read(device)),
+    )
+
+
+def _user(name: str, publish: tuple[str, ...], subscribe: tuple[str, ...]) -> str:
+    return (
+        f'{{ user: {_text(name)}, allowed_connection_types: ["MQTT"], permissions: {{ '
+        f"publish: {{ allow: {json.dumps(publish)} }}, subscribe: {{ allow: {json.dumps(subscribe)} }} }} }}"
+    )
+
+
+def _text(value: object) -> str:
+    return json.dumps(str(value))

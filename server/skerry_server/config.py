@@ -1,0 +1,211 @@
+"""The server's configuration: one frozen tree, read once from ``<data>/server.toml`` and the environment.
+
+Every key has a default. The environment wins over the file, the command line over both: ``SKERRY_SERVER_<SECTION>_<KEY>``, for
+example ``SKERRY_SERVER_ROLLOUT_TICK_S=0.5``. Unknown keys are errors, and all faults are reported together.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from skerry_server.errors import BadSettings
+
+FILE_NAME = "server.toml"
+ENVIRONMENT_PREFIX = "SKERRY_SERVER_"
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
+Megabytes = Annotated[int, msgspec.Meta(ge=1, le=1_048_576)]
+
+_HOST_NAME = re.compile(
+    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
+)
+
+
+class Server(msgspec.Struct, frozen=True, kw_only=True):
+    """The HTTPS listener.
+
+    Attributes:
+        name: what the API and the pages call this fleet.
+        host: address to listen on; port: 0 for the one used last time, else a free one.
+        public_host: name or address under which devices and people reach this server; certificates and answers carry it.
+        public_names: further names for the server's certificate.
+    """
+
+    name: str = "skerry"
+    host: str = "127.0.0.1"
+    port: Port = 0
+    public_host: str = "127.0.0.1"
+    public_names: tuple[str, ...] = ()
+
+
+class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
+    """The embedded broker's listener, on ``server.host``. ``port`` 0: as last time, else a free one."""
+
+    port: Port = 0
+
+
+class Database(msgspec.Struct, frozen=True, kw_only=True):
+    """``url``: SQLAlchemy's; empty for SQLite in ``<data>/server.db``."""
+
+    url: str = ""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What is accepted. ``body_mb``: any request but a blob; ``blob_mb``: one file of a bundle; ``nonces``: unused ones kept."""
+
+    body_mb: Megabytes = 8
+    blob_mb: Megabytes = 4096
+    nonces: Annotated[int, msgspec.Meta(ge=10, le=10_000_000)] = 100_000
+
+
+class Rollouts(msgspec.Struct, frozen=True, kw_only=True):
+    """The orchestrator.
+
+    Attributes:
+        tick_s: how often it looks at the evidence.
+        seen_s: a device that was heard of within this span may be counted on when a stage is cut.
+        resign_s: how often expiring metadata is looked for.
+    """
+
+    tick_s: Annotated[float, msgspec.Meta(ge=0.05, le=3600)] = 2.0
+    seen_s: Seconds = 86_400.0
+    resign_s: Seconds = 60.0
+
+
+class Validation(msgspec.Struct, frozen=True, kw_only=True):
+    """The child process that validates bundles."""
+
+    timeout_s: Seconds = 120.0
+    memory_mb: Megabytes = 4096
+
+
+class Devices(msgspec.Struct, frozen=True, kw_only=True):
+    """``clock_skew_s``: by how much a device's clock may differ in signed requests; ``nonce_s``: how long a nonce lives."""
+
+    clock_skew_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 60.0
+    nonce_s: Seconds = 120.0
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """See the module. ``data``: the folder that holds everything this server keeps."""
+
+    data: Path
+    server: Server = Server()
+    mqtt: Mqtt = Mqtt()
+    database: Database = Database()
+    limits: Limits = Limits()
+    rollout: Rollouts = Rollouts()
+    validation: Validation = Validation()
+    devices: Devices = Devices()
+
+    @property
+    def database_url(self) -> str:
+        """The configured database, or SQLite in the data folder."""
+        return self.database.url or f"sqlite:///{self.data / 'server.db'}"
+
+
+SECTIONS: dict[str, type[msgspec.Struct]] = {
+    "server": Server,
+    "mqtt": Mqtt,
+    "database": Database,
+    "limits": Limits,
+    "rollout": Rollouts,
+    "validation": Validation,
+    "devices": Devices,
+}
+
+
+def load(
+    data: Path, environment: Mapping[str, str], overrides: Mapping[tuple[str, str], Any] | None = None
+) -> Settings:
+    """Reads the configuration of the server that lives in ``data``.
+
+    Args:
+        environment: usually ``os.environ``.
+        overrides: (section, key) -> value, from the command line; None values are ignored.
+
+    Raises:
+        BadSettings: with every fault found.
+    """
+    faults: list[str] = []
+    values: dict[str, dict[str, tuple[str, Any, bool]]] = {name: {} for name in SECTIONS}
+    _read_file(data / FILE_NAME, values, faults)
+    _read_environment(environment, values, faults)
+    for (section, key), value in (overrides or {}).items():
+        if value is not None:
+            values[section][key] = (f"option {section}.{key}", value, True)
+    built = {name: _build(kind, values[name], faults) for name, kind in SECTIONS.items()}
+    settings = msgspec.convert({"data": data.absolute()} | built, Settings)
+    faults += _check(settings)
+    if faults:
+        raise BadSettings(faults)
+    return settings
+
+
+def _read_file(path: Path, values: dict[str, dict[str, tuple[str, Any, bool]]], faults: list[str]) -> None:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        faults.append(f"{path}: wanted TOML: {error}")
+        return
+    for section, content in document.items():
+        if section not in SECTIONS:
+            faults.append(f"{path}: unknown section [{section}]; there are {', '.join(SECTIONS)}")
+        elif not isinstance(content, dict):
+            faults.append(f"{path}: {section}: wanted a section, got {type(content).__name__}")
+        else:
+            for key, value in content.items():
+                values[section][key] = (f"{path}: {section}.{key}", value, False)
+
+
+def _read_environment(
+    environment: Mapping[str, str], values: dict[str, dict[str, tuple[str, Any, bool]]], faults: list[str]
+) -> None:
+    for name, value in environment.items():
+        if not name.startswith(ENVIRONMENT_PREFIX):
+            continue
+        section, _, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("_")
+        if section not in SECTIONS:
+            faults.append(f"environment {name}: unknown section {section!r}; there are {', '.join(SECTIONS)}")
+            continue
+        listed = SECTIONS[section].__annotations__.get(key, "").startswith("tuple")
+        values[section][key] = (f"environment {name}", value.split(",") if listed else value, True)
+
+
+def _build(kind: type[msgspec.Struct], found: dict[str, tuple[str, Any, bool]], faults: list[str]) -> msgspec.Struct:
+    kinds = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    good: dict[str, Any] = {}
+    for key, (where, value, from_text) in found.items():
+        if key not in kinds:
+            faults.append(f"{where}: unknown key; there are {', '.join(kinds)}")
+            continue
+        try:
+            good[key] = msgspec.convert(value, kinds[key], strict=not from_text)
+        except msgspec.ValidationError as error:
+            faults.append(f"{where}: {error}")
+    return kind(**good)
+
+
+def _check(settings: Settings) -> list[str]:
+    faults = []
+    try:
+        ipaddress.ip_address(settings.server.host)
+    except ValueError:
+        faults.append(f"server.host: wanted an IP address to listen on, got {settings.server.host!r}")
+    for name in (settings.server.public_host, *settings.server.public_names):
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            if _HOST_NAME.fullmatch(name) is None:
+                faults.append(f"server: wanted a host name or an IP address, got {name!r}")
+    return faults

@@ -1,0 +1,37 @@
+"""Which devices a rollout may count on, and what their reports about a bundle mean. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from skerry_contract import manifest as m
+
+UNABLE = frozenset({"no_variant", "agent_too_old", "runtime_missing", "not_enough_disk", "not_enough_memory"})
+"""Codes by which a device says that it cannot run the bundle: nothing about the bundle itself."""
+ELSEWHERE = frozenset({"unreachable", "timeout", "expired", "rollback", "withdrawn", "interrupted"})
+"""Codes about the way to the repository, or about a change of plan: nothing is said about the bundle."""
+
+
+def is_verdict_on_bundle(code: str) -> bool:
+    """Whether a device's reason code counts against the candidate.
+
+    Every code that is not known to be about the device or the network does: a code that this server does not know yet
+    must not let a bad bundle pass.
+    """
+    return bool(code) and code not in UNABLE and code not in ELSEWHERE
+
+
+def has_variant(manifest: m.Manifest, state: Mapping[str, Any]) -> bool:
+    """Whether a variant of the bundle fits the runtimes and architecture that the device reported.
+
+    A device that reported no runtime yet is taken as fitting: it decides by itself, and reports ``no_variant`` otherwise.
+    """
+    runtimes = state.get("runtimes") or {}
+    arch = state.get("arch") or ""
+    if not runtimes:
+        return True
+    return any(
+        variant.runtime in runtimes and (not variant.arch or not arch or arch in variant.arch)
+        for variant in manifest.variants
+    )

@@ -1,0 +1,285 @@
+"""What a rollout does next: a pure function of its state, its plan, recorded evidence and the time.
+
+States: ``draft -> running <-> paused -> completing -> completed``, ``-> rolling_back -> rolled_back``, ``-> aborted``. A rollout
+moves only on a verdict, a person's command or a deadline, and a deadline only pauses it. ``TRANSITIONS`` is the table.
+
+Verdicts rest on absolute gates here: devices confirmed, inferences, error rate, p95, devices that went back. A stage is
+
+* FAIL when a gate is broken by so much that nothing still to come within the minimum could mend it;
+* PASS when every minimum is met and every gate kept;
+* NO_DATA while a minimum is not met; never a pass, however long it lasts;
+* INCONCLUSIVE otherwise.
+
+An offline device does not count as confirmed, and does not hold a stage up either: ``min_devices`` decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from skerry_server.core.plan import Gates, Plan, Stage
+
+State = Literal["draft", "running", "paused", "completing", "completed", "rolling_back", "rolled_back", "aborted"]
+Action = Literal[
+    "start", "advance", "hold", "pause", "resume", "complete", "finish", "abort", "roll_back", "rolled_back"
+]
+Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO_DATA", ""]
+
+TRANSITIONS: dict[tuple[State, Action], State] = {
+    ("draft", "start"): "running",
+    ("draft", "abort"): "aborted",
+    ("running", "advance"): "running",
+    ("running", "pause"): "paused",
+    ("running", "complete"): "completing",
+    ("running", "roll_back"): "rolling_back",
+    ("running", "abort"): "aborted",
+    ("paused", "resume"): "running",
+    ("paused", "complete"): "completing",
+    ("paused", "roll_back"): "rolling_back",
+    ("paused", "abort"): "aborted",
+    ("completing", "pause"): "paused",
+    ("completing", "finish"): "completed",
+    ("completing", "roll_back"): "rolling_back",
+    ("completing", "abort"): "aborted",
+    ("rolling_back", "rolled_back"): "rolled_back",
+    ("rolling_back", "abort"): "aborted",
+}
+ACTIVE: frozenset[State] = frozenset({"draft", "running", "paused", "completing", "rolling_back"})
+"""States in which a model of a group is taken: a second rollout of it must wait."""
+OFFERING: frozenset[State] = frozenset({"running", "paused", "completing"})
+"""States in which the group document names the candidate."""
+
+SMALLEST_SAMPLE = 20
+"""Rates and quantiles of fewer requests than this break no gate."""
+
+
+class NotAllowed(Exception):
+    """The table has no such transition. Names the state and the actions it has."""
+
+    def __init__(self, state: State, action: Action) -> None:
+        self.state, self.action = state, action
+        allowed = sorted(a for s, a in TRANSITIONS if s == state)
+        super().__init__(f"a rollout that is {state} cannot {action}; it can {', '.join(allowed) or 'do nothing more'}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """What ``decide`` needs to know of a rollout.
+
+    Attributes:
+        stage: number of the stage now running, from 0; ``len(plan.stages)`` while completing.
+        stage_since_ms: when that stage began or was resumed.
+        first: the model had no stable bundle before, so there is nothing to go back to.
+    """
+
+    id: str
+    state: State
+    stage: int
+    stage_since_ms: int
+    plan: Plan
+    first: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """What is recorded of the stage now running. Counts of requests are of the candidate arm, in this stage only.
+
+    Attributes:
+        candidates: devices of the group below the cut; online: of them, connected now.
+        confirmed: candidates online that answer with the candidate after a full trial; on_golden: on their golden proof alone.
+        on_trial: candidates online whose trial runs.
+        unable: candidates online that reported that they cannot run it (no variant, too little memory, ...).
+        reverted: reason code -> candidates that went back or refused the bundle.
+        still: devices online that answer with the candidate, of all arms; rolling back ends at 0.
+        p95_ms: None without any latency recorded.
+    """
+
+    candidates: int = 0
+    online: int = 0
+    confirmed: int = 0
+    on_golden: int = 0
+    on_trial: int = 0
+    unable: int = 0
+    reverted: dict[str, int] = field(default_factory=dict)
+    still: int = 0
+    ok: int = 0
+    invalid: int = 0
+    failed: int = 0
+    shed: int = 0
+    p95_ms: float | None = None
+
+    @property
+    def inferences(self) -> int:
+        """Requests that were answered, failed or were shed."""
+        return self.ok + self.failed + self.shed
+
+    def to_builtins(self) -> dict[str, Any]:
+        """JSON form, kept with the decision."""
+        found = {name: getattr(self, name) for name in self.__slots__}
+        return {**found, "reverted": dict(self.reverted), "inferences": self.inferences}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What to do and why.
+
+    Attributes:
+        missing: what a stage still lacks, by name; a hold is worth recording again only when this or the verdict changes.
+    """
+
+    action: Action
+    verdict: Verdict
+    reason: str
+    evidence: dict[str, Any]
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """The verdict on one stage."""
+
+    verdict: Verdict
+    reason: str
+    missing: tuple[str, ...] = ()
+
+
+def transition(state: State, action: Action) -> State:
+    """The state after the action.
+
+    Raises:
+        NotAllowed: when the table has none.
+    """
+    if action == "hold":
+        return state
+    try:
+        return TRANSITIONS[state, action]
+    except KeyError:
+        raise NotAllowed(state, action) from None
+
+
+def broken_gate(gates: Gates, minimum: int, evidence: Evidence) -> str | None:
+    """Why the candidate fails, or None. ``minimum`` is the stage's least number of inferences.
+
+    Errors fail early when even a faultless rest of the minimum could not bring the rate back to its gate. The minimum is
+    taken as ``SMALLEST_SAMPLE`` at least, so that one failed request out of one does not send a fleet back.
+    """
+    minimum = max(minimum, SMALLEST_SAMPLE)
+    reverts = sum(evidence.reverted.values())
+    if reverts > gates.max_reverts:
+        codes = ", ".join(f"{code} on {n}" for code, n in sorted(evidence.reverted.items()))
+        return f"{_devices(reverts)} went back or refused ({codes}); {gates.max_reverts} may"
+    bad, n = evidence.failed + evidence.shed, evidence.inferences
+    if gates.max_error_rate is not None and bad > gates.max_error_rate * max(n, minimum):
+        return (
+            f"{bad} of {n} requests failed ({_percent(bad, n)}; {evidence.failed} failed, {evidence.shed} shed), "
+            f"the gate is {gates.max_error_rate:.2%}"
+        )
+    asked = n + evidence.invalid
+    if gates.max_invalid_rate is not None and evidence.invalid > gates.max_invalid_rate * max(asked, minimum):
+        return (
+            f"{evidence.invalid} of {asked} requests were refused as invalid ({_percent(evidence.invalid, asked)}), "
+            f"the gate is {gates.max_invalid_rate:.2%}"
+        )
+    p95, limit = evidence.p95_ms, gates.latency_p95_ms
+    if limit is not None and p95 is not None and n >= minimum and p95 > limit:
+        return f"p95 of {n} requests is {p95:.2f} ms, the gate is {limit:.2f} ms"
+    return None
+
+
+def judge_stage(stage: Stage, gates: Gates, evidence: Evidence, elapsed_s: float) -> Finding:
+    """The verdict on a stage that has run for ``elapsed_s`` seconds."""
+    broken = broken_gate(gates, stage.min_inferences, evidence)
+    if broken is not None:
+        return Finding(verdict="FAIL", reason=broken)
+    proven = evidence.confirmed + (evidence.on_golden if gates.require == "golden" else 0)
+    wanted = stage.min_devices if stage.min_devices is not None else max(1, evidence.online - evidence.unable)
+    lacking: dict[str, str] = {}
+    if proven < wanted:
+        apart = ""
+        if evidence.on_golden and gates.require == "trial":
+            apart = f", {evidence.on_golden} more on their golden proof alone"
+        lacking["devices"] = (
+            f"{proven} of {wanted} devices confirmed{apart} ({evidence.candidates} candidates, {evidence.online} online, "
+            f"{evidence.on_trial} on trial, {evidence.unable} unable)"
+        )
+    if evidence.inferences < stage.min_inferences:
+        lacking["inferences"] = f"{evidence.inferences} of {stage.min_inferences} inferences"
+    if gates.latency_p95_ms is not None and evidence.p95_ms is None:
+        lacking["latency"] = "no latency recorded yet"
+    if lacking:
+        return Finding(verdict="NO_DATA", reason="; ".join(lacking.values()), missing=tuple(lacking))
+    if elapsed_s < stage.min_seconds:
+        reason = f"the stage lasts at least {stage.min_seconds:g} s, {elapsed_s:.1f} s have passed"
+        return Finding(verdict="INCONCLUSIVE", reason=reason, missing=("seconds",))
+    return Finding(verdict="PASS", reason=_kept(gates, evidence, proven, wanted))
+
+
+def decide(rollout: Rollout, evidence: Evidence, now_ms: int) -> Decision:
+    """The next move of a rollout, with its reason. Pure: the same values give the same decision.
+
+    Args:
+        now_ms: the server's clock, milliseconds since 1970, as ``stage_since_ms``.
+    """
+    record = evidence.to_builtins()
+    if rollout.state == "rolling_back":
+        if evidence.still:
+            reason = f"{_devices(evidence.still)} online still answer with the candidate"
+            return Decision(action="hold", verdict="", reason=reason, evidence=record, missing=("devices",))
+        return Decision(
+            action="rolled_back",
+            verdict="",
+            reason="no device online answers with the candidate any more",
+            evidence=record,
+        )
+    if rollout.state not in OFFERING:
+        return Decision(action="hold", verdict="", reason=f"the rollout is {rollout.state}", evidence=record)
+    completing = rollout.stage >= len(rollout.plan.stages)
+    stage = _completing_stage(rollout.plan) if completing else rollout.plan.stages[rollout.stage]
+    elapsed_s = max(0.0, (now_ms - rollout.stage_since_ms) / 1000)
+    finding = judge_stage(stage, rollout.plan.gates, evidence, elapsed_s)
+
+    def made(action: Action, reason: str = finding.reason) -> Decision:
+        return Decision(action=action, verdict=finding.verdict, reason=reason, evidence=record, missing=finding.missing)
+
+    if finding.verdict == "FAIL":
+        if not rollout.first:
+            return made("roll_back")
+        if rollout.state == "paused":
+            return made("hold")
+        return made("pause", f"{finding.reason}; this is the model's first bundle, so there is none to go back to")
+    if rollout.state == "paused":
+        return made("hold", f"paused; {finding.reason}")
+    if finding.verdict == "PASS":
+        if completing:
+            return made("finish")
+        return made("advance" if rollout.stage + 1 < len(rollout.plan.stages) else "complete")
+    if elapsed_s >= stage.max_seconds:
+        return made("pause", f"no verdict within {stage.max_seconds:g} s: {finding.reason}")
+    return made("hold")
+
+
+def _completing_stage(plan: Plan) -> Stage:
+    """While completing everyone is a candidate; who is online and able must confirm. The evidence was gathered before."""
+    return Stage(share=1.0, max_seconds=plan.stages[-1].max_seconds)
+
+
+def _kept(gates: Gates, evidence: Evidence, proven: int, wanted: int) -> str:
+    bad, n = evidence.failed + evidence.shed, evidence.inferences
+    parts = [f"{proven} devices confirmed (wanted {wanted})", f"{n} inferences, {bad} failed or shed"]
+    if gates.max_error_rate is not None:
+        parts[-1] += f" ({_percent(bad, n)}, gate {gates.max_error_rate:.2%})"
+    if evidence.p95_ms is not None:
+        gate = f", gate {gates.latency_p95_ms:g} ms" if gates.latency_p95_ms is not None else ""
+        parts.append(f"p95 {evidence.p95_ms:.2f} ms{gate}")
+    reverts = sum(evidence.reverted.values())
+    parts.append("no device went back" if not reverts else f"{_devices(reverts)} went back, {gates.max_reverts} may")
+    return "; ".join(parts)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else "no requests"
+
+
+def _devices(n: int) -> str:
+    return "1 device" if n == 1 else f"{n} devices"

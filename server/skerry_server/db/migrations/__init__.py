@@ -1,0 +1,76 @@
+"""Numbered migrations: they bring an empty or older database to the schema that ``tables`` describes.
+
+Each is a module ``v<number>`` with a ``NAME`` and frozen ``STATEMENTS``. It runs in one transaction together with its row in
+``schema_version``, so that a cut leaves the version before or the version after. A database that is newer than this program
+is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from sqlalchemy import Connection, Engine, func, insert, inspect, select
+
+from skerry_server.db.engine import writing
+from skerry_server.db.migrations import v0001
+from skerry_server.db.tables import schema_version
+
+MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = ((v0001.NAME, v0001.STATEMENTS),)
+"""Name and statements; the first brings version 0 to 1, the next 1 to 2, and so on. What is shipped never changes."""
+
+NEWEST = len(MIGRATIONS)
+
+_WORDS = {
+    "sqlite": {"{ID}": "INTEGER", "{BYTES}": "BLOB", "{WITHOUT_ROWID}": "WITHOUT ROWID"},
+    "postgresql": {"{ID}": "BIGSERIAL", "{BYTES}": "BYTEA", "{WITHOUT_ROWID}": ""},
+}
+
+
+class NewerDatabase(Exception):
+    """The database was written by a newer release."""
+
+    def __init__(self, found: int) -> None:
+        self.found = found
+        super().__init__(
+            f"database: schema version {found} is newer than {NEWEST}, the newest this program knows; "
+            "start the newer release, or restore a backup from before it"
+        )
+
+
+def migrate(engine: Engine, *, now_s: Callable[[], float] = time.time) -> int:
+    """Brings the database to ``NEWEST`` and returns the version found before.
+
+    Two programs may call it at once: each step looks again under the writer's lock.
+
+    Raises:
+        NewerDatabase: nothing was changed then.
+    """
+    with engine.connect() as connection:
+        found = at = version_of(connection)
+    while at < NEWEST:
+        with writing(engine) as connection:
+            at = version_of(connection)
+            if at < NEWEST:
+                name, statements = MIGRATIONS[at]
+                for statement in statements:
+                    connection.exec_driver_sql(spell(statement, connection.dialect.name))
+                at += 1
+                connection.execute(insert(schema_version).values(version=at, name=name, applied_ms=int(now_s() * 1000)))
+    if at > NEWEST:
+        raise NewerDatabase(at)
+    return found
+
+
+def version_of(connection: Connection) -> int:
+    """The schema version of a database; 0 for an empty one."""
+    if not inspect(connection).has_table(schema_version.name):
+        return 0
+    return int(connection.execute(select(func.coalesce(func.max(schema_version.c.version), 0))).scalar_one())
+
+
+def spell(statement: str, dialect: str) -> str:
+    """A migration's statement in the words of ``sqlite`` or ``postgresql``."""
+    for word, spelt in _WORDS[dialect].items():
+        statement = statement.replace(word, spelt)
+    return statement.strip()

@@ -1,0 +1,354 @@
+"""Roll-ups: what each device counted of each key, kept as records arrive, and what it had counted before.
+
+Owns the table ``evidence``: ``Folder`` adds the windows of one transaction, the functions below read. Everything is a sum of
+integers, so neither order nor batching changes the result. Leaves which windows count to ``ledger`` and what follows from the
+sums to ``core``.
+
+**Pre-period.** A row of a rollout's key carries ``pre_*``: what the same device had counted of the rollout's stable bundle, under
+any other key, before it entered this (rollout, stage). For a candidate that is the other bundle it ran; for a control, the same
+bundle earlier; the judge measures both by it. *Before* means a lower position (epoch, seq), where a merged record stands at the
+first seq it replaces: no clock decides. A window that comes late but belongs before is added to the ``pre_*`` of rows that exist.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+from skerry_contract import histogram as h
+from skerry_contract import window as w
+from sqlalchemy import Connection, bindparam, func, insert, select, update
+
+from skerry_server.db import tables as t
+from skerry_server.db.bulk import Many
+
+_MOST = (1 << 63) - 1
+_RUNNING = ("running", "paused", "completing", "rolling_back")
+_to_bytes = msgspec.msgpack.Encoder().encode
+_to_histogram = msgspec.msgpack.Decoder(h.Exponential).decode
+
+SUMS = ("windows", "ok", "invalid", "failed", "shed", "rows", "labelled", "wrong")
+PRE = ("ok", "failed", "labelled", "wrong")
+
+
+class RowKey(NamedTuple):
+    """Primary key of a row."""
+
+    device: str
+    model: str
+    bundle: str
+    variant: str
+    arm: str
+    rollout: str
+    stage: int
+
+
+@dataclass(slots=True)
+class _Row:
+    stored: bool
+    latency: h.Exponential
+    first_ms: int
+    last_ms: int
+    entered_epoch: str
+    entered_seq: int
+    added: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SUMS, 0))
+    pre: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PRE, 0))
+    fresh: list[h.Exponential] = field(default_factory=list)
+    touched: bool = False
+
+
+class Arrived(NamedTuple):
+    """What a window that the ledger took adds. ``position`` is the first seq it stands for.
+
+    Made from the window at once, so that a batch does not hold every decoded window until its end.
+    """
+
+    device: str
+    epoch: str
+    position: int
+    key: w.Key
+    sums: dict[str, int]
+    latency: h.Exponential
+
+
+def arrived(device: str, epoch: str, position: int, window: w.Window) -> Arrived:
+    """See ``Arrived``."""
+    return Arrived(device, epoch, position, window.key, _sums(window), window.latency.total)
+
+
+def fold(connection: Connection, items: Sequence[Arrived], now_ms: int) -> None:
+    """Adds the windows of one transaction. ``now_ms``: when they were received."""
+    if items:
+        _Folder(connection, now_ms).fold(items)
+
+
+class _Folder:
+    def __init__(self, connection: Connection, now_ms: int) -> None:
+        self._connection = connection
+        self._now_ms = now_ms
+        self._rows: dict[RowKey, _Row] = {}
+        self._by_model: dict[tuple[str, str], list[RowKey]] = {}
+        self._stable: dict[str, str] = {}
+
+    def fold(self, items: Sequence[Arrived]) -> None:
+        self._load(items)
+        for item in items:
+            key = RowKey(item.device, *item.key)
+            row = self._rows.get(key) or self._enter(key, item)
+            for name, n in item.sums.items():
+                row.added[name] += n
+            row.fresh.append(item.latency)
+            row.touched = True
+            if item.epoch == row.entered_epoch and item.position < row.entered_seq:
+                row.entered_seq = item.position
+            if self._stable:
+                self._add_to_later(key, item)
+        self._store()
+
+    def _load(self, items: Sequence[Arrived]) -> None:
+        e = t.evidence.c
+        devices = sorted({item.device for item in items})
+        models = sorted({item.key.model for item in items})
+        named = {item.key.rollout for item in items}
+        r = t.rollouts.c
+        query = select(r.id, r.stable).where(r.id.in_(sorted(named - {""})) | r.state.in_(_RUNNING))
+        self._stable = {row.id: row.stable for row in self._connection.execute(query)}
+        found = self._connection.execute(
+            select(
+                *(e[name] for name in RowKey._fields),
+                *(e.latency, e.first_ms, e.last_ms, e.entered_epoch, e.entered_seq),
+            ).where(e.device.in_(devices), e.model.in_(models), e.rollout.in_(sorted(named | set(self._stable))))
+        )
+        for values in found:
+            latency, first_ms, last_ms, epoch, seq = values[7:]
+            self._put(RowKey(*values[:7]), _Row(True, _to_histogram(latency), first_ms, last_ms, epoch, seq))
+
+    def _put(self, key: RowKey, row: _Row) -> None:
+        self._rows[key] = row
+        self._by_model.setdefault((key.device, key.model), []).append(key)
+
+    def _enter(self, key: RowKey, item: Arrived) -> _Row:
+        row = _Row(False, h.Exponential(), self._now_ms, self._now_ms, item.epoch, item.position)
+        stable = self._stable.get(key.rollout, "")
+        if stable:
+            row.pre = self._counted_before(key, stable)
+        self._put(key, row)
+        return row
+
+    def _counted_before(self, key: RowKey, stable: str) -> dict[str, int]:
+        e = t.evidence.c
+        sums = self._connection.execute(
+            select(*(func.coalesce(func.sum(e[name]), 0) for name in PRE)).where(
+                e.device == key.device,
+                e.model == key.model,
+                e.bundle == stable,
+                (e.rollout != key.rollout) | (e.stage < key.stage),
+            )
+        ).one()
+        before = dict(zip(PRE, (int(n) for n in sums), strict=True))
+        for other in self._by_model.get((key.device, key.model), ()):
+            if other.bundle == stable and _precedes(other, key):
+                for name in PRE:
+                    before[name] += self._rows[other].added[name]
+        return before
+
+    def _add_to_later(self, key: RowKey, item: Arrived) -> None:
+        for other in self._by_model[(key.device, key.model)]:
+            if (
+                self._stable.get(other.rollout) == key.bundle
+                and _precedes(key, other)
+                and self._rows[other].entered_epoch == item.epoch
+                and item.position < self._rows[other].entered_seq
+            ):
+                row = self._rows[other]
+                for name in PRE:
+                    row.pre[name] += item.sums[name]
+                row.touched = True
+
+    def _store(self) -> None:
+        touched = [(key, row) for key, row in self._rows.items() if row.touched]
+        fresh = [self._values(key, row) for key, row in touched if not row.stored]
+        known = [
+            {f"at_{name}": value for name, value in zip(RowKey._fields, key, strict=True)} | self._values(None, row)
+            for key, row in touched
+            if row.stored
+        ]
+        _ENTER.run(self._connection, fresh)
+        _ADD.run(self._connection, known)
+
+    def _values(self, key: RowKey | None, row: _Row) -> dict[str, Any]:
+        latency = merged([*([row.latency] if row.stored else ()), *row.fresh]) if row.fresh else row.latency
+        values: dict[str, Any] = {
+            "latency": _to_bytes(latency),
+            "last_ms": self._now_ms if row.fresh else row.last_ms,
+            "entered_seq": row.entered_seq,
+        }
+        if key is None:
+            values |= {f"add_{name}": n for name, n in row.added.items()}
+            return values | {f"add_pre_{name}": n for name, n in row.pre.items()}
+        values |= key._asdict() | row.added | {f"pre_{name}": n for name, n in row.pre.items()}
+        return values | {"first_ms": row.first_ms, "entered_epoch": row.entered_epoch}
+
+
+_e = t.evidence.c
+_ENTER = Many(lambda _connection: insert(t.evidence), _e.keys())
+_ADD = Many(
+    lambda _connection: (
+        update(t.evidence)
+        .where(*(_e[name] == bindparam(f"at_{name}") for name in RowKey._fields))
+        .values(
+            **{name: _e[name] + bindparam(f"add_{name}") for name in SUMS},
+            **{f"pre_{name}": _e[f"pre_{name}"] + bindparam(f"add_pre_{name}") for name in PRE},
+        )
+    ),
+    ("latency", "last_ms", "entered_seq"),
+)
+
+
+def _precedes(a: RowKey, b: RowKey) -> bool:
+    # Within one rollout only earlier stages come before; any other key may.
+    return a.rollout != b.rollout or a.stage < b.stage
+
+
+def _sums(window: w.Window) -> dict[str, int]:
+    counts = window.counts
+    labelled, wrong = labels_of(window.labels)
+    return {
+        "windows": window.merged,
+        "ok": counts.ok,
+        "invalid": counts.invalid,
+        "failed": counts.failed,
+        "shed": counts.shed,
+        "rows": counts.rows,
+        "labelled": labelled,
+        "wrong": wrong,
+    }
+
+
+def labels_of(labels: w.Labels) -> tuple[int, int]:
+    """(labelled, wrong) of a confusion matrix that is row-major [true][predicted]."""
+    if not labels.confusion:
+        return 0, 0
+    labelled = sum(labels.confusion)
+    classes = math.isqrt(len(labels.confusion))
+    return labelled, labelled - sum(labels.confusion[:: classes + 1])
+
+
+def merged(histograms: Iterable[h.Exponential]) -> h.Exponential:
+    """All of them in one, exactly as ``merge_exponential`` in turn; the sum of values stops at 2**63 - 1.
+
+    Histograms of one scale, as devices send them, are added up in one dense row.
+    """
+    parts = list(histograms)
+    scale = min((part.scale for part in parts), default=h.SCALE)
+    parts = [h.rescale(part, scale) for part in parts]
+    filled = [part for part in parts if part.counts]
+    low = min((part.offset for part in filled), default=0)
+    row = [0] * (max((part.offset + len(part.counts) for part in filled), default=0) - low)
+    for part in filled:
+        span = slice(part.offset - low, part.offset - low + len(part.counts))
+        row[span] = map(operator.add, row[span], part.counts)
+    return h.Exponential(
+        scale=scale,
+        zero=sum(part.zero for part in parts),
+        offset=low,
+        counts=tuple(row),
+        total=min(sum(part.total for part in parts), _MOST),
+    )
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """What one device counted of one key, or of several added up.
+
+    Attributes:
+        latency: nanoseconds per request.
+        pre_ok, pre_failed, pre_labelled, pre_wrong: see the module.
+        first_ms, last_ms: when the server received the first and the last of it, milliseconds since 1970.
+    """
+
+    device: str
+    model: str
+    bundle: str
+    arm: str
+    rollout: str
+    stage: int
+    windows: int
+    ok: int
+    invalid: int
+    failed: int
+    shed: int
+    rows: int
+    labelled: int
+    wrong: int
+    pre_ok: int
+    pre_failed: int
+    pre_labelled: int
+    pre_wrong: int
+    first_ms: int
+    last_ms: int
+    latency: h.Exponential
+
+
+_READ = (
+    *("device", "model", "bundle", "arm", "rollout", "stage", *SUMS),
+    *(f"pre_{name}" for name in PRE),
+    *("first_ms", "last_ms", "latency"),
+)
+
+
+def of_rollout(connection: Connection, rollout: str, stage: int | None = None) -> list[Evidence]:
+    """Per device, bundle, arm and stage what was counted under the rollout; ``stage`` None for all. By device."""
+    query = select(*(_e[name] for name in _READ)).where(_e.rollout == rollout)
+    return _read(connection, query if stage is None else query.where(_e.stage == stage))
+
+
+def of_bundle(connection: Connection, bundle: str) -> list[Evidence]:
+    """Per device and key what was counted of a bundle, by device."""
+    return _read(connection, select(*(_e[name] for name in _READ)).where(_e.bundle == bundle))
+
+
+def of_device(connection: Connection, device: str) -> list[Evidence]:
+    """Per key what one device counted."""
+    return _read(connection, select(*(_e[name] for name in _READ)).where(_e.device == device))
+
+
+def totals_of_devices(connection: Connection, devices: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Per device the sums ``SUMS`` over all its keys; zeros for a device that counted nothing."""
+    out = {device: dict.fromkeys(SUMS, 0) for device in devices}
+    query = select(_e.device, *(func.sum(_e[name]) for name in SUMS)).where(_e.device.in_(list(devices)))
+    for device, *sums in connection.execute(query.group_by(_e.device)):
+        out[device] = {name: int(n) for name, n in zip(SUMS, sums, strict=True)}
+    return out
+
+
+def _read(connection: Connection, query: Any) -> list[Evidence]:
+    # Variants of one key belong together for whoever judges: a device runs one at a time.
+    found: dict[tuple[Any, ...], Evidence] = {}
+    for values in connection.execute(query.order_by(_e.device, _e.bundle, _e.arm, _e.rollout, _e.stage, _e.variant)):
+        fields = dict(zip(_READ, values, strict=True))
+        one = Evidence(**fields | {"latency": _to_histogram(fields["latency"])})
+        key = (one.device, one.model, one.bundle, one.arm, one.rollout, one.stage)
+        found[key] = _together(found[key], one) if key in found else one
+    return list(found.values())
+
+
+def _together(a: Evidence, b: Evidence) -> Evidence:
+    summed = {name: getattr(a, name) + getattr(b, name) for name in SUMS}
+    # Both rows carry the same pre-period; the one entered first has the true one.
+    first = a if a.first_ms <= b.first_ms else b
+    return Evidence(
+        **{name: getattr(first, name) for name in ("device", "model", "bundle", "arm", "rollout", "stage")},
+        **summed,
+        **{f"pre_{name}": getattr(first, f"pre_{name}") for name in PRE},
+        first_ms=first.first_ms,
+        last_ms=max(a.last_ms, b.last_ms),
+        latency=merged([a.latency, b.latency]),
+    )

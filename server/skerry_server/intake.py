@@ -1,0 +1,353 @@
+"""One transaction of ingest: messages in, rows and acknowledgements out.
+
+Owns the order of the steps and the statements that write records. Leaves the decision about each record to ``ledger``, the
+roll-ups to ``evidence``, device states to ``presence`` and rubbish to ``quarantine``; threads, retries and MQTT to ``ingest``.
+
+Every select and insert serves the whole batch; only a record below what its stream already holds costs a look of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+from skerry_contract import ids, topics, wire
+from skerry_contract import window as w
+from skerry_contract.errors import ContractError, Malformed
+from sqlalchemy import Connection, Insert, bindparam, func, insert, select
+
+from skerry_server import evidence, ledger
+from skerry_server.db import queries
+from skerry_server.db import tables as t
+from skerry_server.db.bulk import Many
+from skerry_server.mqtt import Message
+from skerry_server.presence import Presence, decode_state, load, plain_json
+from skerry_server.quarantine import UNKNOWN_DEVICE, Notes
+
+_MOST_MS = 1 << 53
+
+
+class TakenEvent(NamedTuple):
+    """An event of a device, committed. ``at_ms`` is the device's wall clock, ``received_ms`` the server's."""
+
+    device: str
+    received_ms: int
+    at_ms: int
+    name: str
+    code: str
+    data: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a transaction did. Good only once it is committed.
+
+    Attributes:
+        acks: (device, epoch) -> what to tell the device.
+    """
+
+    acks: dict[tuple[str, str], wire.Ack] = field(default_factory=dict)
+    events: list[TakenEvent] = field(default_factory=list)
+    records: int = 0
+    windows: int = 0
+    duplicates: int = 0
+    conflicts: int = 0
+    quarantined: int = 0
+
+
+class Intake:
+    """Stateless between transactions: whatever it knows comes from the database."""
+
+    def take(self, connection: Connection, messages: Sequence[Message], *, now_ms: int) -> Outcome:
+        """Takes the messages in their order, within the caller's transaction.
+
+        Args:
+            now_ms: when they were received, milliseconds since 1970.
+        """
+        return _Batch(connection, now_ms).take(messages)
+
+    def set_aside(self, connection: Connection, message: Message, *, now_ms: int) -> Outcome:
+        """Counts and keeps a message that made ``take`` raise."""
+        notes = Notes()
+        try:
+            device: str = topics.parse_device_topic(message.topic).device
+        except Malformed:
+            device = UNKNOWN_DEVICE
+        if device not in load(connection, [device]):
+            device = UNKNOWN_DEVICE
+        notes.keep(device, message.topic, "unusable", "could not be stored", message.payload)
+        notes.store(connection, now_ms)
+        return Outcome(quarantined=1)
+
+
+class _Batch:
+    def __init__(self, connection: Connection, now_ms: int) -> None:
+        self._connection = connection
+        self._now_ms = now_ms
+        self._outcome = Outcome()
+        self._notes = Notes()
+        self._streams: dict[tuple[str, str], ledger.Stream] = {}
+        self._windows: list[dict[str, Any]] = []
+        self._samples: list[dict[str, Any]] = []
+        self._arrived: list[evidence.Arrived] = []
+
+    def take(self, messages: Sequence[Message]) -> Outcome:
+        addressed = [(message, topic) for message in messages if (topic := self._address(message)) is not None]
+        known = load(self._connection, sorted({topic.device for _, topic in addressed}))
+        presence = Presence(known, self._now_ms)
+        batches: list[tuple[Message, topics.DeviceTopic, wire.Batch]] = []
+        for message, topic in addressed:
+            device = topic.device
+            if device not in known or not known[device].enrolled:
+                # Names that nobody enrolled are counted together: a made-up name must not make a row.
+                self._notes.count(device if device in known else UNKNOWN_DEVICE, "foreign")
+                continue
+            if len(message.payload) > wire.MAX_MESSAGE_BYTES:
+                self._notes.keep(device, message.topic, "oversized", f"{len(message.payload)} bytes", message.payload)
+                self._outcome.quarantined += 1
+                continue
+            try:
+                if topic.leaf == "state":
+                    state = decode_state(message.payload) if message.payload else None
+                    if state is not None and not presence.apply(device, state, retained=message.retained):
+                        self._notes.count(device, "stale_state")
+                elif topic.leaf == "up":
+                    batches.append((message, topic, wire.decode_batch(message.payload)))
+                    presence.seen(device)
+                else:
+                    self._notes.count(device, "foreign")
+            except ContractError as error:
+                self._notes.keep(device, message.topic, error.code, str(error), message.payload)
+                self._outcome.quarantined += 1
+        self._open_streams(batches)
+        for message, topic, batch in batches:
+            stream = self._streams[topic.device, batch.epoch]
+            for record in batch.records:
+                self._take_record(message.topic, topic.device, batch.epoch, stream, record)
+        self._store()
+        presence.store(self._connection)
+        return self._outcome
+
+    def _address(self, message: Message) -> topics.DeviceTopic | None:
+        try:
+            return topics.parse_device_topic(message.topic)
+        except Malformed:
+            self._notes.count(UNKNOWN_DEVICE, "foreign")
+            return None
+
+    def _open_streams(self, batches: Sequence[tuple[Message, topics.DeviceTopic, wire.Batch]]) -> None:
+        wanted = {(topic.device, batch.epoch) for _, topic, batch in batches}
+        if not wanted:
+            return
+        s = t.streams.c
+        found = self._connection.execute(
+            select(s.device, s.epoch, s.upto, s.high)
+            .where(s.device.in_(sorted({device for device, _ in wanted})), s.epoch.in_(sorted({e for _, e in wanted})))
+            .with_for_update()
+        )
+        stored = {(device, epoch): (upto, high) for device, epoch, upto, high in found}
+        for device, epoch in wanted:
+            upto, high = stored.get((device, epoch), (0, 0))
+            self._streams[device, epoch] = ledger.Stream(upto, high, self._loader(device, epoch))
+
+    def _loader(self, device: str, epoch: str) -> ledger.Load:
+        def rows(low: int, high: int) -> Sequence[ledger.Held]:
+            found = self._connection.execute(
+                _TOUCHING, {"of_device": device, "of_epoch": epoch, "from_seq": low, "to_seq": high}
+            )
+            return [ledger.Held(*row) for row in found]
+
+        return rows
+
+    def _take_record(self, topic: str, device: str, epoch: str, stream: ledger.Stream, record: wire.Record) -> None:
+        digest = wire.digest(record)
+        body: _Body | None = None
+        fault = ""
+        try:
+            if len(record.replaces) > ledger.MAX_RANGES:
+                raise Malformed("record", f"wanted at most {ledger.MAX_RANGES} ranges", where="replaces")
+            body = _read_body(record)
+        except ContractError as error:
+            fault = f"epoch {epoch} seq {record.seq}: {error}"
+            if len(record.replaces) > ledger.MAX_RANGES:
+                record = wire.Record(seq=record.seq, kind=record.kind, body=record.body)
+        verdict = stream.take(record, digest, malformed=body is None)
+        if verdict in ("conflict", "overlap"):
+            self._outcome.conflicts += 1
+            self._notes.keep(device, topic, verdict, f"epoch {epoch} seq {record.seq}", record.body)
+        elif verdict == "duplicate":
+            self._outcome.duplicates += 1
+        elif body is None:
+            self._outcome.quarantined += 1
+            self._notes.keep(device, topic, "malformed_record", fault, record.body)
+        else:
+            self._outcome.records += 1
+            self._enter(device, epoch, record, body)
+
+    def _enter(self, device: str, epoch: str, record: wire.Record, body: _Body) -> None:
+        if isinstance(body, w.Window):
+            self._outcome.windows += 1
+            position = record.replaces[0][0] if record.replaces else record.seq
+            self._arrived.append(evidence.arrived(device, epoch, position, body))
+            self._windows.append(
+                {
+                    "device": device,
+                    "epoch": epoch,
+                    "seq": record.seq,
+                    "received_ms": self._now_ms,
+                    **body.key._asdict(),
+                    "start_ms": body.start.wall_ms,
+                    "end_ms": body.end.wall_ms,
+                    "ok": body.counts.ok,
+                    "errors": body.counts.failed,
+                    "body": record.body,
+                }
+            )
+        elif isinstance(body, wire.Sample):
+            self._samples.append(
+                {
+                    "device": device,
+                    "received_ms": self._now_ms,
+                    "model": body.key.model,
+                    "bundle": body.key.bundle,
+                    "body": record.body,
+                }
+            )
+        elif isinstance(body, wire.Event):
+            event = TakenEvent(device, self._now_ms, body.at.wall_ms, body.name, body.code, body.data)
+            self._outcome.events.append(event)
+        else:
+            # What was dropped and why stands among the events, where people look.
+            data = {"records": body.records, "inferences": body.inferences, "seqs": [list(r) for r in record.replaces]}
+            self._outcome.events.append(
+                TakenEvent(device, self._now_ms, body.at.wall_ms, "tombstone", body.why[:60], data)
+            )
+
+    def _store(self) -> None:
+        rows: list[dict[str, Any]] = []
+        streams: list[dict[str, Any]] = []
+        for (device, epoch), stream in self._streams.items():
+            extra = stream.settle()
+            rows += [
+                {"device": device, "epoch": epoch, "seq": r.seq, "low": r.low, "digest": r.digest, "kind": r.kind}
+                for r in stream.added
+            ]
+            streams.append(self._stream_row(device, epoch, stream))
+            self._notes.count(device, "duplicate", stream.duplicates)
+            self._outcome.acks[device, epoch] = wire.Ack(
+                epoch=epoch,
+                upto=stream.upto,
+                extra_ranges=extra,
+                server_time=self._now_ms / 1000,
+                conflict=tuple(stream.conflicts),
+            )
+        _LEDGER.run(self._connection, rows)
+        _WINDOWS.run(self._connection, self._windows)
+        if self._samples:
+            self._connection.execute(insert(t.samples), self._samples)
+        if self._outcome.events:
+            self._connection.execute(insert(t.events), [event._asdict() for event in self._outcome.events])
+        _STREAMS.run(self._connection, streams)
+        evidence.fold(self._connection, self._arrived, self._now_ms)
+        self._notes.store(self._connection, self._now_ms)
+
+    def _stream_row(self, device: str, epoch: str, stream: ledger.Stream) -> dict[str, Any]:
+        return {
+            "device": device,
+            "epoch": epoch,
+            "upto": stream.upto,
+            "high": stream.high,
+            "first_ms": self._now_ms,
+            "last_ms": self._now_ms,
+            "records": stream.records,
+            "duplicates": stream.duplicates,
+            "conflicts": len(stream.conflicts),
+            "tombstoned": stream.tombstoned,
+        }
+
+
+def _upsert_stream(connection: Connection) -> Insert:
+    fresh = queries.upsert(connection, t.streams)
+    s, new = t.streams.c, fresh.excluded
+    grown = {n: s[n] + new[n] for n in ("records", "duplicates", "conflicts", "tombstoned")}
+    moved = {n: new[n] for n in ("upto", "high", "last_ms")}
+    statement: Insert = fresh.on_conflict_do_update(index_elements=["device", "epoch"], set_=grown | moved)
+    return statement
+
+
+_LEDGER = Many(lambda _connection: insert(t.ledger), t.ledger.c.keys())
+_WINDOWS = Many(lambda _connection: insert(t.windows), [column.name for column in t.windows.c if column.name != "id"])
+_STREAMS = Many(_upsert_stream, t.streams.c.keys())
+
+_l = t.ledger.c
+_MINE = (_l.device == bindparam("of_device"), _l.epoch == bindparam("of_epoch"))
+_beyond = t.ledger.alias()
+_TOUCHING = (
+    select(_l.seq, _l.low, _l.digest, _l.kind)
+    .where(
+        *_MINE,
+        _l.seq >= bindparam("from_seq"),
+        # Rows do not overlap, so at most one that ends above to_seq can begin at or below it: the first.
+        _l.seq
+        <= func.coalesce(
+            select(func.min(_beyond.c.seq))
+            .where(
+                _beyond.c.device == bindparam("of_device"),
+                _beyond.c.epoch == bindparam("of_epoch"),
+                _beyond.c.seq >= bindparam("to_seq"),
+            )
+            .scalar_subquery(),
+            bindparam("to_seq"),
+        ),
+        _l.low <= bindparam("to_seq"),
+    )
+    .order_by(_l.seq)
+)
+
+_Body = w.Window | wire.Event | wire.Sample | wire.Tombstone
+
+
+class _PlainWindow(w.Window, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A window without fields that this release does not know: read in one pass."""
+
+
+_plain_window = msgspec.msgpack.Decoder(_PlainWindow)
+
+
+def _read_window(body: bytes) -> w.Window:
+    try:
+        plain = _plain_window.decode(body)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        # Newer fields, or a fault: the contract's own reader keeps the ones and names the other.
+        return wire.decode_window(body)
+    return w.check(plain)
+
+
+def _read_body(record: wire.Record) -> _Body:
+    """The body, checked for what the database can hold. Raises ``ContractError``."""
+    if record.kind == "window":
+        return _read_window(record.body)
+    if record.kind == "event":
+        event = wire.decode(wire.Event, record.body)
+        _check_instant(event.at, "event")
+        if not 0 < len(event.name) <= 60 or len(event.code) > 60:
+            raise Malformed("event", "wanted a name of 1 to 60 and a code of at most 60 characters")
+        plain_json(event.data, what="event")
+        return event
+    if record.kind == "sample":
+        sample = wire.decode(wire.Sample, record.body)
+        ids.model_name(sample.key.model)
+        ids.bundle_digest(sample.key.bundle)
+        return sample
+    tombstone = wire.decode(wire.Tombstone, record.body)
+    _check_instant(tombstone.at, "tombstone")
+    if not (0 <= tombstone.records < _MOST_MS and 0 <= tombstone.inferences < _MOST_MS):
+        raise Malformed("tombstone", "wanted counts from 0 to 2**53")
+    return tombstone
+
+
+def _check_instant(at: w.Instant, what: str) -> None:
+    if not -_MOST_MS < at.wall_ms < _MOST_MS:
+        raise Malformed(what, "wanted a time within 2**53 ms of 1970")

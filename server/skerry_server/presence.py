@@ -1,0 +1,139 @@
+"""Device states: who is online, what it runs, and which of two states is the newer.
+
+Owns the columns of ``devices`` that the retained topic ``state`` fills. Liveness goes by the server's receive time; a retained
+copy that the broker replays says what a device said, not that it is alive now.
+
+Order: a state with a lower birth than the one known is old, whatever it says. Within one birth ``offline`` is the last word: a
+device that comes back counts a new birth, so an ``online`` of the same birth after it is a late copy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from skerry_contract import ids, wire
+from skerry_contract.errors import Malformed
+from sqlalchemy import Connection, bindparam, select, update
+
+from skerry_server.db import tables as t
+from skerry_server.db.bulk import Many
+
+_MOST = (1 << 63) - 1
+SEEN_EVERY_MS = 2000
+"""How exact ``seen_ms`` is for records; a state always writes it."""
+
+
+@dataclass(slots=True)
+class Known:
+    """What the database says of a device."""
+
+    enrolled: bool
+    birth: int
+    online: bool
+    spoke: bool
+    seen_ms: int
+
+
+def load(connection: Connection, devices: list[str]) -> dict[str, Known]:
+    """The devices of these ids that exist."""
+    d = t.devices.c
+    # 'spoke' needs no JSON: before the first state there is neither a birth nor a time.
+    query = select(d.id, d.status, d.birth, d.online, d.seen_ms, d.agent).where(d.id.in_(devices))
+    return {
+        row.id: Known(
+            row.status == "enrolled", row.birth, row.online, row.birth > 0 or bool(row.agent), row.seen_ms or 0
+        )
+        for row in connection.execute(query)
+    }
+
+
+class Presence:
+    """The states and signs of life of one transaction."""
+
+    def __init__(self, known: Mapping[str, Known], now_ms: int) -> None:
+        self._known = known
+        self._now_ms = now_ms
+        self._said: dict[str, dict[str, Any]] = {}
+        self._gone: dict[str, dict[str, Any]] = {}
+        self._seen: set[str] = set()
+
+    def seen(self, device: str) -> None:
+        """Records came from it."""
+        if self._now_ms - self._known[device].seen_ms >= SEEN_EVERY_MS:
+            self._seen.add(device)
+
+    def apply(self, device: str, state: wire.State, *, retained: bool) -> bool:
+        """Takes a state; False when it is older than what is known."""
+        known = self._known[device]
+        late = known.spoke and state.birth == known.birth and not known.online and state.status == wire.ONLINE
+        if state.birth < known.birth or (late and not retained):
+            return False
+        known.birth, known.spoke, known.online = state.birth, True, state.status == wire.ONLINE
+        if not known.online:
+            said = self._said.get(device)
+            if said is not None:
+                said |= {"online": False, "birth": state.birth}
+            self._gone[device] = {"at": device, "birth": state.birth}
+            return True
+        self._gone.pop(device, None)
+        if not retained:
+            known.seen_ms = self._now_ms
+        self._said[device] = {
+            "at": device,
+            "online": True,
+            "birth": state.birth,
+            "seen_ms": known.seen_ms or self._now_ms,
+            "stratum": state.stratum,
+            "agent": state.agent,
+            "generation": state.generation,
+            "running": msgspec.to_builtins(state.running),
+            "state": msgspec.to_builtins(state),
+        }
+        return True
+
+    def store(self, connection: Connection) -> None:
+        """Writes what was taken."""
+        if self._said:
+            connection.execute(_SAID, list(self._said.values()))
+        gone = [values for device, values in self._gone.items() if device not in self._said]
+        if gone:
+            connection.execute(_GONE, gone)
+        seen = [{"at": device, "seen_ms": self._now_ms} for device in sorted(self._seen - self._said.keys())]
+        _SEEN.run(connection, seen)
+
+
+_d = t.devices.c
+_AT = _d.id == bindparam("at")
+# The columns to set are the names of the parameters.
+_SAID = update(t.devices).where(_AT)
+_GONE = update(t.devices).where(_AT).values(online=False)
+_SEEN = Many(lambda _connection: update(t.devices).where(_AT), ("seen_ms",))
+
+
+def decode_state(payload: bytes) -> wire.State:
+    """Reads a state that the database can hold.
+
+    Raises:
+        Malformed, UnsupportedVersion: as ``wire.decode``; also for numbers and texts beyond the columns.
+    """
+    state = wire.decode(wire.State, payload)
+    if not (0 <= state.birth <= _MOST and 0 <= state.generation <= _MOST and 0 <= state.seq <= _MOST):
+        raise Malformed("state", "wanted numbers from 0 to 2**63 - 1", where="birth, generation or seq")
+    if len(state.stratum) > 200 or len(state.agent) > 40:
+        raise Malformed("state", "wanted at most 200 characters of stratum, 40 of agent")
+    if state.epoch:
+        ids.epoch(state.epoch)
+    plain_json(msgspec.to_builtins(state), what="state")
+    return state
+
+
+def plain_json(value: Any, *, what: str) -> None:
+    """Refuses what a JSON column cannot hold: bytes, NaN, keys that are no text. Raises ``Malformed``."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Malformed(what, f"wanted what JSON can say: {error}") from None

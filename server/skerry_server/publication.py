@@ -1,0 +1,179 @@
+"""Bringing the update repository into line with the database, and the database into line with the catalog.
+
+The database says what to publish: the bytes in ``groups.published``. This module hands them to the repository, one writer at a
+time, and remembers in memory what it handed over; after a start it hands over everything again, which changes nothing where
+nothing was missing. Leaves signing and files to ``repository`` and ringing to the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from skerry_contract import manifest as m
+from sqlalchemy import Engine, select
+
+from skerry_server import audit, registry
+from skerry_server.db import queries
+from skerry_server.db import tables as t
+from skerry_server.db.engine import reading, writing
+from skerry_server.errors import Invalid
+from skerry_server.repository import Repository
+
+log = logging.getLogger(__name__)
+
+
+class Bell(Protocol):
+    """Whoever can ring: the server's MQTT session."""
+
+    def ring(self, target: str, version: int) -> None:
+        """Publishes a bell, retained."""
+
+
+class Publication:
+    """The only caller of the repository's writing methods. Safe to use from several threads."""
+
+    def __init__(self, engine: Engine, repository: Repository, now_ms: Callable[[], int]) -> None:
+        self._engine = engine
+        self._repository = repository
+        self._now_ms = now_ms
+        self._lock = threading.RLock()
+        self._published: dict[str, str] = {}
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the operator's root, targets and catalog are installed, so that groups can be published."""
+        return self._repository.has_trust()
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """Version and expiry per TUF role."""
+        with self._lock:
+            return self._repository.status()
+
+    def floors(self) -> dict[str, str]:
+        """Model -> lowest version that a device may activate."""
+        with self._lock:
+            return self._repository.floors()
+
+    def install(self, role: str, metadata: bytes, floors: bytes | None, *, actor: str) -> dict[str, Any]:
+        """Takes signed metadata from the operator; returns the role's version and the bundles whose state changed.
+
+        Raises:
+            RepositoryRefused: the trust chain, the version or a target does not hold.
+            Invalid: floors for a role that has none.
+        """
+        if floors is not None and role != "catalog":
+            raise Invalid("bad_request", f"floors belong to the catalog, not to {role}")
+        with self._lock:
+            if role == "root":
+                self._repository.install_root(metadata)
+            elif role == "targets":
+                self._repository.install_targets(metadata)
+            elif role == "catalog":
+                self._repository.install_catalog(metadata, floors, self._whole_bundle)
+            else:
+                raise Invalid("bad_request", f"role: wanted root, targets or catalog, got {role!r}")
+            now_ms = self._now_ms()
+            version = self.status().get(role, {}).get("version")
+            with writing(self._engine) as conn:
+                audit.record(
+                    conn,
+                    at_ms=now_ms,
+                    actor=actor,
+                    action="repository.install",
+                    subject=f"metadata:{role}",
+                    after={"version": version, "sha256": hashlib.sha256(metadata).hexdigest()},
+                )
+            changed = self.align()
+        return {"role": role, "version": version, "bundles": changed}
+
+    def align(self) -> list[str]:
+        """Bundle states and the table of roles, as the repository holds them now. Does nothing where they agree."""
+        with self._lock:
+            status = self.status()
+            listed = [entry.digest for entry in self._repository.catalog_entries()] if "catalog" in status else []
+            now_ms = self._now_ms()
+            with reading(self._engine) as conn:
+                held = {row.role: row.version for row in conn.execute(select(t.roles.c.role, t.roles.c.version))}
+            if held == {role: found["version"] for role, found in status.items()} and not self._states_differ(listed):
+                return []
+            with writing(self._engine) as conn:
+                for role, found in status.items():
+                    if held.get(role) == found["version"]:
+                        continue
+                    values = {"version": found["version"], "expires_ms": found["expires_ms"]}
+                    values["bytes"] = self._repository.metadata(role) or b""
+                    added = queries.upsert(conn, t.roles).values(role=role, **values)
+                    conn.execute(added.on_conflict_do_update(index_elements=["role"], set_=values))
+                if "catalog" not in status:
+                    return []
+                return registry.sync_catalog(conn, listed, actor="system:catalog", now_ms=now_ms)
+
+    def _states_differ(self, listed: list[str]) -> bool:
+        c = t.bundles.c
+        with reading(self._engine) as conn:
+            rows = conn.execute(
+                select(c.digest, c.state).where(c.state.in_(("validated", "approved", "deprecated")))
+            ).all()
+        wanted = set(listed)
+        return any((row.state == "validated") == (row.digest in wanted) for row in rows)
+
+    def _whole_bundle(self, digest: str) -> bytes | None:
+        """The manifest of a bundle that is here with all its files, else None: a catalog must not list what nobody can fetch."""
+        with reading(self._engine) as conn:
+            manifest = conn.execute(select(t.bundles.c.manifest).where(t.bundles.c.digest == digest)).scalar()
+            if manifest is None or registry.missing(conn, m.parse(manifest)):
+                return None
+            return bytes(manifest)
+
+    def publish(self, bell: Bell) -> int:
+        """Publishes the group documents that are not out yet, then rings every bell that has not rung; returns how many were published.
+
+        Before the operator's trust is installed nothing is published or rung: devices could not follow it.
+        """
+        with reading(self._engine) as conn:
+            c = t.groups.c
+            rows = conn.execute(select(c.name, c.generation, c.published).where(c.published.is_not(None))).all()
+        with self._lock:
+            due = {
+                row.name: bytes(row.published)
+                for row in rows
+                if self._published.get(row.name) != hashlib.sha256(row.published).hexdigest()
+            }
+            if due:
+                if not self.trusted:
+                    return 0
+                self._repository.publish_groups(due)
+                self._published |= {name: hashlib.sha256(data).hexdigest() for name, data in due.items()}
+        for row in rows:
+            if row.name in due:
+                self._ring_again_if_early(f"g/{row.name}")
+                log.info("published group=%s generation=%d", row.name, row.generation)
+        self.ring(bell)
+        return len(due)
+
+    def _ring_again_if_early(self, target: str) -> None:
+        # A session that began between the commit and the publication rang with the old document still out.
+        with reading(self._engine) as conn:
+            row = conn.execute(select(t.bells).where(t.bells.c.target == target)).first()
+        if row is not None and row.rung_version >= row.version:
+            with writing(self._engine) as conn:
+                queries.bump_bell(conn, target)
+
+    def ring(self, bell: Bell) -> None:
+        """Rings every bell whose version has not been heard by the broker yet."""
+        with reading(self._engine) as conn:
+            b = t.bells.c
+            due = conn.execute(select(b.target, b.version).where(b.rung_version < b.version)).all()
+        for row in due:
+            bell.ring(row.target, row.version)
+
+    def resign(self) -> None:
+        """Signs anew what nears its expiry."""
+        if self.trusted:
+            with self._lock:
+                self._repository.refresh_expiring()
+            self.align()

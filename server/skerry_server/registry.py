@@ -1,0 +1,180 @@
+"""The registry of bundles: pushed as a draft, validated in a child process, approved when the signed catalog lists them.
+
+A bundle is immutable: its identity is the digest of its manifest, and a model's version names one digest for ever. Files are
+kept once, by their own sha256, in the update repository. Only files that a draft's manifest lists are taken, and no byte
+more than it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from skerry_contract import manifest as m
+from sqlalchemy import Connection, insert, select, update
+
+from skerry_server import audit
+from skerry_server.core import bundles as core
+from skerry_server.db import queries
+from skerry_server.db import tables as t
+from skerry_server.errors import Conflict, NotFound, TooLarge
+
+MAX_SIGNATURE_BYTES = 64 * 1024
+
+
+def push(
+    conn: Connection, *, manifest: bytes, signature: bytes | None, actor: str, submitter: str, now_ms: int
+) -> dict[str, Any]:
+    """Takes a manifest as a draft; the same one again changes nothing. Returns digest, state and the files not here yet.
+
+    Raises:
+        Malformed, UnsupportedVersion: the manifest cannot be read. Conflict: the version names another digest.
+    """
+    parsed = m.parse(manifest)
+    digest = m.digest(manifest)
+    if signature is not None and len(signature) > MAX_SIGNATURE_BYTES:
+        raise TooLarge("signature", MAX_SIGNATURE_BYTES)
+    c = t.bundles.c
+    query = select(c.digest, c.state, c.signature).where(c.model == parsed.model, c.version == parsed.version)
+    held = conn.execute(query).first()
+    if held is not None and held.digest != digest:
+        raise Conflict(
+            "version_taken",
+            f"{parsed.model} {parsed.version} is bundle {held.digest}; a version names one bundle for ever",
+            digest=held.digest,
+        )
+    if held is None:
+        conn.execute(
+            insert(t.bundles).values(
+                digest=digest,
+                model=parsed.model,
+                version=parsed.version,
+                state="draft",
+                manifest=manifest,
+                signature=signature,
+                submitter=submitter,
+                pushed_ms=now_ms,
+            )
+        )
+        after = {"model": parsed.model, "version": parsed.version, "signed": signature is not None}
+        audit.record(conn, at_ms=now_ms, actor=actor, action="bundle.push", subject=f"bundle:{digest}", after=after)
+    elif signature is not None and held.signature is None:
+        conn.execute(update(t.bundles).where(c.digest == digest).values(signature=signature))
+        audit.record(conn, at_ms=now_ms, actor=actor, action="bundle.sign", subject=f"bundle:{digest}")
+    return {"digest": str(digest), "state": held.state if held else "draft", "missing": missing(conn, parsed)}
+
+
+def missing(conn: Connection, manifest: m.Manifest) -> list[str]:
+    """The sha256 of the bundle's files that are not here yet, sorted."""
+    wanted = {file.sha256 for file in manifest.files()}
+    found = conn.execute(select(t.blobs.c.sha256).where(t.blobs.c.sha256.in_(sorted(wanted)))).scalars()
+    return sorted(wanted - set(found))
+
+
+def expected_size(conn: Connection, sha256: str) -> int:
+    """The size that a draft lists for this file.
+
+    Raises:
+        NotFound: no draft lists it: the manifest comes first.
+    """
+    for manifest in conn.execute(select(t.bundles.c.manifest).where(t.bundles.c.state == "draft")).scalars():
+        if sha256.encode() in manifest:
+            for file in m.parse(manifest).files():
+                if file.sha256 == sha256:
+                    return file.size
+    raise NotFound("draft that lists the file", sha256)
+
+
+def note_blob(conn: Connection, *, sha256: str, size: int, actor: str, now_ms: int) -> None:
+    """Remembers that a file is on disk; call it once it is."""
+    added = queries.upsert(conn, t.blobs).values(sha256=sha256, size=size, stored_ms=now_ms)
+    if conn.execute(added.on_conflict_do_nothing()).rowcount:
+        audit.record(
+            conn, at_ms=now_ms, actor=actor, action="blob.store", subject=f"blob:{sha256}", after={"size": size}
+        )
+
+
+def require(conn: Connection, digest: str) -> dict[str, Any]:
+    """The bundle's row. Raises ``NotFound``."""
+    row = conn.execute(select(t.bundles).where(t.bundles.c.digest == digest)).mappings().first()
+    if row is None:
+        raise NotFound("bundle", digest)
+    return dict(row)
+
+
+def move(
+    conn: Connection,
+    *,
+    digest: str,
+    action: core.Action,
+    reason: str,
+    actor: str,
+    now_ms: int,
+    validation: Mapping[str, Any] | None = None,
+) -> str:
+    """Takes a bundle one step through its life; returns the new state.
+
+    Raises:
+        NotFound: no such bundle. Conflict: the state has no such step, or something still runs it.
+    """
+    row = require(conn, digest)
+    state = core.TRANSITIONS.get((row["state"], action))
+    if state is None:
+        can = ", ".join(core.allowed(row["state"])) or "nothing more"
+        raise Conflict(
+            "not_allowed", f"a bundle that is {row['state']} cannot {action}; it can {can}", state=row["state"]
+        )
+    if action == "retire":
+        used = users(conn, digest)
+        if used:
+            raise Conflict("in_use", f"the bundle is in use by {', '.join(used)}", used_by=used)
+    values: dict[str, Any] = {"state": state, "reason": reason, "lock_version": row["lock_version"] + 1}
+    if validation is not None:
+        values["validation"] = dict(validation)
+    conn.execute(update(t.bundles).where(t.bundles.c.digest == digest).values(**values))
+    audit.record(
+        conn,
+        at_ms=now_ms,
+        actor=actor,
+        action=f"bundle.{action}",
+        subject=f"bundle:{digest}",
+        before={"state": row["state"]},
+        after={"state": state, "model": row["model"], "version": row["version"]},
+        reason=reason,
+    )
+    return state
+
+
+def users(conn: Connection, digest: str) -> list[str]:
+    """What still names the bundle: groups, rollouts not ended, pins."""
+    gm, r, p = t.group_models.c, t.rollouts.c, t.pins.c
+    ended = ("completed", "rolled_back", "aborted")
+    groups = conn.execute(select(gm.group).where((gm.stable == digest) | (gm.fallback == digest))).scalars()
+    rollouts = conn.execute(
+        select(r.id).where((r.candidate == digest) | (r.stable == digest), r.state.not_in(ended))
+    ).scalars()
+    pinned = conn.execute(select(p.device).where(p.digest == digest)).scalars()
+    named = [f"group:{name}" for name in groups] + [f"rollout:{name}" for name in rollouts]
+    return sorted(named + [f"pin:{name}" for name in pinned])
+
+
+def sync_catalog(conn: Connection, listed: Iterable[str], *, actor: str, now_ms: int) -> list[str]:
+    """Brings states into line with an installed catalog; returns the digests that changed.
+
+    A draft that is listed stays a draft until it is validated: the signature is needed, not enough.
+    """
+    wanted = set(listed)
+    c = t.bundles.c
+    query = select(c.digest, c.state).where(c.state.in_(("validated", "approved", "deprecated")))
+    changed = []
+    for row in conn.execute(query).all():
+        if row.state == "validated" and row.digest in wanted:
+            reason, action = "the signed catalog lists it", "list"
+        elif row.state != "validated" and row.digest not in wanted:
+            reason, action = "the signed catalog no longer lists it", "delist"
+        else:
+            continue
+        step: core.Action = "list" if action == "list" else "delist"
+        move(conn, digest=row.digest, action=step, reason=reason, actor=actor, now_ms=now_ms)
+        changed.append(str(row.digest))
+    return changed

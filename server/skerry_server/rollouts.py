@@ -1,0 +1,362 @@
+"""Rollouts in the database: making one, gathering its evidence, and carrying out what was decided about it.
+
+``core.rollout`` decides; this module reads what it needs and writes what it said. Each move writes the rollout, the decision with
+its evidence, the audit row, the group document and its bell in the caller's one transaction, under the row's version: of two
+that move the same rollout at once, the second is refused.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from skerry_contract import group as g
+from skerry_contract import histogram as h
+from skerry_contract import ids
+from skerry_contract import manifest as m
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from skerry_server import audit, groups
+from skerry_server.core import cuts, eligibility
+from skerry_server.core import plan as p
+from skerry_server.core import rollout as core
+from skerry_server.db import tables as t
+from skerry_server.errors import Conflict, Invalid, NotFound
+
+MAX_CONTROLS = 2000
+SALT_DRAWS = 64
+SALT_DRAWS_UP_TO = 10_000
+"""In a larger fleet the salt is drawn once: trying many would take longer than it saves."""
+
+_EVERYONE = {g.ANY_STRATUM: g.EVERYONE}
+
+
+def require(conn: Connection, rollout: str) -> dict[str, Any]:
+    """The rollout's row. Raises ``NotFound``."""
+    row = conn.execute(select(t.rollouts).where(t.rollouts.c.id == rollout)).mappings().first()
+    if row is None:
+        raise NotFound("rollout", rollout)
+    return dict(row)
+
+
+def create(
+    conn: Connection,
+    *,
+    group: str,
+    model: str,
+    candidate: str,
+    plan: object,
+    rollout_id: str | None,
+    actor: str,
+    now_ms: int,
+    seen_s: float,
+    floors: Mapping[str, str],
+) -> dict[str, Any]:
+    """Makes a rollout and starts its first stage; returns its row.
+
+    A group that does not run the model yet has nothing to compare with: the plan then becomes one stage of everyone.
+
+    Args:
+        floors: model -> lowest version that devices may activate; they would refuse a candidate below it.
+
+    Raises:
+        NotFound: no such group or bundle. Conflict: bundle not approved, below its floor, already stable, model taken, id used.
+        Invalid: the plan, with every fault in it.
+    """
+    try:
+        wanted = p.read_plan(plan)
+    except p.BadPlan as error:
+        raise Invalid("bad_plan", "; ".join(error.faults), faults=list(error.faults)) from None
+    groups.require(conn, group)
+    ids.model_name(model)
+    bundle = groups.runnable(conn, candidate, model=model, states=("approved",))
+    floor = floors.get(model)
+    if floor is not None and ids.version_key(bundle["version"]) < ids.version_key(floor):
+        raise Conflict("below_floor", f"{model} {bundle['version']} is below the floor {floor}", floor=floor)
+    taken = groups.active_rollout(conn, group, model)
+    if taken is not None:
+        raise Conflict("rollout_active", f"rollout {taken!r} of {model!r} in {group!r} is under way", rollout=taken)
+    name = ids.rollout_id(rollout_id or f"r-{model[:40]}-{secrets.token_hex(4)}")
+    if conn.execute(select(t.rollouts.c.id).where(t.rollouts.c.id == name)).first():
+        raise Conflict("id_taken", f"a rollout {name!r} is or was there")
+    c = t.group_models.c
+    stable = conn.execute(select(c.stable).where(c.group == group, c.model == model)).scalar()
+    if stable == candidate:
+        raise Conflict("already_stable", f"{group!r} runs this bundle already")
+    if stable is None:
+        wanted = p.whole_fleet(wanted)
+        conn.execute(insert(t.group_models).values(group=group, model=model, stable=candidate))
+    known = eligible(conn, group=group, model=model, manifest=m.parse(bundle["manifest"]), now_ms=now_ms, seen_s=seen_s)
+    row = {
+        "id": name,
+        "group": group,
+        "model": model,
+        "stable": stable or candidate,
+        "candidate": candidate,
+        "salt": _salt(known, wanted.stages[0]),
+        "plan": wanted.to_builtins(),
+        "state": "draft",
+        "stage": 0,
+        "stage_since_ms": now_ms,
+        "cuts": {},
+        "created_by": actor,
+        "created_ms": now_ms,
+        "version": 1,
+        "reason": "",
+    }
+    conn.execute(insert(t.rollouts).values(**row))
+    first = " (the model's first bundle here: one stage of everyone)" if stable is None else ""
+    decision = core.Decision(
+        action="start", verdict="", reason=f"started by {actor}{first}", evidence={"eligible": len(known)}
+    )
+    carry_out(conn, name, decision, actor=actor, now_ms=now_ms, seen_s=seen_s, version=1)
+    return require(conn, name)
+
+
+def _salt(known: list[cuts.Eligible], stage: p.Stage) -> str:
+    draws = SALT_DRAWS if len(known) <= SALT_DRAWS_UP_TO else 1
+    k = stage.devices if stage.devices is not None else cuts.share_of(len(known), stage.share or 0)
+    return cuts.choose_salt(known, [secrets.token_hex(16) for _ in range(draws)], k)
+
+
+def eligible(
+    conn: Connection, *, group: str, model: str, manifest: m.Manifest, now_ms: int, seen_s: float
+) -> list[cuts.Eligible]:
+    """The devices a stage may count on: enrolled, heard of within ``seen_s``, not pinned, with a variant that fits."""
+    c = t.devices.c
+    pinned = select(t.pins.c.device).where(t.pins.c.model == model)
+    query = select(c.id, c.stratum, c.online, c.seen_ms, c.state).where(
+        c.group == group, c.status == "enrolled", c.seen_ms.is_not(None), c.id.not_in(pinned)
+    )
+    since = now_ms - int(seen_s * 1000)
+    return [
+        cuts.Eligible(device=ids.DeviceId(row.id), stratum=row.stratum, online=row.online)
+        for row in conn.execute(query)
+        if (row.online or row.seen_ms >= since) and eligibility.has_variant(manifest, row.state or {})
+    ]
+
+
+def value(row: Mapping[str, Any]) -> core.Rollout:
+    """The row as ``core`` reads it."""
+    return core.Rollout(
+        id=row["id"],
+        state=row["state"],
+        stage=row["stage"],
+        stage_since_ms=row["stage_since_ms"],
+        plan=p.read_plan(row["plan"]),
+        first=row["stable"] == row["candidate"],
+    )
+
+
+def gather(conn: Connection, row: Mapping[str, Any]) -> core.Evidence:
+    """The recorded evidence of the stage now running. Reads only."""
+    c = t.devices.c
+    pinned = select(t.pins.c.device).where(t.pins.c.model == row["model"])
+    query = select(c.id, c.stratum, c.online, c.running).where(
+        c.group == row["group"], c.status == "enrolled", c.id.not_in(pinned)
+    )
+    cut = g.Rollout(
+        id=row["id"], stage=row["stage"], candidate=g.Target(digest="", version=""), salt=row["salt"], cuts=row["cuts"]
+    )
+    reverted, unable = _reports(conn, row)
+    n = dict.fromkeys(("candidates", "online", "confirmed", "confirmed_on_golden", "trial", "unable", "still"), 0)
+    for device in conn.execute(query):
+        running = (device.running or {}).get(row["model"]) or {}
+        answers = running.get("digest") == row["candidate"]
+        n["still"] += bool(device.online and answers)
+        if not g.is_candidate(cut, ids.DeviceId(device.id), device.stratum):
+            continue
+        n["candidates"] += 1
+        if not device.online:
+            continue
+        n["online"] += 1
+        if answers and running.get("state") in ("confirmed", "confirmed_on_golden", "trial"):
+            n[running["state"]] += 1
+        elif device.id in unable:
+            n["unable"] += 1
+    counts, p95_ms = _counts(conn, row)
+    return core.Evidence(
+        candidates=n["candidates"],
+        online=n["online"],
+        confirmed=n["confirmed"],
+        on_golden=n["confirmed_on_golden"],
+        on_trial=n["trial"],
+        unable=n["unable"],
+        still=n["still"],
+        reverted=reverted,
+        p95_ms=p95_ms,
+        **counts,
+    )
+
+
+def _reports(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, int], frozenset[str]]:
+    """What devices said of the candidate since the rollout began: reason code -> devices that went back; devices unable."""
+    c = t.events.c
+    query = (
+        select(c.device, c.code, c.data)
+        .where(c.name == "update", c.code != "", c.received_ms >= row["created_ms"])
+        .order_by(c.id)
+    )
+    codes: dict[str, str] = {}
+    unable: set[str] = set()
+    for event in conn.execute(query):
+        data = event.data or {}
+        if data.get("digest") != row["candidate"] or data.get("rollout", row["id"]) != row["id"]:
+            continue
+        if eligibility.is_verdict_on_bundle(event.code):
+            codes[event.device] = event.code
+        elif event.code in eligibility.UNABLE:
+            unable.add(event.device)
+    reverted: dict[str, int] = {}
+    for code in codes.values():
+        reverted[code] = reverted.get(code, 0) + 1
+    return reverted, frozenset(unable)
+
+
+def _counts(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, int], float | None]:
+    c = t.evidence.c
+    where = (c.rollout == row["id"], c.stage == row["stage"], c.arm == "candidate", c.bundle == row["candidate"])
+    sums = select(*(func.coalesce(func.sum(c[name]), 0) for name in ("ok", "invalid", "failed", "shed"))).where(*where)
+    ok, invalid, failed, shed = conn.execute(sums).one()
+    latency = h.Exponential()
+    for packed in conn.execute(select(c.latency).where(*where)).scalars():
+        latency = h.merge_exponential(latency, msgspec.msgpack.decode(packed, type=h.Exponential))
+    p95_ns = h.quantile(latency, 0.95)
+    counts = {"ok": int(ok), "invalid": int(invalid), "failed": int(failed), "shed": int(shed)}
+    return counts, None if p95_ns is None else p95_ns / 1e6
+
+
+def carry_out(
+    conn: Connection,
+    rollout: str,
+    decision: core.Decision,
+    *,
+    actor: str,
+    now_ms: int,
+    seen_s: float,
+    version: int | None = None,
+) -> dict[str, Any]:
+    """Does what was decided: rollout, decision, audit row, group document and bell, all in the caller's transaction.
+
+    Args:
+        version: of the row that the decision was made about; None for a person's command, which means the present one.
+
+    Raises:
+        Conflict: the rollout has moved on since, or has no such transition from its state.
+    """
+    row = require(conn, rollout)
+    if version is not None and row["version"] != version:
+        raise Conflict("moved_on", f"rollout {rollout!r} has changed since", version=row["version"])
+    try:
+        state = core.transition(row["state"], decision.action)
+    except core.NotAllowed as error:
+        raise Conflict("not_allowed", str(error), state=row["state"]) from None
+    conn.execute(
+        insert(t.decisions).values(
+            rollout=rollout,
+            at_ms=now_ms,
+            stage=row["stage"],
+            action=decision.action,
+            verdict=decision.verdict,
+            reason=decision.reason,
+            evidence=decision.evidence | ({"missing": list(decision.missing)} if decision.missing else {}),
+        )
+    )
+    if decision.action == "hold":
+        return row
+    changes: dict[str, Any] = {"state": state, "reason": decision.reason, "version": row["version"] + 1}
+    plan = p.read_plan(row["plan"])
+    if decision.action in ("start", "advance"):
+        stage = 0 if decision.action == "start" else row["stage"] + 1
+        changes |= _enter(conn, row, plan, stage, now_ms=now_ms, seen_s=seen_s)
+    elif decision.action == "complete" and row["state"] == "running":
+        changes |= {"stage": len(plan.stages), "stage_since_ms": now_ms, "cuts": cuts.grow(row["cuts"], _EVERYONE)}
+    elif decision.action in ("resume", "complete", "roll_back"):
+        changes["stage_since_ms"] = now_ms
+    if state in ("completed", "rolled_back", "aborted"):
+        changes["ended_ms"] = now_ms
+    where = (t.group_models.c.group == row["group"], t.group_models.c.model == row["model"])
+    if state == "completed":
+        change = update(t.group_models).where(*where)
+        conn.execute(change.values(stable=row["candidate"], version=t.group_models.c.version + 1))
+    if state == "aborted" and row["stable"] == row["candidate"]:
+        # The model's first bundle is withdrawn: the group has none again.
+        conn.execute(delete(t.group_models).where(*where))
+    conn.execute(update(t.rollouts).where(t.rollouts.c.id == rollout).values(**changes))
+    groups.touch(conn, row["group"])
+    audit.record(
+        conn,
+        at_ms=now_ms,
+        actor=actor,
+        action=f"rollout.{decision.action}",
+        subject=f"rollout:{rollout}",
+        before={"state": row["state"], "stage": row["stage"], "cuts": row["cuts"]},
+        after={name: changes.get(name, row[name]) for name in ("state", "stage", "cuts")},
+        reason=decision.reason,
+    )
+    return row | changes
+
+
+def _enter(
+    conn: Connection, row: Mapping[str, Any], plan: p.Plan, stage: int, *, now_ms: int, seen_s: float
+) -> dict[str, Any]:
+    """Cuts the stage and freezes the list of devices that the judge will compare."""
+    bundle = conn.execute(select(t.bundles.c.manifest).where(t.bundles.c.digest == row["candidate"])).scalar_one()
+    known = eligible(
+        conn, group=row["group"], model=row["model"], manifest=m.parse(bundle), now_ms=now_ms, seen_s=seen_s
+    )
+    spec = plan.stages[stage]
+    placed = cuts.plan_cuts(
+        known, row["salt"], devices=spec.devices, share=spec.share, stratified=plan.stratified, old=row["cuts"]
+    )
+    cut = g.Rollout(id=row["id"], stage=stage, candidate=g.Target(digest="", version=""), salt=row["salt"], cuts=placed)
+    salt = bytes.fromhex(row["salt"])
+    arms = [(one, g.is_candidate(cut, one.device, one.stratum)) for one in known]
+    controls = sorted((one for one, inside in arms if not inside), key=lambda one: g.hash64(salt, one.device))
+    frozen = [(one, "candidate") for one, inside in arms if inside] + [
+        (one, "control") for one in controls[:MAX_CONTROLS]
+    ]
+    if frozen:
+        conn.execute(
+            insert(t.rollout_devices),
+            [
+                {"rollout": row["id"], "stage": stage, "device": one.device, "arm": arm, "stratum": one.stratum}
+                for one, arm in frozen
+            ],
+        )
+    return {"stage": stage, "stage_since_ms": now_ms, "cuts": placed}
+
+
+def command(
+    conn: Connection, rollout: str, action: core.Action, *, reason: str, actor: str, now_ms: int, seen_s: float
+) -> dict[str, Any]:
+    """A person's pause, resume or abort. Raises as ``carry_out``."""
+    row = require(conn, rollout)
+    if action == "resume" and row["stage"] >= len(p.read_plan(row["plan"]).stages):
+        # It was paused while completing, and goes on there.
+        action = "complete"
+    evidence = gather(conn, row).to_builtins()
+    decision = core.Decision(action=action, verdict="", reason=reason or f"{action} by {actor}", evidence=evidence)
+    return carry_out(conn, rollout, decision, actor=actor, now_ms=now_ms, seen_s=seen_s)
+
+
+def last_decision(conn: Connection, rollout: str) -> dict[str, Any] | None:
+    """The newest decision's row, or None."""
+    c = t.decisions.c
+    row = (
+        conn.execute(select(t.decisions).where(c.rollout == rollout).order_by(c.id.desc()).limit(1)).mappings().first()
+    )
+    return None if row is None else dict(row)
+
+
+def arms(conn: Connection, rollout: str, stage: int) -> dict[str, list[str]]:
+    """The frozen list of a stage: arm -> device ids, sorted. A completing rollout shows its last stage's list."""
+    c = t.rollout_devices.c
+    newest = select(func.max(c.stage)).where(c.rollout == rollout, c.stage <= stage).scalar_subquery()
+    query = select(c.device, c.arm).where(c.rollout == rollout, c.stage == newest).order_by(c.device).limit(10_000)
+    found: dict[str, list[str]] = {"candidate": [], "control": []}
+    for row in conn.execute(query):
+        found[row.arm].append(row.device)
+    return found

@@ -1,0 +1,114 @@
+"""``/metrics`` in the Prometheus format: the server's own health and the fleet's totals. Never a label per device.
+
+Counters of this process live in a registry of their own; totals of the fleet are read from the database at each scrape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+from sqlalchemy import Engine, func, select
+
+from skerry_server import __version__
+from skerry_server.db import queries
+from skerry_server.db import tables as t
+from skerry_server.db.engine import reading
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Telemetry:
+    """What is measured. Safe to use from several threads."""
+
+    def __init__(self, engine: Engine, probe: Callable[[], dict[str, bool]], now_ms: Callable[[], int]) -> None:
+        """Args:
+        probe: whether each part of the server is well, by name.
+        """
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "skerry_http_requests", "Requests answered", ["method", "route", "status"], registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "skerry_http_request_seconds", "Time to answer a request", ["route"], registry=self.registry
+        )
+        self.tick_seconds = Histogram(
+            "skerry_orchestrator_tick_seconds",
+            "Time of one look of the orchestrator",
+            registry=self.registry,
+            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+        )
+        self.tick_failures = Counter("skerry_orchestrator_tick_failures", "Looks that failed", registry=self.registry)
+        self.registry.register(_Fleet(engine, probe, now_ms))
+
+    def observe_tick(self, seconds: float, well: bool) -> None:
+        """Counts one look of the orchestrator."""
+        self.tick_seconds.observe(seconds)
+        if not well:
+            self.tick_failures.inc()
+
+    def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Counts one request. ``route`` is the template, never the path: labels stay few."""
+        self.requests.labels(method, route, str(status)).inc()
+        self.request_seconds.labels(route).observe(seconds)
+
+    def text(self) -> bytes:
+        """The exposition."""
+        return generate_latest(self.registry)
+
+
+class _Fleet(Collector):
+    """Totals read from the database at each scrape."""
+
+    def __init__(self, engine: Engine, probe: Callable[[], dict[str, bool]], now_ms: Callable[[], int]) -> None:
+        self._engine, self._probe, self._now_ms = engine, probe, now_ms
+
+    def collect(self) -> Iterable[Any]:
+        build = GaugeMetricFamily("skerry_build_info", "The running version", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
+        well = GaugeMetricFamily("skerry_part_up", "Whether a part of the server is well", labels=["part"])
+        for part, up in sorted(self._probe().items()):
+            well.add_metric([part], float(up))
+        yield well
+        with reading(self._engine) as conn:
+            yield _counted(
+                "skerry_devices",
+                "Devices",
+                ("group", "status", "online"),
+                conn,
+                t.devices,
+                ("group", "status", "online"),
+            )
+            yield _counted("skerry_bundles", "Bundles", ("state",), conn, t.bundles, ("state",))
+            yield _counted("skerry_rollouts", "Rollouts", ("state",), conn, t.rollouts, ("state",))
+            totals = queries.telemetry_totals(conn)
+            refused = queries.ingest_counts(conn)
+            roles = conn.execute(select(t.roles.c.role, t.roles.c.version, t.roles.c.expires_ms)).all()
+        telemetry = GaugeMetricFamily("skerry_telemetry", "Sums of what devices reported", labels=["kind"])
+        for name, n in sorted(totals.items()):
+            telemetry.add_metric([name], n)
+        yield telemetry
+        ingest = GaugeMetricFamily("skerry_ingest_refused", "What ingest refused or met", labels=["cause"])
+        for name, n in sorted(refused.items()):
+            ingest.add_metric([name], n)
+        yield ingest
+        version = GaugeMetricFamily("skerry_metadata_version", "Version of a TUF role", labels=["role"])
+        left = GaugeMetricFamily("skerry_metadata_expires_seconds", "Time left of a TUF role", labels=["role"])
+        for row in roles:
+            version.add_metric([row.role], row.version)
+            left.add_metric([row.role], (row.expires_ms - self._now_ms()) / 1000)
+        yield version
+        yield left
+
+
+def _counted(name: str, text: str, labels: tuple[str, ...], conn: Any, table: Any, columns: tuple[str, ...]) -> Any:
+    family = GaugeMetricFamily(name, text, labels=list(labels))
+    by = [table.c[column] for column in columns]
+    for row in conn.execute(select(*by, func.count()).group_by(*by)):
+        *values, n = row
+        family.add_metric([str(value).lower() for value in values], n)
+    return family

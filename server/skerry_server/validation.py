@@ -1,0 +1,86 @@
+"""Validating a pushed bundle: its files are laid out as a bundle, and a child process with limits loads and proves it.
+
+The model file is foreign code to a runtime written in C++: it may crash, hang or eat memory. ``skerry_runtime.validation`` runs it
+in a process of its own; this module gives that process a copy of the files and turns its verdict into the registry's words.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from skerry_contract import layout
+from skerry_contract import manifest as m
+from skerry_runtime.validation import validate_bundle
+
+from skerry_server.config import Validation as Limits
+from skerry_server.errors import Unavailable
+
+LACKING_HERE = frozenset({"runtime_missing"})
+"""Codes that speak of this server and not of the bundle: it stays a draft."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What validation found.
+
+    Attributes:
+        code: stable reason, empty when the bundle is good; reason: the same in words.
+        report: what the child measured, JSON builtins.
+    """
+
+    code: str
+    reason: str
+    report: dict[str, Any]
+
+    @property
+    def good(self) -> bool:
+        """Whether the bundle may be approved."""
+        return not self.code
+
+
+class Validator:
+    """Runs one child per bundle. Safe to use from several threads."""
+
+    def __init__(self, repository: Path, scratch: Path, limits: Limits) -> None:
+        """Args:
+        repository: the folder that holds the blobs.
+        scratch: where bundles are laid out; emptied here.
+        """
+        self._repository = repository
+        self._scratch = scratch
+        self._limits = limits
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(mode=0o700, parents=True)
+
+    def validate(self, digest: str, manifest: bytes, signature: bytes | None) -> Outcome:
+        """Lays the bundle out and lets the child prove it.
+
+        Raises:
+            Unavailable: this server lacks the bundle's runtime; nothing is said about the bundle.
+        """
+        folder = Path(tempfile.mkdtemp(dir=self._scratch))
+        try:
+            self._lay_out(folder, manifest, signature)
+            limits = self._limits
+            found = validate_bundle(folder, timeout_s=limits.timeout_s, memory_mb=limits.memory_mb, digest=digest)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if found.code in LACKING_HERE:
+            raise Unavailable("validation_unavailable", f"this server cannot validate it: {found.detail}")
+        code = "" if found.ok else found.code or "validation_failed"
+        return Outcome(code=code, reason=found.detail, report=msgspec.to_builtins(found))
+
+    def _lay_out(self, folder: Path, manifest: bytes, signature: bytes | None) -> None:
+        (folder / m.MANIFEST_FILE).write_bytes(manifest)
+        if signature is not None:
+            (folder / m.SIGNATURE_FILE).write_bytes(signature)
+        for file in m.parse(manifest).files():
+            place = folder / file.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            # A copy and no link: the child may not reach the file that devices will download.
+            shutil.copyfile(self._repository / layout.blob(file.sha256), place)

@@ -1,0 +1,63 @@
+"""One inference over local HTTP in JSON, telemetry on, one keep-alive client, beside MLServer serving the same file."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tests import models
+from tests.bench.http_client import Client
+from tests.bench.mlserver_peer import MLServer
+from tests.bench.result import Result, percentile
+from tests.integration.worker.rig import Rig
+
+FEATURES, CLASSES = 30, 6
+BLOCK, ROUNDS = 250, 20
+
+
+def run() -> Result:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models.build_bundle(folder / "b", n_features=FEATURES, classes=CLASSES, n_golden=CLASSES)
+        x, _ = models.rows(1, FEATURES, CLASSES)
+        tensor = {"name": "x", "shape": [1, FEATURES], "datatype": "FP32", "data": x.ravel().tolist()}
+        body = json.dumps({"inputs": [tensor]}).encode()
+        with Rig(folder) as rig, MLServer(folder / "mlserver", folder / "b" / "model.onnx") as peer:
+            worker = rig.start(rig.served(folder / "b"), fold_interval_s=5.0)
+            with (
+                Client(rig.port, "/v2/models/gas/infer", body) as ours,
+                Client(peer.port, "/v2/models/gas/infer", body) as theirs,
+            ):
+                _same(ours.ask(), theirs.ask())
+                mine: list[float] = []
+                other: list[float] = []
+                for i in range(ROUNDS + 2):
+                    a, b = ours.block(BLOCK), theirs.block(BLOCK)
+                    if i >= 2:  # warm on both sides
+                        mine += a
+                        other += b
+            rig.flush(worker)
+            counted = rig.total().ok
+            asked = 1 + BLOCK * (ROUNDS + 2)
+            if counted != asked:
+                raise RuntimeError(f"telemetry is off: {asked} asked, {counted} counted")
+    return Result(
+        bench="http_json",
+        value=percentile(mine, 0.5),
+        unit="ms",
+        peer="MLServer 1.7.1, one process",
+        peer_value=percentile(other, 0.5),
+        n=len(mine),
+        note=(
+            f"p50, {FEATURES}-feature MLP, one keep-alive client of raw sockets; p99 {percentile(mine, 0.99):.3f} "
+            f"against {percentile(other, 0.99):.3f}; budget ratio 0.45"
+        ),
+    )
+
+
+def _same(a: bytes, b: bytes) -> None:
+    one, two = (json.loads(answer)["outputs"][0]["data"] for answer in (a, b))
+    np.testing.assert_allclose(one, two, rtol=1e-5)

@@ -1,0 +1,114 @@
+"""MLServer serving an ONNX file, in its own environment and process: the peer of the HTTP benchmarks.
+
+It runs in its fastest form: in one process (``parallel_workers`` 0), logging off, and a runtime of a few lines that calls
+onnxruntime with the same options as ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Self
+
+HERE = Path(__file__).parent
+ENVIRONMENT = HERE.parents[1] / ".bench" / "mlserver"
+
+_RUNTIME = '''
+import onnxruntime as ort
+from mlserver import MLModel
+from mlserver.codecs import NumpyCodec
+from mlserver.types import InferenceRequest, InferenceResponse
+
+
+class OnnxModel(MLModel):
+    async def load(self) -> bool:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        self._session = ort.InferenceSession(self.settings.parameters.uri, options, providers=["CPUExecutionProvider"])
+        self._outputs = [node.name for node in self._session.get_outputs()]
+        return True
+
+    async def predict(self, payload: InferenceRequest) -> InferenceResponse:
+        feeds = {tensor.name: NumpyCodec.decode_input(tensor) for tensor in payload.inputs}
+        found = self._session.run(self._outputs, feeds)
+        return InferenceResponse(
+            model_name=self.name,
+            model_version=self.version,
+            outputs=[NumpyCodec.encode_output(name, value) for name, value in zip(self._outputs, found)],
+        )
+'''
+
+
+def interpreter() -> Path:
+    """The peer's Python; its environment is made at first use."""
+    python = ENVIRONMENT / "bin" / "python"
+    if not (ENVIRONMENT / "ready").exists():
+        print("making the environment of MLServer, once", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
+        subprocess.run(
+            [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(HERE / "mlserver.txt")], check=True
+        )
+        (ENVIRONMENT / "ready").touch()
+    return python
+
+
+class MLServer:
+    """A running MLServer with one model, ``gas``. Use as a context manager."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        python = interpreter()
+        folder.mkdir()
+        ports = _free_ports(3)
+        self.port = ports[0]
+        settings = {
+            "host": "127.0.0.1", "http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2],
+            "parallel_workers": 0, "use_structured_logging": False, "debug": False,
+        }  # fmt: skip
+        (folder / "settings.json").write_text(json.dumps(settings))
+        (folder / "model-settings.json").write_text(
+            json.dumps({"name": "gas", "implementation": "onnx_peer.OnnxModel", "parameters": {"uri": str(model)}})
+        )
+        (folder / "onnx_peer.py").write_text(_RUNTIME)
+        self._log = (folder / "log").open("wb")
+        self._process = subprocess.Popen(
+            [str(python), "-m", "mlserver.cli.main", "start", "."],
+            cwd=folder,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+        )
+        self._folder = folder
+
+    def __enter__(self) -> Self:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/v2/models/gas/ready", timeout=1):
+                    return self
+            except OSError:
+                time.sleep(0.1)
+        self.__exit__()
+        raise RuntimeError(f"MLServer did not start: {(self._folder / 'log').read_text()[-2000:]}")
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+def _free_ports(n: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    found = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return found

@@ -1,0 +1,71 @@
+"""How every shipped format is written and read: file name -> (value, write, read)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+from skerry_contract import enrolment, floors, group, manifest, wire
+from skerry_contract import window as w
+
+from tests.golden import values
+
+
+class Format(NamedTuple):
+    """A value and its two directions."""
+
+    value: Any
+    write: Callable[[Any], bytes]
+    read: Callable[[bytes], Any]
+
+
+def _wire(value: Any) -> Format:
+    return Format(value, wire.encode, lambda data: wire.decode(type(value), data))
+
+
+def _write_token(value: enrolment.Enrolment) -> bytes:
+    return enrolment.build(value).encode()
+
+
+FORMATS: dict[str, Format] = {
+    "manifest.json": Format(values.MANIFEST, manifest.encode, manifest.parse),
+    "group.json": Format(values.GROUP, group.encode, group.parse),
+    "floors.json": Format(values.FLOORS, floors.encode, floors.parse),
+    "enrolment-token.txt": Format(values.TOKEN, _write_token, lambda data: enrolment.parse(data.decode())),
+    "window.bin": Format(values.WINDOW, wire.encode, wire.decode_window),
+    "event.bin": _wire(values.EVENT),
+    "sample.bin": _wire(values.SAMPLE),
+    "tombstone.bin": _wire(values.TOMBSTONE),
+    "state.bin": _wire(values.STATE),
+    "will.bin": _wire(values.WILL),
+    "ack.bin": _wire(values.ACK),
+    "bell.bin": _wire(values.BELL),
+    "server-state.bin": _wire(values.SERVER_STATE),
+    # The records before compression: two builds of zlib may pack the same bytes differently.
+    "batch-inflated.bin": _wire(values.BATCH),
+}
+
+# Every struct whose fields make up one of the formats: a new field must show in the golden value or say why not.
+STRUCTS: tuple[type[msgspec.Struct], ...] = (
+    manifest.Manifest,
+    manifest.Variant,
+    manifest.Tensor,
+    manifest.Feature,
+    manifest.Reference,
+    group.GroupDocument,
+    group.ModelPlan,
+    group.Rollout,
+    group.Settings,
+    w.Window,
+    wire.Record,
+    wire.Batch,
+    wire.Event,
+    wire.Sample,
+    wire.Tombstone,
+    wire.State,
+    wire.Update,
+    wire.Ack,
+    wire.Bell,
+    wire.ServerState,
+)

@@ -1,0 +1,56 @@
+"""A courier for tests: the real protocol on stdin and stdout, the repository a folder on disk.
+
+``world.json`` in the folder named by SKERRY_TEST_WORLD says what it answers: ``document`` (text), ``floors``, ``bundles`` {digest: folder},
+``signed_at``, ``down`` (every errand is unreachable), ``errors`` {verb: [kind, code, detail]}, ``flip`` (digests whose model file comes with one
+bit changed), ``slow_s`` (before every answer). It downloads by copying, manifest last, as the real one does.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> dict:
+    world = json.loads((Path(os.environ["SKERRY_TEST_WORLD"]) / "world.json").read_text())
+    verb, request = sys.argv[1], json.loads(sys.stdin.read())
+    time.sleep(world.get("slow_s", 0))
+    if world.get("down"):
+        return {"error": {"kind": "transient", "code": "unreachable", "detail": "no route"}}
+    if verb in world.get("errors", {}):
+        kind, code, detail = world["errors"][verb]
+        return {"error": {"kind": kind, "code": code, "detail": detail}}
+    if verb == "sync":
+        return {
+            "ok": {
+                "tuf": {"timestamp": world.get("version", 1)}, "signed_at": world.get("signed_at", 0),
+                "group": request["group"], "group_document": world.get("document"), "floors": world.get("floors"),
+                "membership": world.get("membership"), "self_error": None,
+            }
+        }  # fmt: skip
+    bundles = world.get("bundles", {})
+    digest = request["digest"]
+    if digest not in bundles:
+        return {"error": {"kind": "rejected", "code": "not_in_catalog", "detail": digest}}
+    folder = Path(bundles[digest])
+    if verb == "manifest":
+        return {"ok": {"manifest": (folder / "manifest.json").read_text()}}
+    if verb == "fetch":
+        target = Path(request["state_dir"]) / "slots" / ".staging" / digest
+        target.mkdir(parents=True, exist_ok=True)
+        for file in request["files"]:
+            print(json.dumps({"progress": {"path": file["path"]}}), flush=True)
+            shutil.copy(folder / file["path"], target / file["path"])
+        if digest in world.get("flip", []):
+            path = target / request["files"][-1]["path"]
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        (target / "manifest.json").write_text(request["manifest"])
+        return {"ok": {"bytes": sum(file["size"] for file in request["files"])}}
+    return {"error": {"kind": "rejected", "code": "bad_request", "detail": verb}}
+
+
+print(json.dumps(main()), flush=True)

@@ -1,0 +1,142 @@
+"""kill -9 of supervisor, worker and broker in the middle of work: everything is counted once, something always serves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.integration.agent.rig import Broker, Device, Load, Server, wait_for
+from tests.integration.agent.test_update import digest_of, offer
+
+
+@pytest.fixture
+def serving(device: Device, server: Server) -> Device:
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    device.infer(20)
+    device.wait_running("1.0.0", "confirmed")
+    return device
+
+
+def test_a_killed_worker_is_replaced_and_its_ring_is_folded(serving: Device, server: Server) -> None:
+    with Load(serving, clients=1) as load:
+        for _ in range(3):
+            pid = wait_for(lambda: serving.status()["worker"]["pid"], why="a worker")
+            before = load.ok
+            wait_for(lambda before=before: load.ok > before + 20, why="answers")
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda pid=pid: serving.status()["worker"]["pid"] not in (0, pid), why="another worker")
+        wait_for(lambda: load.ok > before + 40, why="answers")
+    # A reply that was on its way when the worker was killed is counted, and the client did not get it.
+    counted = wait_for(lambda: (n := server.inferences()) >= 20 + load.ok and n, why=f"{20 + load.ok} counted")
+    time.sleep(0.5)
+    assert server.inferences() - (20 + load.ok) <= len(load.failed)
+    assert counted and server.conflicts == []
+    assert serving.running() == ("1.0.0", "confirmed")
+
+
+def test_a_killed_supervisor_takes_its_worker_along_and_loses_nothing(serving: Device, server: Server) -> None:
+    asked = 20
+    for _ in range(3):
+        asked += len(serving.infer(17))
+        worker = psutil.Process(serving.status()["worker"]["pid"])
+        serving.kill()
+        wait_for(lambda worker=worker: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, why="its end")
+        serving.start()
+        serving.wait_running("1.0.0", "confirmed")
+        wait_for(lambda: serving.status()["worker"]["pid"], why="a worker")
+    wait_for(lambda asked=asked: server.inferences() == asked, why=f"{asked} counted, got {server.inferences()}")
+    time.sleep(0.5)
+    assert server.inferences() == asked
+    assert server.conflicts == []
+    wait_for(lambda: len(list((serving.state_dir / "rings").glob("*.ring"))) == 1, why="only the live ring")
+
+
+def test_a_supervisor_killed_in_a_trial_starts_with_what_was_confirmed(serving: Device, server: Server) -> None:
+    second = offer(serving, "1.1.0", seed=1)
+    serving.wait_running("1.1.0", "trial")
+    serving.kill()
+    serving.world["down"] = True
+    serving.save()
+    serving.start()
+    serving.wait_running("1.0.0", "confirmed")
+    serving.wait_update("idle", "trial_crashed")
+    # Once is a power cut, as likely as not: it may try again.
+    serving.world["down"] = False
+    serving.save()
+    serving.sync()
+    serving.wait_running("1.1.0", "trial")
+    serving.kill()
+    serving.start()
+    serving.wait_running("1.0.0", "confirmed")
+    serving.sync()
+    time.sleep(1.0)
+    assert serving.running() == ("1.0.0", "confirmed")
+    wait_for(lambda: sum(e.code == "trial_crashed" and e.data["digest"] == second for e in server.events()) == 2)
+
+
+def test_a_supervisor_killed_at_random_during_updates_always_comes_back(serving: Device, server: Server) -> None:
+    first, second = digest_of(serving, "1.0.0"), serving.bundle("1.1.0", seed=1)
+    for turn in range(6):
+        serving.publish(second if turn % 2 == 0 else first)
+        serving.sync(pardon=True)
+        time.sleep(0.13 * turn)
+        serving.kill()
+        serving.start()
+        wait_for(lambda: serving.running()[1] in ("confirmed", "trial"), why=f"something runs: {serving.log()[-2000:]}")
+        assert serving.infer(1)[0] in ("1.0.0", "1.1.0")
+    serving.publish(second)
+    serving.sync(pardon=True)
+    serving.wait_running("1.1.0", "trial", "confirmed")
+    serving.infer(20)
+    serving.wait_running("1.1.0", "confirmed")
+
+
+def test_without_any_network_at_boot_the_confirmed_bundle_serves(serving: Device, server: Server, broker: Broker) -> None:
+    assert serving.stop() == 0
+    server.close()
+    broker.stop()
+    serving.world["down"] = True
+    serving.save()
+    serving.start()
+    serving.wait_running("1.0.0", "confirmed")
+    assert serving.infer(3) == ["1.0.0"] * 3
+    assert serving.status()["link"]["connected"] is False
+
+
+def test_a_killed_broker_delays_the_counts_and_loses_none(serving: Device, server: Server, broker: Broker) -> None:
+    broker.stop(kill=True)
+    serving.infer(50)
+    broker.start()
+    wait_for(lambda: server.inferences() == 70, why=f"70 counted, got {server.inferences()}")
+    assert server.conflicts == []
+
+
+def test_a_clean_stop_folds_and_says_goodbye(serving: Device, server: Server) -> None:
+    serving.infer(11)
+    assert serving.stop() == 0
+    wait_for(lambda: server.inferences() == 31, why=f"31 counted, got {server.inferences()}")
+    wait_for(lambda: server.states[-1].status == "offline", why="offline")
+    assert list((serving.state_dir / "rings").glob("*.ring")) == []
+
+
+def test_a_damaged_store_is_moved_aside_and_the_device_serves_on(serving: Device, server: Server) -> None:
+    serving.stop()
+    path = serving.state_dir / "state.db"
+    epoch = server.states[-2].epoch
+    path.write_bytes(b"not a database" * 1000)
+    (serving.state_dir / "state.db-wal").unlink(missing_ok=True)
+    serving.start()
+    serving.wait_running("1.0.0", "confirmed")
+    event = wait_for(lambda: server.events("epoch"), why="the event")[0]
+    assert event.code == "store_damaged"
+    assert serving.status()["outbox"]["epoch"] not in ("", epoch)
+    assert serving.status()["outbox"]["lost"]["store_damaged"] == 1
+    assert list(serving.state_dir.glob("state.db.damaged-*"))
+    serving.infer(5)
+    wait_for(lambda: server.inferences() == 25, why=f"25 counted, got {server.inferences()}")

@@ -1,0 +1,243 @@
+"""Updates on a whole device: real workers, real broker; the repository is a stand-in's folder."""
+
+from __future__ import annotations
+
+import pytest
+from skerry_contract import group
+
+from tests import models
+from tests.integration.agent.rig import DEVICE, Device, Load, Server, wait_for
+
+
+@pytest.fixture
+def serving(device: Device, server: Server) -> Device:
+    """A device that confirmed 1.0.0."""
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    device.infer(20)
+    device.wait_running("1.0.0", "confirmed")
+    return device
+
+
+def digest_of(device: Device, version: str) -> str:
+    return next(d for d, folder in device.world["bundles"].items() if folder.endswith(f"-{version}"))
+
+
+def offer(device: Device, version: str, kind: str = "classifier", **choices: object) -> str:
+    """Makes another bundle stable, and lets the device look."""
+    digest = device.bundle(version, kind, **choices)
+    device.publish(digest)
+    device.sync()
+    return digest
+
+
+def test_a_first_bundle_is_fetched_proved_tried_and_confirmed(device: Device, server: Server) -> None:
+    digest = device.bundle("1.0.0")
+    device.publish(digest)
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    device.infer(25)
+    device.wait_running("1.0.0", "confirmed")
+    steps = wait_for(
+        lambda: (s := [e.data["state"] for e in server.events()]) and s[-1] == "confirmed" and s, why="the events"
+    )
+    assert steps == ["fetch", "verify", "stage", "prove", "trial", "confirmed"]
+    assert wait_for(lambda: server.inferences(bundle=digest) == 25, why=f"25 counted: {server.windows()}")
+    state = server.states[-1]
+    assert (state.running["gas"].digest, state.running["gas"].state) == (digest, "confirmed")
+
+
+def test_a_bell_brings_the_next_version_without_a_failed_request(serving: Device, server: Server) -> None:
+    second = serving.bundle("1.1.0", seed=1)
+    serving.publish(digest_of(serving, "1.0.0"), candidate=second)
+    with Load(serving, clients=4) as load:
+        wait_for(lambda: load.ok > 20, why="load")
+        server.ring(7)
+        serving.wait_running("1.1.0", "confirmed")
+        wait_for(lambda: load.versions == {"1.0.0", "1.1.0"}, why="both versions")
+    assert load.failed == []
+    asked = 20 + load.ok
+    wait_for(lambda: server.inferences() == asked, why=f"{asked} counted, got {server.inferences()}: {serving.log()[-2000:]}")
+    assert server.inferences(bundle=second) == server.inferences(arm="candidate", rollout="r-1", stage=0)
+    assert server.conflicts == []
+
+
+def test_a_swap_back_and_forth_loses_and_doubles_nothing(serving: Device, server: Server) -> None:
+    first, second = digest_of(serving, "1.0.0"), serving.bundle("1.1.0", seed=1)
+    with Load(serving, clients=3) as load:
+        for digest, version in ((second, "1.1.0"), (first, "1.0.0"), (second, "1.1.0")):
+            serving.publish(digest)
+            serving.sync()
+            serving.wait_running(version, "confirmed")
+    assert load.failed == []
+    wait_for(lambda: server.inferences() == 20 + load.ok, why=f"{20 + load.ok} counted, got {server.inferences()}")
+
+
+def test_the_next_stage_counts_under_its_own_key_without_a_new_worker(serving: Device, server: Server) -> None:
+    first, second = digest_of(serving, "1.0.0"), serving.bundle("1.1.0", seed=1)
+    serving.publish(first, candidate=second, cut=0)
+    serving.sync()
+    wait_for(lambda: serving.status()["keys"]["gas"]["arm"] == "control", why="the control key")
+    pid = serving.status()["worker"]["pid"]
+    serving.infer(5)
+    serving.publish(first, candidate=second, stage=1, cut=0)
+    serving.sync()
+    wait_for(lambda: serving.status()["keys"]["gas"]["stage"] == 1, why="stage 1")
+    serving.infer(7)
+    wait_for(lambda: server.inferences(arm="control", rollout="r-1", stage=1) == 7, why="7 in stage 1")
+    assert server.inferences(arm="control", rollout="r-1", stage=0) == 5
+    assert serving.status()["worker"]["pid"] == pid
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("damaged", "model_damaged"),
+        ("unknown-operator", "operator_unknown"),
+        ("always-one", "golden_failed"),
+        ("crash-on-load", "runtime_crashed"),
+    ],
+)
+def test_a_bundle_that_does_not_prove_itself_never_serves(serving: Device, server: Server, kind: str, code: str) -> None:
+    with Load(serving) as load:
+        bad = offer(serving, "1.1.0", kind)
+        update = serving.wait_update("idle", code)
+    assert (update["failed_in"], update["digest"]) == ("prove", bad)
+    assert (load.failed, load.versions) == ([], {"1.0.0"})
+    assert serving.running() == ("1.0.0", "confirmed")
+    wait_for(lambda: any(e.code == code and e.data["digest"] == bad for e in server.events()), why="the event")
+
+
+def test_a_flipped_byte_is_refused_and_given_up_after_three_tries(serving: Device, server: Server) -> None:
+    digest = serving.bundle("1.1.0", seed=1)
+    serving.world["flip"] = [digest]
+    serving.publish(digest)
+    serving.sync()
+    serving.wait_update("idle", "hash_mismatch")
+    wait_for(lambda: sum(e.data["state"] == "fetch" and e.data["digest"] == digest for e in server.events()) == 3, why="3 tries")
+    serving.wait_update("idle", "hash_mismatch")
+    for _ in range(3):
+        serving.sync()
+    assert serving.status()["update"]["attempt"] == 3
+    assert serving.running() == ("1.0.0", "confirmed")
+    assert not (serving.state_dir / "slots" / digest).exists()
+
+
+def test_a_person_pardons_a_bundle_that_used_up_its_attempts(serving: Device, server: Server) -> None:
+    digest = serving.bundle("1.1.0", seed=1)
+    serving.world["flip"] = [digest]
+    serving.publish(digest)
+    serving.sync()
+    wait_for(lambda: serving.status()["update"]["attempt"] == 3 and serving.wait_update("idle", "hash_mismatch"))
+    serving.world["flip"] = []
+    serving.save()
+    serving.sync()
+    assert serving.running() == ("1.0.0", "confirmed")
+    serving.sync(pardon=True)
+    serving.wait_running("1.1.0", "trial", "confirmed")
+
+
+def test_a_version_below_the_floor_is_refused_before_any_file_is_fetched(serving: Device, server: Server) -> None:
+    serving.world["floors"] = {"gas": "1.0.0"}
+    digest = offer(serving, "0.9.0")
+    assert serving.wait_update("idle", "below_floor")["failed_in"] == "fetch"
+    assert not (serving.state_dir / "slots" / ".staging" / digest).exists()
+    assert serving.running() == ("1.0.0", "confirmed")
+
+
+def test_a_floor_once_seen_does_not_go_down(serving: Device, server: Server) -> None:
+    serving.world["floors"] = {"gas": "1.0.0"}
+    offer(serving, "0.9.0")
+    serving.wait_update("idle", "below_floor")
+    serving.world["floors"] = {}
+    offer(serving, "0.9.1")
+    serving.wait_update("idle", "below_floor", version="0.9.1")
+
+
+def test_what_the_courier_rejects_is_reported_with_its_code(serving: Device, server: Server) -> None:
+    digest = serving.bundle("1.1.0", seed=1)
+    serving.world["errors"] = {"manifest": ["rejected", "bad_signature", "catalog: 0 of 1 signatures"]}
+    serving.publish(digest)
+    serving.sync()
+    serving.wait_update("idle", "bad_signature")
+    assert serving.running() == ("1.0.0", "confirmed")
+    wait_for(lambda: any(e.code == "bad_signature" for e in server.events()), why="the event")
+
+
+def test_a_crash_in_the_trial_brings_the_old_version_back_for_good(serving: Device, server: Server) -> None:
+    bad = offer(serving, "1.1.0", "crash-on-rows")
+    serving.wait_running("1.1.0", "trial")
+    with pytest.raises((OSError, AssertionError)):
+        serving.infer(1, value=models.CRASH_VALUE + 0.5)
+    serving.wait_update("idle", "trial_crashed")
+    serving.wait_running("1.0.0", "confirmed")
+    assert serving.infer(3) == ["1.0.0"] * 3
+    serving.sync()
+    serving.sync()
+    assert serving.status()["update"]["attempt"] == 1
+    wait_for(lambda: [e.data["digest"] for e in server.events() if e.code == "trial_crashed"] == [bad, bad], why="events")
+    crash = wait_for(lambda: server.events("worker"), why="the worker's event")[0]
+    assert crash.data["how"] == "signal 8"
+
+
+def test_a_quiet_trial_is_confirmed_on_its_golden_cases(make_device: object, server: Server) -> None:
+    device: Device = make_device(trial_s=0.5)  # type: ignore[operator]
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "confirmed_on_golden")
+
+
+def test_an_aborted_rollout_ends_the_trial(serving: Device, server: Server) -> None:
+    first, second = digest_of(serving, "1.0.0"), serving.bundle("1.1.0", seed=1)
+    serving.publish(first, candidate=second)
+    serving.sync()
+    serving.wait_running("1.1.0", "trial")
+    serving.publish(first)
+    serving.sync()
+    serving.wait_update("idle", "withdrawn")
+    serving.wait_running("1.0.0", "confirmed")
+    serving.publish(first, candidate=second)
+    serving.sync()
+    serving.wait_running("1.1.0", "trial")
+
+
+def test_a_person_reverts_and_the_bundle_is_not_taken_again(serving: Device, server: Server) -> None:
+    offer(serving, "1.1.0", seed=1)
+    serving.wait_running("1.1.0", "trial")
+    serving.infer(20)
+    serving.wait_running("1.1.0", "confirmed")
+    assert serving.call("POST", "/skerry/v1/revert", {"model": "gas"}).status == 200
+    serving.wait_running("1.0.0", "confirmed")
+    serving.wait_update("idle", "reverted_by_operator")
+    serving.sync()
+    serving.sync()
+    assert serving.running() == ("1.0.0", "confirmed")
+    assert serving.call("POST", "/skerry/v1/revert", {"model": "gas"}).status == 409
+
+
+def test_a_document_that_asks_for_more_than_this_agent_changes_nothing(serving: Device, server: Server) -> None:
+    digest = serving.bundle("1.1.0", seed=1)
+    serving.publish(digest, requires=("teleport",))
+    serving.sync()
+    wait_for(lambda: any(e.code == "agent_too_old" for e in server.events()), why="the event")
+    assert serving.running() == ("1.0.0", "confirmed")
+
+
+def test_a_pin_beats_the_group(serving: Device, server: Server) -> None:
+    pinned = serving.bundle("1.2.0", seed=2)
+    target = group.Target(digest=pinned, version="1.2.0")
+    serving.publish(digest_of(serving, "1.0.0"), pins={group.pin_key("g", DEVICE): {"gas": target}})
+    serving.sync()
+    serving.wait_running("1.2.0", "trial")
+
+
+def test_an_unreachable_repository_is_tried_again_and_counts_against_nobody(serving: Device, server: Server) -> None:
+    digest = serving.bundle("1.1.0", seed=1)
+    serving.world["errors"] = {"fetch": ["transient", "unreachable", "connection reset"]}
+    serving.publish(digest)
+    serving.sync()
+    wait_for(lambda: serving.status()["update"]["attempt"] >= 4, why="a fourth try")
+    del serving.world["errors"]
+    serving.save()
+    serving.wait_running("1.1.0", "trial")

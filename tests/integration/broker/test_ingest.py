@@ -1,0 +1,270 @@
+"""From a device's outbox to the database over the real broker: every record once, whatever dies or lies on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zlib
+
+from skerry_contract import ids, topics, wire
+from skerry_server.db import queries
+from skerry_server.db import tables as t
+from skerry_server.db.engine import writing
+from sqlalchemy import select
+
+
+def once(fleet, sender, total):
+    """Every record of the sender is in the database, one time."""
+    sender.settled()
+    assert fleet.counted(sender.identity) == total
+    stream = fleet.stream(sender.identity)
+    assert (stream.upto, stream.records, stream.conflicts) == (sender.last_seq, sender.last_seq, 0)
+    rows = fleet.rows(select(t.windows.c.seq).where(t.windows.c.device == sender.identity))
+    assert sorted(row.seq for row in rows) == list(range(1, sender.last_seq + 1))
+
+
+def test_records_arrive_and_are_acknowledged(fleet, peers):
+    fleet.start_ingest()
+    device = peers(peers.Sender, fleet, "dev-a").open()
+    device.count(*range(50))
+    once(fleet, device, sum(range(50)))
+
+
+def test_what_was_sent_while_the_server_was_away_arrives_after_its_start(fleet, peers):
+    device = peers(peers.Sender, fleet, "dev-a").open()
+    device.count(*range(30))
+    time.sleep(1)
+    fleet.start_ingest()
+    once(fleet, device, sum(range(30)))
+
+
+def test_taking_another_devices_client_id_costs_no_data(fleet, peers):
+    fleet.start_ingest()
+    honest = peers(peers.Sender, fleet, "dev-b").open()
+    honest.count(*range(40))
+    thief = peers(peers.Peer, fleet, "dev-a", client_id="dev-b").open()
+    for _ in range(10):
+        honest.count(1)
+        time.sleep(0.15)
+    assert honest.drops, "the thief never took the session"
+    thief.close()
+    once(fleet, honest, sum(range(40)) + 10)
+    assert fleet.stream("dev-a") is None
+
+
+def test_taking_the_servers_client_id_costs_no_data(fleet, peers):
+    fleet.start_ingest()
+    sessions = fleet.link.sessions
+    device = peers(peers.Sender, fleet, "dev-b").open()
+    device.count(*range(40))
+    # The id is random: a thief has to know it, as one who reads the server's memory or log would.
+    stolen = fleet.link._session.client._client_id.decode()
+    thief = peers(peers.Peer, fleet, "dev-a", client_id=stolen).open()
+    peers.until(lambda: fleet.link.sessions > sessions, "a new session of the server")
+    device.count(*range(10))
+    once(fleet, device, sum(range(40)) + sum(range(10)))
+    assert fleet.link._session.client._client_id.decode() != stolen
+    assert thief.got == []
+
+
+def test_a_killed_broker_in_the_middle_loses_and_doubles_nothing(fleet, peers):
+    fleet.start_ingest()
+    devices = [peers(peers.Sender, fleet, name).open() for name in ("dev-a", "dev-b")]
+    for round_ in range(3):
+        for device in devices:
+            device.count(*range(40))
+        time.sleep(0.2)
+        os.kill(fleet.broker.pid, signal.SIGKILL)
+        peers.until(lambda n=round_: fleet.broker.restarts == n + 1, "a restart")
+    for device in devices:
+        once(fleet, device, 3 * sum(range(40)))
+
+
+INGEST = """
+import sys, time
+from pathlib import Path
+from skerry_server.db.engine import open_engine
+from skerry_server.ingest import Ingest
+from skerry_server.mqtt import Endpoint, ServerLink
+url, port, ca, certificate, key = sys.argv[1:]
+engine = open_engine(url)
+link = ServerLink(engine, Endpoint(host="127.0.0.1", port=int(port), ca_file=Path(ca),
+    certificate_file=Path(certificate), key_file=Path(key)))
+Ingest(engine, link).start()
+assert link.wait_connected(15)
+print("up", flush=True)
+time.sleep(120)
+"""
+
+
+def start_ingest_process(fleet):
+    endpoint = fleet.endpoint()
+    child = subprocess.Popen(
+        [
+            *(sys.executable, "-c", textwrap.dedent(INGEST), str(fleet.engine.url), str(endpoint.port)),
+            *(str(endpoint.ca_file), str(endpoint.certificate_file), str(endpoint.key_file)),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout.readline() == "up\n"
+    return child
+
+
+def test_a_killed_ingest_process_in_the_middle_loses_and_doubles_nothing(fleet, peers):
+    device = peers(peers.Sender, fleet, "dev-a").open()
+    device.count(*range(200))
+    for _ in range(3):
+        child = start_ingest_process(fleet)
+        device.count(*range(50))
+        time.sleep(0.15)
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    assert device.pending, "it was too quick to be killed in the middle"
+    fleet.start_ingest()
+    once(fleet, device, sum(range(200)) + 3 * sum(range(50)))
+
+
+def test_rubbish_is_counted_and_the_good_goes_on(fleet, peers):
+    ingest = fleet.start_ingest()
+    bad = peers(peers.Peer, fleet, "dev-a").open()
+    good = peers(peers.Sender, fleet, "dev-b").open()
+    packer = zlib.compressobj(level=9, wbits=-15)
+    bomb = packer.compress(bytes(200 << 20)) + packer.flush()
+    for payload in (b"", b"rubbish", bomb, bytes(wire.MAX_MESSAGE_BYTES + 1), os.urandom(100_000)):
+        bad.publish(topics.up("dev-a"), payload)
+        bad.publish(topics.state("dev-a"), payload, retain=True)
+        good.count(1)
+    once(fleet, good, 5)
+    peers.until(lambda: ingest.totals.quarantined >= 9, "all set aside")
+    counts = {
+        row.name: row.n for row in fleet.rows(select(t.ingest_counters).where(t.ingest_counters.c.device == "dev-a"))
+    }
+    # The empty state is how MQTT clears a retained message: no fault.
+    assert counts == {"malformed": 7, "oversized": 2}
+    assert fleet.counted("dev-a") == 0
+
+
+def test_replayed_messages_are_taken_once(fleet, peers):
+    fleet.start_ingest()
+    device = peers(peers.Sender, fleet, "dev-a").open()
+    device.count(3, 4)
+    records = tuple(device.pending.values())
+    once(fleet, device, 7)
+    message = wire.encode_batch(wire.Batch(epoch=device.epoch, records=records))
+    for _ in range(20):
+        device.publish(topics.up("dev-a"), message)
+    peers.until(lambda: fleet.stream("dev-a").duplicates >= 40, "the replays")
+    once(fleet, device, 7)
+
+
+def test_a_forged_device_id_counts_for_nobody(fleet, peers):
+    fleet.start_ingest()
+    liar = peers(peers.Sender, fleet, "dev-a").open()
+    liar.identity = "dev-b"  # sends its records to the topic of dev-b, with its own certificate
+    liar.count(1000)
+    honest = peers(peers.Sender, fleet, "dev-b").open()
+    honest.count(5)
+    once(fleet, honest, 5)
+    assert liar.pending
+    assert fleet.stream("dev-a") is None
+
+
+def test_birth_and_will_reach_the_devices_row(fleet, peers):
+    fleet.start_ingest()
+
+    def row():
+        return fleet.rows(select(t.devices).where(t.devices.c.id == "dev-a"))[0]
+
+    def state(birth, status="online"):
+        return wire.encode(wire.State(status=status, birth=birth))
+
+    first = peers(peers.Peer, fleet, "dev-a", will=(topics.state("dev-a"), state(1, "offline"))).open()
+    first.publish(topics.state("dev-a"), state(1), retain=True)
+    peers.until(lambda: row().online, "dev-a online")
+    # A second session takes the place of the first, whose will comes now, late.
+    second = peers(peers.Peer, fleet, "dev-a", will=(topics.state("dev-a"), state(2, "offline"))).open()
+    second.publish(topics.state("dev-a"), state(2), retain=True)
+    second.publish(topics.state("dev-a"), state(1, "offline"), retain=True)
+    time.sleep(0.5)
+    assert (row().online, row().birth) == (True, 2)
+    first.close()
+    second.cut()
+    peers.until(lambda: not row().online, "dev-a offline by its will")
+
+
+def test_the_server_says_that_it_is_there_and_when_it_is_not(fleet, peers):
+    device = peers(peers.Peer, fleet, "dev-a").open()
+    assert device.subscribed(topics.SERVER_STATE)
+
+    def said():
+        return [wire.decode(wire.ServerState, payload) for topic, payload in device.got if topic == topics.SERVER_STATE]
+
+    child = start_ingest_process(fleet)
+    peers.until(lambda: said() and said()[-1].status == "online", "online")
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    peers.until(lambda: said()[-1].status == "offline", "the will")
+    assert said()[-1].birth == said()[0].birth
+    fleet.start_ingest()
+    peers.until(lambda: said()[-1].status == "online", "online again")
+    assert said()[-1].birth > said()[0].birth
+    fleet.ingest.stop()
+    peers.until(lambda: said()[-1].status == "offline", "a goodbye")
+
+
+def test_an_old_will_of_the_server_is_answered(fleet, peers):
+    fleet.start_ingest()
+    device = peers(peers.Peer, fleet, "dev-a").open()
+    assert device.subscribed(topics.SERVER_STATE)
+    ghost = peers(peers.Peer, fleet, "_server", client_id="ghost").open()
+    ghost.publish(topics.SERVER_STATE, wire.encode(wire.ServerState(status="offline", birth=0)), retain=True)
+
+    def last():
+        found = [
+            wire.decode(wire.ServerState, payload) for topic, payload in device.got if topic == topics.SERVER_STATE
+        ]
+        return [state.status for state in found][-2:]
+
+    peers.until(lambda: last() == ["offline", "online"], "the server's answer")
+
+
+def test_bells_are_rung_and_rung_again_at_the_start(fleet, peers):
+    with writing(fleet.engine) as connection:
+        assert queries.bump_bell(connection, "g/g") == 1
+        queries.bump_bell(connection, "d/dev-a")
+    fleet.start_ingest()
+    device = peers(peers.Peer, fleet, "dev-a").open()
+    for topic in (topics.bell("dev-a"), topics.ALL_GROUP_BELLS):
+        assert device.subscribed(topic)
+
+    def heard():
+        return {
+            topic: wire.decode(wire.Bell, payload).version for topic, payload in device.got if topic.endswith("bell")
+        }
+
+    group = topics.group_bell(ids.GroupName("g"))
+    peers.until(lambda: heard() == {topics.bell("dev-a"): 1, group: 1}, "both bells, retained")
+    with writing(fleet.engine) as connection:
+        version = queries.bump_bell(connection, "g/g")
+    fleet.link.ring("g/g", version)
+    peers.until(lambda: heard().get(group) == 2, "the second ring")
+    peers.until(
+        lambda: {row.target: row.rung_version for row in fleet.rows(select(t.bells))} == {"d/dev-a": 1, "g/g": 2},
+        "noted",
+    )
+
+
+def test_a_locked_database_holds_the_acknowledgement_back(fleet, peers):
+    ingest = fleet.start_ingest()
+    device = peers(peers.Sender, fleet, "dev-a").open()
+    with writing(fleet.engine):
+        device.count(5)
+        time.sleep(1)
+        assert device.pending
+        assert ingest.healthy
+    once(fleet, device, 5)

@@ -1,0 +1,111 @@
+"""The broker's life: who is cut off, what survives a death, and that nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from skerry_contract import topics
+from skerry_server.broker.embedded import BrokerFailed, EmbeddedBroker
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_removed_device_is_cut_off_and_the_others_stay(fleet, peers):
+    gone = peers(peers.Peer, fleet, "dev-a").open()
+    stays = peers(peers.Peer, fleet, "dev-b").open()
+    fleet.broker.set_devices(["dev-b"])
+    peers.until(lambda: gone.drops, "dev-a cut off")
+    gone.close()
+    again = peers(peers.Peer, fleet, "dev-a")
+    assert again.refused()
+    assert stays.client.is_connected()
+    assert stays.drops == []
+
+
+def test_a_new_device_is_let_in_without_a_restart(fleet, peers):
+    assert peers(peers.Peer, fleet, "dev-c").refused()
+    stays = peers(peers.Peer, fleet, "dev-b").open()
+    pid = fleet.broker.pid
+    fleet.enrol("dev-c")
+    time.sleep(0.5)
+    peers(peers.Peer, fleet, "dev-c").open()
+    assert fleet.broker.pid == pid
+    assert stays.drops == []
+
+
+def test_an_id_that_breaks_the_grammar_changes_nothing(fleet):
+    before = fleet.broker.config_file.read_text()
+    with pytest.raises(Exception, match="device id"):
+        fleet.broker.set_devices(["dev-b", 'x", permissions: {publish: ">"}'])
+    assert fleet.broker.config_file.read_text() == before
+
+
+def test_a_killed_broker_comes_back_on_its_port_with_what_was_retained(fleet, peers):
+    server = peers(peers.Peer, fleet, "_server").open()
+    server.publish(topics.bell("dev-a"), b"ring", retain=True)
+    port, pid = fleet.broker.port, fleet.broker.pid
+    os.kill(pid, signal.SIGKILL)
+    peers.until(lambda: fleet.broker.restarts == 1, "a restart")
+    assert fleet.broker.port == port
+    assert fleet.broker.pid not in (None, pid)
+    device = peers(peers.Peer, fleet, "dev-a").open()
+    assert device.subscribed(topics.bell("dev-a"))
+    peers.until(lambda: (topics.bell("dev-a"), b"ring") in device.got, "the retained bell")
+
+
+def test_stop_ends_the_child_and_no_other(fleet):
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        pid = fleet.broker.pid
+        assert alive(pid)
+        fleet.broker.stop()
+        assert not alive(pid)
+        assert bystander.poll() is None
+        assert fleet.broker.restarts == 0
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_server_that_is_killed_leaves_no_broker(tmp_path, fleet, peers):
+    certificate, key = fleet.authority.serve()
+    program = f"""
+import time
+from pathlib import Path
+from skerry_server.broker.embedded import EmbeddedBroker
+broker = EmbeddedBroker(Path({str(tmp_path / "second")!r}), ca_file=Path({str(fleet.authority.pem)!r}),
+    certificate_file=Path({str(certificate)!r}), key_file=Path({str(key)!r}))
+broker.start()
+print(broker.pid, flush=True)
+time.sleep(60)
+"""
+    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    pid = int(server.stdout.readline())
+    assert alive(pid)
+    server.kill()
+    server.wait()
+    server.stdout.close()
+    peers.until(lambda: not alive(pid), "the broker's end")
+
+
+def test_a_port_that_is_taken_is_said(tmp_path, fleet):
+    certificate, key = fleet.authority.serve()
+    broker = EmbeddedBroker(
+        tmp_path / "second",
+        ca_file=fleet.authority.pem,
+        certificate_file=certificate,
+        key_file=key,
+        port=fleet.broker.port,
+    )
+    with pytest.raises(BrokerFailed, match="address already in use"):
+        broker.start()
+    assert broker.pid is None

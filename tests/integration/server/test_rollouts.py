@@ -1,0 +1,369 @@
+"""Rollouts on a real server: evidence comes over MQTT, documents go out signed, and a killed server goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tuf.api.metadata import Metadata, Targets
+
+from skerry_contract import group as g
+from skerry_contract import histogram as h
+from skerry_contract import layout, wire
+from skerry_contract import window as w
+from tests.rig_server import DeviceRig, Operator, ServerRig
+
+GROUP, MODEL = "press", "gas"
+BOOT = "b" * 32
+
+
+def published(server: ServerRig, group: str = GROUP) -> g.GroupDocument:
+    """The group's document as a device finds it: timestamp, snapshot, fleet, target."""
+
+    def read(path: str) -> bytes:
+        found = server.ask("GET", f"/repository/{path}", token="")
+        assert found.status == 200, path
+        return found.data
+
+    timestamp = Metadata.from_bytes(read("metadata/timestamp.json")).signed
+    snapshot = Metadata.from_bytes(read(f"metadata/{timestamp.snapshot_meta.version}.snapshot.json")).signed
+    version = snapshot.meta["fleet.json"].version
+    fleet = Metadata[Targets].from_bytes(read(f"metadata/{version}.fleet.json")).signed
+    target = fleet.targets[layout.group_target(group)]  # type: ignore[arg-type]
+    return g.parse(read(layout.target_file(target.path, target.hashes["sha256"])))
+
+
+class Fleet:
+    """Devices that do what the published document says, and count made-up requests under its keys.
+
+    ``quiet`` names devices that are not connected; ``failing`` the share of failed requests of a digest; ``refused`` digests
+    that devices go back from, with the code.
+    """
+
+    def __init__(self, server: ServerRig, folder: Path, n: int) -> None:
+        self.server = server
+        self.devices = [DeviceRig(server, f"dev-{i:02d}", folder) for i in range(n)]
+        self.failing: dict[str, float] = {}
+        self.refused: dict[str, str] = {}
+        self.running: dict[str, tuple[str, str]] = {}
+        self.keys: dict[str, w.Key] = {}
+        self.sent: dict[str, int] = {}
+        self.offline: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
+        for device in self.devices:
+            device.enrol()
+        for device in self.devices:
+            device.connect()
+            device.report()
+        server.wait("all online", lambda: self.online() == n)
+
+    def online(self) -> int:
+        return len(self.server.good("GET", "/api/v1/devices?online=true&limit=1000")["items"])
+
+    def live(self) -> list[DeviceRig]:
+        return [device for device in self.devices if device.id not in self.offline]
+
+    def follow(self, requests: int = 20) -> None:
+        """One step of every connected device: obey the document, report, count some requests."""
+        document = published(self.server)
+        for device in self.live():
+            found = g.assign(document, device.id, MODEL, "")
+            if found is None:
+                continue
+            if found.digest in self.refused:
+                self._refuse(device, found)
+                continue
+            key = w.Key(MODEL, found.digest, "onnx-int8", found.arm, found.rollout, found.stage)
+            if self.running.get(device.id) != (found.digest, found.version):
+                self.running[device.id] = (found.digest, found.version)
+                device.report({MODEL: {"digest": found.digest, "version": found.version, "state": "confirmed"}})
+            failed = round(requests * self.failing.get(found.digest, 0.0))
+            device.send(("window", _window(key, requests - failed, failed)))
+            self.keys[device.id] = key
+            self.sent[device.id] = self.sent.get(device.id, 0) + requests
+
+    def _refuse(self, device: DeviceRig, found: g.Assignment) -> None:
+        if (device.id, found.digest) in self._told:
+            return
+        self._told.add((device.id, found.digest))
+        at = w.Instant(BOOT, 1, 1, True)
+        data = {"model": MODEL, "digest": found.digest, "rollout": found.rollout}
+        event = wire.Event(at=at, name="update", code=self.refused[found.digest], data=data)
+        device.send(("event", wire.encode(event)))
+
+    def drive(self, rollout: str, until: set[str], timeout_s: float = 40.0) -> dict[str, Any]:
+        """Follows the document until the rollout is in one of the states."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            self.follow()
+            found = self.server.good("GET", f"/api/v1/rollouts/{rollout}")
+            if found["state"] in until:
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"{rollout} is {found['state']}: {found['now']}\n{self.server.log()[-2000:]}")
+
+    def runs(self, digest: str) -> set[str]:
+        return {device for device, (running, _) in self.running.items() if running == digest}
+
+    def close(self) -> None:
+        for device in self.devices:
+            device.disconnect()
+
+
+def _window(key: w.Key, ok: int, failed: int) -> bytes:
+    at = w.Instant(BOOT, time.time_ns(), time.time_ns() // 1_000_000, True)
+    latency = w.Latency(total=h.exponential_of([2_000_000] * (ok + failed)))
+    return wire.encode(
+        w.Window(key=key, start=at, end=at, counts=w.Counts(ok=ok, failed=failed, rows=ok), latency=latency)
+    )
+
+
+def start(server: ServerRig, candidate: str, stages: list[dict[str, Any]], **more: Any) -> str:
+    body = {"group": GROUP, "model": MODEL, "candidate": candidate, "stages": stages, **more}
+    return str(server.good("POST", "/api/v1/rollouts", body)["id"])
+
+
+def decisions(server: ServerRig, rollout: str) -> list[tuple[str, str]]:
+    items = server.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
+    return [(item["action"], item["verdict"]) for item in items if item["action"] != "hold"]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[ServerRig]:
+    """A server of its own, which the test may kill. Devices are few seconds away from being offline."""
+    found = ServerRig(tmp_path / "server").start()
+    found.good("PUT", f"/api/v1/groups/{GROUP}", {"settings": {"window_s": 1}})
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def maker(rig: ServerRig, tmp_path: Path) -> Operator:
+    """The operator of that server, trust installed."""
+    found = Operator(rig, tmp_path / "operator")
+    found.install_trust()
+    return found
+
+
+@pytest.fixture
+def fleet(rig: ServerRig, maker: Operator, tmp_path: Path) -> Iterator[Fleet]:
+    """Eight devices."""
+    found = Fleet(rig, tmp_path, 8)
+    yield found
+    found.close()
+
+
+def first_version(rig: ServerRig, maker: Operator, fleet: Fleet) -> str:
+    digest = maker.publish(MODEL, "1.0.0")
+    rollout = start(rig, digest, [{"share": 1, "min_devices": 8, "min_inferences": 50}])
+    fleet.drive(rollout, {"completed"})
+    return digest
+
+
+def test_a_good_version_goes_to_all_then_the_next_to_exactly_three_and_then_to_all(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    one = maker.publish(MODEL, "1.0.0")
+    first = start(rig, one, [{"devices": 2}, {"share": 1, "min_devices": 8, "min_inferences": 50}])
+    fleet.drive(first, {"completed"})
+    assert decisions(rig, first) == [("start", ""), ("complete", "PASS"), ("finish", "PASS")]
+    assert fleet.runs(one) == {device.id for device in fleet.devices}, "nothing to compare with: one stage of everyone"
+
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    stages = [
+        {"devices": 3, "min_devices": 3, "min_inferences": 100, "min_seconds": 1.0},
+        {"share": 1, "min_devices": 8, "min_inferences": 200},
+    ]
+    second = start(rig, two, stages, id="r-second")
+    assert second == "r-second"
+    seen: set[int] = set()
+    while rig.good("GET", f"/api/v1/rollouts/{second}")["stage"] == 0:
+        fleet.follow()
+        if rig.good("GET", f"/api/v1/rollouts/{second}")["stage"] == 0:
+            seen.add(len(fleet.runs(two)))
+        time.sleep(0.1)
+    assert max(seen) == 3
+    found = fleet.drive(second, {"completed"})
+    assert fleet.runs(two) == {device.id for device in fleet.devices}
+    assert decisions(rig, second) == [("start", ""), ("advance", "PASS"), ("complete", "PASS"), ("finish", "PASS")]
+    items = rig.good("GET", f"/api/v1/rollouts/{second}/decisions")["items"]
+    advance = next(item for item in items if item["action"] == "advance")
+    assert "3 devices confirmed (wanted 3)" in advance["reason"]
+    assert advance["evidence"]["candidates"] == 3
+    assert found["reason"]
+    # Everyone runs it as the stable bundle, and the arms of the stage were frozen for the judge.
+    document = published(rig)
+    assert document.models[MODEL].stable.digest == two
+    assert document.models[MODEL].rollout is None
+    rows = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
+    assert [r["action"] for r in rows if r["subject"] == "rollout:r-second"] == [
+        "rollout.start", "rollout.advance", "rollout.complete", "rollout.finish",
+    ]  # fmt: skip
+    # What the devices sent is what the server counts.
+    rig.wait("all acknowledged", lambda: all(d.acked == d.seq for d in fleet.devices))
+    counts = rig.good("GET", f"/api/v1/telemetry/counts?model={MODEL}")
+    for device in fleet.devices:
+        mine = [item for item in counts["items"] if item["device"] == device.id]
+        assert sum(item["ok"] + item["failed"] for item in mine) == fleet.sent[device.id]
+        assert {item["version"] for item in mine} == {"1.0.0", "1.1.0"}
+    streams = {stream["device"]: stream for stream in counts["streams"]}
+    assert all(streams[d.id]["upto"] == d.seq and not streams[d.id]["duplicates"] for d in fleet.devices)
+
+
+def test_a_candidate_that_fails_is_rolled_back_by_itself(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
+    one = first_version(rig, maker, fleet)
+    bad = maker.publish(MODEL, "1.1.0", seed=1)
+    fleet.failing[bad] = 0.5
+    rollout = start(rig, bad, [{"devices": 2, "min_devices": 2, "min_inferences": 50}, {"share": 1}])
+    found = fleet.drive(rollout, {"rolled_back"})
+    assert decisions(rig, rollout) == [("start", ""), ("roll_back", "FAIL"), ("rolled_back", "")]
+    assert fleet.runs(bad) == set()
+    assert fleet.runs(one) == {device.id for device in fleet.devices}
+    failed = rig.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
+    verdict = next(item for item in failed if item["verdict"] == "FAIL")
+    assert "requests failed" in verdict["reason"]
+    assert verdict["evidence"]["failed"] > 0
+    assert found["ended_ms"]
+    # The same candidate may be tried again, in a new rollout that starts from nothing.
+    fleet.failing.clear()
+    again = start(rig, bad, [{"share": 1, "min_inferences": 20}])
+    fleet.drive(again, {"completed"})
+
+
+def test_devices_that_go_back_fail_the_rollout_at_the_stated_count(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    first_version(rig, maker, fleet)
+    bad = maker.publish(MODEL, "1.1.0", seed=1)
+    fleet.refused[bad] = "trial_crashed"
+    rollout = start(rig, bad, [{"devices": 3}], gates={"max_reverts": 1})
+    fleet.drive(rollout, {"rolled_back"})
+    items = rig.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
+    verdict = next(item for item in items if item["verdict"] == "FAIL")
+    assert "trial_crashed" in verdict["reason"]
+    assert sum(verdict["evidence"]["reverted"].values()) >= 2
+
+
+def test_a_quiet_candidate_never_passes_and_a_deadline_only_pauses(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    one = first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    rollout = start(rig, two, [{"devices": 2, "min_inferences": 10, "max_seconds": 1}, {"share": 1}])
+    rig.wait("the deadline", lambda: rig.good("GET", f"/api/v1/rollouts/{rollout}")["state"] == "paused")
+    assert decisions(rig, rollout)[-1] == ("pause", "NO_DATA")
+    assert published(rig).models[MODEL].rollout is not None, "a pause takes nothing back"
+    taken = rig.ask("POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": two, "stages": [{"share": 1}]})
+    assert (taken.status, taken.code) == (409, "rollout_active")
+    assert rig.ask("POST", f"/api/v1/rollouts/{rollout}/pause").code == "not_allowed"
+    rig.good("POST", f"/api/v1/rollouts/{rollout}/resume", {"reason": "traffic is back"})
+    fleet.follow()
+    found = rig.good("POST", f"/api/v1/rollouts/{rollout}/abort", {"reason": "not today"})
+    assert (found["state"], found["reason"]) == ("aborted", "not today")
+    rig.wait("stable for all", lambda: published(rig).models[MODEL].rollout is None)
+    fleet.follow()
+    assert fleet.runs(one) == {device.id for device in fleet.devices}
+    assert rig.ask("POST", f"/api/v1/rollouts/{rollout}/resume").code == "not_allowed"
+
+
+def test_an_offline_device_neither_counts_nor_blocks_and_takes_the_version_when_it_returns(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    lost = fleet.devices[3]
+    fleet.offline.add(lost.id)
+    lost.vanish()
+    rig.wait("the will", lambda: fleet.online() == 7)
+    rollout = start(rig, two, [{"devices": 3, "min_devices": 3, "min_inferences": 60}, {"share": 1, "min_devices": 7}])
+    assert lost.id not in rig.good("GET", f"/api/v1/rollouts/{rollout}")["devices"]["candidate"]
+    fleet.drive(rollout, {"completed"})
+    assert lost.id not in fleet.runs(two)
+    lost.birth += 1
+    lost.connect()
+    fleet.offline.clear()
+    fleet.follow()
+    assert lost.id in fleet.runs(two)
+
+
+def test_a_pin_beats_the_rollout_and_leaves_it(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
+    one = first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    pinned = fleet.devices[0].id
+    assert rig.ask("PUT", f"/api/v1/devices/{pinned}/pins/other", {"digest": one}).code == "wrong_model"
+    assert rig.ask("PUT", f"/api/v1/devices/{pinned}/pins/{MODEL}", {"digest": "0" * 64}).status == 404
+    rig.good("PUT", f"/api/v1/devices/{pinned}/pins/{MODEL}", {"digest": one, "reason": "under the microscope"})
+    rig.wait("the pin", lambda: published(rig).pins)
+    assert pinned.encode() not in g.encode(published(rig)), "a public document holds no plain ids"
+    rollout = start(rig, two, [{"share": 1, "min_devices": 7, "min_inferences": 50}])
+    fleet.drive(rollout, {"completed"})
+    assert fleet.runs(one) == {pinned}
+    rig.ask("DELETE", f"/api/v1/devices/{pinned}/pins/{MODEL}")
+    rig.wait("no pin", lambda: not published(rig).pins)
+    fleet.follow()
+    assert fleet.runs(two) == {device.id for device in fleet.devices}
+
+
+def test_a_server_killed_again_and_again_in_a_rollout_ends_it_once_and_right(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    stages = [{"devices": n, "min_devices": n, "min_inferences": 40 * n} for n in (1, 2, 3, 5)]
+    rollout = start(rig, two, [*stages, {"share": 1, "min_devices": 8}])
+    ports = (rig.url, rig.mqtt)
+    generations = [published(rig).generation]
+    cuts = [int(published(rig).models[MODEL].rollout.cuts["*"])]  # type: ignore[union-attr]
+    for round_ in range(4):
+        # Killed at another moment each time: while records are on their way and a decision is near.
+        stopper = threading.Timer(0.2 + 0.23 * round_, rig.kill)
+        stopper.start()
+        try:
+            for _ in range(4):
+                fleet.follow(40)
+                time.sleep(0.12)
+        except Exception as error:  # whatever the cut did to the request under way
+            print(f"cut: {error!r}")
+        stopper.join()
+        for device in fleet.devices:
+            device.disconnect()
+        rig.start()
+        assert (rig.url, rig.mqtt) == ports, "devices find it where it was"
+        for device in fleet.devices:
+            device.birth += 1
+            device.connect()
+            fleet.running.pop(device.id, None)
+        document = published(rig)
+        held = rig.good("GET", f"/api/v1/groups/{GROUP}")
+        assert g.parse(json.dumps(held["document"], sort_keys=True, separators=(",", ":")).encode()) == document
+        generations.append(document.generation)
+        part = document.models[MODEL].rollout
+        cuts.append(int(part.cuts["*"]) if part else g.EVERYONE)
+    assert generations == sorted(generations)
+    assert cuts == sorted(cuts), "cuts only grow"
+    fleet.drive(rollout, {"completed"}, timeout_s=60)
+    made = decisions(rig, rollout)
+    assert [a for a, _ in made] == ["start", "advance", "advance", "advance", "advance", "complete", "finish"]
+    assert fleet.runs(two) == {device.id for device in fleet.devices}
+    from skerry_server import audit
+
+    rows = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
+    assert audit.first_break(rows) is None
+
+
+def test_a_plan_is_refused_with_every_fault_in_it(rig: ServerRig, maker: Operator) -> None:
+    digest = maker.publish(MODEL, "1.0.0")
+    plan = {
+        "stages": [{"devices": 0}, {"share": 2}, {"devices": 4, "share": 0.5}, {"shares": 1}],
+        "gates": {"max_error_rate": "none", "p99": 1},
+    }
+    found = rig.ask("POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": digest, **plan})
+    assert (found.status, found.code) == (422, "bad_plan")
+    faults = " ".join(found.json()["error"]["details"]["faults"])
+    for where in ("stages[0].devices", "stages[1].share", "stages[2]", "stages[3].shares", "gates.max_error_rate", "gates.p99"):
+        assert where in faults, where

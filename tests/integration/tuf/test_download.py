@@ -1,0 +1,249 @@
+"""The files of a bundle: damaged, endless, slow, cut, killed, renamed; and what is left on disk."""
+
+import http.client
+import os
+import time
+
+import pytest
+
+WEIGHTS = os.urandom(600_000)
+
+
+@pytest.fixture
+def big(fleet, make_bundle):
+    return fleet.push(make_bundle("gas", "1.0.0", weights=WEIGHTS))
+
+
+def fetch(bundle, **more):
+    return {"digest": bundle.digest, "manifest": bundle.manifest.decode(), "files": bundle.files, **more}
+
+
+def weights_file(bundle):
+    return next(file for file in bundle.files if file["path"] == "model.onnx")
+
+
+def staging(device, bundle):
+    return device.state_dir / "slots" / ".staging" / bundle.digest
+
+
+def head(handler, length):
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(length))
+    handler.end_headers()
+
+
+def test_flipped_byte_in_a_blob_is_refused_and_nothing_of_it_stays(fleet, device, big):
+    sha256 = weights_file(big)["sha256"]
+    path = fleet.path / "blobs" / "sha256" / sha256[:2] / sha256
+    data = bytearray(WEIGHTS)
+    data[300_000] ^= 1
+    path.write_bytes(data)
+    assert device.error("fetch", **fetch(big)) == ("rejected", "hash_mismatch")
+    folder = staging(device, big)
+    assert not (folder / "manifest.json").exists()
+    assert [path.name for path in folder.iterdir() if path.is_file()] == []
+
+
+def test_endless_blob_ends_at_its_signed_size(fleet, device, big):
+    def endless(handler, _data):
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        while True:
+            handler.wfile.write(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+
+    fleet.site.spoils[f"/repository/blobs/sha256/{weights_file(big)['sha256'][:2]}"] = endless
+    assert device.error("fetch", **fetch(big)) == ("rejected", "size_mismatch")
+    held = sum(path.stat().st_size for path in staging(device, big).rglob("*") if path.is_file())
+    assert held <= len(WEIGHTS)
+
+
+def test_blob_announced_with_another_size_is_refused_before_it_is_read(fleet, device, big):
+    fleet.site.spoils["/repository/blobs/"] = lambda handler, _data: head(handler, 1 << 50) or True
+    assert device.error("fetch", **fetch(big)) == ("rejected", "size_mismatch")
+
+
+def test_slow_blob_is_given_up_in_bounded_time_and_what_came_is_kept(fleet, device, big):
+    def dripping(handler, data):
+        head(handler, len(data))
+        for start in range(0, len(data), 10):
+            handler.wfile.write(data[start : start + 10])
+            time.sleep(0.1)
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = dripping
+    began = time.monotonic()
+    limits = {"slow_s": 1.0, "slow_bytes": 4096, "attempts": 3}
+    assert device.error("fetch", **fetch(big, limits=limits)) == ("transient", "timeout")
+    assert time.monotonic() - began < 15
+
+
+def test_silent_connections_are_bounded(fleet, device, big):
+    tries = []
+    fleet.site.spoils["/repository/blobs/"] = lambda _h, _d: tries.append(1) or time.sleep(2) or True
+    answer = device.error("fetch", **fetch(big, limits={"gap_s": 0.3, "idle_attempts": 3}))
+    assert answer == ("transient", "timeout")
+    assert len(tries) == 3
+
+
+def test_cut_connection_is_resumed_where_it_broke(fleet, device, big):
+    cuts = []
+
+    def cut_twice(handler, data):
+        if len(data) < 1000 or len(cuts) >= 2:
+            return False
+        wanted = handler.headers.get("Range")
+        if wanted is None:
+            head(handler, len(data))
+            handler.wfile.write(data[:200_000])
+        else:
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            handler.send_response(206)
+            handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            handler.send_header("Content-Length", str(len(data) - start))
+            handler.end_headers()
+            handler.wfile.write(data[start : start + 100_000])
+        handler.wfile.flush()
+        cuts.append(wanted)
+        handler.close_connection = True
+        handler.connection.close()
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = cut_twice
+    answer = device.ok("fetch", **fetch(big))
+    assert cuts[0] is None
+    assert cuts[1] is not None
+    # Nothing came twice.
+    assert answer["bytes"] == sum(file["size"] for file in big.files)
+    assert (staging(device, big) / "model.onnx").read_bytes() == WEIGHTS
+
+
+def test_kill_9_in_the_middle_is_resumed_by_the_next_courier(fleet, device, big):
+    part = staging(device, big) / ".model.onnx.part"
+    process = device.start("fetch", **fetch(big, max_kib_s=200))
+    deadline = time.monotonic() + 20
+    while not (part.exists() and part.stat().st_size > 100_000):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    held = part.stat().st_size
+    assert 0 < held < len(WEIGHTS)
+    assert not (staging(device, big) / "manifest.json").exists()
+    answer = device.ok("fetch", **fetch(big))
+    assert answer["bytes"] == len(WEIGHTS) - held
+    assert fleet.site.ranges == [f"bytes={held}-"]
+    assert (staging(device, big) / "model.onnx").read_bytes() == WEIGHTS
+
+
+def test_part_that_a_power_cut_left_with_a_hole_is_fetched_again(fleet, device, big):
+    folder = staging(device, big)
+    folder.mkdir(parents=True)
+    (folder / ".model.onnx.part").write_bytes(WEIGHTS[:100_000] + bytes(50_000))
+    answer = device.ok("fetch", **fetch(big))
+    assert answer["bytes"] > len(WEIGHTS)
+    assert (folder / "model.onnx").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("held", [WEIGHTS, bytes(len(WEIGHTS)), WEIGHTS + b"more"])
+def test_part_of_full_size_or_more_is_judged_by_its_hash(fleet, device, big, held):
+    folder = staging(device, big)
+    folder.mkdir(parents=True)
+    (folder / ".model.onnx.part").write_bytes(held)
+    device.ok("fetch", **fetch(big))
+    assert (folder / "model.onnx").read_bytes() == WEIGHTS
+
+
+def test_file_that_changed_behind_its_name_starts_over(fleet, device, big):
+    folder = staging(device, big)
+    folder.mkdir(parents=True)
+    (folder / ".model.onnx.part").write_bytes(b"of an older file" * 1000)
+    (folder / ".model.onnx.etag").write_text('"another"')
+    answer = device.ok("fetch", **fetch(big))
+    assert answer["bytes"] == sum(file["size"] for file in big.files)
+
+
+def test_fetching_again_brings_nothing_and_a_damaged_file_is_replaced(fleet, device, big):
+    device.ok("fetch", **fetch(big))
+    assert device.ok("fetch", **fetch(big)) == {"bytes": 0}
+    path = staging(device, big) / "model.onnx"
+    path.write_bytes(WEIGHTS[:-1] + b"!")
+    assert device.ok("fetch", **fetch(big)) == {"bytes": len(WEIGHTS)}
+    assert path.read_bytes() == WEIGHTS
+
+
+def test_rate_limit_holds_on_average(device, big):
+    began = time.monotonic()
+    device.ok("fetch", **fetch(big, max_kib_s=300))
+    assert time.monotonic() - began > 0.75 * len(WEIGHTS) / (300 * 1024) - 0.25
+
+
+def test_missing_blob_is_transient_and_bounded(fleet, device, big):
+    sha256 = weights_file(big)["sha256"]
+    (fleet.path / "blobs" / "sha256" / sha256[:2] / sha256).unlink()
+    assert device.error("fetch", **fetch(big)) == ("transient", "unreachable")
+    assert len([path for path in fleet.site.asked if sha256 in path]) == 5
+
+
+def test_manifest_of_another_digest_is_refused(device, big, make_bundle):
+    other = make_bundle("gas", "1.0.1")
+    wrong = fetch(big, manifest=other.manifest.decode())
+    assert device.error("fetch", **wrong) == ("rejected", "hash_mismatch")
+
+
+@pytest.mark.parametrize("path", ["../escape", "/etc/escape", "a/../../escape", ".hidden", "", "a//b", "a\\b"])
+def test_paths_that_would_leave_the_slot_are_refused(device, big, path):
+    before = device.files()
+    wrong = fetch(big, files=[{**weights_file(big), "path": path}])
+    assert device.error("fetch", **wrong) == ("rejected", "bad_request")
+    assert device.files() == before
+
+
+def test_files_that_the_manifest_does_not_name_are_refused(device, big):
+    wrong = fetch(big, files=[{**weights_file(big), "sha256": "0" * 64}])
+    assert device.error("fetch", **wrong) == ("rejected", "bad_request")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_is_degraded_and_said_so(device, big):
+    folder = staging(device, big)
+    folder.mkdir(parents=True)
+    (folder / ".model.onnx.part").symlink_to("/dev/full")
+    assert device.error("fetch", **fetch(big)) == ("degraded", "not_enough_disk")
+
+
+def test_redirect_to_a_cdn_is_followed_and_a_loop_is_not(fleet, device, big):
+    def redirect(handler, _data):
+        if "moved" in handler.path:
+            return False
+        handler.send_response(307)
+        handler.send_header("Location", f"{handler.path}?moved=1")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = redirect
+    device.ok("fetch", **fetch(big))
+
+    def loop(handler, _data):
+        handler.send_response(307)
+        handler.send_header("Location", handler.path)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = loop
+    (staging(device, big) / "model.onnx").unlink()
+    assert device.error("fetch", **fetch(big)) == ("transient", "unreachable")
+
+
+def test_the_test_site_really_serves_ranges(fleet, big):
+    """Without this, the resume tests could pass on whole downloads."""
+    import ssl
+
+    sha256 = weights_file(big)["sha256"]
+    context = ssl.create_default_context(cafile=str(fleet.authority.files.ca))
+    connection = http.client.HTTPSConnection("127.0.0.1", fleet.site.server.server_address[1], context=context)
+    connection.request("GET", f"/repository/blobs/sha256/{sha256[:2]}/{sha256}", headers={"Range": "bytes=10-"})
+    response = connection.getresponse()
+    assert (response.status, response.read()) == (206, WEIGHTS[10:])

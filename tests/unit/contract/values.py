@@ -1,0 +1,106 @@
+"""Hypothesis strategies for the values of the contract."""
+
+from __future__ import annotations
+
+import string
+
+from hypothesis import strategies as st
+from skerry_contract import histogram as h
+from skerry_contract import ids, wire
+from skerry_contract import window as w
+
+NAME_START = string.ascii_lowercase + string.digits
+names = st.builds(
+    str.__add__, st.sampled_from(NAME_START), st.text(NAME_START + "-", max_size=62)
+)  # [a-z0-9][a-z0-9-]{0,62}
+digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
+epochs = st.binary(min_size=16, max_size=16).map(bytes.hex)
+nanoseconds = st.one_of(
+    st.integers(0, 50),
+    st.integers(0, 62).map(lambda bits: 1 << bits),  # on a bucket's bound
+    st.integers(1, 62).map(lambda bits: (1 << bits) + 1),
+    st.integers(0, 10**10),
+    st.integers(0, (1 << 63) - 1),
+)
+quantized = st.integers(-h.Q_LIMIT, h.Q_LIMIT)
+counts = st.integers(0, 1 << 20)
+json_scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 63), (1 << 64) - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=20),
+)
+json_values = st.recursive(
+    json_scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+json_objects = st.dictionaries(st.text(max_size=8), json_values, max_size=6)
+
+instants = st.builds(
+    w.Instant,
+    boot_id=st.sampled_from(["0" * 32, "1" * 32]),
+    boot_ns=st.integers(0, 1 << 50),
+    wall_ms=st.integers(0, 1 << 45),
+    synced=st.booleans(),
+)
+moments = st.lists(quantized, max_size=20).map(h.moments_of)
+exponentials = st.lists(nanoseconds, max_size=20).map(h.exponential_of)
+
+CLASSES, BINS = 3, 5
+_rows = st.tuples(*[counts] * BINS)
+_classes = st.tuples(*[counts] * CLASSES)
+
+KEY = w.Key(model="gas", bundle="a" * 64, variant="onnx-int8", arm="control", rollout="r-1", stage=2)
+
+
+def _all_of(kind: type) -> st.SearchStrategy:
+    return st.builds(kind, **dict.fromkeys(kind.__struct_fields__, counts))
+
+
+windows = st.builds(
+    w.Window,
+    key=st.just(KEY),
+    start=instants,
+    end=instants,
+    counts=_all_of(w.Counts),
+    latency=st.builds(w.Latency, total=exponentials, queue=exponentials, transform=exponentials, infer=exponentials),
+    features=st.dictionaries(
+        st.sampled_from(["f1", "f2", "f3"]),
+        st.builds(w.FeatureCounts, counts=_rows, null=counts, outside=counts, moments=moments),
+    ),
+    outputs=st.dictionaries(
+        st.sampled_from(["p", "q"]),
+        st.builds(w.OutputCounts, counts=_classes, moments=moments, estimated=st.one_of(st.just(()), _classes)),
+    ),
+    slices=st.dictionaries(
+        st.sampled_from(["night", "day"]),
+        st.builds(w.SliceCounts, rows=counts, counts=st.one_of(st.just(()), _classes)),
+    ),
+    labels=st.builds(
+        w.Labels,
+        confusion=st.one_of(st.just(()), st.tuples(*[counts] * CLASSES**2)),
+        matched=counts,
+        late=counts,
+        unknown=counts,
+        duplicate=counts,
+        conflicting=counts,
+    ),
+    resources=st.dictionaries(st.sampled_from(["rss_mb_sum", "rss_mb_n", "rss_mb_max", "temp_max"]), counts),
+    merged=st.integers(1, 1000),
+)
+
+bodies = st.binary(max_size=60)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> wire.Batch:
+    """Batches that a device may send: seqs ascend, ``replaces`` lies below its seq."""
+    seqs = sorted(draw(st.sets(st.integers(3, wire.MAX_SEQ), min_size=1, max_size=5)))
+    records = []
+    for seq in seqs:
+        replaces = draw(st.sampled_from([(), ((1, 1),), ((1, seq - 1),), ((1, 1), (2, seq - 1))]))
+        kind = draw(st.sampled_from(wire.KINDS))
+        records.append(wire.Record(seq=seq, kind=kind, body=draw(bodies), replaces=replaces))
+    return wire.Batch(epoch=ids.epoch(draw(epochs)), records=tuple(records))

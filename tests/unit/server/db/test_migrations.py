@@ -1,0 +1,77 @@
+"""The migrations make what tables.py describes, in one step or none."""
+
+import pytest
+from skerry_server.db import migrations
+from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
+from skerry_server.db.tables import metadata, schema_version
+from sqlalchemy import create_engine, insert, inspect, select, text
+
+
+def shape(engine):
+    """Everything the schema says, order of creation apart."""
+    look = inspect(engine)
+    out = {}
+    for table in look.get_table_names():
+        out[table] = {
+            "columns": [(c["name"], str(c["type"]), c["nullable"], c["default"]) for c in look.get_columns(table)],
+            "key": look.get_pk_constraint(table)["constrained_columns"],
+            "foreign": sorted(
+                (tuple(f["constrained_columns"]), f["referred_table"], tuple(f["referred_columns"]))
+                for f in look.get_foreign_keys(table)
+            ),
+            "unique": sorted(tuple(u["column_names"]) for u in look.get_unique_constraints(table)),
+            "indexes": sorted((i["name"], tuple(i["column_names"]), i["unique"]) for i in look.get_indexes(table)),
+            "rowid": "WITHOUT ROWID" in sql_of(engine, table),
+        }
+    return out
+
+
+def sql_of(engine, table):
+    with engine.connect() as connection:
+        return connection.execute(text("SELECT sql FROM sqlite_master WHERE name = :n"), {"n": table}).scalar_one()
+
+
+def test_migrated_schema_is_the_one_of_the_tables(tmp_path):
+    described = create_engine(sqlite_url(tmp_path / "described.db"))
+    metadata.create_all(described)
+    migrated = open_engine(sqlite_url(tmp_path / "migrated.db"))
+    assert migrations.migrate(migrated) == 0
+    assert shape(migrated) == shape(described)
+
+
+def test_a_second_run_changes_nothing(tmp_path):
+    engine = open_engine(sqlite_url(tmp_path / "s.db"))
+    migrations.migrate(engine, now_s=lambda: 5.0)
+    assert migrations.migrate(engine, now_s=lambda: 9.0) == migrations.NEWEST
+    with reading(engine) as connection:
+        assert connection.execute(select(schema_version.c.version, schema_version.c.applied_ms)).all() == [(1, 5000)]
+
+
+def test_a_newer_database_is_refused_and_left_alone(tmp_path):
+    engine = open_engine(sqlite_url(tmp_path / "s.db"))
+    migrations.migrate(engine)
+    with writing(engine) as connection:
+        connection.execute(insert(schema_version).values(version=99, name="later", applied_ms=0))
+    with pytest.raises(migrations.NewerDatabase, match=r"version 99 is newer than 1"):
+        migrations.migrate(engine)
+
+
+def test_a_cut_in_the_middle_leaves_the_version_before(tmp_path, monkeypatch):
+    engine = open_engine(sqlite_url(tmp_path / "s.db"))
+    name, statements = migrations.MIGRATIONS[0]
+    monkeypatch.setattr(migrations, "MIGRATIONS", ((name, (*statements[:7], "CREATE TABLE broken (")),))
+    with pytest.raises(Exception, match="incomplete input"):
+        migrations.migrate(engine)
+    assert inspect(engine).get_table_names() == []
+    monkeypatch.undo()
+    migrations.migrate(engine)
+    assert "ledger" in inspect(engine).get_table_names()
+
+
+def test_statements_can_be_said_to_postgresql():
+    for _, statements in migrations.MIGRATIONS:
+        for statement in statements:
+            said = migrations.spell(statement, "postgresql")
+            assert "{" not in said
+            assert "BLOB" not in said
+            assert "ROWID" not in said

@@ -1,0 +1,91 @@
+"""Which of two states is newer, and what liveness goes by."""
+
+import pytest
+from skerry_contract import wire
+from skerry_server.db import tables as t
+
+
+def row(server):
+    return server.rows(t.devices, id="dev-a")[0]
+
+
+def test_a_birth_fills_the_device(server, make):
+    running = {"gas": wire.Running(digest=make.BUNDLE, version="1.0.0", variant="cpu", state="confirmed")}
+    server.take(make.state("dev-a", 1, agent="0.1.0", stratum="arm", generation=3, running=running, tuf={"root": 1}))
+    found = row(server)
+    assert found["online"]
+    assert (found["birth"], found["agent"], found["stratum"], found["generation"]) == (1, "0.1.0", "arm", 3)
+    assert found["running"]["gas"]["digest"] == make.BUNDLE
+    assert found["state"]["tuf"] == {"root": 1}
+    assert found["seen_ms"] == server.now_ms
+
+
+def test_an_old_will_never_overrides_a_newer_birth(server, make):
+    server.take(make.state("dev-a", 1))
+    server.take(make.state("dev-a", 2))
+    server.take(make.state("dev-a", 1, "offline"))
+    assert row(server)["online"]
+    assert server.counters() == {("dev-a", "stale_state"): 1}
+
+
+def test_the_will_of_the_present_session_ends_it(server, make):
+    server.take(make.state("dev-a", 2, agent="0.1.0"))
+    server.take(make.state("dev-a", 2, "offline"))
+    assert (row(server)["online"], row(server)["agent"]) == (False, "0.1.0")
+
+
+def test_a_late_copy_of_a_birth_does_not_revive_a_session_that_ended(server, make):
+    server.take(make.state("dev-a", 2), make.state("dev-a", 2, "offline"))
+    server.take(make.state("dev-a", 2))
+    assert not row(server)["online"]
+    server.take(make.state("dev-a", 3))
+    assert row(server)["online"]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_will_and_birth_in_either_batching(server, make, together):
+    messages = [
+        make.state("dev-a", 1),
+        make.state("dev-a", 1, "offline"),
+        make.state("dev-a", 2),
+        make.state("dev-a", 1, "offline"),
+    ]
+    if together:
+        server.take(*messages)
+    else:
+        for message in messages:
+            server.take(message)
+    assert (row(server)["online"], row(server)["birth"]) == (True, 2)
+
+
+def test_a_replayed_retained_state_is_no_sign_of_life(server, make):
+    server.take(make.state("dev-a", 1))
+    seen = row(server)["seen_ms"]
+    server.take(make.state("dev-a", 1, retained=True, agent="later"))
+    assert (row(server)["seen_ms"], row(server)["agent"]) == (seen, "later")
+
+
+def test_records_are_a_sign_of_life_by_the_servers_clock(server, make):
+    server.take(make.state("dev-a", 1))
+    server.now_ms += 60_000
+    server.take(make.up("dev-a", make.record(1)))
+    assert row(server)["seen_ms"] == server.now_ms
+
+
+def test_a_state_names_an_epoch_the_server_never_saw(server, make):
+    server.take(make.state("dev-a", 1, epoch="9" * 32, seq=500))
+    assert row(server)["state"]["seq"] == 500
+
+
+def test_a_revoked_device_says_nothing(server, make):
+    server.take(make.state("dev-x", 1))
+    assert not server.rows(t.devices, id="dev-x")[0]["online"]
+    assert server.counters() == {("dev-x", "foreign"): 1}
+
+
+def test_an_emptied_retained_state_is_ignored(server, make):
+    server.take(make.state("dev-a", 1))
+    from skerry_server.mqtt import Message
+
+    server.take(Message("skerry/1/d/dev-a/state", b"", False, 1))
+    assert row(server)["online"]
