@@ -56,5 +56,5 @@ $(VENV)/bin/python:
 	@./.ci/make-venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo bench
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo .bench
 	find $(SOURCES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -104,6 +104,12 @@ class Slots:
         """Of one model; all None when it never ran."""
         return self._models.get(model, Pointers())
 
+    def answering(self, model: str) -> Slot | None:
+        """What should answer requests now, when it is whole on disk."""
+        now = self.pointers(model)
+        slot = now.active or now.confirmed
+        return slot if slot is not None and self.whole(slot.digest, slot.variant) else None
+
     def activate(self, model: str, slot: Slot) -> None:
         """``slot`` answers requests now; what is confirmed stays."""
         self._write(model, msgspec.structs.replace(self.pointers(model), active=slot))

@@ -115,6 +115,7 @@ class Supervisor:
         self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": ""}
         self._ended: Degraded | None = None
         self._pumping = False
+        self._booted = False
         self._started_s = self._clock.boot_s()
         self._bells: dict[str, int] = dict(self._store.get("bells", {}))
         self._heard: dict[str, int] = {}
@@ -141,7 +142,11 @@ class Supervisor:
         )
         await control.start()
         self._note_opening()
-        self._load_document(str(self._store.get("group_document", "")))
+        try:
+            self._load_document(str(self._store.get("group_document", "")))
+        except (AgentError, ContractError) as error:
+            # Of another group, or of a newer agent that was here: the next sync brings one that fits.
+            log.warning("stored group document set aside", extra=kv(code=error.code, detail=str(error)))
         await self._boot()
         self._link = Link(
             self._identity, context=None if self._plain_mqtt else lambda: tls_context(self._identity),
@@ -190,14 +195,14 @@ class Supervisor:
             self._event("slot", "model_damaged", {"detail": complaint})
         self._updating.feed(e.Booted())
         self._apply_settings()
-        if not models:
-            return
-        try:
-            await self._serving.switch(await self._serving.start(models, timeout_s=180.0))
-        except AgentError as error:
-            log.error("confirmed bundles do not start", extra=kv(code=error.code, detail=error.detail))
-            self._event("worker", error.code, {"detail": error.detail})
-            self._serving.start_later(models)
+        if models:
+            try:
+                await self._serving.switch(await self._serving.start(models, timeout_s=180.0))
+            except AgentError as error:
+                log.error("confirmed bundles do not start", extra=kv(code=error.code, detail=error.detail))
+                self._event("worker", error.code, {"detail": error.detail})
+                self._serving.start_later(models)
+        self._booted = True
 
     async def _tick_loop(self) -> None:
         pings_s = self._notify.interval_s
@@ -442,13 +447,15 @@ class Supervisor:
 
     def _follow_plan(self) -> None:
         document = self._document
-        if document is None or self._stop.is_set():
+        if document is None or not self._booted or self._stop.is_set():
             return
         refused, waiting = self._updating.refused()
         update = self._updating.update
+        # By the pointer file: a worker that is being restarted does not mean that its bundle must be fetched.
         running = {
             name: Running(digest=slot.digest, arm=slot.arm, rollout=slot.rollout, stage=slot.stage)
-            for name, slot in self._serving.models().items()
+            for name in self._slots.models()
+            if (slot := self._slots.answering(name)) is not None
         }
         if not update.resting and update.state != "revert":
             running[update.model] = Running(

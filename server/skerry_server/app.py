@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,7 @@ class Server:
             raise NotInitialised(f"{data} holds no server; run: skerry-server init --data {data}")
         self._stack = contextlib.ExitStack()
         self._http: uvicorn.Server | None = None
+        self._users_lock = threading.Lock()
         self._stack.enter_context(_only_server(data))
         try:
             self._compose(data, settings)
@@ -257,7 +258,7 @@ class Server:
     def _start_parts(self) -> None:
         data, settings, certificates = self._data, self._settings, self._authority.files
         self._broker.start()
-        self._stack.callback(self._broker.stop)
+        self._stack.callback(_stop_part, "broker", self._broker.stop)
         endpoint = Endpoint(
             host="127.0.0.1" if settings.server.host in ("0.0.0.0", "::") else settings.server.host,  # noqa: S104
             port=self._broker.port,
@@ -274,9 +275,9 @@ class Server:
         self._publication.align()
         self._publication.publish(link)
         self._ingest.start()
-        self._stack.callback(self._ingest.stop)
+        self._stack.callback(_stop_part, "ingest", self._ingest.stop)
         orchestrator.start()
-        self._stack.callback(orchestrator.stop)
+        self._stack.callback(_stop_part, "orchestrator", orchestrator.stop)
         self._app = create_app(
             Context(
                 settings=settings,
@@ -291,11 +292,16 @@ class Server:
                 mqtt_port=self._broker.port,
                 online_keys=json.loads((data / "keys" / "online.pub.json").read_text(encoding="utf-8")),
                 wake=orchestrator.wake,
-                set_broker_users=self._broker.set_devices,
+                refresh_broker_users=self._refresh_broker_users,
                 probe=self.probe,
                 now_ms=clock.now_ms,
             )
         )
+
+    def _refresh_broker_users(self) -> None:
+        # Read and told under one lock: of two enrolments at once, the later teller knows both.
+        with self._users_lock, reading(self._engine) as conn:
+            self._broker.set_devices(queries.enrolled_device_ids(conn))
 
     def _serve(self) -> None:
         certificates = self._authority.files
@@ -306,13 +312,16 @@ class Server:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=1,
             timeout_keep_alive=30,
         )
         self._http = uvicorn.Server(config)
         announcer = threading.Thread(target=self._announce, name="announce", daemon=True)
         announcer.start()
-        self._http.run(sockets=[self._socket])
+        try:
+            self._http.run(sockets=[self._socket])
+        finally:
+            log.info("stopped part=http")
 
     def _announce(self) -> None:
         """Prints the ready line once requests are answered and ingest is connected."""
@@ -343,6 +352,12 @@ class Server:
         """Ends ``run`` soon. May be called from any thread."""
         if self._http is not None:
             self._http.should_exit = True
+
+
+def _stop_part(name: str, stop: Callable[[], None]) -> None:
+    begun = time.monotonic()
+    stop()
+    log.info("stopped part=%s took_s=%.2f", name, time.monotonic() - begun)
 
 
 def _last_run(data: Path) -> dict[str, Any]:

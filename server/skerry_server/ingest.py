@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -171,7 +172,7 @@ class Ingest:
                 with writing(self._engine) as connection:
                     return self._intake.take(connection, batch, now_ms=int(self._now_s() * 1000))
             except DBAPIError as error:
-                if not (isinstance(error, OperationalError) or error.connection_invalidated):
+                if not _of_the_database(error):
                     raise
                 self.totals.retries += 1
                 log.error("ingest database failed retry_s=%.1f error=%s", self._settings.retry_s, error.orig)
@@ -205,3 +206,11 @@ class Ingest:
                 self._on_events(outcome.events)
             except Exception:
                 log.exception("the receiver of events failed")
+
+
+def _of_the_database(error: DBAPIError) -> bool:
+    """Whether the database itself fails, and waiting may help, rather than what was to be written."""
+    if not isinstance(error, OperationalError):
+        return bool(error.connection_invalidated)
+    # SQLite says "operational" of a statement it cannot carry out, too; that would fail for ever.
+    return getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR

@@ -25,6 +25,9 @@ from skerry_server.repository import Repository
 
 log = logging.getLogger(__name__)
 
+RING_AGAIN_MS = 3_000
+"""How long the broker has to confirm a bell before it is rung again."""
+
 
 class Bell(Protocol):
     """Whoever can ring: the server's MQTT session."""
@@ -42,6 +45,7 @@ class Publication:
         self._now_ms = now_ms
         self._lock = threading.RLock()
         self._published: dict[str, str] = {}
+        self._rung: dict[tuple[str, int], int] = {}
 
     @property
     def trusted(self) -> bool:
@@ -130,13 +134,14 @@ class Publication:
             return bytes(manifest)
 
     def publish(self, bell: Bell) -> int:
-        """Publishes the group documents that are not out yet, then rings every bell that has not rung; returns how many were published.
+        """Publishes the group documents that are not out yet, then rings every bell that has not rung; returns how many were due.
 
         Before the operator's trust is installed nothing is published or rung: devices could not follow it.
         """
         with reading(self._engine) as conn:
             c = t.groups.c
             rows = conn.execute(select(c.name, c.generation, c.published).where(c.published.is_not(None))).all()
+        written = False
         with self._lock:
             due = {
                 row.name: bytes(row.published)
@@ -146,10 +151,11 @@ class Publication:
             if due:
                 if not self.trusted:
                     return 0
-                self._repository.publish_groups(due)
+                written = self._repository.publish_groups(due)
                 self._published |= {name: hashlib.sha256(data).hexdigest() for name, data in due.items()}
         for row in rows:
-            if row.name in due:
+            # At a start everything is handed over; what lay there already is no news to anybody.
+            if row.name in due and written:
                 self._ring_again_if_early(f"g/{row.name}")
                 log.info("published group=%s generation=%d", row.name, row.generation)
         self.ring(bell)
@@ -164,12 +170,17 @@ class Publication:
                 queries.bump_bell(conn, target)
 
     def ring(self, bell: Bell) -> None:
-        """Rings every bell whose version has not been heard by the broker yet."""
+        """Rings every bell whose version the broker has not confirmed; the same one again only after a while."""
         with reading(self._engine) as conn:
             b = t.bells.c
             due = conn.execute(select(b.target, b.version).where(b.rung_version < b.version)).all()
-        for row in due:
-            bell.ring(row.target, row.version)
+        now_ms = self._now_ms()
+        with self._lock:
+            recent = {rung: at for rung, at in self._rung.items() if 0 <= now_ms - at < RING_AGAIN_MS}
+            wanted = [(row.target, row.version) for row in due if (row.target, row.version) not in recent]
+            self._rung = recent | dict.fromkeys(wanted, now_ms)
+        for target, version in wanted:
+            bell.ring(target, version)
 
     def resign(self) -> None:
         """Signs anew what nears its expiry."""

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-
 from skerry_agent.worker.plan import plan_of
 from skerry_agent.worker.recorder import Recorder
 from skerry_contract import window as w
 from skerry_runtime.bundle import open_bundle
 from skerry_runtime.runner import load
+
 from tests import models
 from tests.bench.result import Result, median, percentile
 
@@ -43,9 +43,7 @@ def run() -> Result:
 
 
 def _measure(folder: Path, *, transforms: bool) -> dict[str, float]:
-    digest = models.build_bundle(
-        folder, n_features=FEATURES, classes=CLASSES, n_golden=CLASSES, transforms=transforms
-    )
+    digest = models.build_bundle(folder, n_features=FEATURES, classes=CLASSES, n_golden=CLASSES, transforms=transforms)
     bundle = open_bundle(folder, digest=digest)
     variant = bundle.manifest.variants[0]
     infer = load(bundle, variant).infer

@@ -19,7 +19,7 @@ from typing import Self
 HERE = Path(__file__).parent
 ENVIRONMENT = HERE.parents[1] / ".bench" / "mlserver"
 
-_RUNTIME = '''
+_RUNTIME = """
 import onnxruntime as ort
 from mlserver import MLModel
 from mlserver.codecs import NumpyCodec
@@ -42,7 +42,7 @@ class OnnxModel(MLModel):
             model_version=self.version,
             outputs=[NumpyCodec.encode_output(name, value) for name, value in zip(self._outputs, found)],
         )
-'''
+"""
 
 
 def interpreter() -> Path:

@@ -25,8 +25,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from skerry_contract import enrolment, ids, layout
 from skerry_contract.errors import ContractError
-from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, Root
 
 from skerry_agent.courier import device_api, durable, keys, requests, transport
 from skerry_agent.errors import Degraded, Rejected, Transient
@@ -125,6 +123,9 @@ def _held_root(identity: Path, wanted_sha256: str) -> bytes | None:
 
 def _find_root(token: enrolment.Enrolment, web: transport.Web) -> bytes:
     """The root with the token's digest: version 1, or the version that the operator's tool held."""
+    from tuf.api.exceptions import RepositoryError
+    from tuf.api.metadata import Metadata, Root
+
     seen: list[str] = []
     for version in range(1, _MOST_ROOTS + 1):
         url = f"{token.server_url}/repository/{layout.METADATA_DIR}/{version}.{Root.type}.json"

@@ -11,11 +11,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.x509.oid import NameOID
 
 from skerry_agent.courier import durable
 from skerry_agent.errors import Degraded
@@ -58,6 +56,10 @@ def load_key(identity: Path) -> ec.EllipticCurvePrivateKey:
 
 def request_certificate(key: ec.EllipticCurvePrivateKey, subject: str) -> str:
     """A certificate request (PKCS#10) in PEM. The CA reads the public key and, for a prefix token, asks of the CN."""
+    # Only enrol and renew come here: sync, which signs a token each time, does without this import.
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
+
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)] if subject else [])
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.PEM).decode()

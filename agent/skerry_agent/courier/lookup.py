@@ -14,7 +14,7 @@ from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 from tuf.api.exceptions import LengthOrHashMismatchError
 
-from skerry_agent.courier import device_api, durable, keys, requests, transport, updater
+from skerry_agent.courier import durable, requests, transport, updater
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 
 _LOCK_WAIT_S = 20.0
@@ -137,6 +137,8 @@ def _named(error: Exception) -> Exception:
 
 def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, Any] | None, dict[str, str] | None]:
     """What the server says of this device. Its silence must not keep the device from its group document."""
+    from skerry_agent.courier import device_api, keys
+
     try:
         enrolled = json.loads((request.identity / "enrolled.json").read_bytes())
         key = keys.load_key(request.identity)

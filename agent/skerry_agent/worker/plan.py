@@ -70,6 +70,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         wide: float64 values instead of float32.
         whole: inputs of which every column is watched, in order.
+        direct: every input and output is stored whole and in the type it comes in, so that a row is its bytes.
     """
 
     features: tuple[FeatureColumn, ...] = ()
@@ -77,6 +78,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     slices: tuple[SliceColumn, ...] = ()
     wide: bool = False
     whole: tuple[str, ...] = ()
+    direct: bool = False
 
     @property
     def width(self) -> int:
@@ -106,6 +108,14 @@ def plan_of(manifest: m.Manifest) -> Plan:
     # Grouped by input, so that whole rows are copied at once.
     watched.sort(key=lambda f: [tensor.name for tensor in manifest.inputs].index(f.input))
     number = {f.name: i for i, f in enumerate(watched)}
+    wide = any(inputs[f.input].datatype not in _FITS_FLOAT32 for f in watched)
+    whole = tuple(
+        tensor.name
+        for tensor in manifest.inputs
+        if [f.column for f in watched if f.input == tensor.name] == list(range(_width(tensor)))
+    )
+    classifiers = [tensor for tensor in manifest.outputs if tensor.labels and len(tensor.shape) == 2]
+    sources = [tensor for tensor in manifest.inputs if any(f.input == tensor.name for f in watched)] + classifiers
     return Plan(
         features=tuple(
             FeatureColumn(
@@ -122,22 +132,24 @@ def plan_of(manifest: m.Manifest) -> Plan:
         ),
         outputs=tuple(
             OutputColumn(name=tensor.name, classes=len(tensor.labels), **_knots(manifest, tensor))
-            for tensor in manifest.outputs
-            if tensor.labels and len(tensor.shape) == 2
+            for tensor in classifiers
         ),
         slices=tuple(
             SliceColumn(name=s.name, feature=number[s.feature], low=s.low, high=s.high)
             for s in manifest.slices
             if s.feature in number
         ),
-        whole=tuple(
-            tensor.name
-            for tensor in manifest.inputs
-            if [f.column for f in watched if f.input == tensor.name]
-            == list(range(tensor.shape[-1] if len(tensor.shape) == 2 else 1))
-        ),
-        wide=any(inputs[f.input].datatype not in _FITS_FLOAT32 for f in watched),
+        wide=wide,
+        whole=whole,
+        direct=bool(sources)
+        and all(tensor.datatype == ("FP64" if wide else "FP32") for tensor in sources)
+        and all(tensor.name in whole for tensor in sources if tensor.name in inputs and not tensor.labels)
+        and all(len(tensor.labels) <= RAW_CLASSES for tensor in classifiers),
     )
+
+
+def _width(tensor: m.Tensor) -> int:
+    return tensor.shape[-1] if len(tensor.shape) == 2 else 1
 
 
 def _knots(manifest: m.Manifest, tensor: m.Tensor) -> dict[str, tuple[float, ...]]:

@@ -61,6 +61,9 @@ class Recorder:
     ) -> None:
         self.plan = plan
         self._width = plan.width
+        self._direct = plan.direct
+        self._input_names = tuple(dict.fromkeys(f.input for f in plan.features))
+        self._output_names = tuple(o.name for o in plan.outputs)
         self._send = send
         self._later = later
         self._boot_id = boot_id
@@ -110,32 +113,34 @@ class Recorder:
             flags: ``ring.RETRY``, ``CACHED``, ``FALLBACK``.
         """
         ring = self.ring
-        if not self._width:
-            ring.write(r.OK, flags, rows, total_ns, queue_ns, transform_ns, infer_ns, at_ns)
-            ring.publish(1)
-        elif rows == 1:
-            slot = ring.written % ring.capacity
-            flags |= r.VALUES
+        if rows == 1 and self._direct:
+            # The commonest case by far: one row whose bytes are what is stored.
             try:
-                for copy in self._from_inputs:
-                    copy.one(slot, inputs[copy.name])
-                for copy in self._from_outputs:
-                    copy.one(slot, outputs[copy.name])
-            except (KeyError, ValueError, TypeError, IndexError) as error:
-                flags = self._unreadable(flags, error)
-            ring.write(r.OK, flags, 1, total_ns, queue_ns, transform_ns, infer_ns, at_ns)
-            ring.publish(1)
+                slot = r.pack(r.OK, flags | r.VALUES, 0, 1, total_ns, queue_ns, transform_ns, infer_ns, at_ns)
+                for name in self._input_names:
+                    slot += inputs[name].tobytes()
+                for name in self._output_names:
+                    slot += outputs[name].tobytes()
+                ring.append(slot + ring.padding)
+            except (KeyError, IndexError):
+                # Not of the shape that the manifest says.
+                self._some(inputs, outputs, 1, (total_ns, queue_ns, transform_ns, infer_ns, at_ns), flags)
+        elif self._width:
+            self._some(inputs, outputs, rows, (total_ns, queue_ns, transform_ns, infer_ns, at_ns), flags)
         else:
-            self._many(inputs, outputs, rows, (total_ns, queue_ns, transform_ns, infer_ns, at_ns), flags)
-        self._wrote()
+            ring.write(r.pack(r.OK, flags, 0, rows, total_ns, queue_ns, transform_ns, infer_ns, at_ns))
+            ring.publish(1)
+        if ring.written - self._folded >= self._fold_every:
+            self._wrote()
 
     def other(self, outcome: int, total_ns: int, at_ns: int, flags: int = 0) -> None:
         """Counts a request that got no answer: ``ring.INVALID``, ``FAILED`` or ``SHED``."""
-        self.ring.write(outcome, flags, 0, total_ns, 0, 0, 0, at_ns)
+        self.ring.write(r.pack(outcome, flags, 0, 0, total_ns, 0, 0, 0, at_ns))
         self.ring.publish(1)
-        self._wrote()
+        if self.ring.written - self._folded >= self._fold_every:
+            self._wrote()
 
-    def _many(self, inputs: Tensors, outputs: Tensors, rows: int, times: tuple[int, ...], flags: int) -> None:
+    def _some(self, inputs: Tensors, outputs: Tensors, rows: int, times: tuple[int, ...], flags: int) -> None:
         ring = self.ring
         slots = max(1, rows)
         if ring.written + slots - self._folded > ring.capacity:
@@ -151,12 +156,13 @@ class Recorder:
                     copy.many(slots_now, rows_now, inputs[copy.name])
                 for copy in self._from_outputs:
                     copy.many(slots_now, rows_now, outputs[copy.name])
-                part = ring.meta[low : low + n]
-                part["outcome"], part["flags"], part["rows"], part["at_ns"] = r.ROW, flags, 0, times[-1]
+                if rows > 1:
+                    part = ring.meta[low : low + n]
+                    part["outcome"], part["flags"], part["rows"], part["at_ns"] = r.ROW, flags, 0, times[-1]
                 done += n
         except (KeyError, ValueError, TypeError, IndexError) as error:
             flags, slots = self._unreadable(flags, error), 1
-        ring.write(r.OK, flags, rows, *times)
+        ring.write(r.pack(r.OK, flags, 0, rows, *times))
         ring.publish(slots)
 
     def _unreadable(self, flags: int, error: Exception) -> int:
@@ -165,10 +171,7 @@ class Recorder:
         return flags & ~r.VALUES
 
     def _wrote(self) -> None:
-        waiting = self.ring.written - self._folded
-        if waiting < self._fold_every:
-            return
-        if waiting >= self.ring.capacity:
+        if self.ring.written - self._folded >= self.ring.capacity:
             self.fold()
         elif not self._folding:
             self._folding = True
@@ -306,9 +309,6 @@ class _Whole:
         self.name = name
         self._target = target
 
-    def one(self, slot: int, array: npt.NDArray[Any]) -> None:
-        self._target[slot] = array
-
     def many(self, slots: slice, rows: slice, array: npt.NDArray[Any]) -> None:
         self._target[slots] = array.reshape(len(array), -1)[rows]
 
@@ -321,9 +321,6 @@ class _Chosen:
         self._columns = np.array(columns)
         self._target = target
 
-    def one(self, slot: int, array: npt.NDArray[Any]) -> None:
-        self._target[slot] = array.reshape(-1).take(self._columns)
-
     def many(self, slots: slice, rows: slice, array: npt.NDArray[Any]) -> None:
         self._target[slots] = array.reshape(len(array), -1)[rows].take(self._columns, axis=1)
 
@@ -334,11 +331,6 @@ class _Top:
     def __init__(self, name: str, target: npt.NDArray[np.floating]) -> None:
         self.name = name
         self._target = target
-
-    def one(self, slot: int, array: npt.NDArray[Any]) -> None:
-        row = array.reshape(-1)
-        predicted = row.argmax()
-        self._target[slot] = (predicted, row[predicted])
 
     def many(self, slots: slice, rows: slice, array: npt.NDArray[Any]) -> None:
         part = array[rows]

@@ -1,6 +1,6 @@
 """The recorder's ring: a file of fixed slots, mapped shared, that outlives a killed process.
 
-Layout, little-endian::
+Layout, in the byte order of the machine, which is little-endian wherever Skerry runs::
 
     0   magic "SKRYRING"      8   version u32        12  length of the JSON u32
     16  written u64           24  committed u64
@@ -8,7 +8,7 @@ Layout, little-endian::
     40  wall_offset_ns i64    wall clock - boottime, when last looked at
     48  synced u8
     64  JSON of ``Header``, padded to 4096
-    ..  capacity x META       then, at the next multiple of 4096, capacity x width values
+    ..  capacity slots: META, then the values, padded to 8
 
 Position ``p`` lives in slot ``p % capacity``. A writer fills the slots first and raises ``written`` last, so every position
 below ``written`` is whole as long as the kernel lives: ``kill -9`` loses nothing. After a power cut pages may be torn,
@@ -24,6 +24,7 @@ import os
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -58,11 +59,11 @@ META = np.dtype(
     ]
 )
 """One slot. ``at_ns``: monotonic clock, when the reply was ready."""
-_SLOT = struct.Struct("<BBHIqqqqq")
-_POSITION = struct.Struct("<Q")
+pack = struct.Struct("<BBHIqqqqq").pack
+"""The bytes of one ``META``, its fields in order."""
 _CLOCK = struct.Struct("<qqB")
-_WRITTEN, _COMMITTED, _CLOCK_AT = 16, 24, 32
-assert _SLOT.size == META.itemsize
+_POSITIONS, _CLOCK_AT = slice(16, 32), 32
+_WRITTEN, _COMMITTED = 0, 1
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +83,8 @@ class Ring:
     """A mapped ring. Use ``create`` or ``open``.
 
     Attributes:
-        meta: (capacity,) records of ``META``; values: (capacity, width) floats. Views into the file.
+        meta: (capacity,) records with the fields of ``META``; values: (capacity, width) floats. Views into the file.
+        padding: bytes that fill a slot up after its values.
     """
 
     def __init__(self, path: str, header: Header, memory: mmap.mmap, start: int) -> None:
@@ -91,13 +93,17 @@ class Ring:
         self.capacity = header.capacity
         self._memory = memory
         self._start = start
-        width, dtype = header.plan.width, np.dtype(header.plan.dtype)
-        self.meta: npt.NDArray[np.void] = np.frombuffer(memory, META, self.capacity, start)
-        after = _up(start + self.capacity * META.itemsize)
-        flat = np.frombuffer(memory, dtype, self.capacity * width, after)
-        self.values: npt.NDArray[np.floating] = flat.reshape(self.capacity, width)
-        self.written: int = _POSITION.unpack_from(memory, _WRITTEN)[0]
-        self.committed: int = _POSITION.unpack_from(memory, _COMMITTED)[0]
+        layout = _slot_layout(header.plan)
+        self._slot_bytes = layout.itemsize
+        self.padding = bytes(layout.itemsize - META.itemsize - header.plan.width * np.dtype(header.plan.dtype).itemsize)
+        self.meta: npt.NDArray[np.void] = np.frombuffer(memory, layout, self.capacity, start)
+        self.values: npt.NDArray[np.floating] = (
+            self.meta["values"] if header.plan.width else np.empty((self.capacity, 0), header.plan.dtype)
+        )
+        # One aligned store of a machine word: a kill cannot leave half of a position. (struct writes byte by byte.)
+        self._positions = memoryview(memory)[_POSITIONS].cast("Q")
+        self.written: int = self._positions[_WRITTEN]
+        self.committed: int = self._positions[_COMMITTED]
 
     @classmethod
     def create(cls, path: str, header: Header) -> Ring:
@@ -108,8 +114,7 @@ class Ring:
         """
         text = msgspec.json.encode(header)
         start = _up(64 + len(text))
-        size = _up(start + header.capacity * META.itemsize)
-        size = _up(size + header.capacity * header.plan.width * np.dtype(header.plan.dtype).itemsize)
+        size = _up(start + header.capacity * _slot_layout(header.plan).itemsize)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             # Reserved now: a write into a hole of a full disk would kill the worker with SIGBUS.
@@ -157,32 +162,32 @@ class Ring:
         except (msgspec.DecodeError, ValueError) as error:
             raise DamagedRing(f"unreadable: {error}") from None
 
-    def write(
-        self,
-        outcome: int,
-        flags: int,
-        rows: int,
-        total_ns: int,
-        queue_ns: int,
-        transform_ns: int,
-        infer_ns: int,
-        at_ns: int,
-    ) -> None:
-        """Fills the slot at ``written``; ``publish`` makes it valid."""
-        offset = self._start + self.written % self.capacity * _SLOT.size
-        _SLOT.pack_into(
-            self._memory, offset, outcome, flags, 0, rows, total_ns, queue_ns, transform_ns, infer_ns, at_ns
-        )
+    def append(self, slot: bytes) -> None:
+        """Writes and publishes one whole slot: ``pack`` and the values' bytes and ``padding``.
+
+        Raises:
+            IndexError: it is not as long as a slot; nothing is published then.
+        """
+        written = self.written
+        offset = self._start + written % self.capacity * self._slot_bytes
+        self._memory[offset : offset + self._slot_bytes] = slot
+        self.written = written = written + 1
+        self._positions[_WRITTEN] = written
+
+    def write(self, meta: bytes) -> None:
+        """Fills the part before the values of the slot at ``written``; ``publish`` makes it valid."""
+        offset = self._start + self.written % self.capacity * self._slot_bytes
+        self._memory[offset : offset + META.itemsize] = meta
 
     def publish(self, slots: int) -> None:
         """Makes the next ``slots`` positions valid, all at once."""
         self.written += slots
-        _POSITION.pack_into(self._memory, _WRITTEN, self.written)
+        self._positions[_WRITTEN] = self.written
 
     def commit(self, upto: int) -> None:
         """Notes that the store holds everything below ``upto``. The store's own note is the one that counts."""
         self.committed = max(self.committed, upto)
-        _POSITION.pack_into(self._memory, _COMMITTED, self.committed)
+        self._positions[_COMMITTED] = self.committed
 
     def look_at_clocks(self) -> None:
         """Notes how the clocks stand to each other, so that records need only the monotonic one."""
@@ -213,6 +218,17 @@ def clock_synchronised() -> bool:
     timex = ctypes.create_string_buffer(256)
     state: int = _libc.adjtimex(timex)
     return 0 <= state < _TIME_ERROR
+
+
+def _slot_layout(plan: Plan) -> np.dtype[np.void]:
+    fields: list[Any] = list(META.descr)
+    used = META.itemsize
+    if plan.width:
+        fields.append(("values", plan.dtype, (plan.width,)))
+        used += plan.width * np.dtype(plan.dtype).itemsize
+    if used % 8:
+        fields.append(("padding", f"V{8 - used % 8}"))
+    return np.dtype(fields)
 
 
 def _up(size: int) -> int:

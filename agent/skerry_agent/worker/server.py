@@ -190,7 +190,7 @@ class Connection(asyncio.Protocol):
         self._eof = True
         return self.busy or not self._writable
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, _error: Exception | None) -> None:
         """See asyncio."""
         self._server.connections.discard(self)
         self._server.partial.pop(self, None)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from skerry_contract import manifest as m
 
 from skerry_cli import bundle, output, validation
 from skerry_cli.commands.session import now, session
@@ -85,7 +84,7 @@ def verify(
         raise RefusedForSafety(f"{folder}: its digest is {made.digest}, wanted {digest}")
     bundle.check_files(made)
     if key is not None:
-        signing.verify(made, signing.load_public_key(key))
+        signing.verify(made, key)
     told = {"digest": made.digest, "files": len(made.manifest.files()), "signature": "holds" if key else "not checked"}
     if as_json:
         output.show_json(told)
@@ -104,9 +103,8 @@ def sign(
     from skerry_cli import signing
 
     made = bundle.read_bundle(folder)
-    private = signing.load_private_key(key, session(context).password(encrypted=encrypted))
-    (folder / m.SIGNATURE_FILE).write_bytes(signing.sign(made, private))
-    output.say(f"{folder / m.SIGNATURE_FILE} is written.")
+    path = signing.sign(made, key, session(context).password(encrypted=encrypted))
+    output.say(f"{path} is written.")
 
 
 def summary(made: bundle.Bundle) -> dict[str, Any]:

@@ -22,9 +22,9 @@ def info(context: typer.Context, as_json: AsJson = False) -> None:
         return
     output.show_fields("server", {name: value for name, value in told.items() if name != "ca_pem"})
     output.show_table(
-        "update repository" + ("" if roles["trusted"] else ": waits for the key ceremony"),
+        "update repository" + ("" if roles else ": waits for the key ceremony"),
         ("role", "version", "expires"),
-        [(name, role.get("version"), role.get("expires")) for name, role in sorted(roles["roles"].items())],
+        [(name, role.get("version"), role.get("expires")) for name, role in sorted(roles.items())],
     )
 
 

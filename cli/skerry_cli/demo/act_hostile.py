@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from skerry_cli import catalog
@@ -64,11 +64,12 @@ def hostile(run: Run) -> None:
 
     _offer(run, Offer(what="signed by an unknown key", device=mirrored, code="bad_signature", make=unknown_key))
     fleet.be_honest()
+    fleet.approver.change(catalog.Change(floors={MODEL: SECOND}), now=run.now())
+    screen.say(f"(c) The approver raises the floor of {MODEL} to {SECOND}; the mirror is honest again.")
+    # The snapshot that named the forged catalog was signed with the true online key, so the device holds its versions now.
     _heal(run, thief)
 
     def below_floor() -> None:
-        fleet.approver.change(catalog.Change(floors={MODEL: SECOND}), now=run.now())
-        screen.say(f"(c) The approver raises the floor of {MODEL} to {SECOND}.")
         try:
             _pin(run, mirrored, run.bundles[FIRST].bundle.digest)
             screen.say(f"    {mirrored} is pinned to {FIRST}, which the catalog still lists.")
@@ -142,14 +143,18 @@ def _unpin(run: Run, device: str) -> None:
         run.fleet.api.delete(f"/api/v1/devices/{quote(device)}/pins/{MODEL}")
 
 
+def _published(thief: forgery.Thief, before: int) -> bool:
+    return thief.real_version() > before
+
+
 def _heal(run: Run, thief: forgery.Thief) -> None:
     """The server publishes on until its versions are above the forged ones, as one restored after a theft does."""
-    settings = dict(run.fleet.api.get(f"/api/v1/groups/{GROUP}")["settings"])
+    fleet = run.fleet
+    settings = dict(fleet.api.get(f"/api/v1/groups/{GROUP}")["settings"])
     for extra in range(1, 20):
-        if not thief.ahead_of():
+        if not thief.is_ahead():
             break
-        wished = {**settings, "sync_s": settings.get("sync_s", 60.0) + extra}
-        run.fleet.api.put(f"/api/v1/groups/{GROUP}", {"settings": wished})
-        time.sleep(0.8)
-    shutil.rmtree(run.fleet.overlay / "metadata", ignore_errors=True)
-    run.fleet.sync(run.fleet.mirrored)
+        before = thief.real_version()
+        fleet.api.put(f"/api/v1/groups/{GROUP}", {"settings": {**settings, "sync_s": settings["sync_s"] + extra}})
+        fleet.wait("the server to publish", partial(_published, thief, before), 20.0, every_s=0.05)
+    fleet.sync(fleet.mirrored)

@@ -116,4 +116,5 @@ def _who_runs(run: Run) -> str:
     for item in run.fleet.listed().values():
         version = run.fleet.running(item)[0] or "nothing"
         versions[version] = versions.get(version, 0) + 1
-    return "Now: " + ", ".join(f"{n} devices run {version}" for version, n in sorted(versions.items())) + "."
+    parts = [f"{n} device{'' if n == 1 else 's'} run{'s' if n == 1 else ''} {v}" for v, n in sorted(versions.items())]
+    return f"Now: {', '.join(parts)}."

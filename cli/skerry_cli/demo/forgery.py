@@ -72,17 +72,23 @@ class Thief:
         """Forges only what the online key may sign: a group document that pins the device to a bundle of the real catalog."""
         self._publish(bundle, group, device, now, {})
 
-    def ahead_of(self) -> bool:
+    def real_version(self) -> int:
+        """The timestamp's version in the real repository now."""
+        return self._timestamp().signed.version
+
+    def is_ahead(self) -> bool:
         """Whether the repository's versions still lie below what was forged, so that a device would call them a rollback."""
-        timestamp: Metadata[Timestamp] = _read(self._repository / layout.METADATA_DIR / "timestamp.json", Timestamp)
+        timestamp = self._timestamp()
         snapshot = self._snapshot(timestamp)
         real = {
             "timestamp": timestamp.signed.version,
             "snapshot": snapshot.signed.version,
             **{name.removesuffix(".json"): meta.version for name, meta in snapshot.signed.meta.items()},
         }
-        # The forged catalog never verified anywhere, but the snapshot that named its version did.
-        return any(real.get(role, 0) <= version for role, version in self._forged.items())
+        # Timestamp and snapshot must be higher: at an equal version a device keeps the one it has. The forged catalog
+        # never verified anywhere, but the snapshot that named its version did: the real one must have reached it.
+        higher = ("timestamp", "snapshot", layout.FLEET_ROLE)
+        return any(real.get(role, 0) < version + (role in higher) for role, version in self._forged.items())
 
     def _publish(self, bundle: Bundle, group: str, device: str, now: dt.datetime, versions: dict[str, int]) -> None:
         fleet = self._targets(layout.FLEET_ROLE)
@@ -95,7 +101,7 @@ class Thief:
         fleet.version = self._next(layout.FLEET_ROLE, fleet.version)
         self._sign(Metadata(fleet), layout.FLEET_ROLE, self._online)
 
-        timestamp: Metadata[Timestamp] = _read(self._repository / layout.METADATA_DIR / "timestamp.json", Timestamp)
+        timestamp = self._timestamp()
         snapshot = self._snapshot(timestamp)
         for role, version in {**versions, layout.FLEET_ROLE: fleet.version}.items():
             snapshot.signed.meta[f"{role}.json"] = MetaFile(version=version)
@@ -124,10 +130,12 @@ class Thief:
         return self._forged[role]
 
     def _targets(self, role: str) -> Targets:
-        timestamp: Metadata[Timestamp] = _read(self._repository / layout.METADATA_DIR / "timestamp.json", Timestamp)
-        version = self._snapshot(timestamp).signed.meta[f"{role}.json"].version
+        version = self._snapshot(self._timestamp()).signed.meta[f"{role}.json"].version
         found: Metadata[Targets] = _read(_metadata(self._repository, role, version), Targets)
         return found.signed
+
+    def _timestamp(self) -> Metadata[Timestamp]:
+        return _read(self._repository / layout.METADATA_DIR / "timestamp.json", Timestamp)
 
     def _snapshot(self, timestamp: Metadata[Timestamp]) -> Metadata[Snapshot]:
         return _read(_metadata(self._repository, "snapshot", timestamp.signed.snapshot_meta.version), Snapshot)

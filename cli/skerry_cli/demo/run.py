@@ -18,7 +18,7 @@ ENDED = ("completed", "rolled_back", "aborted")
 _TOLD = {
     "start": "starts",
     "advance": "goes to the next stage",
-    "complete": "goes to everyone",
+    "complete": "has passed its last stage",
     "finish": "is complete",
     "pause": "is paused",
     "hold": "waits",

@@ -7,8 +7,10 @@ group. A run that was killed so hard that this could not happen is cleaned up by
 from __future__ import annotations
 
 import datetime as dt
+import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 
@@ -108,7 +110,8 @@ def _leave_running(run: Run) -> None:
     for device in fleet.devices:
         where = fleet.status_address(device)
         screen.say(f"{device}: http://{where}/v2/models/gas")
-    screen.say(f"Stop it: skerry demo --stop --dir {fleet.folder}")
+    stop = [sys.executable, "-m", "skerry_cli", "demo", "--stop", "--dir", str(fleet.folder)]
+    screen.say(f"Stop it: {shlex.join(stop)}")
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -22,7 +22,8 @@ class Screen:
     """See the module. ``clock``: monotonic seconds."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        # Into a pipe nobody says how wide a table may be.
+        self._console = console or Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
         self._clock = clock
         self._began = clock()
         self._status: Status | None = None

@@ -16,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from skerry_cli.demo import data
 
@@ -67,7 +68,8 @@ def train(batches: Sequence[int], *, seed: int = 0) -> Trained:
         held_out=held_out,
         batches=tuple(batches),
     )
-    with warnings.catch_warnings():
+    # One thread: the matrices are small, and a fleet runs beside.
+    with warnings.catch_warnings(), threadpool_limits(limits=1):
         # 300 rounds are the recipe; that the loss still falls a little at its end is known.
         warnings.simplefilter("ignore", ConvergenceWarning)
         network.fit(trained.standardise(fitted.x), fitted.y)

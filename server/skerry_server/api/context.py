@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -35,7 +35,7 @@ class Context:
         url: where this server is reached, without a trailing slash; mqtt_port: its broker.
         online_keys: key id -> TUF key of the online roles.
         wake: makes the orchestrator look now.
-        set_broker_users: tells the broker who is enrolled.
+        refresh_broker_users: tells the broker who is enrolled now.
         probe: whether each part is well.
         now_ms: the server's clock.
     """
@@ -52,7 +52,7 @@ class Context:
     mqtt_port: int
     online_keys: dict[str, Any]
     wake: Callable[[], None]
-    set_broker_users: Callable[[Iterable[str]], None]
+    refresh_broker_users: Callable[[], None]
     probe: Callable[[], dict[str, bool]]
     now_ms: Callable[[], int]
 

@@ -9,7 +9,6 @@ from pydantic import BaseModel, Field
 
 from skerry_server import devices
 from skerry_server.api.context import Ctx, SignedByDevice
-from skerry_server.db import queries
 from skerry_server.db.engine import reading, writing
 
 router = APIRouter(prefix="/device/v1", tags=["device"])
@@ -48,8 +47,7 @@ def enrol(context: Ctx, wanted: Enrolment) -> dict[str, Any]:
             asked_id=wanted.device_id,
             now_ms=context.now_ms(),
         )
-        users = queries.enrolled_device_ids(conn)
-    context.set_broker_users(users)
+    context.refresh_broker_users()
     return {
         "device_id": enrolled.device,
         "group": enrolled.group,
@@ -58,6 +56,12 @@ def enrol(context: Ctx, wanted: Enrolment) -> dict[str, Any]:
         "mqtt": context.mqtt,
         "repository_url": f"{context.url}/repository",
     }
+
+
+@router.get("/ca", summary="The fleet's CA certificate, PEM", response_class=Response)
+def fleet_ca(context: Ctx) -> Response:
+    """For a newcomer that trusts nobody yet: it believes the certificate for the fingerprint in its enrolment token alone."""
+    return Response(context.authority.pem, media_type="application/x-pem-file")
 
 
 @router.get("/nonce", summary="A nonce for one signed request")

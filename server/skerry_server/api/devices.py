@@ -153,7 +153,6 @@ def revoke(context: Ctx, caller: Operator, device: str, why: Revocation) -> dict
     """Its certificate and key are refused from now on, and the broker cuts it off."""
     with writing(context.engine) as conn:
         devices.revoke(conn, device=device, reason=why.reason, actor=caller.actor, now_ms=context.now_ms())
-        left = queries.enrolled_device_ids(conn)
-    context.set_broker_users(left)
+    context.refresh_broker_users()
     context.wake()
     return {"device": device, "status": "revoked"}

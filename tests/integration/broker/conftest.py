@@ -282,9 +282,9 @@ class Fleet:
             key_file=key,
         )
 
-    def start_ingest(self):
+    def start_ingest(self, settings=None):
         self.link = ServerLink(self.engine, self.endpoint())
-        self.ingest = Ingest(self.engine, self.link)
+        self.ingest = Ingest(self.engine, self.link, settings=settings)
         self.ingest.start()
         assert self.link.wait_connected(15)
         return self.ingest

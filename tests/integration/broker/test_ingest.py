@@ -12,6 +12,7 @@ from skerry_contract import ids, topics, wire
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.engine import writing
+from skerry_server.ingest import IngestSettings
 from sqlalchemy import select
 
 
@@ -268,3 +269,31 @@ def test_a_locked_database_holds_the_acknowledgement_back(fleet, peers):
         assert device.pending
         assert ingest.healthy
     once(fleet, device, 5)
+
+
+def test_a_message_that_cannot_be_stored_does_not_stop_the_others(fleet, peers):
+    ingest = fleet.start_ingest()
+    with writing(fleet.engine) as connection:
+        connection.exec_driver_sql(
+            "CREATE TRIGGER poison BEFORE INSERT ON windows WHEN NEW.device = 'dev-a' AND NEW.seq = 1 "
+            "BEGIN SELECT RAISE(ABORT, 'poison'); END"
+        )
+    poisoned = peers(peers.Sender, fleet, "dev-a").open()
+    poisoned.count(7)
+    good = peers(peers.Sender, fleet, "dev-b").open()
+    good.count(*range(30))
+    once(fleet, good, sum(range(30)))
+    peers.until(lambda: ingest.totals.quarantined >= 1, "the poison set aside")
+    assert poisoned.pending, "what was not stored was acknowledged"
+    with writing(fleet.engine) as connection:
+        connection.exec_driver_sql("DROP TRIGGER poison")
+    once(fleet, poisoned, 7)
+
+
+def test_a_queue_of_one_only_slows_things_down(fleet, peers):
+    fleet.start_ingest(IngestSettings(queue_messages=1, batch_messages=1))
+    devices = [peers(peers.Sender, fleet, name).open() for name in ("dev-a", "dev-b")]
+    for device in devices:
+        device.count(*range(100))
+    for device in devices:
+        once(fleet, device, sum(range(100)))

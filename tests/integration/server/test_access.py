@@ -90,7 +90,9 @@ def test_the_role_table_covers_every_operator_route(server: ServerRig) -> None:
     for method, path, _, _ in COMMANDS:
         for known_method, template in writing:
             parts, wanted = template.split("/"), path.split("/")
-            same = len(parts) == len(wanted) and all(p == w or p.startswith("{") for p, w in zip(parts, wanted, strict=True))
+            same = len(parts) == len(wanted) and all(
+                p == w or p.startswith("{") for p, w in zip(parts, wanted, strict=True)
+            )
             if same and method == known_method:
                 covered.add((known_method, template))
     assert covered == writing

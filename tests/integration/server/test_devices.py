@@ -11,6 +11,7 @@ from typing import Any
 import jwt
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -102,8 +103,6 @@ def test_one_key_is_one_device(server: ServerRig) -> None:
 )
 def test_other_kinds_of_keys_are_refused(server: ServerRig, key: Any) -> None:
     name = [x509.NameAttribute(NameOID.COMMON_NAME, "odd")]
-    from cryptography.hazmat.primitives import hashes, serialization
-
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(name)).sign(key, hashes.SHA256())
     pem = request.public_bytes(serialization.Encoding.PEM).decode()
     token = new_token(server, device_id="odd")
@@ -141,6 +140,14 @@ def test_a_token_that_cannot_be_meant_is_refused(server: ServerRig, wish: dict[s
     assert found.status in (404, 422), found.data
 
 
+def test_a_newcomer_can_fetch_the_ca_that_its_token_names(server: ServerRig) -> None:
+    found = server.ask("GET", "/device/v1/ca", token="")
+    certificate = x509.load_pem_x509_certificate(found.data)
+    told = server.good("GET", "/api/v1/info")
+    assert certificate.fingerprint(hashes.SHA256()).hex() == told["ca_sha256"]
+    assert found.data.decode() == told["ca_pem"]
+
+
 # --- signed requests -------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +162,15 @@ def test_an_ed25519_device_signs_with_its_own_algorithm(server: ServerRig) -> No
     nonce = server.good("GET", "/device/v1/nonce", token="")["nonce"]
     now = int(time.time())
     body = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    claims = {"sub": "eddy", "htm": "GET", "htu": "/device/v1/self", "body": body, "nonce": nonce, "iat": now, "exp": now + 9}
+    claims = {
+        "sub": "eddy",
+        "htm": "GET",
+        "htu": "/device/v1/self",
+        "body": body,
+        "nonce": nonce,
+        "iat": now,
+        "exp": now + 9,
+    }
     token = jwt.encode(claims, key, algorithm="EdDSA", headers={"kid": key_id(key)})
     found = server.ask("GET", "/device/v1/self", headers={"Authorization": f"Skerry-JWT {token}"}, token="")
     assert found.json()["device_id"] == "eddy"
@@ -234,7 +249,15 @@ def test_a_device_cannot_speak_with_anothers_key_id(device: DeviceRig, server: S
 
 @pytest.mark.parametrize(
     "authorization",
-    ["Skerry-JWT", "Skerry-JWT ", "Skerry-JWT a.b.c", "Bearer x", "Skerry-JWT " + "a" * 9000, "Skerry-JWT ..", "skerry-jwt x"],
+    [
+        "Skerry-JWT",
+        "Skerry-JWT ",
+        "Skerry-JWT a.b.c",
+        "Bearer x",
+        "Skerry-JWT " + "a" * 9000,
+        "Skerry-JWT ..",
+        "skerry-jwt x",
+    ],
 )
 def test_a_header_that_is_no_token_is_refused(device: DeviceRig, authorization: str) -> None:
     assert device.ask("GET", "/device/v1/self", authorization=authorization).code == "bad_device_token"
@@ -299,7 +322,9 @@ def test_a_revoked_device_is_cut_off_everywhere_and_for_good(device: DeviceRig) 
     wish = {"device_id": device.id, "group": "press"}
     assert server.ask("POST", "/api/v1/enrolment-tokens", wish).code == "revoked"
     rows = server.good("GET", "/api/v1/audit?limit=1000")["items"]
-    assert [r["reason"] for r in rows if r["action"] == "device.revoke" and r["subject"] == f"device:{device.id}"] == ["stolen"]
+    assert [r["reason"] for r in rows if r["action"] == "device.revoke" and r["subject"] == f"device:{device.id}"] == [
+        "stolen"
+    ]
 
 
 def test_keys_on_disk_are_readable_by_their_owner_alone(server: ServerRig) -> None:

@@ -65,7 +65,8 @@ def test_a_version_names_one_bundle_for_ever(server: ServerRig, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("kind", "code"), [("damaged", "model_damaged"), ("crash-on-load", "runtime_crashed"), ("wrong-golden", "golden_failed")]
+    ("kind", "code"),
+    [("damaged", "model_damaged"), ("crash-on-load", "runtime_crashed"), ("wrong-golden", "golden_failed")],
 )
 def test_a_bundle_that_fails_in_the_child_is_rejected_with_its_reason_and_the_server_lives(
     server: ServerRig, tmp_path: Path, kind: str, code: str
@@ -150,7 +151,7 @@ def test_an_upload_cut_short_leaves_nothing(server: ServerRig, tmp_path: Path) -
         )
         link.sendall(head.encode() + data[:150_000])
     folder = server.data / "repository" / "blobs" / "sha256" / sha256[:2]
-    server.wait("the scratch file to go", lambda: not [n for n in os.listdir(folder)] if folder.exists() else True)
+    server.wait("the scratch file to go", lambda: not folder.exists() or not os.listdir(folder))
     assert server.good("PUT", f"/api/v1/blobs/{sha256}", data=data)["stored"] is True
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tuf.api.metadata import Metadata, Targets
-
 from skerry_contract import group as g
 from skerry_contract import histogram as h
 from skerry_contract import layout, wire
 from skerry_contract import window as w
+from tuf.api.metadata import Metadata, Targets
+
 from tests.rig_server import DeviceRig, Operator, ServerRig
 
 GROUP, MODEL = "press", "gas"
@@ -258,7 +258,9 @@ def test_a_quiet_candidate_never_passes_and_a_deadline_only_pauses(
     rig.wait("the deadline", lambda: rig.good("GET", f"/api/v1/rollouts/{rollout}")["state"] == "paused")
     assert decisions(rig, rollout)[-1] == ("pause", "NO_DATA")
     assert published(rig).models[MODEL].rollout is not None, "a pause takes nothing back"
-    taken = rig.ask("POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": two, "stages": [{"share": 1}]})
+    taken = rig.ask(
+        "POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": two, "stages": [{"share": 1}]}
+    )
     assert (taken.status, taken.code) == (409, "rollout_active")
     assert rig.ask("POST", f"/api/v1/rollouts/{rollout}/pause").code == "not_allowed"
     rig.good("POST", f"/api/v1/rollouts/{rollout}/resume", {"reason": "traffic is back"})
@@ -365,5 +367,12 @@ def test_a_plan_is_refused_with_every_fault_in_it(rig: ServerRig, maker: Operato
     found = rig.ask("POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": digest, **plan})
     assert (found.status, found.code) == (422, "bad_plan")
     faults = " ".join(found.json()["error"]["details"]["faults"])
-    for where in ("stages[0].devices", "stages[1].share", "stages[2]", "stages[3].shares", "gates.max_error_rate", "gates.p99"):
+    for where in (
+        "stages[0].devices",
+        "stages[1].share",
+        "stages[2]",
+        "stages[3].shares",
+        "gates.max_error_rate",
+        "gates.p99",
+    ):
         assert where in faults, where

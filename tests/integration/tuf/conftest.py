@@ -127,7 +127,7 @@ class Site:
         body = handler.rfile.read(int(handler.headers.get("Content-Length", "0")))
         self.asked.append(handler.path)
         value = json.loads(body)
-        request, public = ca.read_request(value["csr"])
+        _, public = ca.read_request(value["csr"])
         now = dt.datetime.now(dt.UTC)
         if handler.path == "/device/v1/renew":
             device = self.authenticate(handler, body)
@@ -315,8 +315,6 @@ class Fleet:
 class Device:
     """A state folder, and couriers that run as processes on it."""
 
-    limits: dict[str, float] = {"gap_s": 3.0, "errand_s": 20.0, "pause_s": 0.02}
-
     def __init__(self, fleet: Fleet, state_dir: Path) -> None:
         self.fleet = fleet
         self.state_dir = state_dir
@@ -329,7 +327,7 @@ class Device:
             "repository_url": self.fleet.url,
             "now_s": time.time(),
             "lower_bound_s": 0,
-            "limits": {**self.limits, **fields.pop("limits", {})},
+            "limits": {"gap_s": 5.0, "errand_s": 30.0, "pause_s": 0.02, **fields.pop("limits", {})},
         }
         return json.dumps({**common, **fields}).encode()
 

@@ -65,7 +65,7 @@ def test_manifest_of_another_digest_or_name_is_never_signed(fleet, gas, make_bun
     with pytest.raises(RefusedForSafety, match="sha256"):
         fleet.propose(catalog.Change(add=(gas.addition(),)))
     wrong = catalog.Addition(model="gas", version="1.0.0", digest=other.digest, submitter="ci")
-    with pytest.raises(RefusedForSafety, match="manifest is of gas@2.0.0"):
+    with pytest.raises(RefusedForSafety, match=r"manifest is of gas@2\.0\.0"):
         fleet.propose(catalog.Change(add=(wrong,)))
 
 
@@ -137,7 +137,7 @@ def test_unreachable_repository_is_a_failure_and_no_refusal(fleet):
 
 def test_untrusted_tls_is_a_failure(fleet, make_fleet):
     other = make_fleet("other")
-    with pytest.raises(Failed, match="(?i)certificate"):
+    with pytest.raises(Failed, match=r"(?i)certificate"):
         catalog.read_catalog(
             fleet.url,
             root=fleet.ceremony.root,

@@ -25,6 +25,7 @@ from skerry_contract import wire
 
 BOOT_ID = "0" * 32
 TIMEOUT_S = 30.0
+WORKER = (sys.executable, "-m", "skerry_agent.worker")
 
 
 class Worker:
@@ -112,8 +113,7 @@ class Rig:
         """Starts a worker and sends ``start``; does not wait for ``ready``."""
         ours, theirs = ww.pair()
         process = subprocess.Popen(
-            [sys.executable, "-m", "skerry_agent.worker"]
-            + ["--control-fd", str(theirs.fileno()), "--listen-fd", str(self.listener.fileno())],
+            [*WORKER, "--control-fd", str(theirs.fileno()), "--listen-fd", str(self.listener.fileno())],
             pass_fds=(theirs.fileno(), self.listener.fileno()),
             env=self.environment,
         )
@@ -188,9 +188,7 @@ class Rig:
         found = w.Counts()
         for _, window in self.windows:
             if where(window.key):
-                found = w.Counts(
-                    **{n: getattr(found, n) + getattr(window.counts, n) for n in found.__struct_fields__}
-                )
+                found = w.Counts(**{n: getattr(found, n) + getattr(window.counts, n) for n in found.__struct_fields__})
         return found
 
     # --- the loop ---------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from skerry_agent import workerwire as ww
+
 from tests import models
 from tests.integration.worker.rig import BOOT_ID, Rig
 

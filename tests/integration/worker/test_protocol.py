@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from skerry_agent import workerwire as ww
 from tritonclient.utils import InferenceServerException
 
-from skerry_agent import workerwire as ww
 from tests import models
 from tests.integration.worker.rig import Rig
 
@@ -158,7 +158,13 @@ def test_wrong_tensors_get_400_that_names_field_got_and_wanted_and_the_worker_li
 def test_binary_requests_that_lie_about_their_sizes_get_400(rig: Rig, bundle: Path) -> None:
     rig.start(rig.served(bundle))
     raw = models.rows(1)[0].tobytes()
-    for size, data, said in ((16, raw[:8], None), (8, raw, None), (16, raw + b"x", None), (-1, raw, None), (16, raw, 10**9)):
+    for size, data, said in (
+        (16, raw[:8], None),
+        (8, raw, None),
+        (16, raw + b"x", None),
+        (-1, raw, None),
+        (16, raw, 10**9),
+    ):
         head = json.dumps(
             {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": size}}]}
         ).encode()

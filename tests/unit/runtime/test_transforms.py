@@ -177,3 +177,9 @@ def test_steps_on_text_are_refused(op):
 def test_a_list_needs_a_fixed_width():
     with pytest.raises(Rejected, match="a list needs a fixed width"):
         compiled(ROWWISE["scale"], shape=(-1, -1))
+
+
+def test_a_list_needs_an_axis():
+    with pytest.raises(Rejected, match="wanted one number, x has no axis"):
+        compiled(step("scale", mean=[0.0], scale=1.0), shape=())
+    assert run(np.array(3, np.float32), step("scale", mean=1.0, scale=2.0), shape=()) == 1.0

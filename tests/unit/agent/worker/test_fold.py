@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.fold import CHUNK, Fold, LatencyFold
 from skerry_agent.worker.plan import FeatureColumn, OutputColumn, Plan, SliceColumn
@@ -21,6 +20,7 @@ from skerry_contract import wire
 
 KEY = w.Key("gas", "a" * 64, "onnx-fp32", "candidate", "r1", 2)
 EDGES = (-1.0, 0.0, 0.1, 0.7, 2.5)
+MANY_EDGES = tuple(i / 8 - 3 for i in range(60))
 CENTRE, SCALE = 0.3, 1.7
 
 durations = st.one_of(
@@ -67,14 +67,12 @@ def test_every_bucket_bound_falls_on_the_side_the_definition_says() -> None:
     assert fold.result() == h.exponential_of(around)
 
 
-def plan(*, wide: bool, classes: int, calibrated: bool = True) -> Plan:
-    knots = {"knots_x": (0.2, 0.5, 1.0), "knots_y": (0.3, 0.45, 0.97)} if calibrated else {}
+def plan(*, wide: bool, classes: int, b_edges: tuple[float, ...]) -> Plan:
+    knots = {"knots_x": (0.2, 0.5, 1.0), "knots_y": (0.3, 0.45, 0.97)}
     return Plan(
         features=(
-            FeatureColumn(
-                name="a", input="x", column=0, edges=EDGES, centre=CENTRE, scale=SCALE, low=-2.0, high=2.0
-            ),
-            FeatureColumn(name="b", input="x", column=1),
+            FeatureColumn(name="a", input="x", column=0, edges=EDGES, centre=CENTRE, scale=SCALE, low=-2.0, high=2.0),
+            FeatureColumn(name="b", input="x", column=1, edges=b_edges),
         ),
         outputs=(OutputColumn(name="p", classes=classes, **knots),),
         slices=(SliceColumn(name="low", feature=0, low=-1.0, high=0.1),),
@@ -82,10 +80,10 @@ def plan(*, wide: bool, classes: int, calibrated: bool = True) -> Plan:
     )
 
 
-def expected(rows: np.ndarray, probabilities: np.ndarray, *, calibrated: bool) -> w.Window:
+def expected(rows: np.ndarray, probabilities: np.ndarray, b_edges: tuple[float, ...]) -> w.Window:
     """The window's row counts, value by value, by the contract's definitions."""
     features = {}
-    for i, (name, edges, centre, scale) in enumerate((("a", EDGES, CENTRE, SCALE), ("b", (), 0.0, 1.0))):
+    for i, (name, edges, centre, scale) in enumerate((("a", EDGES, CENTRE, SCALE), ("b", b_edges, 0.0, 1.0))):
         column = [float(v) for v in rows[:, i]]
         known = [v for v in column if not math.isnan(v)]
         counts = [0] * (len(edges) + 1)
@@ -106,7 +104,7 @@ def expected(rows: np.ndarray, probabilities: np.ndarray, *, calibrated: bool) -
         if -1.0 <= float(row[0]) < 0.1:
             inside[0] += 1
             inside[1 + predicted] += 1
-    output = w.OutputCounts(tuple(counts), h.moments_of(qs), tuple(estimated) if calibrated else ())
+    output = w.OutputCounts(tuple(counts), h.moments_of(qs), tuple(estimated))
     slices = {"low": w.SliceCounts(inside[0], tuple(inside[1:]))} if inside[0] else {}
     moment = w.Instant("", 0, 0, False)
     return w.Window(key=KEY, start=moment, end=moment, features=features, outputs={"p": output}, slices=slices)
@@ -116,15 +114,18 @@ def expected(rows: np.ndarray, probabilities: np.ndarray, *, calibrated: bool) -
     st.lists(st.tuples(values, values), min_size=1, max_size=40),
     st.booleans(),
     st.sampled_from([2, 5, 40]),
+    st.sampled_from([(), (0.5,), MANY_EDGES]),
     st.integers(0, 2**32),
 )
 @settings(max_examples=150, deadline=None)
-def test_rows_fold_to_the_definition(rows: list[tuple[float, float]], wide: bool, classes: int, seed: int) -> None:
+def test_rows_fold_to_the_definition(
+    rows: list[tuple[float, float]], wide: bool, classes: int, b_edges: tuple[float, ...], seed: int
+) -> None:
     with np.errstate(over="ignore"):
         stored = np.array(rows, np.float64 if wide else np.float32)
     p = np.random.default_rng(seed).dirichlet(np.ones(classes), len(rows)).astype(stored.dtype)
-    p[:: 3, :2] = p[:: 3, :2].max(1, keepdims=True)  # ties: the first largest wins
-    the_plan = plan(wide=wide, classes=classes)
+    p[::3, :2] = p[::3, :2].max(1, keepdims=True)  # ties: the first largest wins
+    the_plan = plan(wide=wide, classes=classes, b_edges=b_edges)
     columns = p if classes <= 32 else np.stack([p.argmax(1), p.max(1)], 1)
     meta = np.zeros(len(rows), r.META)
     meta["flags"] = r.VALUES
@@ -134,7 +135,7 @@ def test_rows_fold_to_the_definition(rows: list[tuple[float, float]], wide: bool
     for i in range(0, len(rows), 3):
         parts.add(meta[i : i + 3], np.hstack([stored, columns])[i : i + 3])
     moment = w.Instant("", 0, 0, False)
-    wanted = expected(stored, p, calibrated=True)
+    wanted = expected(stored, p, b_edges)
     for fold in (whole, parts):
         window = fold.window(KEY, moment, moment, {})
         assert window.features == wanted.features
@@ -194,9 +195,7 @@ def test_what_is_recorded_comes_back_as_windows_whatever_the_batches_and_wraps(t
         found = merged.features[name]
         known = [float(v) for v in x[:, column]]
         assert found.moments == h.moments_of(h.quantize(v, CENTRE, SCALE) for v in known)
-        assert found.counts == tuple(
-            sum(h.edge_bin(EDGES, v) == b for v in known) for b in range(len(EDGES) + 1)
-        )
+        assert found.counts == tuple(sum(h.edge_bin(EDGES, v) == b for v in known) for b in range(len(EDGES) + 1))
     assert merged.outputs["p"].counts == tuple(np.bincount(p.argmax(1), minlength=3).tolist())
     health = recorder.health(1.0)
     assert (health.ok, health.invalid + health.failed + health.shed) == (ok, others)

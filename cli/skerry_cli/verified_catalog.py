@@ -1,0 +1,190 @@
+"""The last catalog, verified from the operator's own root: what every approval begins with.
+
+Owns the TUF client of the operator's tool and what it remembers against rollback. It believes the root it is given and
+nothing that a server says; changing the catalog is ``catalog``'s.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import urllib3
+from securesystemslib.signer import Key
+from skerry_contract import floors as floor_rules
+from skerry_contract import ids, layout
+from skerry_contract.errors import ContractError
+from tuf.api import exceptions as tuf_errors
+from tuf.api.metadata import DelegatedRole, Targets
+from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
+
+from skerry_cli.bundle_source import open_pool
+from skerry_cli.errors import Failed, RefusedForSafety
+
+_CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A listed bundle, as ``entries`` reads it from a catalog."""
+
+    model: str
+    version: str
+    digest: str
+    submitter: str
+    approvers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifiedCatalog:
+    """The last catalog, verified from the operator's root.
+
+    Attributes:
+        catalog: the signed part; ``expired`` says whether its time was over (then a change renews it).
+        floors: model -> version.
+        keys, threshold: whose signatures the next catalog needs, and how many.
+    """
+
+    catalog: Targets
+    expired: bool
+    floors: dict[str, str]
+    keys: dict[str, Key]
+    role: DelegatedRole
+
+    @property
+    def threshold(self) -> int:
+        """How many approvers must sign."""
+        return self.role.threshold
+
+
+def read_catalog(
+    repository_url: str, *, root: bytes, cache_dir: Path, ca_file: Path | None, now: dt.datetime
+) -> VerifiedCatalog:
+    """Fetches the last catalog and verifies it from the operator's own root.
+
+    Args:
+        repository_url: the repository's root, https (http for a repository that needs no privacy: TUF verifies either).
+        root: bytes of the operator's ``root.json``, any version of it.
+        cache_dir: remembers what this operator has seen, against rollback; made when missing, one per fleet.
+        ca_file: PEM of the fleet's CA; None for the system's.
+        now: aware, UTC. The catalog itself may have expired; the roles that vouch for its being the last may not.
+
+    Raises:
+        RefusedForSafety: signature, version, digest or expiry do not hold.
+        Failed: the repository cannot be reached.
+    """
+    cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    seen = _seen_version(cache_dir)
+    base = repository_url.rstrip("/")
+    try:
+        updater = _Updater(
+            str(cache_dir),
+            f"{base}/{layout.METADATA_DIR}/",
+            target_base_url=f"{base}/{layout.TARGETS_DIR}/",
+            fetcher=_Fetcher(ca_file),
+            config=UpdaterConfig(targets_max_length=32 << 20, app_user_agent="skerry"),
+            bootstrap=root,
+        )
+        catalog, role, keys = updater.verified_catalog(now)
+        info = catalog.targets.get(layout.FLOORS_TARGET)
+        if info is None or info.length > floor_rules.MAX_BYTES:
+            raise RefusedForSafety("catalog: it lists no floors of a sensible size")
+        floors_path = updater.download_target(info, str(cache_dir / "floors.json"))
+        floors = floor_rules.parse(Path(floors_path).read_bytes())
+    except tuf_errors.DownloadHTTPError as error:
+        raise Failed(f"repository: {error}", advice="did the server take root, targets and a first catalog?") from None
+    except tuf_errors.DownloadError as error:
+        raise Failed(f"repository: {error}: {error.__cause__ or ''}".rstrip(": ")) from None
+    except tuf_errors.RepositoryError as error:
+        raise RefusedForSafety(f"repository: {type(error).__name__}: {error}") from None
+    except ContractError as error:
+        raise RefusedForSafety(str(error)) from None
+    if catalog.version < seen:
+        raise RefusedForSafety(
+            f"catalog: the repository shows version {catalog.version}, this operator has seen {seen}"
+        )
+    _remember_version(cache_dir, catalog.version)
+    return VerifiedCatalog(catalog=catalog, expired=catalog.is_expired(now), floors=floors, keys=keys, role=role)
+
+
+def entries(catalog: Targets) -> dict[tuple[str, str], Entry]:
+    """The bundles that a catalog lists, by (model, version).
+
+    Raises:
+        RefusedForSafety: a path or a digest that no tool of ours would write.
+    """
+    found: dict[tuple[str, str], Entry] = {}
+    for path, target in catalog.targets.items():
+        if path == layout.FLOORS_TARGET:
+            continue
+        parts = path.split("/")
+        try:
+            if len(parts) != 4 or path != layout.manifest_target(ids.model_name(parts[1]), parts[2]):
+                raise RefusedForSafety(f"catalog: {path[:200]!r} is no manifest's path")
+            digest = ids.bundle_digest(target.hashes.get("sha256"))
+        except ContractError as error:
+            raise RefusedForSafety(f"catalog: {path[:200]!r}: {error}") from None
+        custom = target.custom if isinstance(target.custom, dict) else {}
+        approvers = custom.get("approvers")
+        found[parts[1], parts[2]] = Entry(
+            model=parts[1],
+            version=parts[2],
+            digest=digest,
+            submitter=str(custom.get("submitter", "")),
+            approvers=tuple(str(name) for name in approvers) if isinstance(approvers, list) else (),
+        )
+    return found
+
+
+class _Updater(Updater):
+    def verified_catalog(self, now: dt.datetime) -> tuple[Targets, DelegatedRole, dict[str, Key]]:
+        """The catalog of the snapshot that is current at ``now``; the catalog's own expiry is left to the caller."""
+        self._trusted_set.reference_time = now.astimezone(dt.UTC)
+        self.refresh()
+        delegations = self._trusted_set.targets.delegations
+        role = (delegations.roles or {}).get(layout.CATALOG_ROLE) if delegations else None
+        if delegations is None or role is None:
+            raise RefusedForSafety("targets: it delegates no catalog")
+        # The expiry of what vouches for the catalog was judged above. The catalog's own must not stop its renewal.
+        self._trusted_set.reference_time = dt.datetime.fromtimestamp(0, dt.UTC)
+        catalog = self._load_targets(layout.CATALOG_ROLE, Targets.type)
+        return catalog, role, {keyid: delegations.keys[keyid] for keyid in role.keyids}
+
+
+class _Fetcher(FetcherInterface):
+    """Fetches with the fleet's CA and a gap timeout; tuf's base class bounds the length."""
+
+    def __init__(self, ca_file: Path | None) -> None:
+        self._pool = open_pool(ca_file)
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        response = self._pool.request("GET", url, preload_content=False, headers={"Accept-Encoding": "identity"})
+        if response.status != 200:
+            response.close()
+            raise tuf_errors.DownloadHTTPError(f"{url}: HTTP {response.status}", response.status)
+        return self._pieces(response)
+
+    def _pieces(self, response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+        try:
+            yield from response.stream(_CHUNK_BYTES)
+        except urllib3.exceptions.HTTPError as error:
+            raise tuf_errors.DownloadError(str(error)) from error
+        finally:
+            response.release_conn()
+
+
+def _seen_version(cache_dir: Path) -> int:
+    try:
+        return int(json.loads((cache_dir / "seen.json").read_bytes())["catalog"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _remember_version(cache_dir: Path, version: int) -> None:
+    scratch = cache_dir / f".seen.{os.getpid()}"
+    scratch.write_text(json.dumps({"catalog": version}))
+    scratch.replace(cache_dir / "seen.json")

@@ -1,0 +1,56 @@
+"""What stays small is measured in a fresh interpreter: which libraries an import brings with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {
+    "numpy", "scipy", "tuf", "securesystemslib", "cryptography", "onnx", "onnxruntime", "ai_edge_litert", "tflite_runtime",
+    "fastapi", "uvicorn", "pydantic", "sqlalchemy", "sklearn", "skl2onnx", "requests", "urllib3", "rich", "typer",
+}  # fmt: skip
+
+
+def loaded_by(statement: str) -> set[str]:
+    """First parts of all modules that the statement loads in an interpreter of its own."""
+    program = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_heavy_ones_would_be_noticed() -> None:
+    assert {"numpy", "tuf"} <= loaded_by("import numpy, tuf")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import skerry_contract.manifest, skerry_contract.group, skerry_contract.wire, skerry_contract.window",
+        "import skerry_agent",
+        "import skerry_agent.cli",
+        "import skerry_agent.supervisor",
+        "import skerry_agent.workerwire",
+        "import skerry_runtime",
+    ],
+)
+def test_a_small_process_loads_nothing_heavy(statement: str) -> None:
+    assert loaded_by(statement) & HEAVY == set()
+
+
+def test_a_download_loads_no_update_security() -> None:
+    # The courier lives for seconds, but downloads for minutes: what verifies has done its work by then.
+    assert (
+        loaded_by("import skerry_agent.courier.download") & {"numpy", "tuf", "securesystemslib", "onnxruntime"} == set()
+    )
+
+
+def test_a_worker_loads_no_update_security_and_no_server() -> None:
+    found = loaded_by("import skerry_agent.worker.process")
+    assert found & {"tuf", "securesystemslib", "cryptography", "fastapi", "sqlalchemy", "paho"} == set()
+    assert "numpy" in found
+
+
+def test_the_operators_tool_starts_without_training_libraries() -> None:
+    assert loaded_by("import skerry_cli.app") & {"sklearn", "skl2onnx", "onnx", "onnxruntime", "scipy"} == set()

@@ -1,0 +1,203 @@
+"""What a person types, on a real server: results, exit codes, and one clear line for every wrong input."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from skerry_contract import canonical, enrolment
+
+from tests import models
+from tests.integration.cli.conftest import Cli
+from tests.rig_server import ServerRig
+
+OK, FAILED, USAGE, REFUSED = 0, 1, 2, 3
+
+
+def test_a_bundle_goes_from_a_folder_to_a_rollout(cli: Cli, bundle: Path) -> None:
+    digest = canonical.sha256((bundle / "manifest.json").read_bytes())
+    pushed = cli("push", bundle, "--json")
+    assert (pushed.code, pushed.json()["state"], pushed.json()["digest"]) == (OK, "validated", digest)
+    assert cli("push", bundle, "--json").json()["sent_bytes"] == 0
+
+    early = cli("rollout", "start", "gas@1.0.0", "--group", "field")
+    assert early.code == REFUSED and "not_approved" in early.err
+
+    no = cli("approve", "gas@1.0.0", given="n\n")
+    assert no.code != OK and "+ gas@1.0.0" in no.out and digest in no.out
+    yes = cli("approve", "gas@1.0.0", "--json", "--yes")
+    assert yes.code == OK
+    assert [entry["digest"] for entry in yes.json()["added"]] == [digest] and yes.json()["posted"]
+
+    started = cli("rollout", "start", "gas@1.0.0", "--group", "field", "--stage", "share=1,max=60", "--id", "r-1", "--json")
+    assert (started.code, started.json()["state"]) == (OK, "running")
+    shown = cli("rollout", "show", "r-1", "--json").json()
+    assert shown["decisions"][0]["action"] == "start"
+    assert cli("rollout", "pause", "r-1", "--reason", "look").code == OK
+    assert cli("rollout", "list", "--json").json()["items"][0]["state"] == "paused"
+    assert cli("rollout", "resume", "r-1", "--reason", "seen").code == OK
+    assert cli("rollout", "abort", "r-1", "--reason", "a test").code == OK
+    watched = cli("rollout", "watch", "r-1", "--timeout", "20")
+    assert watched.code == FAILED and "a test" in watched.out
+
+    actions = [row["action"] for row in cli("audit", "--json").json()["items"]]
+    assert {"bundle.push", "rollout.start", "rollout.abort"} <= set(actions)
+
+
+def test_a_floor_only_goes_down_when_asked_twice(cli: Cli) -> None:
+    assert cli("floor", "set", "other", "2.0.0", "--yes").code == OK
+    down = cli("floor", "set", "other", "1.0.0", "--yes")
+    assert down.code == REFUSED and "lowers it" in down.err
+    assert cli("floor", "set", "other", "1.0.0", "--lower", "--yes").code == OK
+
+
+def test_a_changed_file_is_refused_before_anything_is_sent(cli: Cli, tmp_path: Path) -> None:
+    models.build_bundle(tmp_path / "b", model="changed")
+    file = next(path for path in (tmp_path / "b").iterdir() if path.suffix == ".onnx")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert cli("bundle", "verify", tmp_path / "b").code == REFUSED
+    assert cli("push", tmp_path / "b").code == REFUSED
+    assert cli("approve", "changed@1.0.0", "--yes").code == USAGE
+
+
+def test_a_bundle_that_the_server_rejects_fails_the_push(cli: Cli, tmp_path: Path) -> None:
+    models.build_bundle(tmp_path / "b", model="broken", kind="always-one")
+    done = cli("push", tmp_path / "b")
+    assert done.code == FAILED and "golden_failed" in done.err
+    refused = cli("approve", "broken@1.0.0", "--yes")
+    assert refused.code == REFUSED and "rejected" in refused.err
+
+
+def test_an_enrolment_token_carries_the_operators_root_and_ca(cli: Cli, server: ServerRig) -> None:
+    done = cli("device", "token", "--group", "field", "--device", "d-1", "--json")
+    parsed = enrolment.parse(done.json()["token"])
+    keys = Path(cli.environment["SKERRY_KEYS"])
+    assert parsed.root_sha256 == canonical.sha256((keys / "root.json").read_bytes())
+    assert parsed.ca_sha256 == cli("info", "--json").json()["ca_sha256"]
+    assert parsed.server_url == server.ready["url"]
+    assert cli("device", "token", "--group", "field").code == USAGE
+
+
+def test_the_ca_can_be_pinned_by_its_fingerprint(cli: Cli) -> None:
+    fingerprint = cli("info", "--json").json()["ca_sha256"]
+    assert cli("info", SKERRY_CA=fingerprint).code == OK
+    assert cli("info", SKERRY_CA=":".join(fingerprint[i : i + 2] for i in range(0, 64, 2)).upper()).code == OK
+    wrong = cli("info", SKERRY_CA="ab" * 32)
+    assert wrong.code == REFUSED and "pinned one is abab" in wrong.err
+
+
+def test_a_server_of_another_ca_is_refused(cli: Cli, tmp_path: Path) -> None:
+    other = ServerRig(tmp_path / "other")
+    done = cli("info", SKERRY_CA=str(other.data / "ca" / "ca.pem"))
+    assert done.code == REFUSED and "certificate" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "said"),
+    [
+        (("device", "show", "nope"), {}, USAGE, "no device 'nope'"),
+        (("device", "show", "../x"), {}, USAGE, "skerry:"),
+        (("rollout", "start", "gas@9.9.9", "--group", "field"), {}, USAGE, "gas@9.9.9: not in the register"),
+        (("rollout", "start", "gas@1", "--group", "field"), {}, USAGE, "wanted MAJOR.MINOR.PATCH"),
+        (("rollout", "start", "x", "--group", "field", "--stage", "devices=many"), {}, USAGE, "wanted a number"),
+        (("rollout", "start", "x", "--group", "field", "--stage", "colour=1"), {}, USAGE, "wanted KEY=NUMBER"),
+        (("group", "create", "field", "--set", "sync_s=soon"), {}, USAGE, "wanted a number"),
+        (("group", "create", "Field!"), {}, USAGE, "wanted [a-z0-9]"),
+        (("keys", "show", "--dir", "/nonexistent"), {}, USAGE, "finished ceremony"),
+        (("bundle", "inspect", "/nonexistent"), {}, USAGE, "no manifest.json"),
+        (("no-such-command",), {}, USAGE, "No such command"),
+        (("device", "list"), {"SKERRY_TOKEN": "skt_wrong"}, USAGE, "does not know this token"),
+        (("device", "list"), {"SKERRY_TOKEN": ""}, USAGE, "a token (--token FILE or SKERRY_TOKEN)"),
+        (("device", "list"), {"SKERRY_SERVER": "https://127.0.0.1:1"}, FAILED, "cannot be reached"),
+        (("device", "list"), {"SKERRY_SERVER": "http://127.0.0.1:1"}, USAGE, "wanted https://"),
+        (("approve", "gas@1.0.0", "--yes", "--as", "mallory"), {}, USAGE, "no key 'mallory'"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(
+    cli: Cli, arguments: tuple[str, ...], environment: dict[str, str], code: int, said: str
+) -> None:
+    done = cli(*arguments, **environment)
+    assert (done.code, said in done.err) == (code, True), (done.code, done.err)
+    assert len(done.err.strip().splitlines()) <= 2
+
+
+def test_a_role_that_may_not_is_told_so(cli: Cli, server: ServerRig, bundle: Path) -> None:
+    from skerry_cli.client import Api
+    from skerry_cli.profile import Profile
+
+    admin = Api(
+        Profile(
+            server=server.ready["url"], token=cli.environment["SKERRY_TOKEN"], ca=Path(cli.environment["SKERRY_CA"])
+        )
+    )
+    viewer = admin.post("/api/v1/tokens", {"name": "viewer-1", "role": "viewer"})["token"]
+    assert cli("device", "list", SKERRY_TOKEN=viewer).code == OK
+    done = cli("push", bundle, SKERRY_TOKEN=viewer)
+    assert done.code == REFUSED and "engineer" in done.err
+
+
+def test_sign_and_verify(cli: Cli, tmp_path: Path) -> None:
+    models.build_bundle(tmp_path / "b")
+    key = ec.generate_private_key(ec.SECP256R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "key.pem").write_bytes(private)
+    (tmp_path / "key.pub").write_bytes(public)
+    assert cli("bundle", "verify", tmp_path / "b", "--key", tmp_path / "key.pub").code == REFUSED
+    assert cli("bundle", "sign", tmp_path / "b", "--key", tmp_path / "key.pem").code == OK
+    assert cli("bundle", "verify", tmp_path / "b", "--key", tmp_path / "key.pub").code == OK
+    assert cli("bundle", "verify", tmp_path / "b", "--key", tmp_path / "key.pem").code == USAGE
+    signature = json.loads((tmp_path / "b" / "model.sig").read_text())
+    payload = base64.b64decode(signature["dsseEnvelope"]["payload"]).replace(b"model.onnx", b"model.xnno")
+    signature["dsseEnvelope"]["payload"] = base64.b64encode(payload).decode()
+    (tmp_path / "b" / "model.sig").write_text(json.dumps(signature))
+    assert cli("bundle", "verify", tmp_path / "b", "--key", tmp_path / "key.pub").code == REFUSED
+
+
+def test_build_from_a_toml_spec_and_validate(cli: Cli, tmp_path: Path) -> None:
+    models.build_bundle(tmp_path / "b")
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_bytes())
+    for variant in manifest["variants"]:
+        variant["files"] = [file["path"] for file in variant["files"]]
+    spec = tmp_path / "b" / "spec.toml"
+    (tmp_path / "b" / "all.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "version"}))
+    spec.write_text('version = "1.2.3"\ninclude = ["all.json"]\n')
+    done = cli("bundle", "build", spec, "--out", tmp_path / "made", "--json")
+    assert (done.code, done.json()["version"]) == (OK, "1.2.3")
+    report = cli("bundle", "validate", tmp_path / "made", "--json")
+    assert report.code == OK and report.json()["ok"]
+    assert cli("bundle", "build", spec, "--out", tmp_path / "made").code == USAGE
+
+
+def test_two_approvers_sign_one_after_the_other(cli: Cli, tmp_path: Path) -> None:
+    second = ServerRig(tmp_path / "two").start()
+    try:
+        own = {
+            "SKERRY_SERVER": second.ready["url"],
+            "SKERRY_TOKEN": (second.data / "admin.token").read_text().strip(),
+            "SKERRY_CA": str(second.data / "ca" / "ca.pem"),
+            "SKERRY_KEYS": str(tmp_path / "keys"),
+            "SKERRY_KEY_PASSWORD": "correct horse",
+        }
+        two = Cli(tmp_path, own)
+        ceremony = ("keys", "init", "--dir", tmp_path / "keys", "--approver", "ada", "--approver", "bob", "--threshold", "2")
+        assert two(*ceremony, "--publish").code == OK
+        models.build_bundle(tmp_path / "b", model="gas")
+        assert two("push", tmp_path / "b").code == OK
+        proposal = tmp_path / "proposal.json"
+        first = two("approve", "gas@1.0.0", "--as", "ada", "--with", "bob", "--proposal", proposal, "--yes", "--json")
+        assert first.code == OK and not first.json()["posted"]
+        assert two("approve", "--cosign", proposal, "--as", "bob", "--yes", SKERRY_KEY_PASSWORD="wrong").code == USAGE
+        done = two("approve", "--cosign", proposal, "--as", "bob", "--yes", "--json")
+        assert done.code == OK and done.json()["posted"] and done.json()["signatures"] == 2
+        assert two("approve", "--cosign", proposal, "--as", "ada", "--yes").code == REFUSED
+    finally:
+        second.close()

@@ -1,0 +1,176 @@
+"""The server as a process: started, stopped, killed, started again in the same folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from skerry_contract import group as g
+from skerry_contract import layout
+from skerry_server import groups
+from skerry_server.db import tables as t
+from skerry_server.db.engine import open_engine, reading, writing
+
+from tests.rig_server import DeviceRig, Operator, ServerRig
+
+
+def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "skerry_server", *arguments]
+    return subprocess.run(command, capture_output=True, timeout=60, env={**os.environ, **(environment or {})})
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> ServerRig:
+    """A server that is initialised and not started; the test ends it."""
+    return ServerRig(tmp_path / "server")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_order_and_soon_with_devices_connected(
+    rig: ServerRig, tmp_path: Path, number: signal.Signals
+) -> None:
+    rig.start()
+    rig.good("PUT", "/api/v1/groups/press", {})
+    device = DeviceRig(rig, "dev", tmp_path)
+    device.enrol()
+    device.connect()
+    assert rig.process is not None
+    children = psutil.Process(rig.process.pid).children(recursive=True)
+    assert children, "the broker is a child"
+    with rig.pool() as pool:
+        pool.request("GET", rig.url + "/healthz")  # a connection that stays open
+        begun = time.monotonic()
+        rig.process.send_signal(number)
+        assert rig.process.wait(10) == 0
+        assert time.monotonic() - begun < 5
+    device.vanish()
+    assert psutil.wait_procs(children, timeout=1)[1] == []
+    assert b"Traceback" not in (rig.data / "server.log").read_bytes()
+
+
+def test_a_killed_server_leaves_no_broker_and_comes_back_where_it_was(rig: ServerRig, tmp_path: Path) -> None:
+    rig.start()
+    rig.good("PUT", "/api/v1/groups/press", {})
+    device = DeviceRig(rig, "dev", tmp_path)
+    device.enrol()
+    ready = rig.ready
+    assert rig.process is not None
+    children = psutil.Process(rig.process.pid).children(recursive=True)
+    rig.kill()
+    assert psutil.wait_procs(children, timeout=5)[1] == [], "no orphan"
+    try:
+        rig.start()
+        assert rig.ready == ready
+        kept = json.loads((rig.data / "run.json").read_text())
+        assert {name: kept[name] for name in ready} == ready
+        device.connect()
+        assert device.ask("GET", "/device/v1/self").status == 200
+        device.disconnect()
+    finally:
+        rig.close()
+
+
+def test_a_second_server_in_the_same_folder_is_refused(rig: ServerRig) -> None:
+    rig.start()
+    try:
+        for verb in ("run", "init"):
+            found = run(verb, "--data", str(rig.data))
+            assert found.returncode == 1
+            assert b"another server runs" in found.stderr
+        assert rig.ask("GET", "/healthz").status == 200
+    finally:
+        rig.close()
+
+
+def test_a_folder_without_a_server_is_refused_and_left_alone(tmp_path: Path) -> None:
+    found = run("run", "--data", str(tmp_path / "none"))
+    assert (found.returncode, found.stdout) == (1, b"")
+    assert b"skerry-server init" in found.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_wrong_configuration_is_told_whole_and_starts_nothing(rig: ServerRig) -> None:
+    (rig.data / "server.toml").write_text('[server]\nport = "x"\ncolour = 1\n')
+    found = run("run", "--data", str(rig.data), environment={"SKERRY_SERVER_LIMITS_BODY_MB": "0"})
+    assert found.returncode == 2
+    for named in (b"server.port", b"server.colour", b"BODY_MB"):
+        assert named in found.stderr
+    assert run("dance", "--data", str(rig.data)).returncode == 2
+
+
+def test_initialising_again_keeps_everything(rig: ServerRig) -> None:
+    kept = ("ca/ca.pem", "ca/ca.key", "keys/online.pem", "admin.token")
+    before = [(rig.data / name).read_bytes() for name in kept]
+    rig.init()
+    assert [(rig.data / name).read_bytes() for name in kept] == before
+    (rig.data / "admin.token").unlink()
+    rig.init()
+    rig.start()
+    try:
+        names = [token["name"] for token in rig.good("GET", "/api/v1/tokens")["items"]]
+        assert names == ["admin", "admin-2"]
+    finally:
+        rig.close()
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version").stdout.startswith(b"skerry-server ")
+
+
+def test_what_was_committed_and_not_published_goes_out_at_the_next_start(rig: ServerRig, tmp_path: Path) -> None:
+    """The cut lies between the transaction and the publication: the database knows, the repository and the broker do not."""
+    rig.start()
+    rig.good("PUT", "/api/v1/groups/press", {"settings": {"window_s": 5}})
+    Operator(rig, tmp_path / "operator").install_trust()
+    device = DeviceRig(rig, "dev", tmp_path)
+    device.enrol()
+    device.connect()
+    rig.wait("the first bell", lambda: [bell for bell in device.bells if bell[0].endswith("g/press/bell")])
+    rig.kill()
+    device.disconnect()
+    device.bells.clear()
+    engine = open_engine(f"sqlite:///{rig.data / 'server.db'}")
+    with writing(engine) as conn:
+        groups.put(conn, name="press", settings={"window_s": 77.0}, actor="token:admin", now_ms=1)
+    with reading(engine) as conn:
+        bell = conn.execute(t.bells.select().where(t.bells.c.target == "g/press")).one()
+    assert bell.rung_version < bell.version
+    engine.dispose()
+    try:
+        rig.start()
+        fleet = sorted(
+            (rig.data / "repository" / "metadata").glob("*.fleet.json"), key=lambda p: int(p.name.split(".")[0])
+        )
+        listed = json.loads(fleet[-1].read_bytes())["signed"]["targets"]
+        sha256 = listed["fleet/press.json"]["hashes"]["sha256"]
+        data = rig.ask("GET", f"/repository/{layout.target_file('fleet/press.json', sha256)}", token="").data
+        assert g.parse(data).settings.window_s == 77.0
+        device.connect()
+        rig.wait("the bell", lambda: ("skerry/1/g/press/bell", bell.version) in device.bells)
+        device.disconnect()
+    finally:
+        rig.close()
+
+
+def test_a_broker_that_is_killed_comes_back_on_its_port_and_readiness_tells(rig: ServerRig, tmp_path: Path) -> None:
+    rig.start()
+    try:
+        rig.good("PUT", "/api/v1/groups/press", {})
+        device = DeviceRig(rig, "dev", tmp_path)
+        device.enrol()
+        assert rig.process is not None
+        for child in psutil.Process(rig.process.pid).children(recursive=True):
+            child.kill()
+        rig.wait("not ready", lambda: rig.ask("GET", "/readyz", token="").status == 503, timeout_s=5)
+        rig.wait("ready again", lambda: rig.ask("GET", "/readyz", token="").status == 200)
+        device.connect()
+        device.disconnect()
+    finally:
+        rig.close()

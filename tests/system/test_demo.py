@@ -1,0 +1,108 @@
+"""``skerry demo`` as a person runs it: its claims, its summary, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from skerry_cli.demo.processes import RECORD
+
+DEMO = [sys.executable, "-m", "skerry_cli", "demo"]
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Processes whose command line names the demo's folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if str(folder) in line and process.pid != os.getpid():
+            found.append(line)
+    return found
+
+
+def eventually(condition: Callable[[], object], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return bool(condition())
+
+
+@pytest.mark.slow
+def test_the_demo_loses_nothing_refuses_what_it_must_and_cleans_up(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    done = subprocess.run(
+        [*DEMO, "--dir", str(folder), "--devices", "6"], capture_output=True, text=True, timeout=400, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((folder / "summary.json").read_text())
+    counted = summary["inferences"]
+    assert counted["answered"] == counted["counted_by_server"] > 1000
+    assert (counted["lost"], counted["counted_twice"], summary["failed_requests"]["during_swaps"]) == (0, 0, 0)
+    assert counted["asked_by_applications"] == counted["answered"] + summary["failed_requests"]["by_the_crashing_bundle"]
+    assert set(summary["versions"].values()) == {"2.0.0"} and len(summary["versions"]) == 6
+    assert len(summary["first_stage"]) == 4
+    assert [refusal["code"] for refusal in summary["refusals"]] == [
+        "hash_mismatch",
+        "bad_signature",
+        "below_floor",
+        "trial_crashed",
+    ]
+    assert summary["without_network"]["answered_offline"] > 0
+    assert summary["bell_to_confirmed_s"]["n"] == 11
+    assert left_behind(folder) == []
+
+
+def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    demo = subprocess.Popen(
+        [*DEMO, "--dir", str(folder), "--devices", "6"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        assert eventually(lambda: list(folder.glob("devices/*/state/run/serving.json")), 60)
+        demo.send_signal(signal.SIGINT)
+        out, err = demo.communicate(timeout=40)
+    finally:
+        if demo.poll() is None:
+            os.killpg(demo.pid, signal.SIGKILL)
+            demo.communicate()
+    assert demo.returncode != 0 and "Traceback" not in err, out + err
+    assert eventually(lambda: not left_behind(folder), 5), left_behind(folder)
+    assert not (folder / RECORD).exists()
+
+
+def test_a_killed_demo_takes_its_fleet_along(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    with (tmp_path / "out").open("wb") as out:
+        demo = subprocess.Popen([*DEMO, "--dir", str(folder), "--devices", "6"], stdout=out, stderr=out)
+        try:
+            assert eventually(lambda: list(folder.glob("devices/*/state/run/serving.json")), 60)
+        finally:
+            demo.kill()
+            demo.wait()
+    assert eventually(lambda: not left_behind(folder), 20), left_behind(folder)
+
+
+@pytest.mark.parametrize("arguments", [("--devices", "2"), ("--dir", ".")])
+def test_a_demo_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path, arguments: tuple[str, str]) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    done = subprocess.run([*DEMO, *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2 and "wanted" in done.stderr or "not a demo's folder" in done.stderr
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+    assert not (tmp_path / "demo").exists()

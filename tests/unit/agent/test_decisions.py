@@ -1,0 +1,251 @@
+"""Admission, plan, trial and backoff: values in, values out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from skerry_agent.core import admission as a
+from skerry_agent.core import backoff, trial
+from skerry_agent.core import plan as p
+from skerry_contract import group, ids
+from skerry_contract import manifest as m
+
+GOOD = a.Device(
+    runtimes={"onnx": "1.20.1"}, arch="x86_64", memory_free_mb=500, disk_free_mb=500, agent="0.1.0",
+    abilities=frozenset({"canary"}),
+)  # fmt: skip
+D1, D2, D3 = "1" * 64, "2" * 64, "3" * 64
+
+
+def variant(name: str = "v", **changes: object) -> m.Variant:
+    fields: dict[str, object] = {
+        "id": name, "runtime": "onnx", "model": "model.onnx", "golden": m.Golden(cases="golden.jsonl"),
+        "files": (m.File(path="model.onnx", sha256="0" * 64, size=2_000_000), m.File(path="golden.jsonl", sha256="0" * 64, size=10)),
+        "needs": m.Needs(rss_mb=50, disk_mb=5),
+    }  # fmt: skip
+    return m.Variant(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def manifest(*variants: m.Variant, **changes: object) -> m.Manifest:
+    fields: dict[str, object] = {
+        "schema": 1, "model": "gas", "version": "1.2.0", "created": "2026-01-01T00:00:00Z", "owner": m.Owner(name="n", contact="c"),
+        "licence": "MIT", "variants": variants or (variant(),), "inputs": (), "outputs": (), "reference": m.Reference(n=0),
+    }  # fmt: skip
+    return m.Manifest(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_a_bundle_that_fits_is_admitted_with_what_is_still_to_fetch() -> None:
+    assert a.admit(manifest(), GOOD, a.Memory(present_bytes=500_010)) == a.Admit(variant="v", fetch_bytes=1_500_000)
+
+
+@pytest.mark.parametrize(
+    ("code", "found", "device", "memory"),
+    [
+        ("attempts_exhausted", manifest(), GOOD, a.Memory(failures={"golden_failed": 1})),
+        ("agent_too_old", manifest(min_agent="0.2.0"), GOOD, a.Memory()),
+        ("agent_too_old", manifest(requires=("teleport",)), GOOD, a.Memory()),
+        ("below_floor", manifest(), GOOD, a.Memory(floor="1.3.0")),
+        ("no_variant", manifest(variant(arch=("aarch64",))), GOOD, a.Memory()),
+        ("runtime_missing", manifest(variant(runtime="tflite")), GOOD, a.Memory()),
+        ("runtime_missing", manifest(variant(min="1.21")), GOOD, a.Memory()),
+        ("not_enough_memory", manifest(), dataclasses.replace(GOOD, memory_free_mb=49), a.Memory()),
+        ("not_enough_memory", manifest(), dataclasses.replace(GOOD, memory_reserve_mb=460), a.Memory()),
+        ("not_enough_disk", manifest(), dataclasses.replace(GOOD, disk_free_mb=4.9), a.Memory()),
+    ],
+)  # fmt: skip
+def test_a_bundle_that_does_not_fit_is_refused_with_its_code(
+    code: str, found: m.Manifest, device: a.Device, memory: a.Memory
+) -> None:
+    answer = a.admit(found, device, memory)
+    assert isinstance(answer, a.Refuse)
+    assert answer.code == code
+    assert answer.detail
+
+
+def test_the_first_variant_that_fits_wins_and_the_nearest_refusal_is_told() -> None:
+    arm, big, small = variant("arm", arch=("aarch64",)), variant("big", needs=m.Needs(rss_mb=900, disk_mb=1)), variant("small")
+    assert a.admit(manifest(arm, big, small), GOOD, a.Memory()) == a.Admit(variant="small", fetch_bytes=2_000_010)
+    refusal = a.admit(manifest(arm, big), GOOD, a.Memory())
+    assert isinstance(refusal, a.Refuse)
+    assert refusal.code == "not_enough_memory"
+
+
+@pytest.mark.parametrize(
+    ("have", "want", "fits"),
+    [("1.17", "1.17.0", True), ("1.9.1", "1.17", False), ("1.17.0rc1", "1.17", True), ("2.0", "1.99", True), ("1.16.9+cpu", "1.17", False)],
+)
+def test_runtime_versions_compare_by_their_numbers(have: str, want: str, fits: bool) -> None:
+    answer = a.admit(manifest(variant(min=want)), dataclasses.replace(GOOD, runtimes={"onnx": have}), a.Memory())
+    assert isinstance(answer, a.Admit) is fits
+
+
+def test_codes_that_speak_of_the_network_never_exhaust() -> None:
+    assert a.exhausted({"unreachable": 1000, "timeout": 1000, "not_enough_disk": 50}) is None
+    assert a.exhausted({"hash_mismatch": 2}) is None
+    assert a.exhausted({"hash_mismatch": 3}) == "hash_mismatch"
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+DEVICE = ids.device_id("d-1")
+
+
+def document(*, cut: int | None = None, stage: int = 0, fallback: str = "", opens_at: int = 0, **fields: object) -> group.GroupDocument:
+    rollout = None
+    if cut is not None:
+        rollout = group.Rollout(
+            id="r", stage=stage, candidate=group.Target(digest=D2, version="2.0.0"), salt="0" * 32, cuts={"*": str(cut)},
+            opens_at=opens_at,
+        )  # fmt: skip
+    found = group.ModelPlan(
+        stable=group.Target(digest=D1, version="1.0.0"), rollout=rollout,
+        fallback=group.Target(digest=D3, version="0.9.0") if fallback else None,
+    )  # fmt: skip
+    return group.GroupDocument(schema=1, group="g", generation=1, models={"gas": found}, **fields)  # type: ignore[arg-type]
+
+
+def one(doc: group.GroupDocument, running: p.Running | None, refused: set[str] | None = None, now_s: float = 10.0) -> p.Step:
+    (step,) = p.plan(doc, DEVICE, "x", {"gas": running} if running else {}, refused or set(), now_s)
+    return step
+
+
+def test_nothing_running_takes_what_is_assigned() -> None:
+    assert one(document(), None) == p.Change(model="gas", digest=D1, version="1.0.0", arm="none", rollout="", stage=0)
+
+
+def test_the_same_bundle_under_another_stage_is_rekeyed_not_updated() -> None:
+    control = p.Running(digest=D1, arm="control", rollout="r", stage=0)
+    assert one(document(cut=0, stage=1), control) == p.Rekey(model="gas", arm="control", rollout="r", stage=1)
+    assert one(document(cut=0), control) == p.Keep(model="gas", why="as_assigned")
+    assert one(document(), control) == p.Rekey(model="gas", arm="none", rollout="", stage=0)
+
+
+def test_a_refused_candidate_leaves_the_experiment_and_keeps_stable() -> None:
+    doc = document(cut=group.EVERYONE)
+    control = p.Running(digest=D1, arm="control", rollout="r", stage=0)
+    assert one(doc, control, {D2}) == p.Rekey(model="gas", arm="none", rollout="", stage=0)
+    assert one(doc, p.Running(digest=D1), {D2}) == p.Keep(model="gas", why="as_assigned")
+    assert one(doc, None, {D2}) == p.Change(model="gas", digest=D1, version="1.0.0", arm="none", rollout="", stage=0)
+
+
+def test_a_device_that_can_run_neither_takes_the_fallback() -> None:
+    doc = document(cut=group.EVERYONE, fallback=D3)
+    assert one(doc, None, {D1, D2}) == p.Change(model="gas", digest=D3, version="0.9.0", arm="none", rollout="", stage=0)
+    assert one(document(), None, {D1}) == p.Keep(model="gas", why="refused")
+
+
+def test_an_agent_that_lacks_an_ability_keeps_everything() -> None:
+    assert one(document(requires=("teleport",)), p.Running(digest=D3)) == p.Keep(model="gas", why="agent_too_old")
+
+
+def test_a_model_that_is_no_longer_named_keeps_serving() -> None:
+    doc = group.GroupDocument(schema=1, group="g", generation=1)
+    assert one(doc, p.Running(digest=D1)) == p.Keep(model="gas", why="not_assigned")
+
+
+def test_a_rollout_that_is_not_open_yet_changes_nothing() -> None:
+    doc = document(cut=group.EVERYONE, opens_at=100)
+    assert one(doc, p.Running(digest=D1), now_s=99) == p.Keep(model="gas", why="not_open")
+    assert isinstance(one(doc, p.Running(digest=D1), now_s=100), p.Change)
+
+
+@given(st.sampled_from([D1, D2, D3, ""]), st.sets(st.sampled_from([D1, D2, D3])), st.sampled_from([None, 0, group.EVERYONE]))
+def test_a_plan_never_asks_for_a_refused_bundle_and_settles(digest: str, refused: set[str], cut: int | None) -> None:
+    doc = document(cut=cut, fallback=D3)
+    running = p.Running(digest=digest) if digest else None
+    for _ in range(3):
+        step = one(doc, running, refused)
+        if isinstance(step, p.Change):
+            assert step.digest not in refused
+            running = p.Running(digest=step.digest, arm=step.arm, rollout=step.rollout, stage=step.stage)
+        elif isinstance(step, p.Rekey):
+            assert running is not None
+            running = p.Running(digest=running.digest, arm=step.arm, rollout=step.rollout, stage=step.stage)
+    assert isinstance(one(doc, running, refused), p.Keep)
+
+
+# --- trial -----------------------------------------------------------------------------------------------------------
+
+RULES = trial.Trial(inferences=100, duration_s=60.0)
+counts = st.builds(
+    trial.Counts,
+    ok=st.integers(0, 5000), invalid=st.integers(0, 500), failed=st.integers(0, 500), shed=st.integers(0, 10),
+    p95_ms=st.none() | st.floats(0.01, 1000),
+)  # fmt: skip
+
+
+def test_a_good_trial_waits_for_traffic_and_is_kept() -> None:
+    old = trial.Counts(ok=1000, p95_ms=2.0)
+    assert trial.judge_trial(RULES, trial.Counts(ok=99, p95_ms=2.0), old, 5).answer == "wait"
+    assert trial.judge_trial(RULES, trial.Counts(ok=100, p95_ms=2.0), old, 5).answer == "keep"
+    assert trial.judge_trial(RULES, trial.Counts(ok=3), old, 60).answer == "quiet"
+    assert trial.judge_trial(RULES, trial.Counts(), None, 60).answer == "quiet"
+
+
+def test_a_runtime_that_fails_every_request_goes_back_at_once() -> None:
+    verdict = trial.judge_trial(RULES, trial.Counts(failed=3), trial.Counts(ok=1000), 1)
+    assert (verdict.answer, verdict.code) == ("revert", "trial_errors")
+
+
+def test_errors_that_the_old_version_made_as_well_are_not_held_against_the_new() -> None:
+    old = trial.Counts(ok=800, failed=200)
+    assert trial.judge_trial(RULES, trial.Counts(ok=78, failed=22), old, 5).answer == "keep"
+    assert trial.judge_trial(RULES, trial.Counts(ok=40, failed=60), old, 5).code == "trial_errors"
+
+
+def test_requests_that_suddenly_are_invalid_go_back() -> None:
+    old = trial.Counts(ok=1000)
+    assert trial.judge_trial(RULES, trial.Counts(invalid=20), old, 5).code == "trial_errors"
+    assert trial.judge_trial(RULES, trial.Counts(invalid=20), None, 5).answer == "wait"
+
+
+def test_a_version_far_slower_than_the_old_one_goes_back() -> None:
+    old = trial.Counts(ok=1000, p95_ms=5.0)
+    assert trial.judge_trial(RULES, trial.Counts(ok=100, p95_ms=31.0), old, 5).code == "trial_slow"
+    assert trial.judge_trial(RULES, trial.Counts(ok=100, p95_ms=29.0), old, 5).answer == "keep"
+
+
+def test_the_bundles_own_limit_counts_unless_the_device_missed_it_before() -> None:
+    rules = dataclasses.replace(RULES, limit_ms=8.0)
+    slow = trial.Counts(ok=100, p95_ms=9.0)
+    assert trial.judge_trial(rules, slow, trial.Counts(ok=1000, p95_ms=5.0), 5).code == "trial_slow"
+    assert trial.judge_trial(rules, slow, trial.Counts(ok=1000, p95_ms=9.0), 5).answer == "keep"
+
+
+@given(counts, st.none() | counts, st.floats(0, 200))
+def test_a_verdict_is_always_one_and_always_has_its_reason(new: trial.Counts, old: trial.Counts | None, elapsed: float) -> None:
+    verdict = trial.judge_trial(RULES, new, old, elapsed)
+    assert bool(verdict.code) == (verdict.answer == "revert")
+    assert verdict.detail
+    if elapsed >= RULES.duration_s:
+        assert verdict.answer != "wait"
+    assert trial.judge_trial(RULES, new, old, elapsed, crashed=True).code == "trial_crashed"
+
+
+@given(st.integers(0, 2), st.integers(0, 5000))
+def test_up_to_two_failures_never_send_a_version_back(failed: int, ok: int) -> None:
+    assert trial.judge_trial(RULES, trial.Counts(ok=ok, failed=failed), trial.Counts(ok=1000), 5).answer in ("keep", "wait")
+
+
+# --- backoff ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(sorted(backoff.POLICIES)), st.integers(1, 10_000), st.floats(0, 1, exclude_max=True))
+def test_a_wait_stays_between_floor_and_cap(cause: str, failures: int, draw: float) -> None:
+    policy = backoff.POLICIES[cause]
+    assert policy.floor_s <= backoff.delay_s(cause, failures, draw) <= policy.cap_s
+
+
+def test_the_wait_grows_with_failures_and_spreads_with_the_draw() -> None:
+    waits = [backoff.delay_s("sync", n, 0.999) for n in range(1, 8)]
+    assert waits == sorted(waits)
+    assert backoff.delay_s("sync", 8, 0.1) < backoff.delay_s("sync", 8, 0.9) / 5
+
+
+@pytest.mark.parametrize(("failures", "draw"), [(0, 0.5), (1, 1.0), (1, -0.1)])
+def test_a_wait_out_of_range_is_a_bug_that_shows(failures: int, draw: float) -> None:
+    with pytest.raises(ValueError, match="wanted"):
+        backoff.delay_s("sync", failures, draw)

@@ -1,0 +1,221 @@
+"""What a rollout does next, case by case, and what no evidence can make it do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from skerry_server.core import rollout as core
+from skerry_server.core.plan import Gates, Plan, Stage
+
+STAGE = Stage(devices=4, min_devices=4, min_inferences=100, min_seconds=10, max_seconds=600)
+PLAN = Plan(stages=(STAGE, Stage(share=1.0, min_devices=15, min_inferences=200)), gates=Gates(latency_p95_ms=50))
+GOOD: dict[str, Any] = {"candidates": 4, "online": 4, "confirmed": 4, "still": 4, "ok": 100, "p95_ms": 5.0}
+
+
+def decide(
+    elapsed_s: float = 60,
+    *,
+    state: core.State = "running",
+    stage: int = 0,
+    plan: Plan = PLAN,
+    first: bool = False,
+    **seen: Any,
+) -> core.Decision:
+    rollout = core.Rollout(id="r", state=state, stage=stage, stage_since_ms=1_000_000, plan=plan, first=first)
+    return core.decide(rollout, core.Evidence(**(GOOD | seen)), 1_000_000 + int(elapsed_s * 1000))
+
+
+@pytest.mark.parametrize(
+    ("seen", "elapsed_s", "wanted"),
+    [
+        # everything met
+        ({}, 60, ("advance", "PASS")),
+        ({}, 10, ("advance", "PASS")),
+        # a minimum not met: never a pass
+        ({"confirmed": 3}, 60, ("hold", "NO_DATA")),
+        ({"confirmed": 3, "on_golden": 1}, 60, ("hold", "NO_DATA")),
+        ({"confirmed": 3, "online": 3}, 60, ("hold", "NO_DATA")),
+        ({"ok": 99}, 60, ("hold", "NO_DATA")),
+        ({"ok": 0, "p95_ms": None}, 60, ("hold", "NO_DATA")),
+        ({"p95_ms": None}, 60, ("hold", "NO_DATA")),
+        ({"ok": 0, "invalid": 500, "p95_ms": None}, 60, ("hold", "NO_DATA")),
+        # met, but the stage has not lasted long enough
+        ({}, 9.9, ("hold", "INCONCLUSIVE")),
+        ({}, -5, ("hold", "INCONCLUSIVE")),
+        # the deadline only pauses
+        ({"confirmed": 3}, 600, ("pause", "NO_DATA")),
+        ({"ok": 0}, 601, ("pause", "NO_DATA")),
+        ({}, 6000, ("advance", "PASS")),
+        # errors: 5 % of at least the minimum
+        ({"ok": 95, "failed": 5}, 60, ("advance", "PASS")),
+        ({"ok": 94, "failed": 6}, 60, ("roll_back", "FAIL")),
+        ({"ok": 94, "shed": 6}, 60, ("roll_back", "FAIL")),
+        ({"ok": 0, "failed": 5}, 60, ("hold", "NO_DATA")),
+        ({"ok": 0, "failed": 6}, 1, ("roll_back", "FAIL")),
+        ({"ok": 9500, "failed": 500}, 60, ("advance", "PASS")),
+        ({"ok": 9499, "failed": 501}, 60, ("roll_back", "FAIL")),
+        # p95, once there is enough to take it from
+        ({"p95_ms": 50.0}, 60, ("advance", "PASS")),
+        ({"p95_ms": 50.1}, 60, ("roll_back", "FAIL")),
+        ({"p95_ms": 50.1, "ok": 99}, 60, ("hold", "NO_DATA")),
+        # devices that went back
+        ({"reverted": {"trial_crashed": 1}}, 1, ("roll_back", "FAIL")),
+        ({"reverted": {"golden_failed": 1}, "ok": 0, "confirmed": 0}, 1, ("roll_back", "FAIL")),
+        # a failing gate beats a deadline and a pass
+        ({"ok": 94, "failed": 6}, 6000, ("roll_back", "FAIL")),
+    ],
+    ids=str,
+)
+def test_a_running_stage(seen: dict[str, Any], elapsed_s: float, wanted: tuple[str, str]) -> None:
+    found = decide(elapsed_s, **seen)
+    assert (found.action, found.verdict) == wanted, found.reason
+    assert found.reason
+
+
+@pytest.mark.parametrize(
+    ("gates", "seen", "verdict"),
+    [
+        (Gates(require="golden"), {"confirmed": 1, "on_golden": 3}, "PASS"),
+        (Gates(require="trial"), {"confirmed": 1, "on_golden": 3}, "NO_DATA"),
+        (Gates(max_reverts=2), {"reverted": {"trial_slow": 1, "trial_errors": 1}}, "PASS"),
+        (Gates(max_reverts=2), {"reverted": {"trial_slow": 2, "trial_errors": 1}}, "FAIL"),
+        (Gates(max_error_rate=None), {"ok": 1, "failed": 99}, "PASS"),
+        (Gates(max_error_rate=0.0), {"ok": 5000, "failed": 1}, "FAIL"),
+        (Gates(max_invalid_rate=0.1), {"ok": 100, "invalid": 11}, "PASS"),
+        (Gates(max_invalid_rate=0.1), {"ok": 100, "invalid": 12}, "FAIL"),
+        (Gates(), {"ok": 100, "invalid": 10_000}, "PASS"),
+        (Gates(), {"p95_ms": 1e9}, "PASS"),
+    ],
+    ids=str,
+)
+def test_each_gate_is_what_the_plan_says(gates: Gates, seen: dict[str, Any], verdict: str) -> None:
+    assert decide(plan=Plan(stages=(STAGE,), gates=gates), **seen).verdict == verdict
+
+
+def test_one_failed_request_of_one_sends_no_fleet_back() -> None:
+    plan = Plan(stages=(Stage(share=1.0),))
+    assert decide(plan=plan, ok=0, failed=1).verdict == "PASS"
+    assert decide(plan=plan, ok=0, failed=2).verdict == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("seen", "wanted"),
+    [
+        ({"online": 4, "confirmed": 4}, "PASS"),
+        ({"online": 5, "confirmed": 4}, "NO_DATA"),
+        ({"online": 5, "confirmed": 4, "unable": 1}, "PASS"),
+        ({"online": 0, "confirmed": 0}, "NO_DATA"),
+        ({"online": 1, "confirmed": 0, "unable": 1}, "NO_DATA"),
+    ],
+    ids=str,
+)
+def test_without_a_minimum_every_able_device_online_must_confirm_and_at_least_one(
+    seen: dict[str, Any], wanted: str
+) -> None:
+    assert decide(plan=Plan(stages=(Stage(share=1.0),)), **seen).verdict == wanted
+
+
+def test_the_last_stage_completes_and_completing_finishes() -> None:
+    last = decide(stage=1, candidates=16, online=15, confirmed=15, ok=200)
+    assert (last.action, last.verdict) == ("complete", "PASS")
+    rest = {"candidates": 16, "online": 15, "ok": 0, "p95_ms": 5.0}
+    assert decide(0, state="completing", stage=2, confirmed=15, **rest).action == "finish"
+    assert decide(0, state="completing", stage=2, confirmed=14, **rest).action == "hold"
+    assert decide(90_000, state="completing", stage=2, confirmed=14, **rest).action == "pause"
+    broken = decide(0, state="completing", stage=2, confirmed=15, **(rest | {"ok": 50, "failed": 50}))
+    assert (broken.action, broken.verdict) == ("roll_back", "FAIL")
+
+
+def test_a_paused_rollout_never_goes_forward_and_still_goes_back() -> None:
+    assert decide(state="paused").action == "hold"
+    assert decide(9e6, state="paused").action == "hold"
+    assert decide(state="paused", failed=90).action == "roll_back"
+
+
+def test_a_first_bundle_that_fails_pauses_because_there_is_none_to_go_back_to() -> None:
+    found = decide(first=True, failed=90)
+    assert (found.action, found.verdict) == ("pause", "FAIL")
+    assert "first bundle" in found.reason
+    assert decide(first=True, state="paused", failed=90).action == "hold"
+
+
+def test_rolling_back_lasts_until_no_device_online_answers_with_the_candidate() -> None:
+    assert decide(state="rolling_back", still=1).action == "hold"
+    assert decide(9e6, state="rolling_back", still=1).action == "hold"
+    assert decide(state="rolling_back", still=0, failed=90).action == "rolled_back"
+
+
+@pytest.mark.parametrize("state", ["draft", "completed", "rolled_back", "aborted"])
+def test_a_rollout_that_does_not_run_is_left_alone(state: core.State) -> None:
+    assert decide(state=state, failed=90).action == "hold"
+
+
+EVIDENCE = st.builds(
+    core.Evidence,
+    **{
+        name: st.integers(0, 500)
+        for name in (
+            "candidates",
+            "online",
+            "confirmed",
+            "on_golden",
+            "on_trial",
+            "unable",
+            "still",
+            "ok",
+            "invalid",
+            "failed",
+            "shed",
+        )
+    },
+    reverted=st.dictionaries(st.sampled_from(["trial_crashed", "golden_failed"]), st.integers(1, 9), max_size=2),
+    p95_ms=st.none() | st.floats(0.001, 1e6),
+)
+ROLLOUTS = st.builds(
+    core.Rollout,
+    id=st.just("r"),
+    state=st.sampled_from(
+        ["draft", "running", "paused", "completing", "completed", "rolling_back", "rolled_back", "aborted"]
+    ),
+    stage=st.just(0),
+    stage_since_ms=st.just(0),
+    plan=st.just(PLAN),
+    first=st.booleans(),
+)
+
+
+@given(ROLLOUTS, EVIDENCE, st.integers(0, 10**7))
+def test_every_decision_is_a_transition_of_the_table_and_the_same_again(
+    rollout: core.Rollout, evidence: core.Evidence, now_ms: int
+) -> None:
+    found = core.decide(rollout, evidence, now_ms)
+    assert found == core.decide(rollout, evidence, now_ms)
+    assert found.reason
+    if rollout.state == "completing":
+        return  # its stage is past the plan's; see the test above
+    core.transition(rollout.state, found.action)
+
+
+@given(EVIDENCE, st.integers(0, 10**7))
+def test_no_evidence_lets_a_stage_pass_below_its_minimums(evidence: core.Evidence, now_ms: int) -> None:
+    rollout = core.Rollout(id="r", state="running", stage=0, stage_since_ms=0, plan=PLAN)
+    if core.decide(rollout, evidence, now_ms).action == "advance":
+        assert evidence.confirmed >= 4
+        assert evidence.inferences >= 100
+        assert now_ms >= 10_000
+        assert not evidence.reverted
+        assert evidence.failed + evidence.shed <= 0.05 * evidence.inferences
+        assert evidence.p95_ms is not None
+        assert evidence.p95_ms <= 50
+
+
+def test_the_table_ends_where_it_should() -> None:
+    ends = {"completed", "rolled_back", "aborted"}
+    assert set(core.TRANSITIONS.values()) >= ends
+    assert not ends & {state for state, _ in core.TRANSITIONS}
+    assert {state for state, _ in core.TRANSITIONS} == core.ACTIVE
+    with pytest.raises(core.NotAllowed, match="cannot resume; it can do nothing more"):
+        core.transition("aborted", "resume")
