@@ -12,7 +12,7 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # ships no types
 from skerry_contract import group
 
 from skerry_agent import __version__

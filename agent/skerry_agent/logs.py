@@ -15,10 +15,8 @@ def kv(**fields: Any) -> dict[str, Any]:
 
 
 class _Plain(logging.Formatter):
-    converter = time.gmtime
-
     def format(self, record: logging.LogRecord) -> str:
-        stamp = self.formatTime(record, "%Y-%m-%dT%H:%M:%SZ")
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         parts = [f"{stamp} {record.levelname.lower()} {record.getMessage()}"]
         for name, value in getattr(record, "fields", {}).items():
             text = str(value)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-import psutil
+import psutil  # type: ignore[import-untyped]  # ships no types
 from skerry_contract import group, ids, topics, wire
 from skerry_contract.errors import ContractError
 

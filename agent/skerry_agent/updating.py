@@ -430,7 +430,7 @@ class Updating:
 
     def attempt_of(self, digest: str) -> int:
         """The number of the next try of a bundle, from 1."""
-        return sum(self._store.get("failures", {}).get(digest, {}).values()) + 1
+        return int(sum(self._store.get("failures", {}).get(digest, {}).values())) + 1
 
     def pardon(self) -> int:
         """A person clears all failures. Returns how many bundles had some."""

@@ -20,6 +20,7 @@ This module loads only msgspec and the standard library: the supervisor imports 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections import deque
@@ -346,6 +347,11 @@ class Channel:
         except ConnectionError:
             # The peer is gone, but what it said before may still be unread: only the reader's end of file closes.
             self._deaf = True
+        except OSError as error:
+            # More descriptors are under way than the limit allows, until the peer has read some.
+            if error.errno not in (errno.ETOOMANYREFS, errno.ENOBUFS):
+                raise
+            return False
         return True
 
     def _writable(self) -> None:

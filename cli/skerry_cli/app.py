@@ -21,7 +21,9 @@ from skerry_cli.output import note
 from skerry_cli.profile import Options
 
 # Some releases of typer bring a click of their own, so the class is found from what typer shows.
-_ClickException: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_ClickException: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 
 app = typer.Typer(
     no_args_is_help=True,

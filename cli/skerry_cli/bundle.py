@@ -78,7 +78,8 @@ def build_bundle(spec: Mapping[str, Any], *, source: Path, out: Path, created: s
     fields: dict[str, Any] = {"schema": m.SCHEMA, "created": created, **spec}
     sources: dict[str, Path] = {}
     fields["variants"] = [
-        _with_files(variant, i, source, sources) for i, variant in enumerate(_list(fields.get("variants"), "$.variants"))
+        _with_files(variant, i, source, sources)
+        for i, variant in enumerate(_list(fields.get("variants"), "$.variants"))
     ]
     try:
         data = canonical.encode(fields)

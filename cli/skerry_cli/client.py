@@ -23,7 +23,9 @@ from skerry_cli.profile import Profile
 
 _TIMEOUT = urllib3.Timeout(connect=10.0, read=120.0)
 _MAX_ANSWER = 64 << 20
-_SAFETY_CODES = frozenset({"below_floor", "not_approved", "not_in_catalog", "bad_signature", "hash_mismatch", "rollback"})
+_SAFETY_CODES = frozenset(
+    {"below_floor", "not_approved", "not_in_catalog", "bad_signature", "hash_mismatch", "rollback"}
+)
 
 
 class Api:

@@ -84,7 +84,9 @@ def find_bundle(api: Api, wish: str) -> dict[str, Any]:
     for item in listed:
         if item["version"] == version:
             return item
-    raise Usage(f"{wish}: not in the register; {model} has {', '.join(str(i['version']) for i in listed) or 'no version'}")
+    raise Usage(
+        f"{wish}: not in the register; {model} has {', '.join(str(i['version']) for i in listed) or 'no version'}"
+    )
 
 
 class Approver:

@@ -19,6 +19,7 @@ from pathlib import Path
 from skerry_cli import bundle, catalog, publishing
 from skerry_cli.demo.fleet import GROUP, SETTINGS, Fleet
 from skerry_cli.demo.processes import Processes
+
 from tests import models
 from tests.bench.result import Result, median
 
@@ -46,12 +47,12 @@ def _measure(folder: Path, processes: Processes) -> Result:
     fleet.finish_enrolment(DEVICE)
     first = _publish(fleet, 0)
     fleet.api.put(f"/api/v1/groups/{GROUP}/models/gas", {"stable": first})
-    fleet.wait("the first version", lambda: _confirmed(fleet, first), 60.0)
+    fleet.wait("the first version to serve", lambda: "gas" in fleet.status(DEVICE)["running"], 60.0)
     stop = threading.Event()
     failures: list[str] = []
     asking = threading.Thread(target=_ask, args=(fleet, stop, failures), daemon=True)
     asking.start()
-    time.sleep(3.0)
+    fleet.wait("the first version to be confirmed", lambda: _confirmed(fleet, first), 60.0)
     took: list[float] = []
     for number in range(1, ROUNDS + 1):
         digest = _publish(fleet, number)

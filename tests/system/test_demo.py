@@ -51,7 +51,9 @@ def test_the_demo_loses_nothing_refuses_what_it_must_and_cleans_up(tmp_path: Pat
     counted = summary["inferences"]
     assert counted["answered"] == counted["counted_by_server"] > 1000
     assert (counted["lost"], counted["counted_twice"], summary["failed_requests"]["during_swaps"]) == (0, 0, 0)
-    assert counted["asked_by_applications"] == counted["answered"] + summary["failed_requests"]["by_the_crashing_bundle"]
+    assert (
+        counted["asked_by_applications"] == counted["answered"] + summary["failed_requests"]["by_the_crashing_bundle"]
+    )
     assert set(summary["versions"].values()) == {"2.0.0"} and len(summary["versions"]) == 6
     assert len(summary["first_stage"]) == 4
     assert [refusal["code"] for refusal in summary["refusals"]] == [
@@ -103,6 +105,7 @@ def test_a_killed_demo_takes_its_fleet_along(tmp_path: Path) -> None:
 def test_a_demo_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path, arguments: tuple[str, str]) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     done = subprocess.run([*DEMO, *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert done.returncode == 2 and "wanted" in done.stderr or "not a demo's folder" in done.stderr
+    assert done.returncode == 2
+    assert "wanted" in done.stderr or "not a demo's folder" in done.stderr
     assert (tmp_path / "mine.txt").read_text() == "keep"
     assert not (tmp_path / "demo").exists()

@@ -24,7 +24,7 @@ class DeviceApi:
     Args:
         web: trusts the fleet's CA.
         server_url: ``https://host:port``.
-        now_s: the best known now; replaced by the server's own time where a token needs it.
+        now_s: wall clock, seconds since 1970; replaced by the server's own time where a token needs it.
     """
 
     def __init__(self, web: transport.Web, server_url: str, now_s: float) -> None:

@@ -72,7 +72,7 @@ class _Run:
         except FileNotFoundError:
             raise Degraded("not_enrolled", f"{ca_path} is not there", advice="enrol the device") from None
         self._web = transport.Web(
-            server_url=request.server_url, ca_pem=ca_pem, reference_s=request.reference_s, gap_s=request.limits.gap_s
+            server_url=request.server_url, ca_pem=ca_pem, now_s=request.now_s, gap_s=request.limits.gap_s
         )
         self._request = request
         self._limits = request.limits

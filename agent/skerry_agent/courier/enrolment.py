@@ -59,12 +59,12 @@ def enrol(request: requests.Enrol) -> dict[str, Any]:
             held = _held_root(identity, token.root_sha256)
             ca_pem = _find_ca(token, request)
             web = transport.Web(
-                server_url=token.server_url, ca_pem=ca_pem, reference_s=request.reference_s, gap_s=request.limits.gap_s
+                server_url=token.server_url, ca_pem=ca_pem, now_s=request.now_s, gap_s=request.limits.gap_s
             )
             if held is None:
                 durable.write(identity / "root.json", _find_root(token, web), mode=0o644)
             key = keys.make_key(identity)
-            api = device_api.DeviceApi(web, token.server_url, request.reference_s)
+            api = device_api.DeviceApi(web, token.server_url, request.now_s)
             answer = api.enrol(token.token, keys.request_certificate(key, asked), asked)
             enrolled = _checked(answer, token, key, ca_pem)
             durable.write(identity / "fleet-ca.pem", ca_pem.encode(), mode=0o644)
@@ -93,10 +93,8 @@ def renew(request: requests.Renew) -> dict[str, Any]:
         device = str(json.loads((identity / "enrolled.json").read_bytes())["device_id"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Degraded("not_enrolled", f"{identity}: {error}", advice="enrol the device") from None
-    web = transport.Web(
-        server_url=request.server_url, ca_pem=ca_pem, reference_s=request.reference_s, gap_s=request.limits.gap_s
-    )
-    api = device_api.DeviceApi(web, request.server_url, request.reference_s)
+    web = transport.Web(server_url=request.server_url, ca_pem=ca_pem, now_s=request.now_s, gap_s=request.limits.gap_s)
+    api = device_api.DeviceApi(web, request.server_url, request.now_s)
     answer = api.renew(key, device, keys.request_certificate(key, device))
     certificate = _checked_certificate(answer, key, ca_pem, device)
     try:

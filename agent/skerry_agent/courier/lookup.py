@@ -110,9 +110,7 @@ def _web(request: requests.Common) -> transport.Web:
         ca_pem = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise Degraded("not_enrolled", f"{path}: {error}", advice="enrol the device") from None
-    return transport.Web(
-        server_url=request.server_url, ca_pem=ca_pem, reference_s=request.reference_s, gap_s=request.limits.gap_s
-    )
+    return transport.Web(server_url=request.server_url, ca_pem=ca_pem, now_s=request.now_s, gap_s=request.limits.gap_s)
 
 
 def _open(request: requests.Common, web: transport.Web) -> updater.DeviceUpdater:
@@ -142,7 +140,7 @@ def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, A
     try:
         enrolled = json.loads((request.identity / "enrolled.json").read_bytes())
         key = keys.load_key(request.identity)
-        api = device_api.DeviceApi(web, request.server_url, request.reference_s)
+        api = device_api.DeviceApi(web, request.server_url, request.now_s)
         answer = api.membership(key, str(enrolled["device_id"]))
         membership = {
             "group": ids.group_name(answer.get("group")),

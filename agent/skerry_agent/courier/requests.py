@@ -63,11 +63,6 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
         """The folder of verified TUF metadata."""
         return Path(self.state_dir) / "tuf"
 
-    @property
-    def reference_s(self) -> float:
-        """The best known now: never before the lower bound."""
-        return max(self.now_s, self.lower_bound_s)
-
 
 class Enrol(Common, frozen=True, kw_only=True):
     """``csr_subject``: the id that a device with a prefix token asks for."""

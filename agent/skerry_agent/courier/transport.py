@@ -3,9 +3,9 @@
 Trust: our server is known by the fleet's CA and by nothing else. Any other host that serves the repository (a bucket, a CDN)
 is known by the system's CAs; what it serves is verified by TUF all the same. Plain HTTP is refused.
 
-A device may not know the time. So the fleet CA's certificates are not judged by the wall clock: they must not have expired
-before the lower bound of now that verified metadata gave, and "not yet valid" is not asked, since a clock at 1970 would say so of
-everything.
+A device may not know the time. So of the fleet CA's certificates only the end of validity is judged, by the wall clock: "not
+yet valid" would be said of everything by a clock at 1970. The signed lower bound of now is left out on purpose: a stolen
+online key could set it far ahead, and the device must still be able to fetch the root that takes that key away.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Web:
     Args:
         server_url: whoever answers there must show a certificate of ``ca_pem``.
         ca_pem: the fleet's CA.
-        reference_s: the best known now, seconds since 1970.
+        now_s: wall clock, seconds since 1970.
         gap_s: longest silence on a connection.
     """
 
-    def __init__(self, *, server_url: str, ca_pem: str, reference_s: float, gap_s: float) -> None:
+    def __init__(self, *, server_url: str, ca_pem: str, now_s: float, gap_s: float) -> None:
         self._server = _origin(server_url)
-        self._reference_s = reference_s
+        self._now_s = now_s
         self._gap_s = gap_s
         self._fleet = fleet_context(ca_pem)
         self._public: ssl.SSLContext | None = None
@@ -138,7 +138,7 @@ class Web:
             return
         certificate = connection.sock.getpeercert() or {}
         ends = str(certificate.get("notAfter", ""))
-        if not ends or ssl.cert_time_to_seconds(ends) < self._reference_s:
+        if not ends or ssl.cert_time_to_seconds(ends) < self._now_s:
             connection.close()
             raise Transient("unreachable", f"{host}:{port}: its certificate expired {ends}")
 

@@ -89,7 +89,9 @@ def verify(
     if as_json:
         output.show_json(told)
     else:
-        output.say(f"{folder}: {told['files']} files match the manifest, digest {made.digest}; signature {told['signature']}.")
+        output.say(
+            f"{folder}: {told['files']} files match the manifest, digest {made.digest}; signature {told['signature']}."
+        )
 
 
 @app.command()

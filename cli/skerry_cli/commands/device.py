@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from skerry_contract import enrolment
 
 from skerry_cli import keys, output
-from skerry_cli.client import Api, quote
+from skerry_cli.client import quote
 from skerry_cli.commands.publish import find_bundle
 from skerry_cli.commands.session import session
+from skerry_cli.enrolling import complete_token
 from skerry_cli.errors import Usage
 
 app = typer.Typer(no_args_is_help=True, help="Look at devices, enrol, pin and revoke them.")
@@ -23,7 +23,9 @@ Device = Annotated[str, typer.Argument(help="The device's id.")]
 def list_(
     context: typer.Context,
     group: Annotated[str | None, typer.Option("--group", help="Only of this group.")] = None,
-    online: Annotated[bool | None, typer.Option("--online/--offline", help="Only those now online, or offline.")] = None,
+    online: Annotated[
+        bool | None, typer.Option("--online/--offline", help="Only those now online, or offline.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Lists devices and what they run."""
@@ -35,7 +37,10 @@ def list_(
     output.show_table(
         "devices",
         ("id", "group", "status", "online", "runs", "seen"),
-        [(d["id"], d["group"], d["status"], d["online"], running_text(d), output.when(d.get("seen_ms"))) for d in items],
+        [
+            (d["id"], d["group"], d["status"], d["online"], running_text(d), output.when(d.get("seen_ms")))
+            for d in items
+        ],
     )
 
 
@@ -48,7 +53,9 @@ def show(context: typer.Context, device: Device, as_json: AsJson = False) -> Non
     if as_json:
         output.show_json({**found, "events": events})
         return
-    output.show_fields(f"device {device}", {n: v for n, v in found.items() if n not in ("state", "running", "public_key_pem")})
+    output.show_fields(
+        f"device {device}", {n: v for n, v in found.items() if n not in ("state", "running", "public_key_pem")}
+    )
     output.say(f"runs: {running_text(found)}")
     output.show_table(
         "events",
@@ -72,7 +79,9 @@ def token(
     run = session(context)
     root_sha256 = keys.read_ceremony(run.keys).root_sha256
     text = complete_token(
-        run.api, root_sha256, {"device_id": device, "serial_prefix": serial_prefix, "group": group, "expires_s": expires_s}
+        run.api,
+        root_sha256,
+        {"device_id": device, "serial_prefix": serial_prefix, "group": group, "expires_s": expires_s},
     )
     if as_json:
         output.show_json({"token": text})
@@ -114,17 +123,9 @@ def revoke(
     output.say(f"{device} is revoked.")
 
 
-def complete_token(api: Api, root_sha256: str, wish: dict[str, Any]) -> str:
-    """Asks the server for a token and adds what the server must not decide."""
-    issued = api.post("/api/v1/enrolment-tokens", {name: value for name, value in wish.items() if value is not None})
-    return enrolment.build(
-        enrolment.Enrolment(
-            server_url=api.server, token=str(issued["token"]), ca_sha256=api.ca_sha256, root_sha256=root_sha256
-        )
-    )
-
-
 def running_text(device: dict[str, Any]) -> str:
     """What a device runs, in one line."""
-    parts = [f"{model} {run.get('version')} ({run.get('state')})" for model, run in (device.get("running") or {}).items()]
+    parts = [
+        f"{model} {run.get('version')} ({run.get('state')})" for model, run in (device.get("running") or {}).items()
+    ]
     return ", ".join(parts) or "nothing yet"

@@ -15,9 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="Make, list and configure groups of
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 Group = Annotated[str, typer.Argument(help="The group's name.")]
-_NUMBERS = frozenset(
-    {"window_s", "sample_rate", "sync_s", "jitter_s", "max_kib_s", "trial_s", "trial_inferences"}
-)
+_NUMBERS = frozenset({"window_s", "sample_rate", "sync_s", "jitter_s", "max_kib_s", "trial_s", "trial_inferences"})
 
 
 @app.command()

@@ -19,12 +19,17 @@ def init(
     context: typer.Context,
     directory: Annotated[Path, typer.Option("--dir", help="New folder for the keys; keep it offline.")],
     online: Annotated[
-        Path | None, typer.Option("--online", help="The server's public key (online.pub.json); asked of the server when left out.")
+        Path | None,
+        typer.Option("--online", help="The server's public key (online.pub.json); asked of the server when left out."),
     ] = None,
-    approver: Annotated[list[str] | None, typer.Option("--approver", help="Name of one who approves; repeat for more.")] = None,
+    approver: Annotated[
+        list[str] | None, typer.Option("--approver", help="Name of one who approves; repeat for more.")
+    ] = None,
     threshold: Annotated[int, typer.Option("--threshold", help="How many approvers must sign.")] = 1,
     key_type: Annotated[str, typer.Option("--key-type", help="ed25519 or ecdsa (P-256).")] = "ed25519",
-    no_password: Annotated[bool, typer.Option("--no-password", help="Write private keys unencrypted, for automation.")] = False,
+    no_password: Annotated[
+        bool, typer.Option("--no-password", help="Write private keys unencrypted, for automation.")
+    ] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Also give the signed documents to the server.")] = False,
 ) -> None:
     """Holds the ceremony: root, targets and approver keys, and the first signed documents."""
@@ -82,7 +87,9 @@ def show(
         {"made": made.record.get("made"), "root sha256": made.root_sha256, "encrypted": made.record.get("encrypted")},
     )
     output.show_table(
-        "keys", ("name", "role", "key id", "file"), [(k["name"], k.get("role"), k["keyid"][:16], k["file"]) for k in made.record["keys"]]
+        "keys",
+        ("name", "role", "key id", "file"),
+        [(k["name"], k.get("role"), k["keyid"][:16], k["file"]) for k in made.record["keys"]],
     )
     output.show_fields("expires", made.record.get("expires", {}))
 

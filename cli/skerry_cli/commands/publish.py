@@ -149,7 +149,12 @@ def _report(made: catalog.Proposal, proposal_out: Path | None, as_json: bool) ->
         publishing.write_proposal(proposal_out, made)
     if as_json:
         output.show_json(
-            {**made.difference.to_json(), "signatures": len(made.signed), "threshold": made.threshold, "posted": made.complete}
+            {
+                **made.difference.to_json(),
+                "signatures": len(made.signed),
+                "threshold": made.threshold,
+                "posted": made.complete,
+            }
         )
     elif made.complete:
         output.say(f"Catalog {made.difference.to_version} is signed and on the server.")

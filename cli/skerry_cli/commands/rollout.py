@@ -31,10 +31,18 @@ def start(
         list[str] | None,
         typer.Option("--stage", help="devices=4,inferences=200,seconds=60,max=3600 (or share=0.1); repeat, in order."),
     ] = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="Stages and gates from a TOML or JSON file instead.")] = None,
-    max_error_rate: Annotated[float | None, typer.Option("--max-error-rate", help="Gate: share of failed requests.")] = None,
-    latency_p95_ms: Annotated[float | None, typer.Option("--latency-p95-ms", help="Gate: p95 on the device, ms.")] = None,
-    rollout_id: Annotated[str | None, typer.Option("--id", help="The rollout's id; the server chooses one when left out.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Stages and gates from a TOML or JSON file instead.")
+    ] = None,
+    max_error_rate: Annotated[
+        float | None, typer.Option("--max-error-rate", help="Gate: share of failed requests.")
+    ] = None,
+    latency_p95_ms: Annotated[
+        float | None, typer.Option("--latency-p95-ms", help="Gate: p95 on the device, ms.")
+    ] = None,
+    rollout_id: Annotated[
+        str | None, typer.Option("--id", help="The rollout's id; the server chooses one when left out.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Starts a rollout of an approved bundle."""
@@ -100,14 +108,24 @@ def list_(
         "rollouts",
         ("id", "group", "model", "candidate", "state", "stage", "created"),
         [
-            (r["id"], r["group"], r["model"], output.short(r["candidate"]), r["state"], r["stage"], output.when(r.get("created_ms")))
+            (
+                r["id"],
+                r["group"],
+                r["model"],
+                output.short(r["candidate"]),
+                r["state"],
+                r["stage"],
+                output.when(r.get("created_ms")),
+            )
             for r in items
         ],
     )
 
 
 @app.command()
-def show(context: typer.Context, rollout: Annotated[str, typer.Argument(help="The rollout's id.")], as_json: AsJson = False) -> None:
+def show(
+    context: typer.Context, rollout: Annotated[str, typer.Argument(help="The rollout's id.")], as_json: AsJson = False
+) -> None:
     """Shows a rollout and every decision about it."""
     api = session(context).api
     found = api.get(f"/api/v1/rollouts/{quote(rollout)}")
@@ -115,7 +133,9 @@ def show(context: typer.Context, rollout: Annotated[str, typer.Argument(help="Th
     if as_json:
         output.show_json({**found, "decisions": decisions})
         return
-    output.show_fields(f"rollout {rollout}", {name: value for name, value in found.items() if not isinstance(value, dict | list)})
+    output.show_fields(
+        f"rollout {rollout}", {name: value for name, value in found.items() if not isinstance(value, dict | list)}
+    )
     for decision in decisions:
         output.say(decision_text(decision))
 

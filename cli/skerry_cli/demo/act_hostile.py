@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from skerry_cli import catalog
 from skerry_cli.client import quote
-from skerry_cli.demo import data, forgery, models
+from skerry_cli.demo import data, forgery, models, sabotage
 from skerry_cli.demo.act_rollouts import FIRST, SECOND, make
 from skerry_cli.demo.fleet import GROUP
 from skerry_cli.demo.models import MODEL
@@ -45,14 +46,18 @@ def hostile(run: Run) -> None:
 
     def flipped() -> None:
         place = forgery.flip_byte(fleet.server.data / "repository", fleet.overlay, blob)
-        screen.say(f"(a) {mirrored} is pinned to {good.bundle.manifest.version}, approved and sound; the mirror flips byte {place} of its model.")
+        screen.say(
+            f"(a) {mirrored} is pinned to {good.bundle.manifest.version}, approved and sound; the mirror flips byte {place} of its model."
+        )
         _pin(run, mirrored, good.bundle.digest)
 
     _offer(run, Offer(what="one byte flipped on the way", device=mirrored, code="hash_mismatch", make=flipped))
     _unpin(run, mirrored)
     fleet.be_honest()
 
-    stolen = models.make_bundle(fleet.folder / "bundles" / "9.0.0", version="9.0.0", batches=(1,), created=run.created())
+    stolen = models.make_bundle(
+        fleet.folder / "bundles" / "9.0.0", version="9.0.0", batches=(1,), created=run.created()
+    )
 
     def unknown_key() -> None:
         keyid = thief.approve_and_pin(stolen.bundle, group=GROUP, device=mirrored, now=run.now())
@@ -76,7 +81,9 @@ def hostile(run: Run) -> None:
         except CliError as error:
             screen.say(f"    The server itself refuses to pin {FIRST}: {error.message}.")
             thief.pin(run.bundles[FIRST].bundle, group=GROUP, device=mirrored, now=run.now())
-            screen.say(f"    So the thief signs a group document that pins {mirrored} to {FIRST}, which the catalog still lists.")
+            screen.say(
+                f"    So the thief signs a group document that pins {mirrored} to {FIRST}, which the catalog still lists."
+            )
             fleet.sync(mirrored)
 
     _offer(run, Offer(what="below the floor", device=mirrored, code="below_floor", make=below_floor))
@@ -84,6 +91,12 @@ def hostile(run: Run) -> None:
     _unpin(run, mirrored)
     _heal(run, thief)
 
+    if platform.machine() not in sabotage.DEADLY_ON:
+        run.notes.expected_refusals -= 1
+        screen.say(
+            f"(d) is left out: the bundle that crashes its runtime crashes on x86 processors only, this is {platform.machine()}."
+        )
+        return
     live = data.load([fleet.batch])
     bad, trigger = models.make_crashing_bundle(
         fleet.folder / "bundles" / "3.0.0", version="3.0.0", batches=(1,), live=live, created=run.created()
@@ -131,7 +144,10 @@ def _offer(run: Run, offer: Offer) -> None:
         Refusal(offered=offer.what, device=device, code=offer.code, detail=detail, kept=kept, answered_since=since)
     )
     run.must(kept == SECOND, f"{device} runs {SECOND} before and after; it runs {kept}")
-    screen.say(f"    {device}: {offer.code}{f' ({detail})' if detail else ''}. It runs {kept} and gave {since} answers since.", style="green")
+    screen.say(
+        f"    {device}: {offer.code}{f' ({detail})' if detail else ''}. It runs {kept} and gave {since} answers since.",
+        style="green",
+    )
 
 
 def _pin(run: Run, device: str, digest: str) -> None:

@@ -46,7 +46,9 @@ def lose_network(run: Run) -> None:
     before = fleet.counts(device)
     run.notes.offline = {"device": device, "cut_s": time.time(), "answered_at_cut": before.answered}
     fleet.wait(f"the server to miss {device}", lambda: not fleet.device(device)["online"], 30.0)
-    screen.say(f"Its cable is cut: HTTP and MQTT both. The server sees it offline. Its application has {before.answered} answers and goes on.")
+    screen.say(
+        f"Its cable is cut: HTTP and MQTT both. The server sees it offline. Its application has {before.answered} answers and goes on."
+    )
 
 
 def second_model(run: Run) -> None:
@@ -61,7 +63,11 @@ def second_model(run: Run) -> None:
     run.roll_out(SECOND, stages, "second-model")
     items, _ = server_counts(fleet)
     run.notes.first_stage = sorted(
-        {row["device"] for row in items if row["rollout"] == "second-model" and row["stage"] == 0 and row["arm"] == "candidate"}
+        {
+            row["device"]
+            for row in items
+            if row["rollout"] == "second-model" and row["stage"] == 0 and row["arm"] == "candidate"
+        }
     )
     screen.say(f"In the first stage exactly these answered with {SECOND}: {', '.join(run.notes.first_stage)}.")
     run.must(
@@ -79,15 +85,22 @@ def regain_network(run: Run) -> None:
     there = fleet.counts(device)
     alone = there.answered - notes.offline["answered_at_cut"]
     run.must(alone > 0, f"{device} answered while it had no network")
-    run.must(set(there.versions) == {FIRST}, f"{device} ran {FIRST} alone while it had no network, not {sorted(there.versions)}")
+    run.must(
+        set(there.versions) == {FIRST},
+        f"{device} ran {FIRST} alone while it had no network, not {sorted(there.versions)}",
+    )
     mended = time.time()
     fleet.cable("mend")
-    screen.say(f"Without a network it gave {alone} answers with {FIRST} in {mended - notes.offline['cut_s']:.0f} s. The cable is mended.")
+    screen.say(
+        f"Without a network it gave {alone} answers with {FIRST} in {mended - notes.offline['cut_s']:.0f} s. The cable is mended."
+    )
 
     def updated() -> bool:
         item = fleet.device(device)
         version, state = fleet.running(item)
-        screen.progress(f"{device} is {'online' if item['online'] else 'offline'}, runs {version} ({state or 'no state'})")
+        screen.progress(
+            f"{device} is {'online' if item['online'] else 'offline'}, runs {version} ({state or 'no state'})"
+        )
         return bool(item["online"]) and version == SECOND and state.startswith("confirmed")
 
     fleet.wait(f"{device} to take {SECOND}", updated, 90.0)
@@ -104,7 +117,11 @@ def regain_network(run: Run) -> None:
     counted = sum(row["ok"] for row in server_counts(fleet, device=device)[0] if row["bundle"] == digest)
     answered = fleet.counts(device).versions[FIRST][0]
     run.must(counted == answered, f"{device} gave {answered} answers with {FIRST}, the server counted {counted}")
-    notes.offline |= {"answered_offline": alone, "offline_s": round(mended - notes.offline["cut_s"], 1), "updated_after_s": round(took, 1)}
+    notes.offline |= {
+        "answered_offline": alone,
+        "offline_s": round(mended - notes.offline["cut_s"], 1),
+        "updated_after_s": round(took, 1),
+    }
     screen.say(
         f"It took {SECOND} by itself {took:.1f} s after the cable was mended. The server has all {counted} answers it gave with "
         f"{FIRST}, each once."

@@ -52,7 +52,9 @@ class Counts:
 class Application:
     """See the module. ``clock`` and ``sleep`` are monotonic seconds."""
 
-    def __init__(self, *, device: str, serving: Path, out: Path, model: str, batch: int, seed: int, rate: float) -> None:
+    def __init__(
+        self, *, device: str, serving: Path, out: Path, model: str, batch: int, seed: int, rate: float
+    ) -> None:
         self._serving = serving
         self._out = out
         self._model = model
@@ -96,7 +98,12 @@ class Application:
         body = json.dumps(
             {
                 "inputs": [
-                    {"name": "readings", "shape": [1, len(values)], "datatype": "FP32", "data": [float(v) for v in values]}
+                    {
+                        "name": "readings",
+                        "shape": [1, len(values)],
+                        "datatype": "FP32",
+                        "data": [float(v) for v in values],
+                    }
                 ]
             }
         ).encode()

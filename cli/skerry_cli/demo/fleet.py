@@ -6,11 +6,8 @@ Owns starting them and asking after them. What happens to them is told in the ac
 from __future__ import annotations
 
 import datetime as dt
-import http.client
 import json
-import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -22,10 +19,11 @@ from skerry_contract import enrolment
 
 from skerry_cli import keys, publishing
 from skerry_cli.client import Api, quote
-from skerry_cli.commands.device import complete_token
 from skerry_cli.demo.application import Counts, read_counts
+from skerry_cli.demo.control import ask_agent
 from skerry_cli.demo.models import MODEL
 from skerry_cli.demo.processes import Processes
+from skerry_cli.enrolling import complete_token
 from skerry_cli.errors import Failed
 from skerry_cli.profile import Profile
 
@@ -82,7 +80,9 @@ class Fleet:
             "server", [*command, "run", "--data", str(data)], environment={"SKERRY_SERVER_ROLLOUT_TICK_S": "0.5"}
         )
         told = self.wait("the server to be ready", lambda: _read_json(data / "run.json"), _START_S)
-        self.server = Server(url=told["url"], mqtt_host=told["mqtt"]["host"], mqtt_port=int(told["mqtt"]["port"]), data=data)
+        self.server = Server(
+            url=told["url"], mqtt_host=told["mqtt"]["host"], mqtt_port=int(told["mqtt"]["port"]), data=data
+        )
         token = (data / "admin.token").read_text().strip()
         self.api = Api(Profile(server=self.server.url, token=token, ca=data / "ca" / "ca.pem"))
         return self.server
@@ -136,7 +136,14 @@ class Fleet:
             "mirror",
             [
                 *(sys.executable, "-m", "skerry_cli.demo.mirror", "--upstream", self.server.url),
-                *("--ca", str(own / "ca.pem"), "--certificate", str(own / "server.pem"), "--key", str(own / "server.key")),
+                *(
+                    "--ca",
+                    str(own / "ca.pem"),
+                    "--certificate",
+                    str(own / "server.pem"),
+                    "--key",
+                    str(own / "server.key"),
+                ),
                 *("--overlay", str(self.overlay)),
             ],
             stdout=True,
@@ -283,42 +290,6 @@ class Fleet:
 
 
 _AGENT = (sys.executable, "-m", "skerry_agent")
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=10.0)
-        self._path = path
-
-    def connect(self) -> None:
-        # A socket's path may have 107 bytes; the folder's descriptor makes any path short.
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.sock.settimeout(self.timeout)
-            self.sock.connect(f"/proc/self/fd/{folder}/{self._path.name}")
-        finally:
-            os.close(folder)
-
-
-def ask_agent(control: Path, method: str, target: str) -> dict[str, Any]:
-    """One request to an agent's control socket.
-
-    Raises:
-        Failed: nobody answers there, or with an error.
-    """
-    connection = _UnixConnection(control)
-    try:
-        connection.request(method, target)
-        answer = connection.getresponse()
-        text = answer.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise Failed(f"{control}: the agent does not answer: {error}") from None
-    finally:
-        connection.close()
-    if answer.status != 200:
-        raise Failed(f"{control}: {target}: HTTP {answer.status}: {text[:200].decode(errors='replace')}")
-    return dict(json.loads(text)) if text else {}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -157,7 +157,9 @@ def _spec(
         "slo": {"latency_p95_ms": 1000.0, "success": 0.999},
         "provenance": {
             "trainer": "scikit-learn MLPClassifier (64, 32), int8 by onnxruntime static quantization",
-            "datasets": {f"gas-drift-batches-{'-'.join(map(str, trained.batches))}": data.load(trained.batches).sha256()},
+            "datasets": {
+                f"gas-drift-batches-{'-'.join(map(str, trained.batches))}": data.load(trained.batches).sha256()
+            },
             "metrics": {"rows": float(len(trained.fitted)), "held_out_rows": float(len(trained.held_out))},
         },
     }

@@ -45,6 +45,7 @@ class Notes:
     Attributes:
         broken: invariants that did not hold, in words.
         rollouts: ids in order; first_stage: devices that ran the candidate in the second rollout's first stage.
+        expected_refusals: one less on a processor on which the crashing bundle does not crash.
         crash: (device, from, to) in seconds since 1970: failures of that device in between are the crashing bundle's.
         offline: what happened to the device without a network.
     """
@@ -54,6 +55,7 @@ class Notes:
     first_stage: list[str] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     crash: tuple[str, float, float] | None = None
+    expected_refusals: int = 4
     offline: dict[str, Any] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
 
@@ -85,7 +87,9 @@ class Run:
         addition = catalog.Addition(
             model=manifest.model, version=manifest.version, digest=made.bundle.digest, submitter="admin"
         )
-        proposal = self.fleet.approver.change(catalog.Change(add=(addition,)), now=self.now(), folder=made.bundle.folder)
+        proposal = self.fleet.approver.change(
+            catalog.Change(add=(addition,)), now=self.now(), folder=made.bundle.folder
+        )
         self.bundles[manifest.version] = made
         if not quietly:
             self.screen.say(
@@ -117,7 +121,9 @@ class Run:
                 if decision["id"] not in shown and decision["action"] != "hold":
                     verdict = f" [{decision['verdict']}]" if decision["verdict"] else ""
                     done = _TOLD.get(decision["action"], decision["action"])
-                    self.screen.say(f"Orchestrator{verdict}: {rollout_id} {done}, because: {decision['reason']}.", style="cyan")
+                    self.screen.say(
+                        f"Orchestrator{verdict}: {rollout_id} {done}, because: {decision['reason']}.", style="cyan"
+                    )
                 shown.add(decision["id"])
             now = dict(api.get(f"/api/v1/rollouts/{quote(rollout_id)}"))
             if now["state"] == "paused":

@@ -102,7 +102,9 @@ def _leave_running(run: Run) -> None:
     for device in fleet.devices:
         fleet.start_application(device)
     screen.heading("The fleet is kept")
-    screen.say(f"API: {fleet.server.url} (CA {fleet.server.data / 'ca' / 'ca.pem'}, token {fleet.server.data / 'admin.token'})")
+    screen.say(
+        f"API: {fleet.server.url} (CA {fleet.server.data / 'ca' / 'ca.pem'}, token {fleet.server.data / 'admin.token'})"
+    )
     screen.say(
         f"Ask it: skerry --server {fleet.server.url} --ca {fleet.server.data / 'ca' / 'ca.pem'} "
         f"--token {fleet.server.data / 'admin.token'} --keys {fleet.ceremony.directory} device list"

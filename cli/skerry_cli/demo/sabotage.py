@@ -18,6 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from skerry_cli.demo import data, quantization, training
 from skerry_cli.errors import Failed
 
+DEADLY_ON = frozenset({"x86_64", "AMD64", "i686"})
+"""Processors (``platform.machine()``) that trap this division; others wrap around and go on."""
 _MARGIN = 0.1
 _LEAST_SHARE = 0.05
 

@@ -178,7 +178,12 @@ class Device:
             (identity / name).write_text(f"{name} of a test\n")
         (identity / "enrolled.json").write_text(
             json.dumps(
-                {"device_id": DEVICE, "group": GROUP, "server_url": "https://127.0.0.1:9", "mqtt": {"host": "127.0.0.1", "port": mqtt_port}}
+                {
+                    "device_id": DEVICE,
+                    "group": GROUP,
+                    "server_url": "https://127.0.0.1:9",
+                    "mqtt": {"host": "127.0.0.1", "port": mqtt_port},
+                }
             )
         )
         times = {
@@ -207,7 +212,9 @@ class Device:
         self.save()
         return digest
 
-    def publish(self, stable: str, candidate: str = "", *, stage: int = 0, cut: int = group.EVERYONE, **fields: Any) -> None:
+    def publish(
+        self, stable: str, candidate: str = "", *, stage: int = 0, cut: int = group.EVERYONE, **fields: Any
+    ) -> None:
         """Publishes a group document: ``stable``, and a rollout of ``candidate`` when there is one."""
         self.generation += 1
         rollout = None
@@ -233,7 +240,10 @@ class Device:
         environment = {**os.environ, "SKERRY_TEST_WORLD": str(self.folder)}
         with (self.folder / "agent.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "agent_process.py"), str(self.config)], env=environment, stderr=log, cwd=ROOT
+                [sys.executable, str(HERE / "agent_process.py"), str(self.config)],
+                env=environment,
+                stderr=log,
+                cwd=ROOT,
             )
         wait_for(self.status, why="the control socket")
         return self
@@ -278,7 +288,10 @@ class Device:
 
     def wait_running(self, version: str, *states: str) -> None:
         wanted = states or ("confirmed", "confirmed_on_golden")
-        wait_for(lambda: self.running() in [(version, state) for state in wanted], why=f"{version} {wanted}: {self.log()[-3000:]}")
+        wait_for(
+            lambda: self.running() in [(version, state) for state in wanted],
+            why=f"{version} {wanted}: {self.log()[-3000:]}",
+        )
 
     def wait_update(self, state: str, code: str = "", version: str = "") -> dict[str, Any]:
         def found() -> Any:

@@ -46,7 +46,9 @@ def test_a_killed_supervisor_takes_its_worker_along_and_loses_nothing(serving: D
         asked += len(serving.infer(17))
         worker = psutil.Process(serving.status()["worker"]["pid"])
         serving.kill()
-        wait_for(lambda worker=worker: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, why="its end")
+        wait_for(
+            lambda worker=worker: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, why="its end"
+        )
         serving.start()
         serving.wait_running("1.0.0", "confirmed")
         wait_for(lambda: serving.status()["worker"]["pid"], why="a worker")
@@ -97,7 +99,9 @@ def test_a_supervisor_killed_at_random_during_updates_always_comes_back(serving:
     serving.wait_running("1.1.0", "confirmed")
 
 
-def test_without_any_network_at_boot_the_confirmed_bundle_serves(serving: Device, server: Server, broker: Broker) -> None:
+def test_without_any_network_at_boot_the_confirmed_bundle_serves(
+    serving: Device, server: Server, broker: Broker
+) -> None:
     assert serving.stop() == 0
     server.close()
     broker.stop()

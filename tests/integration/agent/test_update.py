@@ -58,7 +58,9 @@ def test_a_bell_brings_the_next_version_without_a_failed_request(serving: Device
         wait_for(lambda: load.versions == {"1.0.0", "1.1.0"}, why="both versions")
     assert load.failed == []
     asked = 20 + load.ok
-    wait_for(lambda: server.inferences() == asked, why=f"{asked} counted, got {server.inferences()}: {serving.log()[-2000:]}")
+    wait_for(
+        lambda: server.inferences() == asked, why=f"{asked} counted, got {server.inferences()}: {serving.log()[-2000:]}"
+    )
     assert server.inferences(bundle=second) == server.inferences(arm="candidate", rollout="r-1", stage=0)
     assert server.conflicts == []
 
@@ -99,7 +101,9 @@ def test_the_next_stage_counts_under_its_own_key_without_a_new_worker(serving: D
         ("crash-on-load", "runtime_crashed"),
     ],
 )
-def test_a_bundle_that_does_not_prove_itself_never_serves(serving: Device, server: Server, kind: str, code: str) -> None:
+def test_a_bundle_that_does_not_prove_itself_never_serves(
+    serving: Device, server: Server, kind: str, code: str
+) -> None:
     with Load(serving) as load:
         bad = offer(serving, "1.1.0", kind)
         update = serving.wait_update("idle", code)
@@ -115,7 +119,10 @@ def test_a_flipped_byte_is_refused_and_given_up_after_three_tries(serving: Devic
     serving.publish(digest)
     serving.sync()
     serving.wait_update("idle", "hash_mismatch")
-    wait_for(lambda: sum(e.data["state"] == "fetch" and e.data["digest"] == digest for e in server.events()) == 3, why="3 tries")
+    wait_for(
+        lambda: sum(e.data["state"] == "fetch" and e.data["digest"] == digest for e in server.events()) == 3,
+        why="3 tries",
+    )
     serving.wait_update("idle", "hash_mismatch")
     for _ in range(3):
         serving.sync()
@@ -176,7 +183,9 @@ def test_a_crash_in_the_trial_brings_the_old_version_back_for_good(serving: Devi
     serving.sync()
     serving.sync()
     assert serving.status()["update"]["attempt"] == 1
-    wait_for(lambda: [e.data["digest"] for e in server.events() if e.code == "trial_crashed"] == [bad, bad], why="events")
+    wait_for(
+        lambda: [e.data["digest"] for e in server.events() if e.code == "trial_crashed"] == [bad, bad], why="events"
+    )
     crash = wait_for(lambda: server.events("worker"), why="the worker's event")[0]
     assert crash.data["how"] == "signal 8"
 

@@ -33,7 +33,9 @@ def test_a_bundle_goes_from_a_folder_to_a_rollout(cli: Cli, bundle: Path) -> Non
     assert yes.code == OK
     assert [entry["digest"] for entry in yes.json()["added"]] == [digest] and yes.json()["posted"]
 
-    started = cli("rollout", "start", "gas@1.0.0", "--group", "field", "--stage", "share=1,max=60", "--id", "r-1", "--json")
+    started = cli(
+        "rollout", "start", "gas@1.0.0", "--group", "field", "--stage", "share=1,max=60", "--id", "r-1", "--json"
+    )
     assert (started.code, started.json()["state"]) == (OK, "running")
     shown = cli("rollout", "show", "r-1", "--json").json()
     assert shown["decisions"][0]["action"] == "start"
@@ -188,7 +190,18 @@ def test_two_approvers_sign_one_after_the_other(cli: Cli, tmp_path: Path) -> Non
             "SKERRY_KEY_PASSWORD": "correct horse",
         }
         two = Cli(tmp_path, own)
-        ceremony = ("keys", "init", "--dir", tmp_path / "keys", "--approver", "ada", "--approver", "bob", "--threshold", "2")
+        ceremony = (
+            "keys",
+            "init",
+            "--dir",
+            tmp_path / "keys",
+            "--approver",
+            "ada",
+            "--approver",
+            "bob",
+            "--threshold",
+            "2",
+        )
         assert two(*ceremony, "--publish").code == OK
         models.build_bundle(tmp_path / "b", model="gas")
         assert two("push", tmp_path / "b").code == OK

@@ -153,7 +153,6 @@ def test_expired_catalog_stops_new_bundles_but_not_the_group_document(fleet, dev
     now_s = time.time() + later.total_seconds()
     answer = device.error("manifest", model="gas", version="1.0.0", digest=gas.digest, now_s=now_s)
     assert answer == ("rejected", "expired")
-    # The certificates of this fleet have ended by then too: the document below comes over a connection that allows it.
     synced = device.ok("sync", group="line-1", now_s=now_s)
     assert json.loads(synced["group_document"])["group"] == "line-1"
     assert synced["floors"] is None
@@ -179,7 +178,8 @@ def test_lower_bound_is_void_once_root_drops_the_key_that_gave_it(fleet, device,
     far = time.time() + 30 * 86400
     keys = [fleet.online.public_key.keyid]
     assert device.error("sync", group="line-1", lower_bound_s=far, lower_bound_keys=keys) == ("rejected", "expired")
-    assert device.sync(lower_bound_s=far, lower_bound_keys=["0" * 64])["online_keys"] == keys
+    for poisoned in (far, time.time() + 50 * 365 * 86400):
+        assert device.sync(lower_bound_s=poisoned, lower_bound_keys=["0" * 64])["online_keys"] == keys
 
 
 def test_endless_metadata_ends_at_its_limit(fleet, device, gas):
@@ -289,6 +289,12 @@ def test_server_with_another_ca_is_not_talked_to(fleet, device, gas, make_fleet)
     answer = device.error("sync", group="line-1", server_url=other.site.url, repository_url=other.url)
     assert answer == ("transient", "unreachable")
     assert other.site.asked == []
+
+
+def test_server_with_an_expired_certificate_is_not_talked_to(fleet, device, gas):
+    asked = len(fleet.site.asked)
+    assert device.error("sync", group="line-1", now_s=time.time() + 400 * 86400) == ("transient", "unreachable")
+    assert len(fleet.site.asked) == asked
 
 
 def test_plain_http_is_refused(fleet, device, gas):

@@ -387,7 +387,7 @@ def test_devices_read_a_consistent_repository_while_it_is_written(fleet, tmp_pat
 
 def generation_of(fleet, cache):
     """What a device with this cache reads now, in this process."""
-    web = transport.Web(server_url=fleet.site.url, ca_pem=fleet.authority.pem, reference_s=time.time(), gap_s=5)
+    web = transport.Web(server_url=fleet.site.url, ca_pem=fleet.authority.pem, now_s=time.time(), gap_s=5)
     fresh = updater.DeviceUpdater(
         cache, fleet.url, fetcher=updater.Fetcher(web), bootstrap=fleet.ceremony.root, now_s=time.time()
     )

@@ -66,7 +66,11 @@ def test_a_bundle_that_does_not_fit_is_refused_with_its_code(
 
 
 def test_the_first_variant_that_fits_wins_and_the_nearest_refusal_is_told() -> None:
-    arm, big, small = variant("arm", arch=("aarch64",)), variant("big", needs=m.Needs(rss_mb=900, disk_mb=1)), variant("small")
+    arm, big, small = (
+        variant("arm", arch=("aarch64",)),
+        variant("big", needs=m.Needs(rss_mb=900, disk_mb=1)),
+        variant("small"),
+    )
     assert a.admit(manifest(arm, big, small), GOOD, a.Memory()) == a.Admit(variant="small", fetch_bytes=2_000_010)
     refusal = a.admit(manifest(arm, big), GOOD, a.Memory())
     assert isinstance(refusal, a.Refuse)
@@ -75,7 +79,13 @@ def test_the_first_variant_that_fits_wins_and_the_nearest_refusal_is_told() -> N
 
 @pytest.mark.parametrize(
     ("have", "want", "fits"),
-    [("1.17", "1.17.0", True), ("1.9.1", "1.17", False), ("1.17.0rc1", "1.17", True), ("2.0", "1.99", True), ("1.16.9+cpu", "1.17", False)],
+    [
+        ("1.17", "1.17.0", True),
+        ("1.9.1", "1.17", False),
+        ("1.17.0rc1", "1.17", True),
+        ("2.0", "1.99", True),
+        ("1.16.9+cpu", "1.17", False),
+    ],
 )
 def test_runtime_versions_compare_by_their_numbers(have: str, want: str, fits: bool) -> None:
     answer = a.admit(manifest(variant(min=want)), dataclasses.replace(GOOD, runtimes={"onnx": have}), a.Memory())
@@ -93,7 +103,9 @@ def test_codes_that_speak_of_the_network_never_exhaust() -> None:
 DEVICE = ids.device_id("d-1")
 
 
-def document(*, cut: int | None = None, stage: int = 0, fallback: str = "", opens_at: int = 0, **fields: object) -> group.GroupDocument:
+def document(
+    *, cut: int | None = None, stage: int = 0, fallback: str = "", opens_at: int = 0, **fields: object
+) -> group.GroupDocument:
     rollout = None
     if cut is not None:
         rollout = group.Rollout(
@@ -107,7 +119,9 @@ def document(*, cut: int | None = None, stage: int = 0, fallback: str = "", open
     return group.GroupDocument(schema=1, group="g", generation=1, models={"gas": found}, **fields)  # type: ignore[arg-type]
 
 
-def one(doc: group.GroupDocument, running: p.Running | None, refused: set[str] | None = None, now_s: float = 10.0) -> p.Step:
+def one(
+    doc: group.GroupDocument, running: p.Running | None, refused: set[str] | None = None, now_s: float = 10.0
+) -> p.Step:
     (step,) = p.plan(doc, DEVICE, "x", {"gas": running} if running else {}, refused or set(), now_s)
     return step
 
@@ -133,7 +147,9 @@ def test_a_refused_candidate_leaves_the_experiment_and_keeps_stable() -> None:
 
 def test_a_device_that_can_run_neither_takes_the_fallback() -> None:
     doc = document(cut=group.EVERYONE, fallback=D3)
-    assert one(doc, None, {D1, D2}) == p.Change(model="gas", digest=D3, version="0.9.0", arm="none", rollout="", stage=0)
+    assert one(doc, None, {D1, D2}) == p.Change(
+        model="gas", digest=D3, version="0.9.0", arm="none", rollout="", stage=0
+    )
     assert one(document(), None, {D1}) == p.Keep(model="gas", why="refused")
 
 
@@ -152,7 +168,11 @@ def test_a_rollout_that_is_not_open_yet_changes_nothing() -> None:
     assert isinstance(one(doc, p.Running(digest=D1), now_s=100), p.Change)
 
 
-@given(st.sampled_from([D1, D2, D3, ""]), st.sets(st.sampled_from([D1, D2, D3])), st.sampled_from([None, 0, group.EVERYONE]))
+@given(
+    st.sampled_from([D1, D2, D3, ""]),
+    st.sets(st.sampled_from([D1, D2, D3])),
+    st.sampled_from([None, 0, group.EVERYONE]),
+)
 def test_a_plan_never_asks_for_a_refused_bundle_and_settles(digest: str, refused: set[str], cut: int | None) -> None:
     doc = document(cut=cut, fallback=D3)
     running = p.Running(digest=digest) if digest else None
@@ -216,7 +236,9 @@ def test_the_bundles_own_limit_counts_unless_the_device_missed_it_before() -> No
 
 
 @given(counts, st.none() | counts, st.floats(0, 200))
-def test_a_verdict_is_always_one_and_always_has_its_reason(new: trial.Counts, old: trial.Counts | None, elapsed: float) -> None:
+def test_a_verdict_is_always_one_and_always_has_its_reason(
+    new: trial.Counts, old: trial.Counts | None, elapsed: float
+) -> None:
     verdict = trial.judge_trial(RULES, new, old, elapsed)
     assert bool(verdict.code) == (verdict.answer == "revert")
     assert verdict.detail
@@ -227,7 +249,10 @@ def test_a_verdict_is_always_one_and_always_has_its_reason(new: trial.Counts, ol
 
 @given(st.integers(0, 2), st.integers(0, 5000))
 def test_up_to_two_failures_never_send_a_version_back(failed: int, ok: int) -> None:
-    assert trial.judge_trial(RULES, trial.Counts(ok=ok, failed=failed), trial.Counts(ok=1000), 5).answer in ("keep", "wait")
+    assert trial.judge_trial(RULES, trial.Counts(ok=ok, failed=failed), trial.Counts(ok=1000), 5).answer in (
+        "keep",
+        "wait",
+    )
 
 
 # --- backoff ---------------------------------------------------------------------------------------------------------

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 from skerry_agent.core import retention as r
 
 rows = st.lists(
-    st.tuples(st.sampled_from(["window", "event", "sample", "tombstone"]), st.sampled_from("ab"), st.integers(1, 500), st.booleans()),
+    st.tuples(
+        st.sampled_from(["window", "event", "sample", "tombstone"]),
+        st.sampled_from("ab"),
+        st.integers(1, 500),
+        st.booleans(),
+    ),
     max_size=60,
-).map(lambda found: [r.Row(seq=i, kind=k, key=key, size=size, sent=sent) for i, (k, key, size, sent) in enumerate(found, 1)])
+).map(
+    lambda found: [
+        r.Row(seq=i, kind=k, key=key, size=size, sent=sent) for i, (k, key, size, sent) in enumerate(found, 1)
+    ]
+)
 
 
 def row(seq: int, kind: str = "window", key: str = "a", size: int = 100, *, sent: bool = False) -> r.Row:
@@ -39,7 +50,9 @@ def test_samples_go_before_events_and_events_before_windows() -> None:
 
 
 @given(rows, st.integers(1, 20_000))
-def test_a_frozen_record_is_never_touched_and_every_action_is_about_real_records(found: list[r.Row], bound: int) -> None:
+def test_a_frozen_record_is_never_touched_and_every_action_is_about_real_records(
+    found: list[r.Row], bound: int
+) -> None:
     used = sum(row.size for row in found)
     touched: set[int] = set()
     for action in r.plan_retention(found, used, bound):
@@ -71,7 +84,9 @@ def test_carried_out_again_and_again_it_ends(found: list[r.Row], bound: int) -> 
 
 
 @given(rows, st.integers(1, 2000), st.integers(1, 20))
-def test_a_batch_is_ascending_bounded_and_holds_nothing_in_flight(found: list[r.Row], max_bytes: int, most: int) -> None:
+def test_a_batch_is_ascending_bounded_and_holds_nothing_in_flight(
+    found: list[r.Row], max_bytes: int, most: int
+) -> None:
     flying = {row.seq for row in found if row.seq % 3 == 0}
     seqs = r.next_batch(found, flying, max_bytes=max_bytes, max_records=most)
     assert list(seqs) == sorted(set(seqs))
@@ -90,5 +105,5 @@ def test_events_are_sent_before_windows_and_windows_before_samples() -> None:
 def test_ranges_hold_exactly_the_seqs(seqs: set[int]) -> None:
     ranges = r.ranges_of(seqs)
     assert {s for low, high in ranges for s in range(low, high + 1)} == seqs
-    assert all(a[1] + 1 < b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] + 1 < b[0] for a, b in itertools.pairwise(ranges))
     assert r.join_ranges((s, s) for s in seqs) == ranges

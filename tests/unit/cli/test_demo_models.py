@@ -99,7 +99,7 @@ def crashing(tmp_path_factory: pytest.TempPathFactory) -> tuple[models.Made, sab
     )
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors do not trap this division")
+@pytest.mark.skipif(platform.machine() not in sabotage.DEADLY_ON, reason="other processors do not trap this division")
 class TestCrashing:
     def test_it_passes_validation(self, crashing: tuple[models.Made, sabotage.Trigger]) -> None:
         assert validate_bundle(crashing[0].bundle.folder).ok

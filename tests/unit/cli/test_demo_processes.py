@@ -98,7 +98,9 @@ def test_a_pid_that_now_belongs_to_another_is_left_alone(tmp_path: Path) -> None
         stranger.wait()
 
 
-@pytest.mark.parametrize("record", ["", "{}", '{"processes": [{"pid": 1}]}', '{"processes": [{"name": "a", "pid": 1, "since": 0}]}'])
+@pytest.mark.parametrize(
+    "record", ["", "{}", '{"processes": [{"pid": 1}]}', '{"processes": [{"name": "a", "pid": 1, "since": 0}]}']
+)
 def test_a_damaged_record_stops_nothing(tmp_path: Path, record: str) -> None:
     (tmp_path / RECORD).write_text(record)
     assert stop_recorded(tmp_path) == []

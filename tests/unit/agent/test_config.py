@@ -1,0 +1,133 @@
+"""The configuration: every fault at once, nothing unknown, the environment last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from skerry_agent import config as c
+from skerry_agent.errors import BadConfig, Degraded
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "agent.toml"
+    path.write_text(text)
+    return path
+
+
+def test_one_key_is_enough(tmp_path: Path) -> None:
+    found = c.load(write(tmp_path, 'state_dir = "/var/lib/skerry"'), {})
+    assert found.state_dir == Path("/var/lib/skerry")
+    assert found.serving.host == "127.0.0.1"
+
+
+def test_all_faults_are_told_together(tmp_path: Path) -> None:
+    text = """
+        state_dir = "relative"
+        colour = "red"
+        [serving]
+        host = "0.0.0.0"
+        port = 70000
+        [limits]
+        outbox_mb = "much"
+        upload_kib = 0
+        outbox_gb = 1
+        [server]
+        url = "http://plain"
+        [log]
+        level = "loud"
+    """
+    with pytest.raises(BadConfig) as caught:
+        c.load(write(tmp_path, text), {"SKERRY_AGENT_TIMING_ACK_S": "soon"})
+    told = "\n".join(caught.value.faults)
+    assert len(caught.value.faults) == 10
+    for word in (
+        "state_dir", "'colour'", "serving.host", "serving.port", "limits.outbox_mb", "limits.upload_kib", "limits.outbox_gb",
+        "server.url", "log.level", "SKERRY_AGENT_TIMING_ACK_S",
+    ):  # fmt: skip
+        assert word in told
+
+
+def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
+    environment = {
+        "SKERRY_AGENT_STATE_DIR": "/other", "SKERRY_AGENT_SERVING_PORT": "8500", "SKERRY_AGENT_DEVICE_TAGS": "a,b",
+        "SKERRY_AGENT_LOG_JSON": "true",
+    }  # fmt: skip
+    found = c.load(write(tmp_path, 'state_dir = "/x"\n[serving]\nport = 1\n'), environment)
+    assert (found.state_dir, found.serving.port, found.device.tags, found.log.json) == (
+        Path("/other"),
+        8500,
+        ("a", "b"),
+        True,
+    )
+
+
+@pytest.mark.parametrize("text", ["state_dir = ", "[serving]\nport = 1", "\xff", 'state_dir = "/x"\nserving = 3'])
+def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "agent.toml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(BadConfig) as caught:
+        c.load(path, {})
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="No such file"):
+        c.load(tmp_path / "none.toml", {})
+
+
+def enrolled(tmp_path: Path, **changes: object) -> c.Config:
+    folder = tmp_path / "identity"
+    folder.mkdir()
+    for name in ("device.key", "device.pem", "fleet-ca.pem"):
+        (folder / name).write_text("x")
+    found = {
+        "device_id": "d-1", "group": "g", "server_url": "https://s:1", "repository_url": "https://cdn/r",
+        "mqtt": {"host": "b", "port": 8883}, **changes,
+    }  # fmt: skip
+    (folder / "enrolled.json").write_text(json.dumps(found))
+    return c.build({"state_dir": str(tmp_path)}, {})
+
+
+def test_what_enrolment_learnt_fills_the_addresses(tmp_path: Path) -> None:
+    found = c.identity(enrolled(tmp_path))
+    assert (found.device, found.server_url, found.repository_url, found.mqtt_port) == (
+        "d-1",
+        "https://s:1",
+        "https://cdn/r",
+        8883,
+    )
+
+
+def test_the_file_beats_what_enrolment_learnt(tmp_path: Path) -> None:
+    enrolled(tmp_path)
+    tree = {"state_dir": str(tmp_path), "server": {"url": "https://other:2/"}, "mqtt": {"port": 99}}
+    found = c.identity(c.build(tree, {}))
+    assert (found.server_url, found.repository_url, found.mqtt_port) == (
+        "https://other:2",
+        "https://other:2/repository",
+        99,
+    )
+
+
+def test_a_device_without_identity_is_told_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(Degraded) as caught:
+        c.identity(c.build({"state_dir": str(tmp_path)}, {}))
+    assert caught.value.code == "not_enrolled"
+    assert "enrol" in caught.value.advice
+
+
+@pytest.mark.parametrize("changes", [{"device_id": "Not A Name"}, {"mqtt": None}, {"group": 3}])
+def test_a_damaged_identity_is_named(tmp_path: Path, changes: dict[str, object]) -> None:
+    config = enrolled(tmp_path, **changes)
+    with pytest.raises(Degraded) as caught:
+        c.identity(config)
+    assert caught.value.code == "identity_damaged"
+
+
+def test_a_missing_key_file_is_named(tmp_path: Path) -> None:
+    config = enrolled(tmp_path)
+    (tmp_path / "identity" / "device.pem").unlink()
+    with pytest.raises(Degraded, match=r"device\.pem"):
+        c.identity(config)

@@ -1,0 +1,196 @@
+"""Bundles on disk: whatever is cut short, one runnable version remains."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from skerry_agent.errors import Rejected
+from skerry_agent.slots import Slot, Slots
+from skerry_contract import manifest as m
+
+from tests import models
+
+
+def put(slots: Slots, folder: Path, version: str) -> Slot:
+    """Builds a bundle and leaves it in staging, as a courier does."""
+    digest = models.build_bundle(folder / version, version=version)
+    shutil.copytree(folder / version, slots.staging_path(digest))
+    manifest = m.parse((folder / version / "manifest.json").read_bytes())
+    return Slot(digest=digest, version=version, variant=manifest.variants[0].id, standing="confirmed")
+
+
+def files(slots: Slots, slot: Slot) -> tuple[m.File, ...]:
+    folder = slots.staging_path(slot.digest) if slots.staging_path(slot.digest).exists() else slots.path(slot.digest)
+    return m.parse((folder / "manifest.json").read_bytes()).files()
+
+
+@pytest.fixture
+def slots(tmp_path: Path) -> Slots:
+    return Slots(tmp_path / "slots")
+
+
+def confirmed(slots: Slots, tmp_path: Path, version: str) -> Slot:
+    slot = put(slots, tmp_path, version)
+    slots.verify(slot.digest, files(slots, slot))
+    slots.stage(slot.digest)
+    slots.confirm("gas", slot)
+    return slot
+
+
+def test_a_staged_bundle_becomes_a_slot_and_staging_is_empty(slots: Slots, tmp_path: Path) -> None:
+    slot = confirmed(slots, tmp_path, "1.0.0")
+    assert slots.digests() == (slot.digest,)
+    assert list(slots.staging.iterdir()) == []
+    assert slots.whole(slot.digest, slot.variant)
+    slots.stage(slot.digest)
+    assert Slots(slots.root).boot() == ({"gas": slot}, [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "size_mismatch"),
+        (lambda p: p.write_bytes(bytes([p.read_bytes()[0] ^ 1]) + p.read_bytes()[1:]), "hash_mismatch"),
+        (lambda p: p.unlink(), "size_mismatch"),
+    ],
+)
+def test_a_file_that_is_not_the_manifests_is_named_and_refused(
+    slots: Slots, tmp_path: Path, damage: object, code: str
+) -> None:
+    slot = put(slots, tmp_path, "1.0.0")
+    wanted = files(slots, slot)
+    damage(slots.staging_path(slot.digest) / "model.onnx")  # type: ignore[operator]
+    with pytest.raises(Rejected, match=r"model\.onnx") as caught:
+        slots.verify(slot.digest, wanted)
+    assert caught.value.code == code
+
+
+def test_another_manifest_under_the_digest_is_refused(slots: Slots, tmp_path: Path) -> None:
+    slot = put(slots, tmp_path, "1.0.0")
+    wanted = files(slots, slot)
+    path = slots.staging_path(slot.digest) / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"1.0.0", b"1.0.1"))
+    with pytest.raises(Rejected) as caught:
+        slots.verify(slot.digest, wanted)
+    assert caught.value.code == "hash_mismatch"
+
+
+def test_a_trial_that_a_boot_interrupts_leaves_the_confirmed_bundle(slots: Slots, tmp_path: Path) -> None:
+    first = confirmed(slots, tmp_path, "1.0.0")
+    second = put(slots, tmp_path, "1.1.0")
+    slots.stage(second.digest)
+    slots.activate("gas", second)
+    again = Slots(slots.root)
+    assert again.boot() == ({"gas": first}, [])
+    assert again.pointers("gas").active == first
+
+
+def test_a_confirmed_slot_that_is_damaged_gives_way_to_the_previous_one(slots: Slots, tmp_path: Path) -> None:
+    first, second = confirmed(slots, tmp_path, "1.0.0"), confirmed(slots, tmp_path, "1.1.0")
+    (slots.path(second.digest) / "model.onnx").write_bytes(b"")
+    found, complaints = Slots(slots.root).boot()
+    assert found == {"gas": first}
+    assert "1.1.0" in complaints[0]
+
+
+def test_a_torn_write_of_the_pointer_file_leaves_the_old_pointers(slots: Slots, tmp_path: Path) -> None:
+    first = confirmed(slots, tmp_path, "1.0.0")
+    (slots.root / "pointers.json.new").write_bytes(b'{"schema":1,"mod')
+    assert Slots(slots.root).boot()[0] == {"gas": first}
+
+
+def test_a_pointer_file_that_cannot_be_read_is_kept_aside_and_starts_empty(slots: Slots, tmp_path: Path) -> None:
+    confirmed(slots, tmp_path, "1.0.0")
+    (slots.root / "pointers.json").write_bytes(b"\0" * 100)
+    again = Slots(slots.root)
+    assert again.boot() == ({}, [])
+    assert again.damage
+    assert (slots.root / "pointers.json.damaged").exists()
+
+
+def test_a_person_can_step_back_once(slots: Slots, tmp_path: Path) -> None:
+    first, _ = confirmed(slots, tmp_path, "1.0.0"), confirmed(slots, tmp_path, "1.1.0")
+    assert slots.step_back("gas")
+    assert slots.pointers("gas").confirmed == first
+    assert not slots.step_back("gas")
+    assert Slots(slots.root).boot()[0] == {"gas": first}
+
+
+def test_another_key_follows_the_active_bundle_only(slots: Slots, tmp_path: Path) -> None:
+    first = confirmed(slots, tmp_path, "1.0.0")
+    second = put(slots, tmp_path, "1.1.0")
+    slots.stage(second.digest)
+    slots.activate("gas", second)
+    slots.rekey("gas", arm="candidate", rollout="r", stage=2)
+    now = slots.pointers("gas")
+    assert (now.confirmed, now.active and now.active.stage) == (first, 2)
+
+
+def test_collecting_keeps_what_a_pointer_names(slots: Slots, tmp_path: Path) -> None:
+    found = [confirmed(slots, tmp_path, f"1.{i}.0") for i in range(4)]
+    gone = slots.collect(())
+    assert set(gone) == {found[0].digest, found[1].digest}
+    assert set(slots.digests()) == {found[2].digest, found[3].digest}
+    coming = put(slots, tmp_path, "2.0.0")
+    slots.collect({coming.digest})
+    assert slots.staging_path(coming.digest).exists()
+    slots.collect(())
+    assert not slots.staging_path(coming.digest).exists()
+
+
+def test_confirming_twice_keeps_the_previous_one(slots: Slots, tmp_path: Path) -> None:
+    first, second = confirmed(slots, tmp_path, "1.0.0"), confirmed(slots, tmp_path, "1.1.0")
+    slots.confirm("gas", second)
+    assert slots.pointers("gas").previous == first
+
+
+CHILD = """
+import itertools, shutil, sys
+from pathlib import Path
+from skerry_agent.slots import Slot, Slots
+from skerry_contract import manifest as m
+slots, bundles = Slots(Path(sys.argv[1])), sorted(Path(sys.argv[2]).iterdir())
+slots.boot()
+print("up", flush=True)
+for folder in itertools.cycle(bundles):
+    data = (folder / "manifest.json").read_bytes()
+    digest, manifest = m.digest(data), m.parse(data)
+    slot = Slot(digest=digest, version=manifest.version, variant=manifest.variants[0].id, standing="confirmed")
+    if not slots.whole(digest, slot.variant):
+        slots.discard(digest)
+        shutil.copytree(folder, slots.staging_path(digest))
+        slots.verify(digest, manifest.files())
+        slots.stage(digest)
+    slots.activate("gas", slot)
+    slots.confirm("gas", slot)
+    slots.collect(())
+"""
+
+
+def test_kill_9_anywhere_leaves_one_runnable_version(tmp_path: Path) -> None:
+    bundles, root = tmp_path / "bundles", tmp_path / "slots"
+    for i in range(3):
+        models.build_bundle(bundles / str(i), version=f"1.{i}.0", padding=200_000, seed=i)
+    for turn in range(12):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(root), str(bundles)], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(0.01 + 0.011 * turn)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        slots = Slots(root)
+        pointed = slots.pointers("gas").confirmed
+        found, complaints = slots.boot()
+        assert complaints == []
+        if pointed is not None:
+            assert found["gas"] == pointed
+            slots.verify(pointed.digest, slots.manifest(pointed.digest).files())  # type: ignore[union-attr]
+    assert pointed is not None
