@@ -274,7 +274,9 @@ class Store:
         """Frees what the server holds.
 
         A server that holds a seq above ours, or ours with another digest, knows another life of this outbox (a restored
-        backup, a cloned card): a new epoch begins, and what the server did not take from us moves into it.
+        backup, a cloned card): a new epoch begins. What waits keeps its epoch and seq and is still sent under them, so that
+        the server can tell by digest what the other life has sent already; only what it disputes moves to the new epoch.
+        For the same reason nothing is freed that this life has not sent.
         """
         row = self._db.execute("SELECT next_seq, current FROM epochs WHERE epoch = ?", (ack.epoch,)).fetchone()
         if row is None:
@@ -283,43 +285,41 @@ class Store:
         ahead = current and max((ack.upto, *(high for _, high in ack.extra_ranges))) >= next_seq
         freed = 0
         with self.transaction():
-            disputed = self._disputed(ack, ahead)
+            disputed = self._disputed(ack)
             for low, high in ((0, ack.upto), *ack.extra_ranges):
                 freed += self._db.execute(
-                    "DELETE FROM outbox WHERE epoch = ? AND seq BETWEEN ? AND ? AND kept = 0", (ack.epoch, low, high)
+                    "DELETE FROM outbox WHERE epoch = ? AND seq BETWEEN ? AND ? AND kept = 0 AND sent = 1",
+                    (ack.epoch, low, high),
                 ).rowcount
             why = "ahead" if ahead else "conflict" if disputed else ""
             if why and current:
                 self._begin_epoch(self.binding)
                 self.count_lost(f"epoch_{why}", 1)
-            if why:
+            if disputed:
                 self._move(ack.epoch)
             self._db.execute(
                 "DELETE FROM epochs WHERE current = 0 AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.epoch = epochs.epoch)"
             )
         return Acknowledged(freed=freed, new_epoch=why if current else "")
 
-    def _disputed(self, ack: wire.Ack, ahead: bool) -> bool:
-        """Keeps records that the server holds under our seq but did not get from us. Whether there are any in conflict."""
+    def _disputed(self, ack: wire.Ack) -> bool:
+        """Keeps records that the server holds under our seq but did not get from us. Whether there are any."""
         found = 0
         for seq in ack.conflict:
             found += self._db.execute(
                 "UPDATE outbox SET kept = 1 WHERE epoch = ? AND seq = ?", (ack.epoch, seq)
             ).rowcount
-        if ahead:
-            # Never sent from here, so what the server has under these numbers is something else.
-            self._db.execute("UPDATE outbox SET kept = 1 WHERE epoch = ? AND sent = 0", (ack.epoch,))
         return found > 0
 
     def _move(self, epoch: str) -> None:
-        """Renumbers the kept and the unsent records of a broken epoch into the current one."""
+        """Renumbers the disputed records of a broken epoch into the current one."""
         rows = self._db.execute(
-            "SELECT seq, kind, key, inferences, body FROM outbox WHERE epoch = ? AND (kept = 1 OR sent = 0) ORDER BY seq",
+            "SELECT seq, kind, key, inferences, body FROM outbox WHERE epoch = ? AND kept = 1 ORDER BY seq",
             (epoch,),
         ).fetchall()
         for seq, kind, key, inferences, body in rows:
             self._db.execute("DELETE FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq))
-            # What a merged record replaced was never sent: the new epoch knows no trace of it.
+            # What a merged record replaced lies under the old epoch: the new one knows no trace of it.
             self._insert(self.epoch, Entry(kind=kind, body=body, key=key, inferences=inferences), ())
 
     def _begin_epoch(self, binding: str) -> None:

@@ -8,7 +8,9 @@ says what follows. Nothing here waits for the network: without one the confirmed
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
+import json
 import logging
 import os
 import random
@@ -600,10 +602,17 @@ def _lock(config: Config) -> int:
 
 
 def _bind(config: Config) -> socket.socket:
-    """The address of the applications, bound and not yet listening: the first worker makes it accept."""
+    """The address of the applications, bound and not yet listening: the first worker makes it accept.
+
+    Port 0 takes a free port once and keeps it over restarts, so that applications find the agent again.
+    """
     family = socket.AF_INET6 if ":" in config.serving.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if config.serving.port == 0:
+        with contextlib.suppress(OSError, OverflowError):
+            sock.bind((config.serving.host, _last_port(config)))
+            return sock
     try:
         sock.bind((config.serving.host, config.serving.port))
     except OSError as error:
@@ -614,6 +623,13 @@ def _bind(config: Config) -> socket.socket:
             advice="change serving.port",
         ) from None
     return sock
+
+
+def _last_port(config: Config) -> int:
+    try:
+        return int(json.loads((config.run_dir / "serving.json").read_bytes())["port"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _write(path: Any, data: bytes) -> None:

@@ -69,7 +69,7 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
         window_s: span of a window in normal use.
         fold_interval_s: when above 0, windows are cut this often instead (tests, demo).
         max_inflight: requests in work at once; more are shed with 503.
-        inline_below_us: models whose golden cases take less answer on the event loop's thread.
+        inline_below_us: requests expected to take less are answered on the event loop's thread.
         boot_id: 32 hex digits of the kernel's boot.
     """
 

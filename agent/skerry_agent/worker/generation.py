@@ -80,9 +80,7 @@ def load_generation(
             raise CannotServe(served.name, "not_enough_memory", "loading the model") from error
         except OSError as error:
             raise CannotServe(served.name, "runtime_crashed", f"{type(error).__name__}: {error}") from error
-        models[served.name] = Model(
-            served.name, served.version, manifest, runner, recorder, inline=infer_us < start.inline_below_us
-        )
+        models[served.name] = Model(served.name, served.version, manifest, runner, recorder, infer_us=infer_us)
         proved.append(
             ww.Proved(
                 name=served.name,

@@ -107,7 +107,9 @@ class Worker:
             self._over.set()
             return
         self._served = {served.name: served for served in start.models}
-        self._service = InferenceService(self._loop, max_inflight=start.max_inflight)
+        self._service = InferenceService(
+            self._loop, max_inflight=start.max_inflight, inline_below_us=start.inline_below_us
+        )
         self._server = Server(Routes(self._models, self._service))
         # What was loaded stays for good: the collector need not look at it again.
         gc.collect()

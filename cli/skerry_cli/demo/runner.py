@@ -48,7 +48,8 @@ def run_demo(folder: Path, *, devices: int, seed: int, keep: bool) -> int:
     fleet = Fleet(folder, processes, batch=BATCH, seed=seed)
     run = Run(fleet=fleet, screen=screen, now=lambda: dt.datetime.now(dt.UTC))
     kept = False
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    # A closed terminal and a service manager end the demo as Ctrl-C does: in order.
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         act_start.start(run, devices=devices)
         act_rollouts.first_model(run)
@@ -77,7 +78,8 @@ def run_demo(folder: Path, *, devices: int, seed: int, keep: bool) -> int:
             processes.stop()
             (folder / RECORD).unlink(missing_ok=True)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def stop_kept(folder: Path) -> int:

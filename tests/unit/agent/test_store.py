@@ -69,6 +69,7 @@ def ok_of(records: list[wire.Record]) -> int:
 
 def test_seqs_run_from_one_and_go_on_after_a_restart(store: Store) -> None:
     assert store.append([window(1), window(2)]) == (1, 2)
+    store.mark_sent(store.epoch, (1, 2))
     store.acknowledge(wire.Ack(epoch=store.epoch, upto=2))
     assert store.pending() == (0, 0)
     epoch = store.epoch
@@ -99,6 +100,7 @@ def test_a_transaction_that_fails_leaves_no_trace_and_no_gap(store: Store) -> No
 
 def test_an_acknowledgement_frees_what_the_server_holds_and_no_more(store: Store) -> None:
     store.append([window(i) for i in range(1, 11)])
+    store.mark_sent(store.epoch, range(1, 11))
     store.acknowledge(wire.Ack(epoch=store.epoch, upto=3, extra_ranges=((5, 6), (9, 9))))
     assert [record.seq for record in waiting(store)] == [4, 7, 8, 10]
     assert store.acknowledge(wire.Ack(epoch="f" * 32, upto=99)).freed == 0
@@ -129,13 +131,17 @@ def test_records_of_another_device_are_dropped_and_counted(store: Store) -> None
     assert other.lost() == {"foreign_records": 2}
 
 
-def test_a_server_that_is_ahead_makes_a_new_epoch_and_keeps_what_was_never_sent(store: Store) -> None:
-    store.append([window(1), window(2), window(4)])
-    store.mark_sent(store.epoch, (1, 2))
-    done = store.acknowledge(wire.Ack(epoch=store.epoch, upto=50))
-    assert done.new_epoch == "ahead"
-    records = waiting(store)
-    assert [(r.seq, ok_of([r])) for r in records] == [(1, 4)]
+def test_a_server_that_is_ahead_makes_a_new_epoch_and_is_still_asked_about_what_was_never_sent(store: Store) -> None:
+    store.append([window(1), window(2), window(4), window(8)])
+    old = store.epoch
+    store.mark_sent(old, (1, 2))
+    done = store.acknowledge(wire.Ack(epoch=old, upto=50))
+    assert (done.new_epoch, done.freed) == ("ahead", 2)
+    assert [(r.seq, ok_of([r])) for r in waiting(store)] == [(3, 4), (4, 8)]
+    # The other life had sent 3 already; 4 is another record there.
+    store.mark_sent(old, (3, 4))
+    store.acknowledge(wire.Ack(epoch=old, upto=50, conflict=(4,)))
+    assert [(r.seq, ok_of([r])) for r in waiting(store)] == [(1, 8)]
     assert store.acknowledge(wire.Ack(epoch=store.epoch, upto=0)).new_epoch == ""
 
 
@@ -315,6 +321,7 @@ def test_a_full_disk_takes_nothing_and_still_frees(store: Store) -> None:
             store.append([window(1, pad=100)])
     assert caught.value.code == "store_full"
     last = store.last_seq
+    store.mark_sent(store.epoch, range(1, last + 1))
     assert store.acknowledge(wire.Ack(epoch=store.epoch, upto=last)).freed == last
     assert store.append([window(1)]) == (last + 1,)
 
