@@ -9,7 +9,6 @@ import json
 import random
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -25,15 +24,17 @@ def ask(serving: Path, row: list[float]) -> str:
 
 
 def main(folder: Path) -> None:
-    """Prints once a second how many answers each version gave."""
+    """Prints once a second how many answers each version gave, and what failed after a device's first answer."""
     answers: dict[str, int] = {}
+    answered: set[Path] = set()
     while True:
         for _ in range(10):
             for serving in sorted(folder.glob("*/state/run/serving.json")):
                 try:
                     version = ask(serving, [random.uniform(0.1, 8.0) for _ in range(4)])
+                    answered.add(serving)
                 except (OSError, ValueError, KeyError):
-                    version = "no answer yet"
+                    version = "failed" if serving in answered else "nothing to answer yet"
                 answers[version] = answers.get(version, 0) + 1
             time.sleep(0.1)
         print(json.dumps(answers), flush=True)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Self
 
 HERE = Path(__file__).parent
-ENVIRONMENT = HERE.parents[1] / ".bench" / "mlserver"
+ROOT = HERE.parents[1]
+ENVIRONMENT = ROOT / ".bench" / "mlserver"
 
 _RUNTIME = """
 import onnxruntime as ort
@@ -50,7 +51,12 @@ def interpreter() -> Path:
     python = ENVIRONMENT / "bin" / "python"
     if not (ENVIRONMENT / "ready").exists():
         print("making the environment of MLServer, once", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
+        ENVIRONMENT.parent.mkdir(exist_ok=True)
+        subprocess.run(
+            [str(ROOT / ".ci" / "make-venv"), str(ENVIRONMENT)],
+            check=True,
+            env={**os.environ, "PYTHON": sys.executable},
+        )
         subprocess.run(
             [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(HERE / "mlserver.txt")], check=True
         )

@@ -52,6 +52,7 @@ def test_the_commands_of_the_first_tutorial_do_what_they_say(tmp_path: Path) -> 
     answers = (tmp_path / "application.log").read_text().splitlines()[-1]
     assert "1.0.0" in answers
     assert "1.1.0" in answers
+    assert "failed" not in answers
 
 
 def _tail(folder: Path) -> str:

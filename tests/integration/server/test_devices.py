@@ -197,7 +197,7 @@ def test_an_ed25519_device_signs_with_its_own_algorithm(server: ServerRig) -> No
         {"exp": 1e400},
         {"htu": ["/device/v1/self"]},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_a_token_for_another_request_or_time_is_refused(device: DeviceRig, changes: dict[str, Any]) -> None:
     claims = device.claims("GET", "/device/v1/self", **changes)
