@@ -434,7 +434,9 @@ class Serving:
                 self._remove_ring(ring)
                 continue
             generation.recovering.add(ring)
-            generation.worker.send(ww.Recover(ring=ring, start=self._positions(path)[1]))
+            # What waits to be stored was folded already: the heir goes on behind it.
+            waiting = max((cut.upto for _, cut in self._unstored if cut.ring == ring), default=0)
+            generation.worker.send(ww.Recover(ring=ring, start=max(waiting, self._positions(path)[1])))
             log.info("ring left behind", extra=kv(ring=path.name, folded_by=generation.number))
 
     def _positions(self, path: Path) -> tuple[int, int]:
