@@ -47,6 +47,7 @@ from skerry_agent.workers import WORKER
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
+_RENEW_EVERY_S = 3600.0
 
 
 class Supervisor:
@@ -114,6 +115,8 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._sync_now = asyncio.Event()
         self._sync_after_s = 0.0
+        self._renew_after_s = 0.0
+        self._self_code = ""
         self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": ""}
         self._ended: Degraded | None = None
         self._pumping = False
@@ -389,7 +392,7 @@ class Supervisor:
             self._take_lower_bound(float(answer.get("signed_at") or 0.0), tuple(answer.get("online_keys") or ()))
             self._store.put("tuf", answer.get("tuf") or {})
             self._store.put("floors", _higher(self._store.get("floors", {}), answer.get("floors") or {}))
-        self._membership(answer.get("membership"))
+        self._membership(answer.get("membership"), answer.get("self_error"))
         text = str(answer.get("group_document") or "")
         if text:
             self._load_document(text)
@@ -398,6 +401,23 @@ class Supervisor:
         self._follow_plan()
         if self._server is not None and self._server.status == "online":
             self._report()
+        await self._renew(answer.get("renew_at_s"))
+
+    async def _renew(self, renew_at_s: float | None) -> None:
+        """Takes a new certificate when two thirds of the old one's life are over; tries again every hour."""
+        now_s = self._clock.boot_s()
+        if renew_at_s is None or self._clock.now_s() < renew_at_s or now_s < self._renew_after_s:
+            return
+        self._renew_after_s = now_s + _RENEW_EVERY_S
+        try:
+            answer = await self._errands.run("renew", self._errand_input(), timeout_s=self._config.timing.courier_s)
+        except AgentError as error:
+            log.warning("certificate not renewed", extra=kv(code=error.code, detail=error.detail))
+            self._event("certificate", error.code, {"detail": error.detail[:500]})
+            return
+        self._event("certificate", "", {"expires_s": answer.get("expires_s")})
+        if self._link is not None:
+            self._link.reconnect()
 
     def _take_lower_bound(self, signed_at_s: float, keys: tuple[str, ...]) -> None:
         trusted = set(self._store.get("lower_bound_keys", []))
@@ -417,7 +437,13 @@ class Supervisor:
             # The repository is there and wrong: worth the server's record. That it is away, the server knows better.
             self._event("sync", code, {"detail": detail[:500]})
 
-    def _membership(self, found: Any) -> None:
+    def _membership(self, found: Any, error: Any) -> None:
+        # What the server says of this device when it does not know it any more belongs in the log of the device, too.
+        code = str(error.get("code", "")) if isinstance(error, dict) else ""
+        if code != self._self_code and code not in ("", "unreachable", "timeout"):
+            log.warning("the server refuses this device", extra=kv(code=code, detail=error.get("detail")))
+            self._event("membership", code, {"detail": str(error.get("detail", ""))[:500]})
+        self._self_code = code
         if not isinstance(found, dict) or not found.get("group"):
             return
         name = ids.group_name(found["group"])

@@ -29,7 +29,8 @@ def sync(request: requests.Sync) -> dict[str, Any]:
     Returns:
         ``tuf`` {role: version}, ``signed_at`` with ``online_keys`` whose word it is, ``group``, ``group_document`` (canonical
         JSON text, None when the group has none), ``floors``, ``catalog_error`` {code, detail} or None, ``membership`` (None
-        when the server could not be asked, then ``self_error`` {kind, code, detail}).
+        when the server could not be asked, then ``self_error`` {kind, code, detail}), ``renew_at_s`` (when two thirds of the
+        certificate's life are over, seconds since 1970; None when it cannot be read).
 
     Raises:
         AgentError: what keeps the device from knowing its group document.
@@ -62,6 +63,7 @@ def sync(request: requests.Sync) -> dict[str, Any]:
         "catalog_error": catalog_error,
         "membership": membership,
         "self_error": self_error,
+        "renew_at_s": _renew_at_s(request),
     }
 
 
@@ -152,6 +154,19 @@ def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, A
     except (OSError, ValueError, KeyError, TypeError, ContractError) as error:
         return None, {"kind": "rejected", "code": "malformed_answer", "detail": f"{type(error).__name__}: {error}"}
     return membership, None
+
+
+def _renew_at_s(request: requests.Common) -> float | None:
+    from cryptography import x509
+
+    from skerry_agent.courier import keys
+
+    try:
+        certificate = x509.load_pem_x509_certificate((request.identity / keys.CERTIFICATE_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    begins, ends = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+    return begins + (ends - begins) * 2 / 3
 
 
 def _check_group(document: bytes, name: str) -> None:

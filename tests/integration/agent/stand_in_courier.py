@@ -27,9 +27,12 @@ def main() -> dict:
             "ok": {
                 "tuf": {"timestamp": world.get("version", 1)}, "signed_at": world.get("signed_at", 0),
                 "group": request["group"], "group_document": world.get("document"), "floors": world.get("floors"),
-                "membership": world.get("membership"), "self_error": None,
+                "membership": world.get("membership"), "self_error": world.get("self_error"),
+                "renew_at_s": world.get("renew_at_s"),
             }
         }  # fmt: skip
+    if verb == "renew":
+        return {"ok": {"expires_s": 4_000_000_000}}
     bundles = world.get("bundles", {})
     digest = request["digest"]
     if digest not in bundles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from skerry_contract import group
 
@@ -250,3 +252,27 @@ def test_an_unreachable_repository_is_tried_again_and_counts_against_nobody(serv
     del serving.world["errors"]
     serving.save()
     serving.wait_running("1.1.0", "trial")
+
+
+def test_a_certificate_past_two_thirds_of_its_life_is_renewed_once_and_the_session_goes_on(
+    serving: Device, server: Server
+) -> None:
+    birth = serving.status()["link"]["birth"]
+    serving.world["renew_at_s"] = 1.0
+    serving.save()
+    serving.sync()
+    wait_for(lambda: server.events("certificate"), why="the event")
+    wait_for(lambda: serving.status()["link"]["birth"] > birth, why="a new session")
+    serving.sync()
+    serving.infer(2)
+    assert [e.data["expires_s"] for e in server.events("certificate")] == [4_000_000_000]
+
+
+def test_a_server_that_refuses_the_device_is_told_of_once(serving: Device, server: Server) -> None:
+    serving.world["self_error"] = {"kind": "rejected", "code": "unknown_device", "detail": "revoked"}
+    serving.save()
+    for _ in range(3):
+        serving.sync()
+        time.sleep(0.4)
+    wait_for(lambda: server.events("membership"), why="the event")
+    assert [e.code for e in server.events("membership")] == ["unknown_device"]
