@@ -76,7 +76,10 @@ def test_a_server_ahead_of_the_outbox_makes_a_new_epoch_and_loses_nothing(servin
     server.deaf = False
     server.birth += 1
     server.announce("online")
+    # What waited keeps its epoch and seq, so that the server can tell by digest what it holds; what follows has the new one.
     wait_for(lambda: server.inferences() == 29, why=f"29 counted, got {server.inferences()}")
+    serving.infer(1)
+    wait_for(lambda: server.inferences() == 30, why=f"30 counted, got {server.inferences()}")
     assert {e for e, _ in server.taken} == {epoch, serving.status()["outbox"]["epoch"]}
 
 
