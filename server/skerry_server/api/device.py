@@ -30,12 +30,6 @@ class Renewal(BaseModel):
     csr: str
 
 
-@router.get("/ca", summary="The fleet's CA, in PEM", response_class=Response)
-def ca(context: Ctx) -> Response:
-    """No token: whoever asks believes it only for its fingerprint, which the enrolment token or the operator holds."""
-    return Response(context.authority.pem, media_type="application/x-pem-file")
-
-
 @router.post("/enrol", summary="Enter the fleet with a token and a CSR")
 def enrol(context: Ctx, wanted: Enrolment) -> dict[str, Any]:
     with writing(context.engine) as conn:
