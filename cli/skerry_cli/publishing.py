@@ -71,18 +71,23 @@ def push(api: Api, bundle: Bundle, *, say: Callable[[str], None] = lambda _: Non
 def find_bundle(api: Api, wish: str) -> dict[str, Any]:
     """A bundle of the register by ``MODEL@VERSION`` or digest.
 
+    The answer is the server's: it may be about another bundle. What comes back is the one that was asked for.
+
     Raises:
         Usage: no such bundle, or neither form.
+        RefusedForSafety: the server answers with another bundle.
     """
     model, at, version = wish.partition("@")
     if not at:
-        found = api.get(f"/api/v1/bundles/{ids.bundle_digest(wish)}")
-        return dict(found)
+        found = dict(api.get(f"/api/v1/bundles/{ids.bundle_digest(wish)}"))
+        if found.get("digest") != wish:
+            raise RefusedForSafety(f"the server was asked for bundle {wish} and answers with {found.get('digest')}")
+        return found
     ids.model_name(model)
     ids.version_key(version)
     listed = list(api.items("/api/v1/bundles", model=model))
     for item in listed:
-        if item["version"] == version:
+        if (item["model"], item["version"]) == (model, version):
             return item
     raise Usage(
         f"{wish}: not in the register; {model} has {', '.join(str(i['version']) for i in listed) or 'no version'}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import threading
 from collections import OrderedDict
@@ -54,6 +55,10 @@ class Nonces:
         return expires is not None and expires > now_ms
 
 
+_KID = re.compile("[0-9a-f]{64}")
+_MAX_TIME_S = 1 << 40
+
+
 def verify(
     conn: Connection,
     nonces: Nonces,
@@ -81,7 +86,7 @@ def verify(
         raise Unauthenticated("bad_device_token", f"the token cannot be read: {error}") from None
     kid = header.get("kid")
     row = None
-    if isinstance(kid, str):
+    if isinstance(kid, str) and _KID.fullmatch(kid):
         query = select(t.devices).where(t.devices.c.public_key_sha256 == kid)
         row = conn.execute(query).mappings().first()
     if row is None or row["status"] != "enrolled":
@@ -94,7 +99,9 @@ def verify(
         "body": hashlib.sha256(body).hexdigest(),
     }
     for name, wanted in bound.items():
-        if not isinstance(claims[name], str) or not hmac.compare_digest(claims[name].encode(), wanted.encode()):
+        if not isinstance(claims[name], str) or not hmac.compare_digest(
+            claims[name].encode(errors="surrogatepass"), wanted.encode()
+        ):
             raise Unauthenticated("bad_device_token", f"the token is for another request: {name} differs")
     _check_times(claims, now_ms / 1000, skew_s)
     if not isinstance(claims["nonce"], str) or not nonces.take(claims["nonce"], now_ms):
@@ -117,7 +124,7 @@ def _claims(token: str, public_key_pem: str) -> dict[str, Any]:
 def _check_times(claims: dict[str, Any], now_s: float, skew_s: float) -> None:
     issued, expires = claims["iat"], claims["exp"]
     for value in (issued, expires):
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < _MAX_TIME_S:
             raise Unauthenticated("bad_device_token", "iat and exp: wanted seconds since 1970")
     if not 0 <= expires - issued <= MAX_LIFE_S:
         raise Unauthenticated("bad_device_token", f"the token must live at most {MAX_LIFE_S} s")

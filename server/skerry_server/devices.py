@@ -117,6 +117,14 @@ def enrol(
     if held is not None and same_key:
         # The answer was lost on the way: the same key shows that it is the same device.
         _store_certificate(conn, device, issued, now_ms, revoke_old=False)
+        audit.record(
+            conn,
+            at_ms=now_ms,
+            actor=f"device:{device}",
+            action="device.enrol.repeat",
+            subject=f"device:{device}",
+            after={"certificate": issued.serial, "token": hashed[:12]},
+        )
         return Enrolled(device=device, group=held["group"], issued=issued, renewed=True)
     if row["uses_left"] < 1:
         raise Unauthenticated("bad_enrolment_token", "the enrolment token is unknown, expired or used up")
@@ -333,6 +341,8 @@ def require(conn: Connection, device: str) -> dict[str, Any]:
 def check_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Refuses tags that are too many or too long. Raises ``Invalid``."""
     fits = all(0 < len(name) <= 63 and len(value) <= 200 for name, value in tags.items())
+    # A lone surrogate can be stored and never be shown again: one device's tag would break every list it is in.
+    fits = fits and not any("\ud800" <= c <= "\udfff" for item in tags.items() for text in item for c in text)
     if len(tags) > MAX_TAGS or not fits:
         raise Invalid(
             "bad_tags", f"tags: wanted at most {MAX_TAGS} names of 1 to 63 characters with values of at most 200"

@@ -74,7 +74,7 @@ def approve(
         made = worker.cosign(metadata, floors, now=now(), folder=folder, confirm=_confirm(yes, as_json))
     else:
         change = catalog.Change(
-            add=tuple(_addition(run.api, wish) for wish in bundles or ()),
+            add=tuple(_addition(run.api, wish, sure=folder is not None or not yes) for wish in bundles or ()),
             remove=tuple(_listed(text) for text in remove or ()),
         )
         made = worker.change(
@@ -112,7 +112,13 @@ def _approver(run: Session, name: str) -> publishing.Approver:
     )
 
 
-def _addition(api: Api, wish: str) -> catalog.Addition:
+def _addition(api: Api, wish: str, *, sure: bool) -> catalog.Addition:
+    # Only the server says which digest a version has. A person sees it and may know better; --yes needs another witness.
+    if "@" in wish and not sure:
+        raise RefusedForSafety(
+            f"{wish}: with --yes the server alone would choose what is signed",
+            advice="name the digest, or give --from FOLDER",
+        )
     found = find_bundle(api, wish)
     if found["state"] in ("draft", "rejected", "retired"):
         raise RefusedForSafety(f"{wish} is {found['state']}: {found.get('reason') or 'wanted a validated bundle'}")

@@ -138,6 +138,12 @@ def cursor(*key: Any) -> str:
     return base64.urlsafe_b64encode(json.dumps(key).encode()).rstrip(b"=").decode()
 
 
+def _storable(part: object) -> bool:
+    if isinstance(part, int):
+        return abs(part) < 1 << 63
+    return not isinstance(part, str) or not any("\ud800" <= c <= "\udfff" for c in part)
+
+
 def read_cursor(text: str | None, *kinds: type) -> tuple[Any, ...] | None:
     """The key in a cursor, or None without one.
 
@@ -154,7 +160,7 @@ def read_cursor(text: str | None, *kinds: type) -> tuple[Any, ...] | None:
     else:
         with contextlib.suppress(ValueError, RecursionError):
             key = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-    fits = isinstance(key, list) and len(key) == len(kinds)
+    fits = isinstance(key, list) and len(key) == len(kinds) and all(_storable(part) for part in key)
     if not fits or not all(type(part) is kind for part, kind in zip(key, kinds, strict=True)):
         raise Invalid("bad_cursor", "after: wanted the cursor of the page before")
     return tuple(key)

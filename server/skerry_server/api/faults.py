@@ -52,6 +52,10 @@ async def _http(_request: Request, error: Exception) -> JSONResponse:
     return answer(error.status_code, _CODES.get(error.status_code, "refused"), str(error.detail))
 
 
+async def _unstorable(_request: Request, _error: Exception) -> JSONResponse:
+    return answer(422, "bad_request", "wanted text that is UTF-8 (no lone surrogates) and numbers of at most 64 bits")
+
+
 async def _bug(request: Request, error: Exception) -> JSONResponse:
     log.error("request failed method=%s path=%s", request.method, request.url.path, exc_info=error)
     return answer(500, "internal", "the server failed; its log says more")
@@ -63,4 +67,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ContractError, _contract)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(UnicodeEncodeError, _unstorable)
+    app.add_exception_handler(OverflowError, _unstorable)
     app.add_exception_handler(Exception, _bug)

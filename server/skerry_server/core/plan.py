@@ -107,8 +107,8 @@ class _Reader:
         fits = (
             isinstance(value, int | float)
             and not isinstance(value, bool)
-            and math.isfinite(value)
             and low <= value <= high
+            and math.isfinite(value)
         )
         if not fits or (whole and not float(value).is_integer()):
             kind = "a whole number" if whole else "a number"

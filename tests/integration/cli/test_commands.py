@@ -29,7 +29,10 @@ def test_a_bundle_goes_from_a_folder_to_a_rollout(cli: Cli, bundle: Path) -> Non
 
     no = cli("approve", "gas@1.0.0", given="n\n")
     assert no.code != OK and "+ gas@1.0.0" in no.out and digest in no.out
-    yes = cli("approve", "gas@1.0.0", "--json", "--yes")
+    # With --yes nobody looks at the digest that the server names: it must be said, or shown in a folder.
+    blind = cli("approve", "gas@1.0.0", "--json", "--yes")
+    assert blind.code == REFUSED and "the server alone" in blind.err
+    yes = cli("approve", digest, "--json", "--yes")
     assert yes.code == OK
     assert [entry["digest"] for entry in yes.json()["added"]] == [digest] and yes.json()["posted"]
 
@@ -65,14 +68,14 @@ def test_a_changed_file_is_refused_before_anything_is_sent(cli: Cli, tmp_path: P
     file.write_bytes(data)
     assert cli("bundle", "verify", tmp_path / "b").code == REFUSED
     assert cli("push", tmp_path / "b").code == REFUSED
-    assert cli("approve", "changed@1.0.0", "--yes").code == USAGE
+    assert cli("approve", "changed@1.0.0", "--from", tmp_path / "b", "--yes").code == USAGE
 
 
 def test_a_bundle_that_the_server_rejects_fails_the_push(cli: Cli, tmp_path: Path) -> None:
     models.build_bundle(tmp_path / "b", model="broken", kind="always-one")
     done = cli("push", tmp_path / "b")
     assert done.code == FAILED and "golden_failed" in done.err
-    refused = cli("approve", "broken@1.0.0", "--yes")
+    refused = cli("approve", "broken@1.0.0", "--from", tmp_path / "b", "--yes")
     assert refused.code == REFUSED and "rejected" in refused.err
 
 
@@ -118,7 +121,7 @@ def test_a_server_of_another_ca_is_refused(cli: Cli, tmp_path: Path) -> None:
         (("device", "list"), {"SKERRY_TOKEN": ""}, USAGE, "a token (--token FILE or SKERRY_TOKEN)"),
         (("device", "list"), {"SKERRY_SERVER": "https://127.0.0.1:1"}, FAILED, "cannot be reached"),
         (("device", "list"), {"SKERRY_SERVER": "http://127.0.0.1:1"}, USAGE, "wanted https://"),
-        (("approve", "gas@1.0.0", "--yes", "--as", "mallory"), {}, USAGE, "no key 'mallory'"),
+        (("approve", "0" * 64, "--yes", "--as", "mallory"), {}, USAGE, "no key 'mallory'"),
     ],
 )
 def test_wrong_input_is_one_clear_line(
@@ -206,7 +209,10 @@ def test_two_approvers_sign_one_after_the_other(cli: Cli, tmp_path: Path) -> Non
         models.build_bundle(tmp_path / "b", model="gas")
         assert two("push", tmp_path / "b").code == OK
         proposal = tmp_path / "proposal.json"
-        first = two("approve", "gas@1.0.0", "--as", "ada", "--with", "bob", "--proposal", proposal, "--yes", "--json")
+        first = two(
+            *("approve", "gas@1.0.0", "--from", tmp_path / "b", "--as", "ada", "--with", "bob"),
+            *("--proposal", proposal, "--yes", "--json"),
+        )
         assert first.code == OK and not first.json()["posted"]
         assert two("approve", "--cosign", proposal, "--as", "bob", "--yes", SKERRY_KEY_PASSWORD="wrong").code == USAGE
         done = two("approve", "--cosign", proposal, "--as", "bob", "--yes", "--json")
