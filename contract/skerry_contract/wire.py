@@ -26,6 +26,12 @@ MAX_MESSAGE_BYTES = 256 * 1024
 MAX_INFLATED_BYTES = 4 << 20
 MAX_RECORDS = 1000
 MAX_SEQ = (1 << 63) - 1
+MAX_FIELDS = 64
+"""Most fields of a message, known and unknown together."""
+MAX_EXTRA_BYTES = 16 * 1024
+"""Most bytes of fields that the reader does not know. A byte can become an object of 70: what nobody asked for stays small."""
+MAX_SMALL_BYTES = 64 * 1024
+"""Most bytes of a state, an event, an acknowledgement and whatever else is no batch, window or sample."""
 ONLINE, OFFLINE = "online", "offline"
 
 Kind = Literal["window", "event", "sample", "tombstone"]
@@ -208,33 +214,73 @@ def encode(message: T) -> bytes:
     return _encoder.encode({**extra, **fields})
 
 
-def decode(kind: type[T], data: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) -> T:
+_raw = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
+_decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {}
+_LARGE = (Batch, Sample, w.Window)
+
+
+def decode(kind: type[T], data: bytes, *, max_bytes: int | None = None) -> T:
     """Reads a message; fields it does not know go to ``extra``.
 
+    Nothing is built of what the message does not need: known fields become their types at once, unknown ones are cut out as
+    bytes and read only while they are few and small.
+
+    Args:
+        max_bytes: ``MAX_MESSAGE_BYTES`` for a batch, a window and a sample, ``MAX_SMALL_BYTES`` for the others when None.
+
     Raises:
-        Malformed: too long, not MessagePack, a field missing or of the wrong type.
+        Malformed: too long, not MessagePack, a field missing or of the wrong type, too much that is not known.
         UnsupportedVersion: a newer schema.
     """
     what = kind.__name__.lower()
+    if max_bytes is None:
+        max_bytes = MAX_MESSAGE_BYTES if issubclass(kind, _LARGE) else MAX_SMALL_BYTES
     if len(data) > max_bytes:
         raise Malformed(what, f"at most {max_bytes} bytes, got {len(data)}")
+    if _fields(data) > MAX_FIELDS:
+        raise Malformed(what, f"wanted a map of at most {MAX_FIELDS} fields")
     try:
-        value = msgspec.msgpack.decode(data)
+        fields = _raw.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise Malformed(what, f"wanted MessagePack: {error}") from None
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise Malformed(what, "wanted a map with text keys")
-    schema = value.get("schema", SCHEMA)
-    if isinstance(schema, int) and schema > SCHEMA:
+        raise Malformed(what, f"wanted MessagePack, a map with text keys: {error}") from None
+    _check_schema(what, fields.get("schema"))
+    known = [name for name in kind.__struct_fields__ if name != "extra" and name in fields]
+    unknown = [name for name in fields if name not in known]
+    if sum(len(bytes(fields[name])) + len(name) for name in unknown) > MAX_EXTRA_BYTES:
+        raise Malformed(what, f"fields that are not known hold more than {MAX_EXTRA_BYTES} bytes")
+    if unknown:
+        data = _encoder.encode({name: fields[name] for name in known})
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders.setdefault(kind, msgspec.msgpack.Decoder(kind))
+    try:
+        message: T = decoder.decode(data)
+        extra = {name: msgspec.msgpack.decode(fields[name]) for name in unknown}
+    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
+        raise Malformed(what, str(error)) from None
+    return msgspec.structs.replace(message, extra=extra) if extra else message
+
+
+def _fields(data: bytes) -> int:
+    """How many fields the map at the start of the bytes announces; 0 when there is none: the decoder will say so."""
+    first = data[0] if data else 0
+    if first & 0xF0 == 0x80:
+        return first & 0x0F
+    width = {0xDE: 2, 0xDF: 4}.get(first, 0)
+    return int.from_bytes(data[1 : 1 + width], "big")
+
+
+def _check_schema(what: str, raw: msgspec.Raw | None) -> None:
+    if raw is None:
+        return
+    try:
+        schema = msgspec.msgpack.decode(raw, type=int)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        raise Malformed(what, f"wanted {SCHEMA}", where="schema") from None
+    if schema > SCHEMA:
         raise UnsupportedVersion(what, schema, SCHEMA)
     if schema != SCHEMA:
         raise Malformed(what, f"wanted {SCHEMA}", where="schema")
-    known = set(kind.__struct_fields__) - {"extra"}
-    extra = {name: value.pop(name) for name in list(value) if name not in known}
-    try:
-        return msgspec.convert({**value, "extra": extra}, kind)
-    except (msgspec.ValidationError, ValueError, OverflowError) as error:
-        raise Malformed(what, str(error)) from None
 
 
 def encode_batch(batch: Batch) -> bytes:
@@ -243,12 +289,11 @@ def encode_batch(batch: Batch) -> bytes:
     return packer.compress(encode(batch)) + packer.flush()
 
 
-def decode_batch(data: bytes) -> Batch:
-    """Reads an ``up`` message, never inflating past ``MAX_INFLATED_BYTES``.
+def inflate(data: bytes) -> bytes:
+    """The MessagePack inside an ``up`` message, never more than ``MAX_INFLATED_BYTES``.
 
     Raises:
-        Malformed: too long, no zlib stream, trailing bytes, or records out of order or range.
-        UnsupportedVersion: a newer schema.
+        Malformed: too long, no zlib stream, trailing bytes.
     """
     if len(data) > MAX_MESSAGE_BYTES:
         raise Malformed("batch", f"at most {MAX_MESSAGE_BYTES} bytes, got {len(data)}")
@@ -259,6 +304,21 @@ def decode_batch(data: bytes) -> Batch:
         raise Malformed("batch", f"wanted a zlib stream: {error}") from None
     if not unpacker.eof or unpacker.unused_data or unpacker.unconsumed_tail:
         raise Malformed("batch", f"wanted one whole zlib stream of at most {MAX_INFLATED_BYTES} bytes")
+    return inflated
+
+
+def decode_batch(data: bytes) -> Batch:
+    """Reads an ``up`` message. Raises as ``inflate`` and ``read_batch``."""
+    return read_batch(inflate(data))
+
+
+def read_batch(inflated: bytes) -> Batch:
+    """Reads what ``inflate`` gave.
+
+    Raises:
+        Malformed: no batch, or records out of order or range.
+        UnsupportedVersion: a newer schema.
+    """
     batch = decode(Batch, inflated, max_bytes=MAX_INFLATED_BYTES)
     ids.epoch(batch.epoch)
     if not 0 < len(batch.records) <= MAX_RECORDS:

@@ -152,6 +152,11 @@ class Ingest:
         return batch
 
     def _take(self, batch: list[Message]) -> None:
+        while batch:
+            batch = batch[self._take_some(batch) :]
+
+    def _take_some(self, batch: list[Message]) -> int:
+        """One transaction of as many as it holds; how many of the messages are dealt with."""
         try:
             outcome = self._commit(batch)
         except Exception:
@@ -159,11 +164,13 @@ class Ingest:
                 log.exception("ingest batch failed messages=%d; taking them one by one", len(batch))
                 for message in batch:
                     self._take([message])
-                return
+                return len(batch)
             log.exception("ingest message failed topic=%s bytes=%d", batch[0].topic, len(batch[0].payload))
             outcome = self._set_aside(batch[0])
-        if outcome is not None:
-            self._tell(batch, outcome)
+        if outcome is None:
+            return len(batch)
+        self._tell(batch[: outcome.taken], outcome)
+        return outcome.taken
 
     def _commit(self, batch: list[Message]) -> Outcome | None:
         """One transaction, tried again while the database itself fails. None when stopped before it worked."""

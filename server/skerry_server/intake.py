@@ -8,7 +8,7 @@ Every select and insert serves the whole batch; only a record below what its str
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,10 +23,12 @@ from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
 from skerry_server.mqtt import Message
-from skerry_server.presence import Presence, decode_state, load, plain_json
+from skerry_server.presence import Known, Presence, decode_state, load, plain_json
 from skerry_server.quarantine import UNKNOWN_DEVICE, Notes
 
 _MOST_MS = 1 << 53
+MAX_TRANSACTION_BYTES = wire.MAX_INFLATED_BYTES
+"""Inflated bytes of one transaction, but at least one message: a few kilobytes on the wire may become megabytes of objects."""
 
 
 class TakenEvent(NamedTuple):
@@ -45,9 +47,11 @@ class Outcome:
     """What a transaction did. Good only once it is committed.
 
     Attributes:
+        taken: how many of the messages it dealt with, from the first; the rest is for the next transaction.
         acks: (device, epoch) -> what to tell the device.
     """
 
+    taken: int = 0
     acks: dict[tuple[str, str], wire.Ack] = field(default_factory=dict)
     events: list[TakenEvent] = field(default_factory=list)
     records: int = 0
@@ -57,11 +61,20 @@ class Outcome:
     quarantined: int = 0
 
 
+class _Up(NamedTuple):
+    """The records of one message. Fields that this release does not know are of no use here and are not held."""
+
+    topic: str
+    device: str
+    epoch: str
+    records: tuple[wire.Record, ...]
+
+
 class Intake:
     """Stateless between transactions: whatever it knows comes from the database."""
 
     def take(self, connection: Connection, messages: Sequence[Message], *, now_ms: int) -> Outcome:
-        """Takes the messages in their order, within the caller's transaction.
+        """Takes messages in their order, within the caller's transaction; not all, when they hold too much for one.
 
         Args:
             now_ms: when they were received, milliseconds since 1970.
@@ -79,7 +92,7 @@ class Intake:
             device = UNKNOWN_DEVICE
         notes.keep(device, message.topic, "unusable", "could not be stored", message.payload)
         notes.store(connection, now_ms)
-        return Outcome(quarantined=1)
+        return Outcome(taken=1, quarantined=1)
 
 
 class _Batch:
@@ -94,38 +107,33 @@ class _Batch:
         self._arrived: list[evidence.Arrived] = []
 
     def take(self, messages: Sequence[Message]) -> Outcome:
-        addressed = [(message, topic) for message in messages if (topic := self._address(message)) is not None]
-        known = load(self._connection, sorted({topic.device for _, topic in addressed}))
+        addressed = [(message, self._address(message)) for message in messages]
+        known = load(self._connection, sorted({topic.device for _, topic in addressed if topic is not None}))
         presence = Presence(known, self._now_ms)
-        batches: list[tuple[Message, topics.DeviceTopic, wire.Batch]] = []
+        batches: list[_Up] = []
+        room = MAX_TRANSACTION_BYTES
         for message, topic in addressed:
-            device = topic.device
-            if device not in known or not known[device].enrolled:
-                # Names that nobody enrolled are counted together: a made-up name must not make a row.
-                self._notes.count(device if device in known else UNKNOWN_DEVICE, "foreign")
-                continue
-            if len(message.payload) > wire.MAX_MESSAGE_BYTES:
-                self._notes.keep(device, message.topic, "oversized", f"{len(message.payload)} bytes", message.payload)
-                self._outcome.quarantined += 1
-                continue
-            try:
-                if topic.leaf == "state":
-                    state = decode_state(message.payload) if message.payload else None
-                    if state is not None and not presence.apply(device, state, retained=message.retained):
-                        self._notes.count(device, "stale_state")
-                elif topic.leaf == "up":
-                    batches.append((message, topic, wire.decode_batch(message.payload)))
-                    presence.seen(device)
-                else:
-                    self._notes.count(device, "foreign")
-            except ContractError as error:
-                self._notes.keep(device, message.topic, error.code, str(error), message.payload)
-                self._outcome.quarantined += 1
+            if topic is not None and self._is_welcome(message, topic, known):
+                try:
+                    if topic.leaf == "state":
+                        self._take_state(presence, topic.device, message)
+                    else:
+                        inflated = wire.inflate(message.payload)
+                        room -= len(inflated)
+                        if room < 0 and batches:
+                            break
+                        batch = wire.read_batch(inflated)
+                        batches.append(_Up(message.topic, topic.device, batch.epoch, batch.records))
+                        presence.seen(topic.device)
+                except ContractError as error:
+                    self._notes.keep(topic.device, message.topic, error.code, str(error), message.payload)
+                    self._outcome.quarantined += 1
+            self._outcome.taken += 1
         self._open_streams(batches)
-        for message, topic, batch in batches:
-            stream = self._streams[topic.device, batch.epoch]
-            for record in batch.records:
-                self._take_record(message.topic, topic.device, batch.epoch, stream, record)
+        for up in batches:
+            stream = self._streams[up.device, up.epoch]
+            for record in up.records:
+                self._take_record(up.topic, up.device, up.epoch, stream, record)
         self._store()
         presence.store(self._connection)
         return self._outcome
@@ -137,8 +145,29 @@ class _Batch:
             self._notes.count(UNKNOWN_DEVICE, "foreign")
             return None
 
-    def _open_streams(self, batches: Sequence[tuple[Message, topics.DeviceTopic, wire.Batch]]) -> None:
-        wanted = {(topic.device, batch.epoch) for _, topic, batch in batches}
+    def _is_welcome(self, message: Message, topic: topics.DeviceTopic, known: Mapping[str, Known]) -> bool:
+        """Whether an enrolled device says something that devices say, in a size that they may."""
+        device = topic.device
+        if device not in known or not known[device].enrolled:
+            # Names that nobody enrolled are counted together: a made-up name must not make a row.
+            self._notes.count(device if device in known else UNKNOWN_DEVICE, "foreign")
+            return False
+        if len(message.payload) > wire.MAX_MESSAGE_BYTES:
+            self._notes.keep(device, message.topic, "oversized", f"{len(message.payload)} bytes", message.payload)
+            self._outcome.quarantined += 1
+            return False
+        if topic.leaf not in ("state", "up"):
+            self._notes.count(device, "foreign")
+            return False
+        return True
+
+    def _take_state(self, presence: Presence, device: str, message: Message) -> None:
+        state = decode_state(message.payload) if message.payload else None
+        if state is not None and not presence.apply(device, state, retained=message.retained):
+            self._notes.count(device, "stale_state")
+
+    def _open_streams(self, batches: Sequence[_Up]) -> None:
+        wanted = {(up.device, up.epoch) for up in batches}
         if not wanted:
             return
         s = t.streams.c

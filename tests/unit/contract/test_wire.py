@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import tracemalloc
 import zlib
 
 import msgspec
@@ -174,6 +175,55 @@ def test_a_zip_bomb_is_never_inflated_past_the_limit(monkeypatch: pytest.MonkeyP
     with pytest.raises(Malformed, match=f"at most {wire.MAX_INFLATED_BYTES} bytes"):
         wire.decode_batch(bomb)
     assert asked == [wire.MAX_INFLATED_BYTES]
+
+
+def swollen(**fields: object) -> bytes:
+    """A small good batch with a field of four million empty maps, which no reader knows."""
+    maps = b"\xdd" + (4_190_000).to_bytes(4, "big") + b"\x80" * 4_190_000
+    good = msgspec.msgpack.encode({"schema": 1, "epoch": "0" * 32, "records": [], **fields})
+    assert good[0] & 0xF0 == 0x80
+    return bytes([good[0] + 1]) + good[1:] + b"\xa1x" + maps
+
+
+def test_a_bomb_of_objects_is_refused_before_it_is_built() -> None:
+    inflated = swollen()
+    packer = zlib.compressobj(level=9, wbits=-15, zdict=wire._DICTIONARY)
+    data = packer.compress(inflated) + packer.flush()
+    assert len(data) < 10_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(Malformed, match="not known"):
+            wire.decode_batch(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The inflated bytes and copies of them; as objects they would take 290 MB.
+    assert peak < 8 * wire.MAX_INFLATED_BYTES
+
+
+def test_more_fields_than_any_message_has_are_refused_unread() -> None:
+    many = {f"f{i}": 0 for i in range(wire.MAX_FIELDS + 1)}
+    with pytest.raises(Malformed, match="fields"):
+        wire.decode(wire.Bell, msgspec.msgpack.encode({"schema": 1, "version": 1, **many}))
+    announced = b"\xdf\xff\xff\xff\xff"
+    with pytest.raises(Malformed, match="fields"):
+        wire.decode(wire.Bell, announced)
+
+
+def test_unknown_fields_up_to_the_limit_survive_and_one_byte_more_is_refused() -> None:
+    def sized(n: int) -> bytes:
+        # Two bytes of name, three of header.
+        return msgspec.msgpack.encode({"schema": 1, "version": 1, "ab": bytes(n - 5)})
+
+    kept = wire.decode(wire.Bell, sized(wire.MAX_EXTRA_BYTES))
+    assert len(kept.extra["ab"]) == wire.MAX_EXTRA_BYTES - 5
+    with pytest.raises(Malformed, match="not known"):
+        wire.decode(wire.Bell, sized(wire.MAX_EXTRA_BYTES + 1))
+
+
+def test_small_messages_have_a_limit_of_their_own() -> None:
+    with pytest.raises(Malformed, match=f"at most {wire.MAX_SMALL_BYTES} bytes"):
+        wire.decode(wire.Event, bytes(wire.MAX_SMALL_BYTES + 1))
 
 
 def test_a_batch_just_at_the_limit_is_read_and_one_byte_more_is_not() -> None:

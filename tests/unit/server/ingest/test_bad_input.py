@@ -6,6 +6,7 @@ import zlib
 import pytest
 from skerry_contract import topics, wire
 from skerry_server.db import tables as t
+from skerry_server.intake import MAX_TRANSACTION_BYTES
 from skerry_server.mqtt import Message
 from skerry_server.quarantine import KEEP
 
@@ -37,6 +38,22 @@ def test_a_message_that_is_no_batch_is_counted_and_kept(server, make, payload, c
     kept = server.rows(t.quarantine, device="dev-a")[0]
     assert (kept["code"], kept["size"], kept["payload"]) == (code, len(payload), payload[: 64 * 1024])
     assert outcome.acks["dev-b", make.EPOCH].upto == 1
+
+
+def test_a_transaction_holds_no_more_than_its_bytes_and_the_rest_comes_next(server, make):
+    def large(seq):
+        event = wire.Event(at=make.at(), name="e", data={"x": "y" * 60_000})
+        return [make.record(seq + i, event, kind="event") for i in range(40)]
+
+    first = make.up("dev-a", *large(1))
+    second = make.up("dev-a", *large(41))
+    third = make.up("dev-b", make.record(1))
+    assert len(wire.inflate(first.payload)) * 2 > MAX_TRANSACTION_BYTES
+    outcome = server.take(first, second, third)
+    assert (outcome.taken, outcome.records) == (1, 40)
+    outcome = server.take(second, third)
+    assert (outcome.taken, outcome.records) == (2, 41)
+    assert outcome.acks["dev-a", make.EPOCH].upto == 80
 
 
 def test_a_newer_schema_is_kept_and_not_acknowledged(server, make):
