@@ -57,7 +57,9 @@ def push(api: Api, bundle: Bundle, *, say: Callable[[str], None] = lambda _: Non
     state, reason = str(answer.get("state")), ""
     if state in ("draft", "rejected"):
         say("the server runs the bundle in a child process")
-        found = api.post(f"/api/v1/bundles/{bundle.digest}/validate")
+        # Who pushes a rejected bundle again wants it looked at again.
+        again = "?again=true" if state == "rejected" else ""
+        found = api.post(f"/api/v1/bundles/{bundle.digest}/validate{again}")
         state, reason = str(found.get("state")), str(found.get("reason") or "")
     return Pushed(
         digest=bundle.digest,

@@ -2,23 +2,35 @@
 
 The model file is foreign code to a runtime written in C++: it may crash, hang or eat memory. ``skerry_runtime.validation`` runs it
 in a process of its own; this module gives that process a copy of the files and turns its verdict into the registry's words.
+
+Children are few and take turns, in threads of their own: whoever asks for many validations keeps nobody else from the server.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import shutil
 import tempfile
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
+from anyio import CapacityLimiter, to_thread
 from skerry_contract import layout
 from skerry_contract import manifest as m
 from skerry_runtime.validation import validate_bundle
 
 from skerry_server.config import Validation as Limits
 from skerry_server.errors import Unavailable
+
+AT_ONCE = 2
+"""Children that run at the same time."""
+MOST_WAITING = 32
+"""Requests that may wait for a turn; one more is told to come back."""
+T = TypeVar("T")
 
 LACKING_HERE = frozenset({"runtime_missing"})
 """Codes that speak of this server and not of the bundle: it stays a draft."""
@@ -43,6 +55,34 @@ class Outcome:
         return not self.code
 
 
+class Turns:
+    """Who validates when: ``AT_ONCE`` at a time, and never the same bundle twice at once. Used in the event loop."""
+
+    def __init__(self) -> None:
+        self._threads = CapacityLimiter(AT_ONCE)
+        self._bundles: dict[str, asyncio.Lock] = {}
+        self._here = 0
+
+    @contextlib.asynccontextmanager
+    async def of(self, digest: str) -> AsyncIterator[Callable[[Callable[[], T]], Any]]:
+        """Waits until nobody else validates this bundle; gives what runs a function in a thread when it is its turn.
+
+        Raises:
+            Unavailable: too many wait already.
+        """
+        if self._here >= MOST_WAITING:
+            raise Unavailable("validation_busy", f"{MOST_WAITING} validations wait already; try again later")
+        self._here += 1
+        lock = self._bundles.setdefault(digest, asyncio.Lock())
+        try:
+            async with lock:
+                yield lambda act: to_thread.run_sync(act, limiter=self._threads)
+        finally:
+            self._here -= 1
+            if not self._here:
+                self._bundles.clear()
+
+
 class Validator:
     """Runs one child per bundle. Safe to use from several threads."""
 
@@ -54,6 +94,7 @@ class Validator:
         self._repository = repository
         self._scratch = scratch
         self._limits = limits
+        self.turns = Turns()
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(mode=0o700, parents=True)
 

@@ -23,6 +23,7 @@ from skerry_server.validation import Outcome
 
 router = APIRouter(prefix="/api/v1", tags=["bundles"])
 _PIECE_BYTES = 1 << 20
+Again = Annotated[bool, Query(description="Also a bundle that was rejected")]
 
 
 class Reason(BaseModel):
@@ -100,25 +101,33 @@ def _note_blob(context: Ctx, sha256: str, size: int, actor: str) -> None:
 
 
 @router.post("/bundles/{digest}/validate", summary="Validate a draft in a child process")
-def validate(context: Ctx, caller: Engineer, digest: str) -> dict[str, Any]:
-    """A draft becomes `validated` or `rejected`; in any other state this answers what was found before."""
-    with reading(context.engine) as conn:
-        row = registry.require(conn, digest)
-        lacking = registry.missing(conn, m.parse(row["manifest"]))
-    if row["state"] == "draft":
-        if lacking:
-            raise Conflict("incomplete", f"{len(lacking)} files of the bundle are not here yet", missing=lacking)
-        outcome = context.validator.validate(digest, row["manifest"], row["signature"])
-        _note_outcome(context, digest, outcome, caller.actor)
-        with reading(context.engine) as conn:
-            row = registry.require(conn, digest)
+async def validate(context: Ctx, caller: Engineer, digest: str, again: Again = False) -> dict[str, Any]:
+    """A draft becomes `validated` or `rejected`; in any other state this answers what was found before. `again` validates a
+    rejected one once more: what rejected it may have been this server, with too little time or memory.
+    """
+    async with context.validator.turns.of(digest) as in_turn:
+        row: dict[str, Any] = await in_turn(lambda: _validate(context, caller.actor, digest, again))
     return {"digest": digest} | {name: row[name] for name in ("state", "reason", "validation")}
 
 
-def _note_outcome(context: Ctx, digest: str, outcome: Outcome, actor: str) -> None:
+def _validate(context: Ctx, actor: str, digest: str, again: bool) -> dict[str, Any]:
+    with reading(context.engine) as conn:
+        row = registry.require(conn, digest)
+        lacking = registry.missing(conn, m.parse(row["manifest"]))
+    if row["state"] == "draft" or (again and row["state"] == "rejected"):
+        if lacking:
+            raise Conflict("incomplete", f"{len(lacking)} files of the bundle are not here yet", missing=lacking)
+        outcome = context.validator.validate(digest, row["manifest"], row["signature"])
+        _note_outcome(context, digest, row["state"], outcome, actor)
+        with reading(context.engine) as conn:
+            row = registry.require(conn, digest)
+    return row
+
+
+def _note_outcome(context: Ctx, digest: str, before: str, outcome: Outcome, actor: str) -> None:
     with writing(context.engine) as conn:
-        if registry.require(conn, digest)["state"] != "draft":
-            return  # another request validated it meanwhile
+        if registry.require(conn, digest)["state"] != before:
+            return  # somebody moved it meanwhile
         registry.move(
             conn,
             digest=digest,

@@ -1,7 +1,8 @@
 """The life of a bundle on the server: a table. Pure.
 
 ``draft`` (pushed) -> ``validated`` (ran in a child process) -> ``approved`` (an installed catalog lists it) -> ``deprecated`` (still
-runs, no new rollouts) -> ``retired`` (final). ``rejected`` from the first two. A catalog that no longer lists a bundle retires it.
+runs, no new rollouts) -> ``retired`` (final). ``rejected`` from the first two; only validating it again leads out, since what
+rejected it may have been this server: too little time, too little memory. A catalog that no longer lists a bundle retires it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ TRANSITIONS: dict[tuple[State, Action], State] = {
     ("draft", "pass"): "validated",
     ("draft", "reject"): "rejected",
     ("validated", "reject"): "rejected",
+    ("rejected", "pass"): "validated",
+    ("rejected", "reject"): "rejected",
     ("validated", "list"): "approved",
     ("approved", "deprecate"): "deprecated",
     ("approved", "delist"): "retired",

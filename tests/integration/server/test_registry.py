@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +11,7 @@ import socket
 import ssl
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import models
@@ -79,6 +82,57 @@ def test_a_bundle_that_fails_in_the_child_is_rejected_with_its_reason_and_the_se
     assert found["validation"]["code"] == code
     assert code in found["reason"]
     assert server.ask("GET", "/readyz", token="").status == 200
+
+
+def test_a_bundle_rejected_for_want_of_time_can_be_validated_again(tmp_path: Path) -> None:
+    digest = models.build_bundle(tmp_path / "b", "late", "1.0.0")
+    rig = ServerRig(tmp_path / "server", {"VALIDATION_TIMEOUT_S": "0.05"}).start()
+    try:
+        push(rig, tmp_path / "b")
+        upload(rig, tmp_path / "b")
+        path = f"/api/v1/bundles/{digest}/validate"
+        found = rig.good("POST", path)
+        assert (found["state"], found["validation"]["code"]) == ("rejected", "timeout")
+        rig.stop()
+    finally:
+        rig.close()
+    patient = ServerRig(tmp_path / "server").start()
+    try:
+        assert patient.good("POST", path)["state"] == "rejected"
+        assert patient.good("POST", f"{path}?again=true")["state"] == "validated"
+    finally:
+        patient.close()
+
+
+def test_many_validations_take_turns_and_the_server_goes_on(server: ServerRig, tmp_path: Path) -> None:
+    digests = []
+    for i in range(3):
+        digests.append(models.build_bundle(tmp_path / f"b{i}", f"turns-{i}", "1.0.0"))
+        push(server, tmp_path / f"b{i}")
+        upload(server, tmp_path / f"b{i}")
+    assert server.process is not None
+    own = psutil.Process(server.process.pid)
+    most = 0
+    with concurrent.futures.ThreadPoolExecutor(18) as pool:
+        asked = [pool.submit(server.good, "POST", f"/api/v1/bundles/{digests[i % 3]}/validate") for i in range(18)]
+        while not all(one.done() for one in asked):
+            children = [" ".join(child.cmdline()) for child in _alive(own)]
+            most = max(most, sum("skerry_runtime.validation" in words for words in children))
+            assert server.ask("GET", "/healthz", token="").status == 200
+    assert {one.result()["state"] for one in asked} == {"validated"}
+    assert 1 <= most <= 2
+    audited = server.good("GET", "/api/v1/audit?limit=1000")["items"]
+    passed = [row["subject"] for row in audited if row["action"] == "bundle.pass"]
+    assert [passed.count(f"bundle:{digest}") for digest in digests] == [1, 1, 1]
+
+
+def _alive(process: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.cmdline()
+            found.append(child)
+    return found
 
 
 def test_a_bundle_that_nobody_approved_runs_nowhere(server: ServerRig, operator: Operator, tmp_path: Path) -> None:
