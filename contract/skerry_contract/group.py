@@ -23,6 +23,20 @@ ANY_STRATUM = "*"
 FEATURES: frozenset[str] = frozenset({"pins", "canary"})
 """What this release understands of a group document's ``requires``."""
 
+BOUNDS: dict[str, tuple[float, float]] = {
+    "window_s": (0.1, 86_400),
+    "sample_rate": (0, 1),
+    "sync_s": (1, 86_400),
+    "jitter_s": (0, 86_400),
+    "max_kib_s": (0, 10 << 20),
+    "trial_s": (0.1, 7 * 86_400),
+    "trial_inferences": (0, 10_000_000),
+}
+"""Least and greatest value of each numeric setting. No document, by mistake or by a thief of the online key, makes devices spin,
+or look and report less than once a day."""
+MAX_NETWORKS = 64
+MAX_NETWORK_CHARS = 63
+
 Mode = Literal["canary", "shadow", "ab"]
 Arm = Literal["none", "control", "candidate"]
 
@@ -69,7 +83,10 @@ class ModelPlan(_Part, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
-    """How the agents of the group behave. Seconds, KiB per second; ``networks`` empty for any."""
+    """How the agents of the group behave. Seconds, KiB per second (0: as fast as it goes); ``networks`` empty for any.
+
+    ``BOUNDS`` says what the numbers may be.
+    """
 
     window_s: float = 300.0
     sample_rate: float = 0.0
@@ -227,10 +244,22 @@ def _check(document: GroupDocument) -> None:
         for name, target in pins.items():
             ids.model_name(name)
             _check_target(target)
-    s = document.settings
-    positive = (s.window_s, s.sync_s, s.trial_s)
-    if not (all(v > 0 for v in positive) and s.jitter_s >= 0 and 0 <= s.sample_rate <= 1 and s.max_kib_s >= 0):
-        raise Malformed("group document", "a value is out of range", where="$.settings")
+    _check_settings(document.settings)
+
+
+def _check_settings(settings: Settings) -> None:
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(settings, name)
+        # So written that NaN is out of range, too.
+        if not low <= value <= high:
+            raise Malformed("group document", f"wanted {low} to {high}, got {value}", where=f"$.settings.{name}")
+    if len(settings.networks) > MAX_NETWORKS:
+        detail = f"wanted at most {MAX_NETWORKS} names, got {len(settings.networks)}"
+        raise Malformed("group document", detail, where="$.settings.networks")
+    for i, network in enumerate(settings.networks):
+        if not 1 <= len(network) <= MAX_NETWORK_CHARS:
+            detail = f"wanted 1 to {MAX_NETWORK_CHARS} characters, got {len(network)}"
+            raise Malformed("group document", detail, where=f"$.settings.networks[{i}]")
 
 
 def _check_target(target: Target) -> None:

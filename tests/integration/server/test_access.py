@@ -179,6 +179,23 @@ def test_a_body_that_lies_about_its_length_is_refused(server: ServerRig) -> None
     assert answer.split(b" ")[1] in (b"400", b"413")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"window_s": 1e9}, "$.settings.window_s: wanted 0.1 to 86400, got 1000000000"),
+        ({"sync_s": 0.001}, "$.settings.sync_s: wanted 1 to 86400, got 0.001"),
+        ({"trial_inferences": -5}, "$.settings.trial_inferences: wanted 0 to 10000000, got -5"),
+    ],
+)
+def test_a_setting_that_would_take_a_fleet_out_of_reach_is_refused_with_its_bounds(
+    server: ServerRig, settings: dict[str, float], said: str
+) -> None:
+    found = server.ask("PUT", "/api/v1/groups/unbounded", {"settings": settings})
+    assert (found.status, found.code) == (422, "bad_settings")
+    assert said in found.json()["error"]["message"]
+    assert server.ask("GET", "/api/v1/groups/unbounded").status == 404
+
+
 def test_the_audit_chain_holds_and_every_change_has_a_row(server: ServerRig, operator: Operator) -> None:
     from skerry_server import audit
 

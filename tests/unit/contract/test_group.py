@@ -201,7 +201,19 @@ def change(path: str, to: object) -> bytes:
         ("pins", {"Z" * 32: {}}, r"\$\.pins"),
         ("pins", {"0" * 32: {"gas": {"digest": "a", "version": "1.0.0"}}}, "bundle digest"),
         ("pins", {"0" * 32: {"Gas": {"digest": "a" * 64, "version": "1.0.0"}}}, "model"),
-        ("settings.window_s", 0, r"\$\.settings"),
+        ("settings.window_s", 0, r"at \$\.settings\.window_s: wanted 0\.1 to 86400, got 0"),
+        ("settings.window_s", 86_401, r"at \$\.settings\.window_s: wanted 0\.1 to 86400, got 86401"),
+        ("settings.window_s", 1e308, r"at \$\.settings\.window_s: wanted 0\.1 to 86400, got 1e\+308"),
+        ("settings.sync_s", 0.5, r"at \$\.settings\.sync_s: wanted 1 to 86400, got 0\.5"),
+        ("settings.sync_s", 90_000, r"at \$\.settings\.sync_s: wanted 1 to 86400, got 90000"),
+        ("settings.jitter_s", 1e9, r"at \$\.settings\.jitter_s: wanted 0 to 86400, got 1000000000"),
+        ("settings.trial_s", 1e6, r"at \$\.settings\.trial_s: wanted 0\.1 to 604800, got 1000000"),
+        ("settings.trial_inferences", -1, r"at \$\.settings\.trial_inferences: wanted 0 to 10000000, got -1"),
+        ("settings.trial_inferences", 10**9, r"at \$\.settings\.trial_inferences: wanted 0 to 10000000"),
+        ("settings.max_kib_s", 1 << 30, r"at \$\.settings\.max_kib_s: wanted 0 to 10485760, got 1073741824"),
+        ("settings.networks", ["n"] * 65, r"at \$\.settings\.networks: wanted at most 64 names, got 65"),
+        ("settings.networks", ["wifi", ""], r"at \$\.settings\.networks\[1\]: wanted 1 to 63 characters, got 0"),
+        ("settings.networks", ["x" * 64], r"at \$\.settings\.networks\[0\]: wanted 1 to 63 characters, got 64"),
         ("settings.sync_s", -1, r"\$\.settings"),
         ("settings.trial_s", 0, r"\$\.settings"),
         ("settings.jitter_s", -0.5, r"\$\.settings"),
@@ -212,6 +224,22 @@ def change(path: str, to: object) -> bytes:
 def test_a_broken_rule_is_refused_and_named(path: str, to: object, named: str) -> None:
     with pytest.raises(Malformed, match=named):
         group.parse(change(path, to))
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_the_bounds_of_every_setting_are_allowed(end: int) -> None:
+    values = {name: bounds[end] for name, bounds in group.BOUNDS.items()}
+    full = document(settings=group.Settings(**values, networks=("x" * 63,) * 64))  # type: ignore[arg-type]
+    assert group.parse(group.encode(full)) == full
+
+
+def test_every_number_among_the_settings_has_bounds() -> None:
+    numbers = {
+        name for name in group.Settings.__struct_fields__ if isinstance(getattr(group.Settings(), name), int | float)
+    }
+    assert numbers == set(group.BOUNDS)
+    for name, (low, high) in group.BOUNDS.items():
+        assert low <= getattr(group.Settings(), name) <= high
 
 
 def test_a_newer_schema_is_told_from_a_broken_one() -> None:
