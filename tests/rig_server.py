@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from paho.mqtt.enums import CallbackAPIVersion
-from skerry_cli import catalog, keys
+from skerry_cli import catalog, key_files, keys
 from skerry_cli.bundle import read_bundle
 from skerry_cli.client import Api
 from skerry_cli.profile import Profile
@@ -184,7 +184,7 @@ class Operator:
         self.server = server
         self.folder = folder
         self.api = Api(Profile(server=server.url, token=server.token, ca=server.ca_file))
-        online = keys.read_online_keys(json.dumps(server.good("GET", "/api/v1/repository/online-keys")))
+        online = key_files.read_online_keys(json.dumps(server.good("GET", "/api/v1/repository/online-keys")))
         now = dt.datetime.now(dt.UTC)
         self.ceremony = keys.hold_ceremony(folder / "keys", online_keys=online, password=None, now=now)
 
@@ -205,7 +205,7 @@ class Operator:
 
     def approve(self, model: str, version: str, digest: str, **change: Any) -> None:
         """Signs the catalog that lists the bundle, and posts it."""
-        signer = keys.load_signer(self.ceremony.key_path("approver"), None)
+        signer = key_files.load_signer(self.ceremony.key_path("approver"), None)
         approver = Approver(
             self.api, root=self.ceremony.root, signer=signer, name="approver", cache_dir=self.folder / "cache"
         )

@@ -1,8 +1,8 @@
 """The operator's keys: the ceremony that makes them, and the two roles that name all others.
 
-Owns the files of a ceremony's folder: encrypted private keys (0600), ``root.json``, ``targets.json``, ``catalog.json``
-and ``floors.json`` of version 1, and ``ceremony.json``, the written record. ``next_root`` and ``next_targets`` renew the
-two roles before they expire and change who may sign. What the catalog lists is in ``catalog.py``.
+Owns a ceremony's folder: encrypted private keys (0600), ``root.json``, ``targets.json``, ``catalog.json`` and ``floors.json``
+of version 1, and ``ceremony.json``, the written record. ``next_root`` and ``next_targets`` renew the two roles before they
+expire and change who may sign. How one key stands in a file is in ``key_files``, what the catalog lists in ``catalog``.
 
 The folder belongs offline. Of it the server gets the four signed documents; the private keys never leave it. The server's
 own *online* key comes in as a public key, is named for snapshot, timestamp and ``fleet``, and may sign nothing else.
@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
+from securesystemslib.signer import CryptoSigner, Key, Signer
 from skerry_contract import canonical, floors, layout
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Role, Root, Snapshot, TargetFile, Targets, Timestamp
 
+from skerry_cli import key_files
 from skerry_cli.errors import RefusedForSafety, Usage
 
 ROOT_LIFE = dt.timedelta(days=365)
@@ -114,7 +111,7 @@ def hold_ceremony(
         for name in names:
             signer = CryptoSigner.generate_ed25519() if key_type == "ed25519" else CryptoSigner.generate_ecdsa()
             file = f"{name}.pem"
-            _write_new(directory / file, _private_pem(signer, password), mode=0o600)
+            key_files.write_new(directory / file, key_files.private_pem(signer, password), mode=0o600)
             signers[role][name] = signer
             entries.append({"name": name, "role": role, "keyid": signer.public_key.keyid, "file": file})
 
@@ -155,7 +152,7 @@ def hold_ceremony(
         # Last: a folder without the record is a ceremony that was cut short, and read_ceremony says so.
         (RECORD_FILE, json.dumps(record, indent=2).encode() + b"\n"),
     ):
-        _write_new(directory / file, data, mode=0o644)
+        key_files.write_new(directory / file, data, mode=0o644)
     return read_ceremony(directory)
 
 
@@ -194,59 +191,6 @@ def read_ceremony(directory: Path) -> Ceremony:
         root_sha256=root_sha256,
         record=record,
     )
-
-
-def read_online_keys(text: str | bytes) -> dict[str, Key]:
-    """Reads the server's public keys: ``online.pub.json``, or the answer of ``/api/v1/repository/online-keys``.
-
-    Accepts one TUF key dict, a map of key id to key dict, or that map under ``keys``. A key id that is stated must be
-    the one that follows from the key, so that two tools never mean different keys by one id.
-
-    Raises:
-        Usage: not such a document, no key in it, or an id that belongs to another key.
-    """
-    try:
-        value = json.loads(text)
-        if "keyval" in value:
-            value = {str(value.pop("keyid", "")): value}
-        elif "keys" in value:
-            value = value["keys"]
-        keys: dict[str, Key] = {}
-        for stated, body in value.items():
-            key = SSlibKey.from_crypto(_crypto_public(body), scheme=str(body["scheme"]))
-            if stated not in ("", key.keyid):
-                raise ValueError(f"key id {stated} does not follow from its key, wanted {key.keyid}")
-            keys[key.keyid] = key
-    except (ValueError, KeyError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
-        raise Usage(f"online keys: wanted a TUF key or a map of them: {error}") from None
-    if not keys:
-        raise Usage("online keys: the document names no key")
-    return keys
-
-
-def load_signer(path: Path, password: bytes | None) -> CryptoSigner:
-    """Opens a private key in PEM (PKCS#8).
-
-    Raises:
-        Usage: missing, readable by others, encrypted without a password or with another one, or no such key.
-    """
-    try:
-        mode = path.stat().st_mode
-        data = path.read_bytes()
-    except OSError as error:
-        raise Usage(f"{path}: wanted a private key in PEM: {error.strerror}") from None
-    if mode & 0o077:
-        raise Usage(f"{path}: others may read this private key (mode {mode & 0o777:04o})", advice=f"chmod 600 {path}")
-    try:
-        key = serialization.load_pem_private_key(data, password)
-    except TypeError:
-        wanted = "is encrypted: give its password" if password is None else "is not encrypted, but a password was given"
-        raise Usage(f"{path} {wanted}") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise Usage(f"{path}: the password is wrong, or this is no private key in PEM") from None
-    if not isinstance(key, (ed25519.Ed25519PrivateKey, ec.EllipticCurvePrivateKey)):
-        raise Usage(f"{path}: wanted an Ed25519 or P-256 key, got {type(key).__name__}")
-    return CryptoSigner(key)
 
 
 def next_root(
@@ -417,34 +361,3 @@ def _require_delegate(delegator: Root, role: str, metadata: Metadata[Any], whose
         delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
     except RepositoryError as error:
         raise RefusedForSafety(f"{role} does not meet the threshold of {whose}: {error}") from None
-
-
-def _private_pem(signer: CryptoSigner, password: bytes | None) -> bytes:
-    key = serialization.load_pem_private_key(signer.private_bytes, None)
-    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
-    if password is not None:
-        encryption = serialization.BestAvailableEncryption(password)
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
-
-
-def _crypto_public(body: Mapping[str, Any]) -> ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey:
-    public = str(body["keyval"]["public"])
-    if body["keytype"] == "ed25519":
-        return ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
-    key = serialization.load_pem_public_key(public.encode())
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ValueError(f"wanted an ed25519 or ecdsa key, got {body['keytype']!r}")
-    return key
-
-
-def _write_new(path: Path, data: bytes, *, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

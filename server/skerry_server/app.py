@@ -50,10 +50,11 @@ from skerry_server.db import queries
 from skerry_server.db.engine import open_engine, reading, writing
 from skerry_server.db.migrations import migrate
 from skerry_server.ingest import Ingest
+from skerry_server.metadata import make_online_key
 from skerry_server.mqtt import Endpoint, ServerLink
 from skerry_server.orchestrator import Orchestrator
 from skerry_server.publication import Publication
-from skerry_server.repository import Repository, make_online_key
+from skerry_server.repository import Repository
 from skerry_server.telemetry import Telemetry
 from skerry_server.validation import Validator
 

@@ -1,10 +1,11 @@
 """The update repository on disk: static files that any HTTP server, bucket or CDN can serve.
 
-Owns everything under one folder (``metadata/ targets/ blobs/``): it takes the offline roles after ``trust`` checked them, and
-signs fleet, snapshot and timestamp with the online key. The folder is its only state. Rules:
+Owns what is in one folder (``metadata/ targets/ blobs/``), its only state: it takes bundles, group documents and the offline
+roles after ``trust`` checked them, and says what is served. ``metadata`` signs the online roles and keeps the files in order.
+Rules:
 
-- ``timestamp.json`` decides what is current. New versioned files come first, each synced with its folder; the timestamp comes
-  last. A crash before it leaves the old state complete; what the crash left behind is overwritten later.
+- ``timestamp.json`` decides what is current and is written last. A crash before it leaves the old state complete; what the
+  crash left behind is overwritten later.
 - One writer at a time, in this process and between processes (lock file).
 - The online key can list group documents and nothing else; what a device may run is in the offline-signed catalog.
 - A catalog that names a manifest or a file that is not here is refused: devices would fail on it.
@@ -15,56 +16,26 @@ Left to others: who may call (the API), what a group document says (the orchestr
 from __future__ import annotations
 
 import datetime as dt
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from cryptography.hazmat.primitives import serialization
-from securesystemslib.signer import CryptoSigner, Signer
+from securesystemslib.signer import Signer
 from skerry_contract import canonical, floors, group, ids, layout, manifest
 from skerry_contract.errors import ContractError
-from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp
 
 from skerry_server import durable, trust
+from skerry_server.metadata import ONLINE_ROLES, Held, MetadataFolder, State
 from skerry_server.trust import CatalogEntry, RepositoryRefused
 
-__all__ = ["CatalogEntry", "Repository", "RepositoryRefused", "load_online_signer", "make_online_key"]
+__all__ = ["CatalogEntry", "Repository", "RepositoryRefused"]
 
-ONLINE_LIFE = dt.timedelta(days=7)
-TIMESTAMP_LIFE = dt.timedelta(days=1)
-KEPT_VERSIONS = 32
-"""Superseded versions of snapshot and fleet that stay, for devices in the middle of reading them."""
 MAX_BLOB_BYTES = 1 << 40
-ONLINE_ROLES = (Timestamp.type, Snapshot.type, layout.FLEET_ROLE)
-
-_S = TypeVar("_S", Root, Targets, Snapshot, Timestamp)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Held:
-    """A role as it lies on disk."""
-
-    signed: Any
-    data: bytes
-
-    @property
-    def version(self) -> int:
-        return int(self.signed.version)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _State:
-    root: _Held | None = None
-    targets: _Held | None = None
-    catalog: _Held | None = None
-    fleet: _Held | None = None
-    snapshot: _Held | None = None
-    timestamp: _Held | None = None
 
 
 class Repository:
@@ -78,10 +49,10 @@ class Repository:
 
     def __init__(self, root_dir: Path, online_signer: Signer, now: Callable[[], dt.datetime]) -> None:
         self._dir = root_dir
-        self._signer = online_signer
         self._now = now
         self._thread = threading.RLock()
-        for part in (layout.METADATA_DIR, layout.TARGETS_DIR, "blobs/sha256"):
+        self._metadata = MetadataFolder(root_dir / layout.METADATA_DIR, online_signer, now)
+        for part in (layout.TARGETS_DIR, "blobs/sha256"):
             durable.make_folder(root_dir / part)
         with self._writing():
             for folder, _, _ in os.walk(root_dir):
@@ -99,16 +70,16 @@ class Repository:
             RepositoryRefused: see ``trust.next_root``.
         """
         with self._writing():
-            state = self._load()
+            state = self._metadata.load()
             if state.root is not None and state.root.data == data:
                 return
             previous = state.root.signed if state.root else None
-            root = trust.next_root(data, previous, self._signer.public_key.keyid, self._now())
+            root = trust.next_root(data, previous, self._metadata.online_keyid, self._now())
             if state.targets is not None:
                 # Devices follow this root at once: what it does not vouch for they would refuse.
                 trust.verify(root, Targets.type, trust.parse(state.targets.data, Targets, "targets"))
-            durable.write(self._metadata(Root.type, root.version), data)
-            self._publish(replace(state, root=_Held(signed=root, data=data)))
+            self._metadata.store(Root.type, root.version, data)
+            self._metadata.publish(replace(state, root=Held(signed=root, data=data)))
 
     def install_targets(self, data: bytes) -> None:
         """Takes the operator's targets role, which names the approvers and this server's key for ``fleet``.
@@ -118,16 +89,16 @@ class Repository:
                 hold under it, and ``no_trust`` without a root.
         """
         with self._writing():
-            state = self._load()
+            state = self._metadata.load()
             if state.targets is not None and state.targets.data == data:
                 return
             root = _needed(state.root, "root")
             previous = state.targets.signed if state.targets else None
-            targets = trust.next_targets(data, root.signed, previous, self._signer.public_key.keyid, self._now())
+            targets = trust.next_targets(data, root.signed, previous, self._metadata.online_keyid, self._now())
             if state.catalog is not None:
                 trust.verify(targets, layout.CATALOG_ROLE, trust.parse(state.catalog.data, Targets, "catalog"))
-            durable.write(self._metadata(Targets.type, targets.version), data)
-            self._publish(replace(state, targets=_Held(signed=targets, data=data)))
+            self._metadata.store(Targets.type, targets.version, data)
+            self._metadata.publish(replace(state, targets=Held(signed=targets, data=data)))
 
     def install_catalog(
         self, data: bytes, floors_data: bytes | None, manifests: Callable[[str], bytes | None]
@@ -148,7 +119,7 @@ class Repository:
                 device could read, ``no_trust`` without root and targets.
         """
         with self._writing():
-            state = self._load()
+            state = self._metadata.load()
             targets = _needed(state.targets, "targets")
             if state.catalog is not None and state.catalog.data == data:
                 return trust.catalog_entries(state.catalog.signed)
@@ -158,8 +129,8 @@ class Repository:
             entries = trust.catalog_entries(catalog)
             for entry in entries:
                 self._take_manifest(entry, manifests)
-            durable.write(self._metadata(layout.CATALOG_ROLE, catalog.version), data)
-            self._publish(replace(state, catalog=_Held(signed=catalog, data=data)))
+            self._metadata.store(layout.CATALOG_ROLE, catalog.version, data)
+            self._metadata.publish(replace(state, catalog=Held(signed=catalog, data=data)))
             return entries
 
     # --- content ---
@@ -240,7 +211,7 @@ class Repository:
                 ceremony's documents are here.
         """
         with self._writing():
-            state = self._load()
+            state = self._metadata.load()
             fleet = _needed(state.fleet, "root, targets and a catalog").signed
             listed = dict(fleet.targets)
             for name, data in documents.items():
@@ -257,7 +228,7 @@ class Repository:
                 listed[target] = TargetFile(len(data), {"sha256": sha256}, target)
             if listed == fleet.targets:
                 return False
-            self._publish(state, fleet_targets=listed)
+            self._metadata.publish(state, fleet_targets=listed)
             return True
 
     def refresh_expiring(self) -> tuple[str, ...]:
@@ -267,11 +238,14 @@ class Repository:
             The roles that were signed; empty when nothing was due or the repository has no trust yet.
         """
         with self._writing():
-            state = self._load()
+            state = self._metadata.load()
             if state.timestamp is None:
                 return ()
-            signed = self._publish(state, only_due=True)
-            self._prune()
+            signed = self._metadata.publish(state, only_due=True)
+            listed = {self._dir / layout.target_file(path, sha256) for path, sha256 in self._metadata.prune()}
+            for path in (self._dir / layout.TARGETS_DIR / "fleet").glob("*.json"):
+                if path not in listed:
+                    path.unlink()
             return signed
 
     def raise_versions(self, role: str, above: int) -> None:
@@ -285,46 +259,46 @@ class Repository:
         if role not in ONLINE_ROLES:
             raise RepositoryRefused("offline_role", f"{role}: its holders must sign a version above {above}")
         with self._writing():
-            state = self._load()
+            state = self._metadata.load()
             _needed(state.timestamp, "root, targets and a catalog")
-            self._publish(state, floor={role: above})
+            self._metadata.publish(state, floor={role: above})
 
     # --- reading ---
 
     def has_trust(self) -> bool:
         """Whether root, targets and a catalog are here, so that devices can be served."""
         with self._writing():
-            return self._load().timestamp is not None
+            return self._metadata.load().timestamp is not None
 
     def status(self) -> dict[str, dict[str, Any]]:
         """Role -> {version, expires (RFC 3339), expires_ms} of what is being served."""
         with self._writing():
-            state = self._load()
+            state = self._metadata.load()
         return {
             role: {
                 "version": held.version,
                 "expires": held.signed.expires.isoformat(),
                 "expires_ms": int(held.signed.expires.timestamp() * 1000),
             }
-            for role, held in self._held(state).items()
+            for role, held in _by_role(state).items()
         }
 
     def metadata(self, role: str) -> bytes | None:
         """The bytes of a role that are being served, or None."""
         with self._writing():
-            held = self._held(self._load()).get(role)
+            held = _by_role(self._metadata.load()).get(role)
         return held.data if held else None
 
     def catalog_entries(self) -> tuple[CatalogEntry, ...]:
         """The bundles that the catalog lists; empty before there is one."""
         with self._writing():
-            catalog = self._load().catalog
+            catalog = self._metadata.load().catalog
         return trust.catalog_entries(catalog.signed) if catalog else ()
 
     def floors(self) -> dict[str, str]:
         """Model -> lowest version that may be activated; empty before there is a catalog."""
         with self._writing():
-            catalog = self._load().catalog
+            catalog = self._metadata.load().catalog
             if catalog is None:
                 return {}
             target = catalog.signed.targets[layout.FLOORS_TARGET]
@@ -336,59 +310,6 @@ class Repository:
     def _writing(self) -> Iterator[None]:
         with self._thread, durable.locked(self._dir / ".lock"):
             yield
-
-    def _metadata(self, role: str, version: int) -> Path:
-        return self._dir / layout.METADATA_DIR / f"{version}.{role}.json"
-
-    @staticmethod
-    def _held(state: _State) -> dict[str, _Held]:
-        parts = {
-            Root.type: state.root,
-            Timestamp.type: state.timestamp,
-            Snapshot.type: state.snapshot,
-            Targets.type: state.targets,
-            layout.CATALOG_ROLE: state.catalog,
-            layout.FLEET_ROLE: state.fleet,
-        }
-        return {role: held for role, held in parts.items() if held is not None}
-
-    def _load(self) -> _State:
-        """What the files say. Before the first timestamp, the newest version of each offline role counts."""
-        root = self._newest(Root.type, Root)
-        path = self._dir / layout.METADATA_DIR / f"{Timestamp.type}.json"
-        if not path.exists():
-            return _State(root=root, targets=self._newest(Targets.type, Targets))
-        data = path.read_bytes()
-        timestamp = trust.parse(data, Timestamp, Timestamp.type).signed
-        snapshot = self._read(Snapshot.type, timestamp.snapshot_meta.version, Snapshot)
-        versions = {name.removesuffix(".json"): meta.version for name, meta in snapshot.signed.meta.items()}
-        try:
-            return _State(
-                root=root,
-                targets=self._read(Targets.type, versions[Targets.type], Targets),
-                catalog=self._read(layout.CATALOG_ROLE, versions[layout.CATALOG_ROLE], Targets),
-                fleet=self._read(layout.FLEET_ROLE, versions[layout.FLEET_ROLE], Targets),
-                snapshot=snapshot,
-                timestamp=_Held(signed=timestamp, data=data),
-            )
-        except KeyError as error:
-            raise RepositoryRefused(
-                "repository_damaged", f"snapshot {snapshot.version} does not name {error}"
-            ) from None
-
-    def _newest(self, role: str, kind: type[_S]) -> _Held | None:
-        names = (self._dir / layout.METADATA_DIR).glob(f"*.{role}.json")
-        versions = [int(path.name.partition(".")[0]) for path in names if path.name.partition(".")[0].isdigit()]
-        return self._read(role, max(versions), kind) if versions else None
-
-    def _read(self, role: str, version: int, kind: type[_S]) -> _Held:
-        try:
-            data = self._metadata(role, version).read_bytes()
-        except OSError as error:
-            raise RepositoryRefused(
-                "repository_damaged", f"{role} version {version} is named and missing: {error}"
-            ) from None
-        return _Held(signed=trust.parse(data, kind, role).signed, data=data)
 
     def _take_floors(self, target: TargetFile, data: bytes | None) -> None:
         path = self._dir / layout.target_file(target.path, target.hashes["sha256"])
@@ -426,129 +347,8 @@ class Repository:
         if not known:
             durable.write(path, data)
 
-    def _publish(
-        self,
-        state: _State,
-        *,
-        fleet_targets: Mapping[str, TargetFile] | None = None,
-        only_due: bool = False,
-        floor: Mapping[str, int] | None = None,
-    ) -> tuple[str, ...]:
-        """Signs what changed or is due, writes it in order, the timestamp last. Returns the roles that were signed."""
-        root, targets, catalog = state.root, state.targets, state.catalog
-        if root is None or targets is None or catalog is None:
-            return ()
-        now, floor = self._now(), floor or {}
-        signed: list[str] = []
 
-        fleet = state.fleet
-        due = fleet is None or fleet_targets is not None or layout.FLEET_ROLE in floor
-        if fleet is None or due or self._due(targets.signed, layout.FLEET_ROLE, fleet, ONLINE_LIFE):
-            listed = dict(fleet_targets if fleet_targets is not None else fleet.signed.targets if fleet else {})
-            version = _above(fleet, floor.get(layout.FLEET_ROLE, 0))
-            fleet = self._sign(
-                targets.signed, layout.FLEET_ROLE, Targets(version=version, expires=now + ONLINE_LIFE, targets=listed)
-            )
-            durable.write(self._metadata(layout.FLEET_ROLE, version), fleet.data)
-            signed.append(layout.FLEET_ROLE)
-
-        meta = {
-            f"{role}.json": _meta_file(held)
-            for role, held in ((Targets.type, targets), (layout.CATALOG_ROLE, catalog), (layout.FLEET_ROLE, fleet))
-        }
-        snapshot = state.snapshot
-        due = snapshot is None or snapshot.signed.meta != meta or Snapshot.type in floor
-        if snapshot is None or due or self._due(root.signed, Snapshot.type, snapshot, ONLINE_LIFE):
-            version = _above(snapshot, floor.get(Snapshot.type, 0))
-            snapshot = self._sign(
-                root.signed, Snapshot.type, Snapshot(version=version, expires=now + ONLINE_LIFE, meta=meta)
-            )
-            durable.write(self._metadata(Snapshot.type, version), snapshot.data)
-            signed.append(Snapshot.type)
-
-        timestamp = state.timestamp
-        if only_due and not signed and timestamp is not None:
-            if not self._due(root.signed, Timestamp.type, timestamp, TIMESTAMP_LIFE):
-                return ()
-        # Never earlier than the last one: devices take it as a lower bound of now, and our clock may have been set back.
-        signed_at = max(int(now.timestamp()), _signed_at(timestamp))
-        new = Timestamp(
-            version=_above(timestamp, floor.get(Timestamp.type, 0)),
-            expires=dt.datetime.fromtimestamp(signed_at, dt.UTC) + TIMESTAMP_LIFE,
-            snapshot_meta=_meta_file(snapshot),
-            unrecognized_fields={layout.SIGNED_AT_FIELD: signed_at},
-        )
-        held = self._sign(root.signed, Timestamp.type, new)
-        durable.write(self._dir / layout.METADATA_DIR / f"{Timestamp.type}.json", held.data)
-        return (*signed, Timestamp.type)
-
-    def _due(self, delegator: Root | Targets, role: str, held: _Held, life: dt.timedelta) -> bool:
-        if held.signed.expires - self._now() < life / 2:
-            return True
-        try:
-            trust.verify(delegator, role, Metadata.from_bytes(held.data))
-        except RepositoryRefused:
-            return True
-        return False
-
-    def _sign(self, delegator: Root | Targets, role: str, signed: Snapshot | Targets | Timestamp) -> _Held:
-        metadata: Metadata[Any] = Metadata(signed)
-        metadata.sign(self._signer)
-        try:
-            trust.verify(delegator, role, metadata)
-        except RepositoryRefused as error:
-            raise RepositoryRefused(
-                "online_key_not_trusted", f"this server's key cannot sign {role} any more: {error.message}"
-            ) from None
-        return _Held(signed=signed, data=metadata.to_bytes())
-
-    def _prune(self) -> None:
-        """Deletes superseded snapshots, fleets and group documents past ``KEPT_VERSIONS``. Offline roles stay for ever."""
-        folder = self._dir / layout.METADATA_DIR
-        listed: set[Path] = set()
-        for role in (Snapshot.type, layout.FLEET_ROLE):
-            paths = sorted(folder.glob(f"*.{role}.json"), key=lambda path: int(path.name.partition(".")[0]))
-            for path in paths[:-KEPT_VERSIONS]:
-                path.unlink()
-            if role == layout.FLEET_ROLE:
-                for path in paths[-KEPT_VERSIONS:]:
-                    for target in Metadata[Targets].from_bytes(path.read_bytes()).signed.targets.values():
-                        listed.add(self._dir / layout.target_file(target.path, target.hashes["sha256"]))
-        for path in (self._dir / layout.TARGETS_DIR / "fleet").glob("*.json"):
-            if path not in listed:
-                path.unlink()
-
-
-def make_online_key(private_path: Path, public_path: Path) -> CryptoSigner:
-    """Makes the server's online key on its first start: ``online.pem`` (0600) and ``online.pub.json`` for the ceremony.
-
-    An existing key is never replaced; its public part is written again when it is missing.
-
-    Raises:
-        ValueError: the existing private file holds no usable key.
-    """
-    if private_path.exists():
-        signer = load_online_signer(private_path)
-    else:
-        signer = CryptoSigner.generate_ed25519()
-        private_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        previous = os.umask(0o077)
-        try:
-            durable.write(private_path, signer.private_bytes)
-        finally:
-            os.umask(previous)
-    if not public_path.exists():
-        keys = {"keys": {signer.public_key.keyid: signer.public_key.to_dict()}}
-        durable.write(public_path, json.dumps(keys, indent=2).encode() + b"\n")
-    return signer
-
-
-def load_online_signer(private_path: Path) -> CryptoSigner:
-    """Opens the online key. Raises ``ValueError`` when the file holds none, ``OSError`` when it cannot be read."""
-    return CryptoSigner(serialization.load_pem_private_key(private_path.read_bytes(), None))
-
-
-def _needed(held: _Held | None, what: str) -> _Held:
+def _needed(held: Held | None, what: str) -> Held:
     if held is None:
         raise RepositoryRefused("no_trust", f"the repository has no trust yet: first post the ceremony's {what}")
     return held
@@ -562,14 +362,13 @@ def _match(name: str, data: bytes, sha256: str, length: int) -> None:
         raise RepositoryRefused("size_mismatch", f"{name}: {len(data)} bytes, the catalog says {length}")
 
 
-def _meta_file(held: _Held) -> MetaFile:
-    return MetaFile(version=held.version, length=len(held.data), hashes={"sha256": canonical.sha256(held.data)})
-
-
-def _above(held: _Held | None, floor: int) -> int:
-    return max(held.version if held else 0, floor) + 1
-
-
-def _signed_at(timestamp: _Held | None) -> int:
-    value = timestamp.signed.unrecognized_fields.get(layout.SIGNED_AT_FIELD, 0) if timestamp else 0
-    return value if isinstance(value, int) else 0
+def _by_role(state: State) -> dict[str, Held]:
+    parts = {
+        Root.type: state.root,
+        Timestamp.type: state.timestamp,
+        Snapshot.type: state.snapshot,
+        Targets.type: state.targets,
+        layout.CATALOG_ROLE: state.catalog,
+        layout.FLEET_ROLE: state.fleet,
+    }
+    return {role: held for role, held in parts.items() if held is not None}

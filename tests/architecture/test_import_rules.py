@@ -48,13 +48,13 @@ LAYERS = {
         ("api", True),
         ("orchestrator ingest", False),
         ("publication rollouts devices groups registry intake presence quarantine evidence ledger access", True),
-        ("repository trust broker mqtt ca device_auth validation telemetry audit", False),
+        ("repository metadata trust broker mqtt ca device_auth validation telemetry audit", False),
         ("db durable clock config errors", True),
         ("core", True),
     ],
 }
-# Modules of one row that are two halves of one thing.
-HALVES = {("repository", "trust")}
+# Modules of one row that are parts of one thing: upper, lower.
+HALVES = {("repository", "metadata"), ("repository", "trust"), ("metadata", "trust")}
 
 
 def stdlib(name: str) -> bool:

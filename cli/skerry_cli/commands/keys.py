@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from skerry_cli import keys, output
+from skerry_cli import key_files, keys, output
 from skerry_cli.commands.session import now, session
 from skerry_cli.errors import Usage
 
@@ -47,7 +47,7 @@ def init(
             raise Usage(f"{online}: {error.strerror or error}; wanted the server's online.pub.json") from None
     made = keys.hold_ceremony(
         directory,
-        online_keys=keys.read_online_keys(text),
+        online_keys=key_files.read_online_keys(text),
         password=None if no_password else run.password(confirm=True),
         now=now(),
         approvers=tuple(approver or ("approver",)),

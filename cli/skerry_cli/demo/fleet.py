@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from skerry_contract import enrolment
 
-from skerry_cli import keys, publishing
+from skerry_cli import key_files, keys, publishing
 from skerry_cli.client import Api, quote
 from skerry_cli.demo.application import Counts, read_counts
 from skerry_cli.demo.control import ask_agent
@@ -93,7 +93,7 @@ class Fleet:
         if online is None:
             raise Failed("the server names no online keys")
         self.ceremony = keys.hold_ceremony(
-            self.folder / "keys", online_keys=keys.read_online_keys(online), password=None, now=now
+            self.folder / "keys", online_keys=key_files.read_online_keys(online), password=None, now=now
         )
         for role, metadata in (("root", self.ceremony.root), ("targets", self.ceremony.targets)):
             self.api.post("/api/v1/repository/metadata", {"role": role, "metadata": metadata.decode()})
@@ -102,7 +102,7 @@ class Fleet:
         self.approver = publishing.Approver(
             self.api,
             root=self.ceremony.root,
-            signer=keys.load_signer(self.ceremony.key_path("approver"), None),
+            signer=key_files.load_signer(self.ceremony.key_path("approver"), None),
             name="approver",
             cache_dir=self.folder / "approver",
         )

@@ -21,11 +21,12 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from securesystemslib.signer import CryptoSigner, Signer
-from skerry_cli import catalog, keys
+from skerry_cli import catalog, key_files, keys
 from skerry_contract import canonical, enrolment, group, layout
 from skerry_contract import manifest as m
 from skerry_server import ca
-from skerry_server.repository import Repository, make_online_key
+from skerry_server.metadata import make_online_key
+from skerry_server.repository import Repository
 from tuf.api.metadata import Metadata
 
 Spoil = Callable[[BaseHTTPRequestHandler, bytes], bool]
@@ -226,7 +227,7 @@ class Fleet:
         self.online = make_online_key(folder / "keys" / "online.pem", folder / "keys" / "online.pub.json")
         self.ceremony = keys.hold_ceremony(
             folder / "ceremony",
-            online_keys=keys.read_online_keys((folder / "keys" / "online.pub.json").read_text()),
+            online_keys=key_files.read_online_keys((folder / "keys" / "online.pub.json").read_text()),
             password=None,
             now=self.clock(),
             approvers=approvers,
@@ -245,7 +246,7 @@ class Fleet:
         return f"{self.site.url}/repository"
 
     def signer(self, name: str) -> CryptoSigner:
-        return keys.load_signer(self.ceremony.key_path(name), None)
+        return key_files.load_signer(self.ceremony.key_path(name), None)
 
     def push(self, bundle: Bundle) -> Bundle:
         self.bundles[bundle.digest] = bundle

@@ -4,7 +4,7 @@ import datetime as dt
 import json
 
 import pytest
-from skerry_cli import catalog, keys
+from skerry_cli import catalog, key_files
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
 from skerry_contract import layout
 from skerry_server.repository import RepositoryRefused
@@ -317,4 +317,4 @@ def test_ceremony_with_an_unencrypted_key_that_others_can_read_is_not_opened(fle
     path = fleet.ceremony.key_path("ada")
     path.chmod(0o644)
     with pytest.raises(Usage, match="others may read"):
-        keys.load_signer(path, None)
+        key_files.load_signer(path, None)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import urllib3
-from skerry_cli import catalog, keys
+from skerry_cli import catalog, key_files, keys
 from skerry_contract import enrolment
 
 
@@ -52,7 +52,7 @@ def server(tmp_path):
 
 def test_ceremony_enrolment_approval_sync_and_resumed_fetch(server, tmp_path, make_bundle, make_device):
     now = dt.datetime.now(dt.UTC)
-    online = keys.read_online_keys(server.call("GET", "/repository/online-keys").data)
+    online = key_files.read_online_keys(server.call("GET", "/repository/online-keys").data)
     made = keys.hold_ceremony(tmp_path / "ceremony", online_keys=online, password=None, now=now)
     post = {"root": made.root, "targets": made.targets, "catalog": made.catalog}
     for role, data in post.items():
@@ -76,7 +76,7 @@ def test_ceremony_enrolment_approval_sync_and_resumed_fetch(server, tmp_path, ma
         verified,
         catalog.Change(add=(bundle.addition("ci"),), floors={"gas": "1.0.0"}),
         source=source,
-        signer=keys.load_signer(made.key_path("approver"), None),
+        signer=key_files.load_signer(made.key_path("approver"), None),
         approvers=("approver",),
         now=now,
     )

@@ -12,9 +12,10 @@ import time
 import pytest
 from securesystemslib.signer import CryptoSigner
 from skerry_agent.courier import transport, updater
-from skerry_cli import catalog, keys
+from skerry_cli import catalog, key_files, keys
 from skerry_contract import layout
-from skerry_server.repository import Repository, RepositoryRefused, load_online_signer, make_online_key
+from skerry_server.metadata import load_online_signer, make_online_key
+from skerry_server.repository import Repository, RepositoryRefused
 from tuf.api.metadata import Metadata, TargetFile
 
 
@@ -355,7 +356,7 @@ def test_online_key_is_private_and_never_replaced(tmp_path):
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
     public.unlink()
     assert make_online_key(private, public).public_key == first.public_key
-    assert list(keys.read_online_keys(public.read_bytes())) == [first.public_key.keyid]
+    assert list(key_files.read_online_keys(public.read_bytes())) == [first.public_key.keyid]
 
 
 def test_damaged_repository_is_named(fleet):
@@ -401,7 +402,8 @@ CRASH = """
 import os, sys
 from pathlib import Path
 import datetime as dt
-from skerry_server.repository import Repository, load_online_signer
+from skerry_server.metadata import load_online_signer
+from skerry_server.repository import Repository
 
 folder, key, at, operation, *more = sys.argv[1:]
 repository = Repository(Path(folder), load_online_signer(Path(key)), lambda: dt.datetime.now(dt.UTC))

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from skerry_cli import keys
+from skerry_cli import key_files, keys
 from skerry_cli.errors import RefusedForSafety, Usage
 from skerry_contract import layout
 from tuf.api.metadata import Metadata, Root
@@ -52,11 +52,11 @@ def test_private_keys_are_private_encrypted_and_open_with_their_password_only(tm
     path = made.key_path("ada")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert b"ENCRYPTED" in path.read_bytes()
-    keyid = keys.load_signer(path, b"tide").public_key.keyid
+    keyid = key_files.load_signer(path, b"tide").public_key.keyid
     assert made.holder(keyid) == "ada"
     for wrong in (None, b"ebb"):
         with pytest.raises(Usage):
-            keys.load_signer(path, wrong)
+            key_files.load_signer(path, wrong)
     with pytest.raises(Usage, match="empty"):
         hold(tmp_path / "other", online, password=b"")
 
@@ -112,21 +112,21 @@ def test_online_keys_are_read_in_every_form_a_server_gives_them(make):
     key = make().public_key
     body = key.to_dict()
     for form in (body, {"keyid": key.keyid, **body}, {key.keyid: body}, {"keys": {key.keyid: body}}):
-        assert keys.read_online_keys(json.dumps(form)) == {key.keyid: key}
+        assert key_files.read_online_keys(json.dumps(form)) == {key.keyid: key}
 
 
 def test_online_key_under_anothers_id_is_refused():
     key, other = CryptoSigner.generate_ed25519().public_key, CryptoSigner.generate_ed25519().public_key
     with pytest.raises(Usage, match="does not follow"):
-        keys.read_online_keys(json.dumps({other.keyid: key.to_dict()}))
+        key_files.read_online_keys(json.dumps({other.keyid: key.to_dict()}))
     for text in ("", "[]", "{}", '{"keys": {}}', '{"keyval": 1}', '{"x": 1}'):
         with pytest.raises(Usage):
-            keys.read_online_keys(text)
+            key_files.read_online_keys(text)
 
 
 def test_next_root_needs_old_and_new_holders(tmp_path, online):
     made = hold(tmp_path / "keys", online)
-    old = keys.load_signer(made.key_path("root"), None)
+    old = key_files.load_signer(made.key_path("root"), None)
     new = CryptoSigner.generate_ed25519()
     wish = {"now": NOW, "root_keys": {new.public_key.keyid: new.public_key}}
     for signers in ([old], [new]):
@@ -141,8 +141,8 @@ def test_next_targets_is_signed_by_those_root_names(tmp_path, online):
     made = hold(tmp_path / "keys", online)
     wish = {"root": made.root, "now": NOW + dt.timedelta(days=300)}
     with pytest.raises(RefusedForSafety):
-        keys.next_targets(made.targets, signers=[keys.load_signer(made.key_path("approver"), None)], **wish)
-    data = keys.next_targets(made.targets, signers=[keys.load_signer(made.key_path("targets"), None)], **wish)
+        keys.next_targets(made.targets, signers=[key_files.load_signer(made.key_path("approver"), None)], **wish)
+    data = keys.next_targets(made.targets, signers=[key_files.load_signer(made.key_path("targets"), None)], **wish)
     new = Metadata.from_bytes(data).signed
     assert (new.version, new.expires - NOW) == (2, dt.timedelta(days=665))
     assert new.delegations.to_dict() == Metadata.from_bytes(made.targets).signed.delegations.to_dict()
@@ -150,4 +150,4 @@ def test_next_targets_is_signed_by_those_root_names(tmp_path, online):
 
 def test_ecdsa_ceremony_works_too(tmp_path, online):
     made = hold(tmp_path / "keys", online, key_type="ecdsa")
-    assert keys.load_signer(made.key_path("root"), None).public_key.keytype == "ecdsa"
+    assert key_files.load_signer(made.key_path("root"), None).public_key.keytype == "ecdsa"

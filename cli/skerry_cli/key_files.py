@@ -1,0 +1,105 @@
+"""How a key stands in a file: private keys in PEM, the server's public keys as TUF writes them.
+
+Reads and writes single keys and says clearly what is wrong with one. What a key may sign, and who holds it, is in ``keys``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from securesystemslib.signer import CryptoSigner, Key, SSlibKey
+
+from skerry_cli.errors import Usage
+
+
+def read_online_keys(text: str | bytes) -> dict[str, Key]:
+    """Reads the server's public keys: ``online.pub.json``, or the answer of ``/api/v1/repository/online-keys``.
+
+    Accepts one TUF key dict, a map of key id to key dict, or that map under ``keys``. A key id that is stated must be
+    the one that follows from the key, so that two tools never mean different keys by one id.
+
+    Raises:
+        Usage: not such a document, no key in it, or an id that belongs to another key.
+    """
+    try:
+        value = json.loads(text)
+        if "keyval" in value:
+            value = {str(value.pop("keyid", "")): value}
+        elif "keys" in value:
+            value = value["keys"]
+        keys: dict[str, Key] = {}
+        for stated, body in value.items():
+            key = SSlibKey.from_crypto(_crypto_public(body), scheme=str(body["scheme"]))
+            if stated not in ("", key.keyid):
+                raise ValueError(f"key id {stated} does not follow from its key, wanted {key.keyid}")
+            keys[key.keyid] = key
+    except (ValueError, KeyError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
+        raise Usage(f"online keys: wanted a TUF key or a map of them: {error}") from None
+    if not keys:
+        raise Usage("online keys: the document names no key")
+    return keys
+
+
+def load_signer(path: Path, password: bytes | None) -> CryptoSigner:
+    """Opens a private key in PEM (PKCS#8).
+
+    Raises:
+        Usage: missing, readable by others, encrypted without a password or with another one, or no such key.
+    """
+    try:
+        mode = path.stat().st_mode
+        data = path.read_bytes()
+    except OSError as error:
+        raise Usage(f"{path}: wanted a private key in PEM: {error.strerror}") from None
+    if mode & 0o077:
+        raise Usage(f"{path}: others may read this private key (mode {mode & 0o777:04o})", advice=f"chmod 600 {path}")
+    try:
+        key = serialization.load_pem_private_key(data, password)
+    except TypeError:
+        wanted = "is encrypted: give its password" if password is None else "is not encrypted, but a password was given"
+        raise Usage(f"{path} {wanted}") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise Usage(f"{path}: the password is wrong, or this is no private key in PEM") from None
+    if not isinstance(key, (ed25519.Ed25519PrivateKey, ec.EllipticCurvePrivateKey)):
+        raise Usage(f"{path}: wanted an Ed25519 or P-256 key, got {type(key).__name__}")
+    return CryptoSigner(key)
+
+
+def private_pem(signer: CryptoSigner, password: bytes | None) -> bytes:
+    """The private key in PEM (PKCS#8), encrypted unless ``password`` is None."""
+    key = serialization.load_pem_private_key(signer.private_bytes, None)
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if password is not None:
+        encryption = serialization.BestAvailableEncryption(password)
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+
+
+def write_new(path: Path, data: bytes, *, mode: int) -> None:
+    """Writes a file that must not be there yet; file and name are on disk on return. Raises ``FileExistsError``."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _crypto_public(body: Mapping[str, Any]) -> ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey:
+    public = str(body["keyval"]["public"])
+    if body["keytype"] == "ed25519":
+        return ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+    key = serialization.load_pem_public_key(public.encode())
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ValueError(f"wanted an ed25519 or ecdsa key, got {body['keytype']!r}")
+    return key

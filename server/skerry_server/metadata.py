@@ -1,0 +1,261 @@
+"""The repository's metadata on disk, and the online key that signs fleet, snapshot and timestamp.
+
+Owns the folder ``metadata/`` and the order in which its files appear: new versioned files first, each synced with its folder,
+the timestamp last, since it decides what is current. Owns the online key's files. Which offline metadata is believed is decided
+in ``trust``, which targets a role lists in ``repository``; whoever calls holds the repository's lock.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cryptography.hazmat.primitives import serialization
+from securesystemslib.signer import CryptoSigner, Signer
+from skerry_contract import canonical, layout
+from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
+
+from skerry_server import durable, trust
+from skerry_server.trust import RepositoryRefused
+
+ONLINE_LIFE = dt.timedelta(days=7)
+TIMESTAMP_LIFE = dt.timedelta(days=1)
+KEPT_VERSIONS = 32
+"""Superseded versions of snapshot and fleet that stay, for devices in the middle of reading them."""
+ONLINE_ROLES = (Timestamp.type, Snapshot.type, layout.FLEET_ROLE)
+
+_S = TypeVar("_S", Root, Targets, Snapshot, Timestamp)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """A role as it lies on disk."""
+
+    signed: Any
+    data: bytes
+
+    @property
+    def version(self) -> int:
+        """Its version number."""
+        return int(self.signed.version)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """The roles that are being served; None before there is one."""
+
+    root: Held | None = None
+    targets: Held | None = None
+    catalog: Held | None = None
+    fleet: Held | None = None
+    snapshot: Held | None = None
+    timestamp: Held | None = None
+
+
+class MetadataFolder:
+    """See the module.
+
+    Args:
+        folder: ``metadata/``; made when missing.
+        signer: holds the online key.
+        now: the server's clock, aware, UTC.
+    """
+
+    def __init__(self, folder: Path, signer: Signer, now: Callable[[], dt.datetime]) -> None:
+        self._folder = folder
+        self._signer = signer
+        self._now = now
+        durable.make_folder(folder)
+
+    @property
+    def online_keyid(self) -> str:
+        """Of the key that signs here."""
+        return str(self._signer.public_key.keyid)
+
+    def load(self) -> State:
+        """What the files say. Before the first timestamp, the newest version of each offline role counts."""
+        root = self._newest(Root.type, Root)
+        path = self._timestamp()
+        if not path.exists():
+            return State(root=root, targets=self._newest(Targets.type, Targets))
+        data = path.read_bytes()
+        timestamp = trust.parse(data, Timestamp, Timestamp.type).signed
+        snapshot = self._read(Snapshot.type, timestamp.snapshot_meta.version, Snapshot)
+        versions = {name.removesuffix(".json"): meta.version for name, meta in snapshot.signed.meta.items()}
+        try:
+            return State(
+                root=root,
+                targets=self._read(Targets.type, versions[Targets.type], Targets),
+                catalog=self._read(layout.CATALOG_ROLE, versions[layout.CATALOG_ROLE], Targets),
+                fleet=self._read(layout.FLEET_ROLE, versions[layout.FLEET_ROLE], Targets),
+                snapshot=snapshot,
+                timestamp=Held(signed=timestamp, data=data),
+            )
+        except KeyError as error:
+            raise RepositoryRefused(
+                "repository_damaged", f"snapshot {snapshot.version} does not name {error}"
+            ) from None
+
+    def store(self, role: str, version: int, data: bytes) -> None:
+        """Writes a version of an offline role. Devices find a root by its number, the others only after ``publish``."""
+        durable.write(self._path(role, version), data)
+
+    def publish(
+        self,
+        state: State,
+        *,
+        fleet_targets: Mapping[str, TargetFile] | None = None,
+        only_due: bool = False,
+        floor: Mapping[str, int] | None = None,
+    ) -> tuple[str, ...]:
+        """Signs what changed or is due, writes it in order, the timestamp last. Returns the roles that were signed."""
+        root, targets, catalog = state.root, state.targets, state.catalog
+        if root is None or targets is None or catalog is None:
+            return ()
+        now, floor = self._now(), floor or {}
+        signed: list[str] = []
+
+        fleet = state.fleet
+        due = fleet is None or fleet_targets is not None or layout.FLEET_ROLE in floor
+        if fleet is None or due or self._due(targets.signed, layout.FLEET_ROLE, fleet, ONLINE_LIFE):
+            listed = dict(fleet_targets if fleet_targets is not None else fleet.signed.targets if fleet else {})
+            version = _above(fleet, floor.get(layout.FLEET_ROLE, 0))
+            fleet = self._sign(
+                targets.signed, layout.FLEET_ROLE, Targets(version=version, expires=now + ONLINE_LIFE, targets=listed)
+            )
+            durable.write(self._path(layout.FLEET_ROLE, version), fleet.data)
+            signed.append(layout.FLEET_ROLE)
+
+        meta = {
+            f"{role}.json": _meta_file(held)
+            for role, held in ((Targets.type, targets), (layout.CATALOG_ROLE, catalog), (layout.FLEET_ROLE, fleet))
+        }
+        snapshot = state.snapshot
+        due = snapshot is None or snapshot.signed.meta != meta or Snapshot.type in floor
+        if snapshot is None or due or self._due(root.signed, Snapshot.type, snapshot, ONLINE_LIFE):
+            version = _above(snapshot, floor.get(Snapshot.type, 0))
+            snapshot = self._sign(
+                root.signed, Snapshot.type, Snapshot(version=version, expires=now + ONLINE_LIFE, meta=meta)
+            )
+            durable.write(self._path(Snapshot.type, version), snapshot.data)
+            signed.append(Snapshot.type)
+
+        timestamp = state.timestamp
+        if only_due and not signed and timestamp is not None:
+            if not self._due(root.signed, Timestamp.type, timestamp, TIMESTAMP_LIFE):
+                return ()
+        # Never earlier than the last one: devices take it as a lower bound of now, and our clock may have been set back.
+        signed_at = max(int(now.timestamp()), _signed_at(timestamp))
+        new = Timestamp(
+            version=_above(timestamp, floor.get(Timestamp.type, 0)),
+            expires=dt.datetime.fromtimestamp(signed_at, dt.UTC) + TIMESTAMP_LIFE,
+            snapshot_meta=_meta_file(snapshot),
+            unrecognized_fields={layout.SIGNED_AT_FIELD: signed_at},
+        )
+        held = self._sign(root.signed, Timestamp.type, new)
+        durable.write(self._timestamp(), held.data)
+        return (*signed, Timestamp.type)
+
+    def prune(self) -> set[tuple[str, str]]:
+        """Deletes superseded snapshots and fleets past ``KEPT_VERSIONS``. Offline roles stay for ever.
+
+        Returns:
+            (target, sha256) of every group document that a fleet which stays lists.
+        """
+        listed: set[tuple[str, str]] = set()
+        for role in (Snapshot.type, layout.FLEET_ROLE):
+            paths = sorted(self._folder.glob(f"*.{role}.json"), key=lambda path: int(path.name.partition(".")[0]))
+            for path in paths[:-KEPT_VERSIONS]:
+                path.unlink()
+            if role == layout.FLEET_ROLE:
+                for path in paths[-KEPT_VERSIONS:]:
+                    for target in Metadata[Targets].from_bytes(path.read_bytes()).signed.targets.values():
+                        listed.add((target.path, target.hashes["sha256"]))
+        return listed
+
+    def _newest(self, role: str, kind: type[_S]) -> Held | None:
+        names = self._folder.glob(f"*.{role}.json")
+        versions = [int(path.name.partition(".")[0]) for path in names if path.name.partition(".")[0].isdigit()]
+        return self._read(role, max(versions), kind) if versions else None
+
+    def _read(self, role: str, version: int, kind: type[_S]) -> Held:
+        try:
+            data = self._path(role, version).read_bytes()
+        except OSError as error:
+            raise RepositoryRefused(
+                "repository_damaged", f"{role} version {version} is named and missing: {error}"
+            ) from None
+        return Held(signed=trust.parse(data, kind, role).signed, data=data)
+
+    def _due(self, delegator: Root | Targets, role: str, held: Held, life: dt.timedelta) -> bool:
+        if held.signed.expires - self._now() < life / 2:
+            return True
+        try:
+            trust.verify(delegator, role, Metadata.from_bytes(held.data))
+        except RepositoryRefused:
+            return True
+        return False
+
+    def _sign(self, delegator: Root | Targets, role: str, signed: Snapshot | Targets | Timestamp) -> Held:
+        metadata: Metadata[Any] = Metadata(signed)
+        metadata.sign(self._signer)
+        try:
+            trust.verify(delegator, role, metadata)
+        except RepositoryRefused as error:
+            raise RepositoryRefused(
+                "online_key_not_trusted", f"this server's key cannot sign {role} any more: {error.message}"
+            ) from None
+        return Held(signed=signed, data=metadata.to_bytes())
+
+    def _path(self, role: str, version: int) -> Path:
+        return self._folder / f"{version}.{role}.json"
+
+    def _timestamp(self) -> Path:
+        return self._folder / f"{Timestamp.type}.json"
+
+
+def make_online_key(private_path: Path, public_path: Path) -> CryptoSigner:
+    """Makes the server's online key on its first start: ``online.pem`` (0600) and ``online.pub.json`` for the ceremony.
+
+    An existing key is never replaced; its public part is written again when it is missing.
+
+    Raises:
+        ValueError: the existing private file holds no usable key.
+    """
+    if private_path.exists():
+        signer = load_online_signer(private_path)
+    else:
+        signer = CryptoSigner.generate_ed25519()
+        private_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        previous = os.umask(0o077)
+        try:
+            durable.write(private_path, signer.private_bytes)
+        finally:
+            os.umask(previous)
+    if not public_path.exists():
+        keys = {"keys": {signer.public_key.keyid: signer.public_key.to_dict()}}
+        durable.write(public_path, json.dumps(keys, indent=2).encode() + b"\n")
+    return signer
+
+
+def load_online_signer(private_path: Path) -> CryptoSigner:
+    """Opens the online key. Raises ``ValueError`` when the file holds none, ``OSError`` when it cannot be read."""
+    return CryptoSigner(serialization.load_pem_private_key(private_path.read_bytes(), None))
+
+
+def _meta_file(held: Held) -> MetaFile:
+    return MetaFile(version=held.version, length=len(held.data), hashes={"sha256": canonical.sha256(held.data)})
+
+
+def _above(held: Held | None, floor: int) -> int:
+    return max(held.version if held else 0, floor) + 1
+
+
+def _signed_at(timestamp: Held | None) -> int:
+    value = timestamp.signed.unrecognized_fields.get(layout.SIGNED_AT_FIELD, 0) if timestamp else 0
+    return value if isinstance(value, int) else 0
