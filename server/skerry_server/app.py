@@ -272,8 +272,8 @@ class Server:
         orchestrator = self._orchestrator = Orchestrator(
             self._engine, self._publication, link, settings.rollout, clock.now_ms, self._telemetry.observe_tick
         )
-        # Before any bell can ring: what a crash left unpublished, and states that follow from the catalog.
-        self._publication.align()
+        # Before any bell can ring: what a crash left unpublished or unrecorded, and states that follow from the catalog.
+        self._publication.align(starting=True)
         self._publication.publish(link)
         self._ingest.start()
         self._stack.callback(_stop_part, "ingest", self._ingest.stop)

@@ -25,6 +25,9 @@ from skerry_server.repository import Repository
 
 log = logging.getLogger(__name__)
 
+INSTALL = "repository.install"
+"""Action of the audit rows about the operator's metadata."""
+OFFLINE_ROLES = ("root", "targets", "catalog")
 RING_AGAIN_MS = 3_000
 """How long the broker has to confirm a bell before it is rung again."""
 
@@ -72,6 +75,8 @@ class Publication:
         if floors is not None and role != "catalog":
             raise Invalid("bad_request", f"floors belong to the catalog, not to {role}")
         with self._lock:
+            # A version whose row could not be written must not be hidden by the next one.
+            self._record_found("found before the next one")
             if role == "root":
                 self._repository.install_root(metadata)
             elif role == "targets":
@@ -87,16 +92,23 @@ class Publication:
                     conn,
                     at_ms=now_ms,
                     actor=actor,
-                    action="repository.install",
+                    action=INSTALL,
                     subject=f"metadata:{role}",
                     after={"version": version, "sha256": hashlib.sha256(metadata).hexdigest()},
                 )
             changed = self.align()
         return {"role": role, "version": version, "bundles": changed}
 
-    def align(self) -> list[str]:
-        """Bundle states and the table of roles, as the repository holds them now. Does nothing where they agree."""
+    def align(self, *, starting: bool = False) -> list[str]:
+        """Bundle states and the table of roles, as the repository holds them now. Does nothing where they agree.
+
+        Args:
+            starting: also adds the audit row of an installation that the server did not live to write: files come first, since
+                they alone decide what devices see.
+        """
         with self._lock:
+            if starting:
+                self._record_found("found at start")
             status = self.status()
             listed = [entry.digest for entry in self._repository.catalog_entries()] if "catalog" in status else []
             now_ms = self._now_ms()
@@ -115,6 +127,37 @@ class Publication:
                 if "catalog" not in status:
                     return []
                 return registry.sync_catalog(conn, listed, actor="system:catalog", now_ms=now_ms)
+
+    def _record_found(self, how: str) -> None:
+        """Adds the audit rows that are missing for the operator's metadata which is being served."""
+        status = self._repository.status()
+        for role in OFFLINE_ROLES:
+            data = self._repository.metadata(role)
+            if data is None:
+                continue
+            version = status[role]["version"]
+            after = {"version": version, "sha256": hashlib.sha256(data).hexdigest()}
+            c = t.audit.c
+            newest = (
+                select(c.after)
+                .where(c.action == INSTALL, c.subject == f"metadata:{role}")
+                .order_by(c.id.desc())
+                .limit(1)
+            )
+            with reading(self._engine) as conn:
+                if conn.execute(newest).scalar() == after:
+                    continue
+            with writing(self._engine) as conn:
+                audit.record(
+                    conn,
+                    at_ms=self._now_ms(),
+                    actor="system:publication",
+                    action=INSTALL,
+                    subject=f"metadata:{role}",
+                    after=after,
+                    reason=f"{how}: installed, and the server ended or failed before it could record by whom",
+                )
+            log.warning("audit row added role=%s version=%d why=%r", role, version, how)
 
     def _states_differ(self, listed: list[str]) -> bool:
         c = t.bundles.c
