@@ -1,7 +1,7 @@
 """How answers are shown: JSON for programs, tables for people.
 
-With ``--json`` stdout holds exactly one JSON document. Everything that is not the answer (progress, questions, errors) goes to
-stderr.
+With ``--json`` stdout holds exactly one JSON document, or one per line where a command follows something. Everything that is not
+the answer (progress, questions, errors) goes to stderr.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 def show_json(value: Any) -> None:
     """Prints one JSON document on stdout."""
     print(json.dumps(value, indent=2, sort_keys=True))  # noqa: T201 - the answer itself, byte for byte
+
+
+def show_json_line(value: Any) -> None:
+    """Prints one JSON document in one line on stdout, at once: a reader may be waiting for it."""
+    print(json.dumps(value, sort_keys=True), flush=True)  # noqa: T201 - as above
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -141,7 +141,16 @@ def _confirm(yes: bool, as_json: bool) -> Callable[[catalog.Difference], bool]:
     def ask(difference: catalog.Difference) -> bool:
         # With --json stdout holds the answer alone: the question and its matter go to stderr.
         (output.note if as_json else output.say)(difference.text())
-        return yes or typer.confirm("Sign this?", err=True)
+        if yes:
+            return True
+        try:
+            return typer.confirm("Sign this?", err=True)
+        except typer.Abort:
+            # Closed input or an interrupt. A script that forgot --yes must not take this for a fault of the server's.
+            raise RefusedForSafety(
+                "'Sign this?' got no answer: nothing was signed",
+                advice="answer y or n; in a script name the digest, or give --from FOLDER, and use --yes",
+            ) from None
 
     return ask
 

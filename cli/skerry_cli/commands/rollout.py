@@ -72,23 +72,35 @@ def watch(
     context: typer.Context,
     rollout: Annotated[str, typer.Argument(help="The rollout's id.")],
     timeout_s: Annotated[float, typer.Option("--timeout", help="Give up after so many seconds; 0 for never.")] = 0.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line: each decision, and last where the rollout stands.")
+    ] = False,
 ) -> None:
     """Follows a rollout to its end, every decision with its reason. Exit code 0 only when it completed."""
     api = session(context).api
     began = time.monotonic()
     shown = 0
     while True:
+        # The state first: whatever led to it is then among the decisions.
+        now = api.get(f"/api/v1/rollouts/{quote(rollout)}")
         decisions = list(api.items(f"/api/v1/rollouts/{quote(rollout)}/decisions"))
         for decision in decisions[shown:]:
-            output.say(decision_text(decision))
+            if as_json:
+                output.show_json_line({"type": "decision", **decision})
+            else:
+                output.say(decision_text(decision))
         shown = len(decisions)
-        now = api.get(f"/api/v1/rollouts/{quote(rollout)}")
-        if now["state"] in ENDED:
-            output.say(f"Rollout {rollout} is {now['state']}.")
+        ended = now["state"] in ENDED
+        late = not ended and timeout_s > 0 and time.monotonic() - began > timeout_s
+        if as_json and (ended or late):
+            output.show_json_line({"type": "rollout", **now})
+        if ended:
+            if not as_json:
+                output.say(f"Rollout {rollout} is {now['state']}.")
             if now["state"] != "completed":
                 raise Failed(f"rollout {rollout} {now['state']}: {now.get('reason') or 'no reason given'}")
             return
-        if timeout_s and time.monotonic() - began > timeout_s:
+        if late:
             raise Failed(f"rollout {rollout}: still {now['state']} after {timeout_s:g} s")
         time.sleep(1.0)
 

@@ -37,10 +37,9 @@ class Cli:
         self.environment = environment
 
     def __call__(self, *arguments: str | Path, given: str = "", **environment: str) -> Done:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("SKERRY_")}
         found = subprocess.run(
             [sys.executable, "-m", "skerry_cli", *map(str, arguments)],
-            env={**kept, "HOME": str(self.folder), "SKERRY_CONFIG": "", **self.environment, **environment},
+            env=self._whole(environment),
             input=given,
             capture_output=True,
             text=True,
@@ -48,6 +47,15 @@ class Cli:
         )
         assert "Traceback" not in found.stderr, found.stderr
         return Done(found.returncode, found.stdout, found.stderr)
+
+    def open(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts ``skerry`` and leaves it running; its stdout is a pipe."""
+        command = [sys.executable, "-m", "skerry_cli", *arguments]
+        return subprocess.Popen(command, env=self._whole({}), stdout=subprocess.PIPE, text=True)
+
+    def _whole(self, environment: dict[str, str]) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("SKERRY_")}
+        return {**kept, "HOME": str(self.folder), "SKERRY_CONFIG": "", **self.environment, **environment}
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,11 @@ def test_a_bundle_goes_from_a_folder_to_a_rollout(cli: Cli, bundle: Path) -> Non
     assert early.code == REFUSED and "not_approved" in early.err
 
     no = cli("approve", "gas@1.0.0", given="n\n")
-    assert no.code != OK and "+ gas@1.0.0" in no.out and digest in no.out
+    assert no.code == REFUSED and "+ gas@1.0.0" in no.out and digest in no.out
+    for silence in ((), ("--json",)):
+        closed = cli("approve", "gas@1.0.0", *silence, given="")
+        assert closed.code == REFUSED and "'Sign this?' got no answer: nothing was signed" in closed.err, closed.err
+    assert cli("rollout", "start", "gas@1.0.0", "--group", "field").code == REFUSED, "still not approved"
     # With --yes nobody looks at the digest that the server names: it must be said, or shown in a folder.
     blind = cli("approve", "gas@1.0.0", "--json", "--yes")
     assert blind.code == REFUSED and "the server alone" in blind.err
@@ -49,8 +53,43 @@ def test_a_bundle_goes_from_a_folder_to_a_rollout(cli: Cli, bundle: Path) -> Non
     watched = cli("rollout", "watch", "r-1", "--timeout", "20")
     assert watched.code == FAILED and "a test" in watched.out
 
+    lines = cli("rollout", "watch", "r-1", "--json", "--timeout", "20")
+    seen = [json.loads(line) for line in lines.out.splitlines()]
+    assert lines.code == FAILED
+    assert [line["type"] for line in seen[:-1]] == ["decision"] * (len(seen) - 1)
+    moves = [line["action"] for line in seen[:-1] if line["action"] != "hold"]
+    assert moves == ["start", "pause", "resume", "abort"]
+    assert (seen[-1]["type"], seen[-1]["id"], seen[-1]["state"]) == ("rollout", "r-1", "aborted")
+
     actions = [row["action"] for row in cli("audit", "--json").json()["items"]]
     assert {"bundle.push", "rollout.start", "rollout.abort"} <= set(actions)
+
+
+def test_a_rollout_is_followed_line_by_line_while_it_moves(cli: Cli, folder: Path) -> None:
+    models.build_bundle(folder / "slow-1", model="slow", version="1.0.0")
+    assert cli("push", folder / "slow-1").code == OK
+    assert cli("approve", "slow@1.0.0", "--from", folder / "slow-1", "--yes").code == OK
+    assert cli("rollout", "start", "slow@1.0.0", "--group", "field", "--id", "r-slow").code == OK
+    with cli.open("rollout", "watch", "r-slow", "--json", "--timeout", "60") as watching:
+        assert watching.stdout is not None
+        first = json.loads(watching.stdout.readline())
+        assert (first["type"], first["action"]) == ("decision", "start"), "at once, though the rollout runs on"
+        assert cli("rollout", "abort", "r-slow", "--reason", "seen enough").code == OK
+        rest = [json.loads(line) for line in watching.stdout]
+        assert watching.wait(30) == FAILED
+    assert [line["action"] for line in rest[:-1]][-1] == "abort"
+    assert (rest[-1]["state"], rest[-1]["reason"]) == ("aborted", "seen enough")
+
+
+def test_giving_up_on_a_rollout_says_where_it_stands(cli: Cli, folder: Path) -> None:
+    models.build_bundle(folder / "still-1", model="still", version="1.0.0")
+    assert cli("push", folder / "still-1").code == OK
+    assert cli("approve", "still@1.0.0", "--from", folder / "still-1", "--yes").code == OK
+    assert cli("rollout", "start", "still@1.0.0", "--group", "field", "--id", "r-still").code == OK
+    late = cli("rollout", "watch", "r-still", "--json", "--timeout", "0.1")
+    assert late.code == FAILED and "still running after 0.1 s" in late.err
+    assert json.loads(late.out.splitlines()[-1])["state"] == "running"
+    assert cli("rollout", "abort", "r-still", "--reason", "a test").code == OK
 
 
 def test_a_floor_only_goes_down_when_asked_twice(cli: Cli) -> None:
