@@ -32,6 +32,7 @@ from skerry_contract.errors import ContractError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from skerry_server import clock
 from skerry_server.db import queries
 from skerry_server.db.engine import reading, writing
 
@@ -79,15 +80,24 @@ Receiver = Callable[[Message], None]
 class ServerLink:
     """Keeps one session open until stopped. Every method may be called from any thread."""
 
-    def __init__(self, engine: Engine, endpoint: Endpoint, *, chance: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        endpoint: Endpoint,
+        *,
+        chance: random.Random | None = None,
+        now_ms: Callable[[], int] = clock.now_ms,
+    ) -> None:
         """Connects nothing yet.
 
         Args:
             chance: source of the reconnect jitter.
+            now_ms: the server's clock.
         """
         self._engine = engine
         self._endpoint = endpoint
         self._chance = chance or random.Random()
+        self._now_ms = now_ms
         self._stopping = threading.Event()
         self._online = threading.Event()
         self._session: _Session | None = None
@@ -152,7 +162,9 @@ class ServerLink:
         while not self._stopping.is_set():
             opened_at = time.monotonic()
             try:
-                self._session = _Session(self._engine, self._endpoint, self._receive, self._online, self._stopping)
+                self._session = _Session(
+                    self._engine, self._endpoint, self._receive, self._online, self._stopping, self._now_ms
+                )
                 self.sessions += 1
                 self._session.run()
                 why = self._session.why
@@ -179,6 +191,7 @@ class _Session:
     receive: Receiver
     online: threading.Event
     stopping: threading.Event
+    now_ms: Callable[[], int]
     why: str = "never connected"
     birth: int = 0
     client: paho.Client = field(init=False)
@@ -214,7 +227,7 @@ class _Session:
             OSError: the broker cannot be reached or refuses our certificate.
         """
         with writing(self.engine) as connection:
-            self.birth = queries.next_server_birth(connection)
+            self.birth = queries.next_server_birth(connection, self.now_ms())
         self.client.will_set(topics.SERVER_STATE, self._state(wire.OFFLINE), qos=1, retain=True)
         self.client.connect(self.endpoint.host, self.endpoint.port, keepalive=KEEPALIVE_S)
         self.client.loop_start()

@@ -36,16 +36,22 @@ class Known:
     online: bool
     spoke: bool
     seen_ms: int
+    gone_ms: int | None = None
 
 
 def load(connection: Connection, devices: list[str]) -> dict[str, Known]:
     """The devices of these ids that exist."""
     d = t.devices.c
     # 'spoke' needs no JSON: before the first state there is neither a birth nor a time.
-    query = select(d.id, d.status, d.birth, d.online, d.seen_ms, d.agent).where(d.id.in_(devices))
+    query = select(d.id, d.status, d.birth, d.online, d.seen_ms, d.agent, d.gone_ms).where(d.id.in_(devices))
     return {
         row.id: Known(
-            row.status == "enrolled", row.birth, row.online, row.birth > 0 or bool(row.agent), row.seen_ms or 0
+            row.status == "enrolled",
+            row.birth,
+            row.online,
+            row.birth > 0 or bool(row.agent),
+            row.seen_ms or 0,
+            row.gone_ms,
         )
         for row in connection.execute(query)
     }
@@ -72,12 +78,16 @@ class Presence:
         late = known.spoke and state.birth == known.birth and not known.online and state.status == wire.ONLINE
         if state.birth < known.birth or (late and not retained):
             return False
+        if known.online and state.status != wire.ONLINE:
+            # Once per absence: the broker replays the same will at every start of the server.
+            known.gone_ms = self._now_ms
         known.birth, known.spoke, known.online = state.birth, True, state.status == wire.ONLINE
         if not known.online:
+            gone = {"birth": state.birth, "gone_ms": known.gone_ms}
             said = self._said.get(device)
             if said is not None:
-                said |= {"online": False, "birth": state.birth}
-            self._gone[device] = {"at": device, "birth": state.birth}
+                said |= {"online": False, **gone}
+            self._gone[device] = {"at": device, **gone}
             return True
         self._gone.pop(device, None)
         if not retained:
@@ -86,6 +96,7 @@ class Presence:
             "at": device,
             "online": True,
             "birth": state.birth,
+            "gone_ms": known.gone_ms,
             "seen_ms": known.seen_ms or self._now_ms,
             "stratum": state.stratum,
             "agent": state.agent,

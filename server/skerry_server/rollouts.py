@@ -22,10 +22,13 @@ from skerry_server import audit, groups
 from skerry_server.core import cuts, eligibility
 from skerry_server.core import plan as p
 from skerry_server.core import rollout as core
+from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.errors import Conflict, Invalid, NotFound
 
 MAX_CONTROLS = 2000
+SILENT_NAMED = 5
+"""Devices that fell silent which a decision names; it always counts all of them."""
 SALT_DRAWS = 64
 SALT_DRAWS_UP_TO = 10_000
 """In a larger fleet the salt is drawn once: trying many would take longer than it saves."""
@@ -100,6 +103,7 @@ def create(
         "state": "draft",
         "stage": 0,
         "stage_since_ms": now_ms,
+        "entered_ms": now_ms,
         "cuts": {},
         "created_by": actor,
         "created_ms": now_ms,
@@ -154,15 +158,21 @@ def gather(conn: Connection, row: Mapping[str, Any]) -> core.Evidence:
     """The recorded evidence of the stage now running. Reads only."""
     c = t.devices.c
     pinned = select(t.pins.c.device).where(t.pins.c.model == row["model"])
-    query = select(c.id, c.stratum, c.online, c.running).where(
+    query = select(c.id, c.stratum, c.online, c.running, c.seen_ms, c.gone_ms).where(
         c.group == row["group"], c.status == "enrolled", c.id.not_in(pinned)
     )
     cut = g.Rollout(
         id=row["id"], stage=row["stage"], candidate=g.Target(digest="", version=""), salt=row["salt"], cuts=row["cuts"]
     )
     reverted, unable = _reports(conn, row)
-    n = dict.fromkeys(("candidates", "online", "confirmed", "confirmed_on_golden", "trial", "unable", "still"), 0)
-    for device in conn.execute(query):
+    # A resumed stage goes on with what was counted in it, and with who has fallen silent in it. A device that was online when
+    # the server or its broker ended sends no will: until it speaks again it counts as online, but not as confirmed.
+    entered_ms = row["entered_ms"]
+    fresh_ms = max(entered_ms, queries.server_session_since(conn))
+    silent: list[str] = []
+    names = ("candidates", "online", "unheard", "confirmed", "confirmed_on_golden", "trial", "unable", "still")
+    n = dict.fromkeys(names, 0)
+    for device in conn.execute(query.order_by(c.id)):
         running = (device.running or {}).get(row["model"]) or {}
         answers = running.get("digest") == row["candidate"]
         n["still"] += bool(device.online and answers)
@@ -170,18 +180,25 @@ def gather(conn: Connection, row: Mapping[str, Any]) -> core.Evidence:
             continue
         n["candidates"] += 1
         if not device.online:
+            if device.id not in unable and (device.gone_ms or 0) >= entered_ms:
+                silent.append(device.id)
             continue
         n["online"] += 1
-        if answers and running.get("state") in ("confirmed", "confirmed_on_golden", "trial"):
+        heard = (device.seen_ms or 0) >= fresh_ms
+        n["unheard"] += not heard
+        if heard and answers and running.get("state") in ("confirmed", "confirmed_on_golden", "trial"):
             n[running["state"]] += 1
-        elif device.id in unable:
+        elif not answers and device.id in unable:
             n["unable"] += 1
     counts, p95_ms = _counts(conn, row)
     return core.Evidence(
         candidates=n["candidates"],
         online=n["online"],
+        silent=len(silent),
+        silent_ids=tuple(silent[:SILENT_NAMED]),
         confirmed=n["confirmed"],
         on_golden=n["confirmed_on_golden"],
+        unheard=n["unheard"],
         on_trial=n["trial"],
         unable=n["unable"],
         still=n["still"],
@@ -192,18 +209,19 @@ def gather(conn: Connection, row: Mapping[str, Any]) -> core.Evidence:
 
 
 def _reports(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, int], frozenset[str]]:
-    """What devices said of the candidate since the rollout began: reason code -> devices that went back; devices unable."""
+    """What devices of the group said of the candidate in this rollout: reason code -> devices that went back; devices unable."""
     c = t.events.c
+    mine = select(t.devices.c.id).where(t.devices.c.group == row["group"])
     query = (
         select(c.device, c.code, c.data)
-        .where(c.name == "update", c.code != "", c.received_ms >= row["created_ms"])
+        .where(c.name == "update", c.code != "", c.received_ms >= row["created_ms"], c.device.in_(mine))
         .order_by(c.id)
     )
     codes: dict[str, str] = {}
     unable: set[str] = set()
     for event in conn.execute(query):
         data = event.data or {}
-        if data.get("digest") != row["candidate"] or data.get("rollout", row["id"]) != row["id"]:
+        if (data.get("digest"), data.get("rollout")) != (row["candidate"], row["id"]):
             continue
         if eligibility.is_verdict_on_bundle(event.code):
             codes[event.device] = event.code
@@ -272,7 +290,8 @@ def carry_out(
         stage = 0 if decision.action == "start" else row["stage"] + 1
         changes |= _enter(conn, row, plan, stage, now_ms=now_ms, seen_s=seen_s)
     elif decision.action == "complete" and row["state"] == "running":
-        changes |= {"stage": len(plan.stages), "stage_since_ms": now_ms, "cuts": cuts.grow(row["cuts"], _EVERYONE)}
+        changes |= {"stage": len(plan.stages), "stage_since_ms": now_ms, "entered_ms": now_ms}
+        changes["cuts"] = cuts.grow(row["cuts"], _EVERYONE)
     elif decision.action in ("resume", "complete", "roll_back"):
         changes["stage_since_ms"] = now_ms
     if state in ("completed", "rolled_back", "aborted"):
@@ -326,7 +345,7 @@ def _enter(
                 for one, arm in frozen
             ],
         )
-    return {"stage": stage, "stage_since_ms": now_ms, "cuts": placed}
+    return {"stage": stage, "stage_since_ms": now_ms, "entered_ms": now_ms, "cuts": placed}
 
 
 def command(

@@ -29,7 +29,8 @@ class Stage:
 
     Attributes:
         devices, share: exactly one is set: how many devices in all are candidates, or which part of the eligible ones, 0 to 1.
-        min_devices: candidates that must be online and confirmed; None: every candidate that is online and able, at least one.
+        min_devices: candidates that must be online and confirmed; None: every able candidate that is online or went offline since
+            the stage began, at least one.
         min_inferences: requests that candidates must have answered in this stage, well or not.
         min_seconds: shortest stay.
         max_seconds: a stage that has not passed by then pauses the rollout.

@@ -6,11 +6,15 @@ moves only on a verdict, a person's command or a deadline, and a deadline only p
 Verdicts rest on absolute gates here: devices confirmed, inferences, error rate, p95, devices that went back. A stage is
 
 * FAIL when a gate is broken by so much that nothing still to come within the minimum could mend it;
-* PASS when every minimum is met and every gate kept;
-* NO_DATA while a minimum is not met; never a pass, however long it lasts;
-* INCONCLUSIVE otherwise.
+* PASS when every minimum is met, every gate kept and no candidate that must answer has fallen silent;
+* INCONCLUSIVE while candidates that fell silent keep it from passing, and while the stage has not lasted long enough;
+* NO_DATA while a minimum is not met for any other reason. Neither is ever a pass, however long it lasts.
 
-An offline device does not count as confirmed, and does not hold a stage up either: ``min_devices`` decides.
+An offline device does not count as confirmed. One that went offline before the stage began does not hold the stage up: it takes
+the bundle when it returns. One that went offline **since** the stage began does, since the candidate may have killed it: its
+silence is no evidence for the candidate. Where a plan names ``min_devices``, that number decides how many may be lost.
+
+Completing is a stage of everyone with the last stage's minimums, counted anew: a fleet that falls silent in it does not pass.
 """
 
 from __future__ import annotations
@@ -69,7 +73,7 @@ class Rollout:
 
     Attributes:
         stage: number of the stage now running, from 0; ``len(plan.stages)`` while completing.
-        stage_since_ms: when that stage began or was resumed.
+        stage_since_ms: when that stage began or was resumed; its deadline counts from here.
         first: the model had no stable bundle before, so there is nothing to go back to.
     """
 
@@ -87,7 +91,11 @@ class Evidence:
 
     Attributes:
         candidates: devices of the group below the cut; online: of them, connected now.
-        confirmed: candidates online that answer with the candidate after a full trial; on_golden: on their golden proof alone.
+        silent: candidates that went offline since the stage began, and have not said that they are unable; silent_ids: the
+            first of them by name, for people.
+        confirmed: candidates online, heard of since the stage and the server's last session began, that answer with the
+            candidate after a full trial; on_golden: on their golden proof alone.
+        unheard: candidates online that were not heard of since then, whatever they said before.
         on_trial: candidates online whose trial runs.
         unable: candidates online that reported that they cannot run it (no variant, too little memory, ...).
         reverted: reason code -> candidates that went back or refused the bundle.
@@ -97,8 +105,11 @@ class Evidence:
 
     candidates: int = 0
     online: int = 0
+    silent: int = 0
+    silent_ids: tuple[str, ...] = ()
     confirmed: int = 0
     on_golden: int = 0
+    unheard: int = 0
     on_trial: int = 0
     unable: int = 0
     reverted: dict[str, int] = field(default_factory=dict)
@@ -117,7 +128,8 @@ class Evidence:
     def to_builtins(self) -> dict[str, Any]:
         """JSON form, kept with the decision."""
         found = {name: getattr(self, name) for name in self.__slots__}
-        return {**found, "reverted": dict(self.reverted), "inferences": self.inferences}
+        lists = {"reverted": dict(self.reverted), "silent_ids": list(self.silent_ids)}
+        return {**found, **lists, "inferences": self.inferences}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,28 +199,42 @@ def broken_gate(gates: Gates, minimum: int, evidence: Evidence) -> str | None:
     return None
 
 
-def judge_stage(stage: Stage, gates: Gates, evidence: Evidence, elapsed_s: float) -> Finding:
-    """The verdict on a stage that has run for ``elapsed_s`` seconds."""
+def judge_stage(
+    stage: Stage, gates: Gates, evidence: Evidence, elapsed_s: float, *, completing: bool = False
+) -> Finding:
+    """The verdict on a stage that has run for ``elapsed_s`` seconds.
+
+    Args:
+        completing: every able candidate online must be confirmed, however few ``min_devices`` asks for.
+    """
     broken = broken_gate(gates, stage.min_inferences, evidence)
     if broken is not None:
         return Finding(verdict="FAIL", reason=broken)
     proven = evidence.confirmed + (evidence.on_golden if gates.require == "golden" else 0)
-    wanted = stage.min_devices if stage.min_devices is not None else max(1, evidence.online - evidence.unable)
+    able = max(1, evidence.online - evidence.unable)
+    if stage.min_devices is None:
+        wanted = max(1, evidence.online - evidence.unable + evidence.silent)
+    else:
+        wanted = max(stage.min_devices, able) if completing else stage.min_devices
+    silenced = evidence.silent > 0 and proven < wanted
     lacking: dict[str, str] = {}
-    if proven < wanted:
+    if silenced:
+        lacking["silent"] = _fell_silent(evidence)
+    if proven < (able if silenced and stage.min_devices is None else wanted):
         apart = ""
         if evidence.on_golden and gates.require == "trial":
             apart = f", {evidence.on_golden} more on their golden proof alone"
         lacking["devices"] = (
             f"{proven} of {wanted} devices confirmed{apart} ({evidence.candidates} candidates, {evidence.online} online, "
-            f"{evidence.on_trial} on trial, {evidence.unable} unable)"
+            f"{evidence.on_trial} on trial, {evidence.unable} unable, {evidence.unheard} not heard of since the stage began)"
         )
     if evidence.inferences < stage.min_inferences:
         lacking["inferences"] = f"{evidence.inferences} of {stage.min_inferences} inferences"
     if gates.latency_p95_ms is not None and evidence.p95_ms is None:
         lacking["latency"] = "no latency recorded yet"
     if lacking:
-        return Finding(verdict="NO_DATA", reason="; ".join(lacking.values()), missing=tuple(lacking))
+        verdict: Verdict = "INCONCLUSIVE" if silenced else "NO_DATA"
+        return Finding(verdict=verdict, reason="; ".join(lacking.values()), missing=tuple(lacking))
     if elapsed_s < stage.min_seconds:
         reason = f"the stage lasts at least {stage.min_seconds:g} s, {elapsed_s:.1f} s have passed"
         return Finding(verdict="INCONCLUSIVE", reason=reason, missing=("seconds",))
@@ -237,7 +263,7 @@ def decide(rollout: Rollout, evidence: Evidence, now_ms: int) -> Decision:
     completing = rollout.stage >= len(rollout.plan.stages)
     stage = _completing_stage(rollout.plan) if completing else rollout.plan.stages[rollout.stage]
     elapsed_s = max(0.0, (now_ms - rollout.stage_since_ms) / 1000)
-    finding = judge_stage(stage, rollout.plan.gates, evidence, elapsed_s)
+    finding = judge_stage(stage, rollout.plan.gates, evidence, elapsed_s, completing=completing)
 
     def made(action: Action, reason: str = finding.reason) -> Decision:
         return Decision(action=action, verdict=finding.verdict, reason=reason, evidence=record, missing=finding.missing)
@@ -260,8 +286,17 @@ def decide(rollout: Rollout, evidence: Evidence, now_ms: int) -> Decision:
 
 
 def _completing_stage(plan: Plan) -> Stage:
-    """While completing everyone is a candidate; who is online and able must confirm. The evidence was gathered before."""
-    return Stage(share=1.0, max_seconds=plan.stages[-1].max_seconds)
+    """While completing everyone is a candidate. What was counted before it began does not speak for it.
+
+    Devices that confirmed after a trial had traffic, so at least one request is wanted of them even where the plan names none.
+    """
+    last = plan.stages[-1]
+    return Stage(
+        share=1.0,
+        min_devices=last.min_devices,
+        min_inferences=max(last.min_inferences, 1 if plan.gates.require == "trial" else 0),
+        max_seconds=last.max_seconds,
+    )
 
 
 def _kept(gates: Gates, evidence: Evidence, proven: int, wanted: int) -> str:
@@ -272,9 +307,18 @@ def _kept(gates: Gates, evidence: Evidence, proven: int, wanted: int) -> str:
     if evidence.p95_ms is not None:
         gate = f", gate {gates.latency_p95_ms:g} ms" if gates.latency_p95_ms is not None else ""
         parts.append(f"p95 {evidence.p95_ms:.2f} ms{gate}")
+    if evidence.silent:
+        parts.append(f"{_devices(evidence.silent)} went offline since the stage began")
     reverts = sum(evidence.reverted.values())
     parts.append("no device went back" if not reverts else f"{_devices(reverts)} went back, {gates.max_reverts} may")
     return "; ".join(parts)
+
+
+def _fell_silent(evidence: Evidence) -> str:
+    named = ", ".join(evidence.silent_ids)
+    rest = evidence.silent - len(evidence.silent_ids)
+    names = f" ({named}{f' and {rest} more' if rest else ''})" if named else ""
+    return f"{_devices(evidence.silent)} went offline since the stage began{names}; wanted back, or revoked or pinned"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -26,11 +26,17 @@ def upsert(connection: Connection, table: Any) -> Any:
 # --- bells and the server's session --------------------------------------------------------------------------------------
 
 
-def next_server_birth(connection: Connection) -> int:
-    """Counts one more session of this server with its broker and returns its number."""
-    insert = upsert(connection, t.server_sessions).values(name=_SESSION, birth=1)
-    grown = insert.on_conflict_do_update(index_elements=["name"], set_={"birth": t.server_sessions.c.birth + 1})
+def next_server_birth(connection: Connection, now_ms: int) -> int:
+    """Counts one more session of this server with its broker, which begins now, and returns its number."""
+    insert = upsert(connection, t.server_sessions).values(name=_SESSION, birth=1, since_ms=now_ms)
+    values = {"birth": t.server_sessions.c.birth + 1, "since_ms": now_ms}
+    grown = insert.on_conflict_do_update(index_elements=["name"], set_=values)
     return int(connection.execute(grown.returning(t.server_sessions.c.birth)).scalar_one())
+
+
+def server_session_since(connection: Connection) -> int:
+    """When the server's last session with its broker began; 0 before the first."""
+    return int(connection.execute(select(t.server_sessions.c.since_ms)).scalar() or 0)
 
 
 def bump_bell(connection: Connection, target: str) -> int:

@@ -1,4 +1,4 @@
-"""The tables of the server's database, schema version 1.
+"""The tables of the server's database, schema version 2.
 
 SQLAlchemy Core only. Times are whole milliseconds since 1970 (``*_ms``) of the server's clock unless named otherwise; JSON
 columns hold builtins. ``migrations/`` brings an older database here; a test compares what the migrations make with this file.
@@ -21,6 +21,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 metadata = MetaData()
@@ -111,6 +112,8 @@ devices = Table(
     Column("generation", BigInteger, nullable=False, default=0),
     Column("running", JSON, nullable=False, default=dict),  # model -> {digest, version, variant, state}
     Column("state", JSON, nullable=False, default=dict),  # the last state as builtins
+    Column("gone_ms", BigInteger),  # when it last went from online to offline
+    Column("certificate_names_key", Boolean, nullable=False, server_default=text("FALSE")),
 )
 
 pins = Table(
@@ -161,6 +164,8 @@ server_sessions = Table(
     # How often this server has connected to its broker: the birth number of ``server/state``.
     Column("name", String(20), primary_key=True),
     Column("birth", BigInteger, nullable=False),
+    # When that session began: devices say again that they are there, so who was not heard of since is not known to be.
+    Column("since_ms", BigInteger, nullable=False, server_default=text("0")),
 )
 
 # --- bundles and the repository --------------------------------------------------------------------------------------
@@ -215,13 +220,14 @@ rollouts = Table(
         "state", String(20), nullable=False
     ),  # draft running paused completing completed rolling_back rolled_back aborted
     Column("stage", Integer, nullable=False, default=0),
-    Column("stage_since_ms", BigInteger, nullable=False),
+    Column("stage_since_ms", BigInteger, nullable=False),  # the stage began or was resumed
     Column("cuts", JSON, nullable=False, default=dict),  # stratum -> decimal string, of the stage now running
     Column("created_by", String(100), nullable=False),
     Column("created_ms", BigInteger, nullable=False),
     Column("ended_ms", BigInteger),
     Column("reason", Text, nullable=False, default=""),
     Column("version", Integer, nullable=False, default=1),
+    Column("entered_ms", BigInteger, nullable=False, server_default=text("0")),  # the stage began; no resume changes it
 )
 
 decisions = Table(

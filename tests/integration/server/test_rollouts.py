@@ -293,6 +293,192 @@ def test_an_offline_device_neither_counts_nor_blocks_and_takes_the_version_when_
     assert lost.id in fleet.runs(two)
 
 
+def go(fleet: Fleet, *lost: DeviceRig) -> None:
+    """These lose their network, and the broker sends their wills."""
+    before = fleet.online()
+    for device in lost:
+        fleet.offline.add(device.id)
+        device.vanish()
+    fleet.server.wait("the wills", lambda: fleet.online() == before - len(lost))
+
+
+def back(fleet: Fleet, *found: DeviceRig) -> None:
+    for device in found:
+        fleet.offline.discard(device.id)
+        fleet.running.pop(device.id, None)
+        device.birth += 1
+        device.connect()
+
+
+def test_canaries_that_fall_silent_hold_the_stage_pause_it_and_pass_only_when_they_are_back(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    away = fleet.devices[0]
+    go(fleet, away)
+    stages = [{"devices": 4, "min_inferences": 10_000, "max_seconds": 10}, {"share": 1, "max_seconds": 60}]
+    rollout = start(rig, two, stages)
+    path = f"/api/v1/rollouts/{rollout}"
+    names = rig.good("GET", path)["devices"]["candidate"]
+    assert away.id not in names
+    canaries = [device for device in fleet.devices if device.id in names]
+
+    def confirmed() -> bool:
+        fleet.follow()
+        return bool(rig.good("GET", path)["now"]["evidence"]["confirmed"] == 4)
+
+    rig.wait("four confirmed", confirmed)
+    go(fleet, *canaries[:3])
+    # The one that is left meets every minimum that it can, and is not the four that were asked for.
+    fleet.follow(12_000)
+    rig.wait("the deadline", lambda: rig.good("GET", path)["state"] == "paused")
+    held = [item for item in rig.good("GET", f"{path}/decisions")["items"] if item["verdict"] == "INCONCLUSIVE"]
+    assert held[-1]["action"] == "pause"
+    assert held[-1]["evidence"]["missing"][0] == "silent"
+    for device in canaries[:3]:
+        assert device.id in held[-1]["reason"]
+    # Resuming it does not make up for them.
+    rig.good("POST", f"{path}/resume", {"reason": "try"})
+    for _ in range(8):
+        fleet.follow()
+        assert rig.good("GET", path)["stage"] == 0
+        time.sleep(0.2)
+    back(fleet, *canaries[:3])
+    fleet.drive(rollout, {"completed"})
+    assert away.id not in fleet.runs(two), "it was offline before, and held up neither stage nor completion"
+    assert decisions(rig, rollout)[-3:] == [("advance", "PASS"), ("complete", "PASS"), ("finish", "PASS")]
+
+
+def test_a_silent_canary_that_is_pinned_or_revoked_is_waited_for_no_longer(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    one = first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    rollout = start(rig, two, [{"devices": 3}, {"share": 1}])
+    path = f"/api/v1/rollouts/{rollout}"
+    names = rig.good("GET", path)["devices"]["candidate"]
+    pinned, revoked = [device for device in fleet.devices if device.id in names][:2]
+    go(fleet, pinned, revoked)
+    rig.wait("silence", lambda: rig.good("GET", path)["now"]["evidence"]["silent"] == 2)
+    for _ in range(4):
+        fleet.follow()
+        assert rig.good("GET", path)["stage"] == 0
+        time.sleep(0.2)
+    rig.good("PUT", f"/api/v1/devices/{pinned.id}/pins/{MODEL}", {"digest": one, "reason": "in the workshop"})
+    rig.good("POST", f"/api/v1/devices/{revoked.id}/revoke", {"reason": "fell into the water"})
+    found = fleet.drive(rollout, {"completed"})
+    assert found["state"] == "completed"
+
+
+def _of_stage(document: g.GroupDocument, stage: int) -> g.GroupDocument | None:
+    part = document.models[MODEL].rollout
+    return document if part is not None and part.stage == stage else None
+
+
+def test_completing_waits_for_requests_made_after_it_began(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
+    first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    rollout = start(rig, two, [{"share": 0.5, "min_inferences": 100}])
+    path = f"/api/v1/rollouts/{rollout}"
+    while rig.good("GET", path)["state"] != "completing":
+        fleet.follow(5)
+        time.sleep(0.1)
+    # Whoever applications were, they have stopped asking: devices report, and nothing is counted.
+    document = rig.wait("everyone's document", lambda: _of_stage(published(rig), 1))
+    for device in fleet.devices:
+        found = g.assign(document, device.id, MODEL, "")
+        assert found is not None
+        fleet.running[device.id] = (found.digest, found.version)
+        device.report({MODEL: {"digest": found.digest, "version": found.version, "state": "confirmed"}})
+    rig.wait("all confirmed", lambda: rig.good("GET", path)["now"]["evidence"]["confirmed"] == 8)
+    time.sleep(1.0)
+    found = rig.good("GET", path)
+    assert (found["state"], found["now"]["verdict"]) == ("completing", "NO_DATA")
+    assert "of 100 inferences" in found["now"]["reason"]
+    fleet.drive(rollout, {"completed"})
+
+
+def test_completing_holds_when_the_fleet_falls_silent_in_it(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
+    first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    rollout = start(rig, two, [{"share": 0.5, "min_inferences": 100}])
+    path = f"/api/v1/rollouts/{rollout}"
+    while rig.good("GET", path)["state"] != "completing":
+        fleet.follow(5)
+        time.sleep(0.1)
+    go(fleet, *fleet.devices[:5])
+    for _ in range(6):
+        fleet.follow(60)
+        assert rig.good("GET", path)["state"] == "completing"
+        time.sleep(0.3)
+    assert rig.good("GET", path)["now"]["verdict"] == "INCONCLUSIVE"
+    back(fleet, *fleet.devices[:5])
+    fleet.drive(rollout, {"completed"})
+
+
+def test_what_others_say_of_the_bundle_moves_no_rollout(
+    rig: ServerRig, maker: Operator, fleet: Fleet, tmp_path: Path
+) -> None:
+    first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    rig.good("PUT", "/api/v1/groups/elsewhere", {})
+    stranger = DeviceRig(rig, "stranger", tmp_path, group="elsewhere")
+    stranger.enrol()
+    stranger.connect()
+    rollout = start(rig, two, [{"devices": 2, "min_devices": 2, "min_inferences": 100}, {"share": 1, "min_devices": 8}])
+
+    def crashed(device: DeviceRig, **about: str) -> None:
+        at = w.Instant(BOOT, 1, 1, True)
+        data = {"model": MODEL, "digest": two, **about}
+        device.send(("event", wire.encode(wire.Event(at=at, name="update", code="trial_crashed", data=data))))
+
+    crashed(stranger, rollout=rollout)
+    crashed(fleet.devices[0], rollout="r-another")
+    crashed(fleet.devices[1])
+    crashed(fleet.devices[2], rollout="")
+    rig.wait("all taken", lambda: all(d.acked == d.seq for d in (stranger, *fleet.devices[:3])))
+    assert rig.good("GET", f"/api/v1/rollouts/{rollout}")["now"]["evidence"]["reverted"] == {}
+    fleet.drive(rollout, {"completed"})
+    stranger.disconnect()
+
+
+def test_a_device_that_was_lost_with_the_server_is_not_taken_for_confirmed(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    """A broker that is killed sends no will: the database goes on saying online."""
+    first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    rollout = start(rig, two, [{"devices": 2, "min_inferences": 100}, {"share": 1}])
+    path = f"/api/v1/rollouts/{rollout}"
+    names = rig.good("GET", path)["devices"]["candidate"]
+    canaries = [device for device in fleet.devices if device.id in names]
+
+    def confirmed() -> int:
+        return int(rig.good("GET", path)["now"]["evidence"]["confirmed"])
+
+    def step() -> bool:
+        fleet.follow(2)
+        return confirmed() == 2
+
+    rig.wait("two confirmed", step)
+    rig.kill()
+    for device in fleet.devices:
+        device.disconnect()
+    rig.start()
+    lost = canaries[0]
+    fleet.offline.add(lost.id)
+    back(fleet, *(device for device in fleet.devices if device is not lost))
+    for _ in range(8):
+        fleet.follow(40)
+        found = rig.good("GET", path)
+        assert (found["stage"], found["state"]) == (0, "running"), found["reason"]
+        time.sleep(0.2)
+    assert confirmed() == 1
+    back(fleet, lost)
+    fleet.drive(rollout, {"completed"})
+
+
 def test_a_pin_beats_the_rollout_and_leaves_it(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
     one = first_version(rig, maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)

@@ -118,10 +118,99 @@ def test_without_a_minimum_every_able_device_online_must_confirm_and_at_least_on
     assert decide(plan=Plan(stages=(Stage(share=1.0),)), **seen).verdict == wanted
 
 
+@pytest.mark.parametrize(
+    ("seen", "wanted", "missing"),
+    [
+        # one of four is gone: the three that are left do not pass for it
+        ({"online": 3, "confirmed": 3, "silent": 1}, "INCONCLUSIVE", ("silent",)),
+        # all but one, and all
+        ({"online": 1, "confirmed": 1, "silent": 3}, "INCONCLUSIVE", ("silent",)),
+        ({"online": 0, "confirmed": 0, "silent": 4}, "INCONCLUSIVE", ("silent", "devices")),
+        # silence beside what is lacking anyhow
+        ({"online": 3, "confirmed": 2, "silent": 1}, "INCONCLUSIVE", ("silent", "devices")),
+        ({"online": 3, "confirmed": 3, "silent": 1, "ok": 9}, "INCONCLUSIVE", ("silent", "inferences")),
+        # offline since before the stage: takes the bundle when it returns
+        ({"online": 3, "confirmed": 3, "silent": 0}, "PASS", ()),
+        # a gate that is broken beats silence
+        ({"online": 3, "confirmed": 3, "silent": 1, "failed": 90}, "FAIL", ()),
+    ],
+    ids=str,
+)
+def test_candidates_that_fall_silent_hold_the_stage_and_then_pause_it(
+    seen: dict[str, Any], wanted: str, missing: tuple[str, ...]
+) -> None:
+    plan = Plan(stages=(Stage(devices=4, min_inferences=100, max_seconds=600), Stage(share=1.0)))
+    found = decide(plan=plan, **seen)
+    assert (found.verdict, found.missing) == (wanted, missing), found.reason
+    if wanted == "INCONCLUSIVE":
+        assert found.action == "hold"
+        assert "went offline since the stage began" in found.reason
+        late = decide(600, plan=plan, **seen)
+        assert (late.action, late.verdict) == ("pause", "INCONCLUSIVE")
+
+
+def test_a_stated_minimum_decides_how_many_may_fall_silent() -> None:
+    plan = Plan(stages=(Stage(devices=4, min_devices=3), Stage(share=1.0)))
+    found = decide(plan=plan, online=3, confirmed=3, silent=1, silent_ids=("d-3",))
+    assert (found.action, found.verdict) == ("advance", "PASS")
+    assert "1 device went offline" in found.reason, "tolerated, not hidden"
+    lost = decide(plan=plan, online=2, confirmed=2, silent=2, silent_ids=("d-2", "d-3"))
+    assert (lost.action, lost.verdict, lost.missing) == ("hold", "INCONCLUSIVE", ("silent", "devices"))
+    assert "d-2, d-3" in lost.reason
+
+
+def test_a_reason_names_the_first_silent_devices_and_counts_the_rest() -> None:
+    plan = Plan(stages=(Stage(share=1.0),))
+    found = decide(plan=plan, online=1, confirmed=1, silent=7, silent_ids=("a", "b"))
+    assert "7 devices went offline since the stage began (a, b and 5 more)" in found.reason
+    assert found.evidence["silent_ids"] == ["a", "b"], "plain JSON, as the database gives it back"
+
+
+def completing(plan: Plan = PLAN, elapsed_s: float = 0, **seen: Any) -> core.Decision:
+    return decide(elapsed_s, state="completing", stage=len(plan.stages), plan=plan, **seen)
+
+
+def test_completing_wants_the_last_stages_minimums_counted_anew() -> None:
+    rest = {"candidates": 16, "online": 15, "confirmed": 15}
+    assert completing(**rest, ok=200).action == "finish"
+    short = completing(**rest, ok=199)
+    assert (short.action, short.verdict, short.missing) == ("hold", "NO_DATA", ("inferences",))
+    assert completing(elapsed_s=90_000, **rest, ok=199).action == "pause"
+
+
+def test_completing_without_any_minimum_still_wants_a_sign_of_life_from_devices_with_traffic() -> None:
+    quiet = {"candidates": 4, "online": 4, "ok": 0, "p95_ms": None}
+    plan = Plan(stages=(Stage(share=1.0),))
+    assert completing(plan, **quiet, confirmed=4).verdict == "NO_DATA"
+    assert completing(plan, **(quiet | {"ok": 1}), confirmed=4).action == "finish"
+    golden = Plan(stages=(Stage(share=1.0),), gates=Gates(require="golden"))
+    assert completing(golden, **quiet, confirmed=0, on_golden=4).action == "finish"
+
+
+def test_completing_holds_when_devices_fall_silent_in_it() -> None:
+    plan = Plan(stages=(Stage(share=1.0, max_seconds=600),))
+    gone = {"candidates": 16, "online": 12, "confirmed": 12, "silent": 4, "ok": 500}
+    assert (completing(plan, **gone).action, completing(plan, **gone).verdict) == ("hold", "INCONCLUSIVE")
+    assert completing(plan, elapsed_s=600, **gone).action == "pause"
+    before = gone | {"silent": 0}
+    assert completing(plan, **before).action == "finish", "offline since before it began"
+
+
+def test_completing_waits_for_every_able_device_online_even_above_the_stated_minimum() -> None:
+    seen = {"candidates": 20, "online": 18, "ok": 500}
+    assert completing(**seen, confirmed=17).missing == ("devices",)
+    assert completing(**seen, confirmed=18).action == "finish"
+    assert completing(**seen, confirmed=17, unable=1).action == "finish"
+    assert completing(**(seen | {"online": 15}), confirmed=15, silent=5).action == "finish", (
+        "15 are enough for this plan"
+    )
+    assert completing(**(seen | {"online": 14}), confirmed=14, silent=6).verdict == "INCONCLUSIVE"
+
+
 def test_the_last_stage_completes_and_completing_finishes() -> None:
     last = decide(stage=1, candidates=16, online=15, confirmed=15, ok=200)
     assert (last.action, last.verdict) == ("complete", "PASS")
-    rest = {"candidates": 16, "online": 15, "ok": 0, "p95_ms": 5.0}
+    rest = {"candidates": 16, "online": 15, "ok": 200, "p95_ms": 5.0}
     assert decide(0, state="completing", stage=2, confirmed=15, **rest).action == "finish"
     assert decide(0, state="completing", stage=2, confirmed=14, **rest).action == "hold"
     assert decide(90_000, state="completing", stage=2, confirmed=14, **rest).action == "pause"
@@ -160,6 +249,7 @@ EVIDENCE = st.builds(
         for name in (
             "candidates",
             "online",
+            "silent",
             "confirmed",
             "on_golden",
             "on_trial",
@@ -210,6 +300,17 @@ def test_no_evidence_lets_a_stage_pass_below_its_minimums(evidence: core.Evidenc
         assert evidence.failed + evidence.shed <= 0.05 * evidence.inferences
         assert evidence.p95_ms is not None
         assert evidence.p95_ms <= 50
+
+
+@given(EVIDENCE, st.integers(0, 10**7), st.booleans())
+def test_silence_never_lets_a_stage_pass_that_names_no_minimum(
+    evidence: core.Evidence, now_ms: int, completing: bool
+) -> None:
+    plan = Plan(stages=(Stage(share=1.0),))
+    state: core.State = "completing" if completing else "running"
+    rollout = core.Rollout(id="r", state=state, stage=int(completing), stage_since_ms=0, plan=plan)
+    if core.decide(rollout, evidence, now_ms).verdict == "PASS":
+        assert evidence.confirmed >= evidence.online - evidence.unable + evidence.silent
 
 
 def test_the_table_ends_where_it_should() -> None:

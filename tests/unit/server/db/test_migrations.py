@@ -3,7 +3,7 @@
 import pytest
 from skerry_server.db import migrations
 from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
-from skerry_server.db.tables import metadata, schema_version
+from skerry_server.db.tables import metadata, rollouts, schema_version
 from sqlalchemy import create_engine, insert, inspect, select, text
 
 
@@ -39,12 +39,32 @@ def test_migrated_schema_is_the_one_of_the_tables(tmp_path):
     assert shape(migrated) == shape(described)
 
 
+def test_a_rollout_under_way_counts_from_where_its_stage_was_when_the_server_is_upgraded(tmp_path, monkeypatch):
+    engine = open_engine(sqlite_url(tmp_path / "s.db"))
+    whole = migrations.MIGRATIONS
+    monkeypatch.setattr(migrations, "MIGRATIONS", whole[:1])
+    monkeypatch.setattr(migrations, "NEWEST", 1)
+    migrations.migrate(engine)
+    with writing(engine) as connection:
+        connection.exec_driver_sql("INSERT INTO groups VALUES ('g', 0, '{}', NULL, 1, 0)")
+        connection.exec_driver_sql(
+            'INSERT INTO rollouts (id, "group", model, stable, candidate, salt, "plan", state, stage, stage_since_ms, cuts,'
+            " created_by, created_ms, reason, version)"
+            " VALUES ('r', 'g', 'gas', 'a', 'b', 's', '{}', 'running', 1, 777, '{}', 'x', 5, '', 3)"
+        )
+    monkeypatch.undo()
+    assert migrations.migrate(engine) == 1
+    with reading(engine) as connection:
+        assert connection.execute(select(rollouts.c.entered_ms, rollouts.c.stage_since_ms)).all() == [(777, 777)]
+
+
 def test_a_second_run_changes_nothing(tmp_path):
     engine = open_engine(sqlite_url(tmp_path / "s.db"))
     migrations.migrate(engine, now_s=lambda: 5.0)
     assert migrations.migrate(engine, now_s=lambda: 9.0) == migrations.NEWEST
     with reading(engine) as connection:
-        assert connection.execute(select(schema_version.c.version, schema_version.c.applied_ms)).all() == [(1, 5000)]
+        applied = connection.execute(select(schema_version.c.version, schema_version.c.applied_ms)).all()
+    assert applied == [(version, 5000) for version in range(1, migrations.NEWEST + 1)]
 
 
 def test_a_newer_database_is_refused_and_left_alone(tmp_path):
@@ -52,7 +72,7 @@ def test_a_newer_database_is_refused_and_left_alone(tmp_path):
     migrations.migrate(engine)
     with writing(engine) as connection:
         connection.execute(insert(schema_version).values(version=99, name="later", applied_ms=0))
-    with pytest.raises(migrations.NewerDatabase, match=r"version 99 is newer than 1"):
+    with pytest.raises(migrations.NewerDatabase, match=f"version 99 is newer than {migrations.NEWEST},"):
         migrations.migrate(engine)
 
 

@@ -64,7 +64,8 @@ def test_every_session_of_the_server_has_a_higher_birth(engine):
     births = []
     for _ in range(3):
         with writing(engine) as connection:
-            births.append(queries.next_server_birth(connection))
+            births.append(queries.next_server_birth(connection, 1000 + len(births)))
+            assert queries.server_session_since(connection) == 999 + len(births)
     assert births == [1, 2, 3]
 
 

@@ -34,6 +34,32 @@ def test_the_will_of_the_present_session_ends_it(server, make):
     assert (row(server)["online"], row(server)["agent"]) == (False, "0.1.0")
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_the_moment_a_device_went_offline_is_kept_and_no_replay_moves_it(server, make, together):
+    server.take(make.state("dev-a", 1))
+    assert row(server)["gone_ms"] is None
+    if together:
+        server.take(make.state("dev-a", 2), make.state("dev-a", 2, "offline"))
+    else:
+        server.take(make.state("dev-a", 2))
+        server.take(make.state("dev-a", 2, "offline"))
+    gone = row(server)["gone_ms"]
+    assert gone == server.now_ms
+    # A server that starts again is told of the same absence again.
+    server.take(make.state("dev-a", 2, "offline", retained=True))
+    assert (row(server)["gone_ms"], row(server)["online"]) == (gone, False)
+    server.take(make.state("dev-a", 3))
+    assert row(server)["gone_ms"] == gone
+    server.take(make.state("dev-a", 3, "offline"))
+    assert row(server)["gone_ms"] == server.now_ms
+
+
+def test_a_will_that_is_old_says_nothing_about_when_a_device_went(server, make):
+    server.take(make.state("dev-a", 2))
+    server.take(make.state("dev-a", 1, "offline"))
+    assert (row(server)["gone_ms"], row(server)["online"]) == (None, True)
+
+
 def test_a_late_copy_of_a_birth_does_not_revive_a_session_that_ended(server, make):
     server.take(make.state("dev-a", 2), make.state("dev-a", 2, "offline"))
     server.take(make.state("dev-a", 2))
