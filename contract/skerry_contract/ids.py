@@ -82,6 +82,11 @@ def sha256_hex(text: object, *, what: str = "sha256") -> str:
     return text
 
 
+def key_uri(key_sha256: str) -> str:
+    """The URI by which a device's certificate names its key; the argument is what ``sha256_hex`` lets pass."""
+    return f"urn:skerry:key:{key_sha256}"
+
+
 def epoch(text: object) -> Epoch:
     """Checks an epoch: 32 lower-case hex digits. Raises ``Malformed``."""
     if not isinstance(text, str) or _HEX32.fullmatch(text) is None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from skerry_server import __version__, access, ca, clock, device_auth, durable
 from skerry_server.api import (
@@ -45,6 +45,7 @@ from skerry_server.api import (
 )
 from skerry_server.api.context import Context
 from skerry_server.broker.embedded import EmbeddedBroker
+from skerry_server.broker.natsconf import Client
 from skerry_server.config import Settings
 from skerry_server.db import queries
 from skerry_server.db.engine import open_engine, reading, writing
@@ -205,7 +206,7 @@ class Server:
         self._stack.callback(self._socket.close)
         self._port = int(self._socket.getsockname()[1])
         with reading(self._engine) as conn:
-            enrolled = queries.enrolled_device_ids(conn)
+            enrolled = _broker_clients(conn)
         mqtt_port = settings.mqtt.port or _if_free(settings.server.host, last.get("mqtt_port", 0))
         files_ = self._authority.files
         self._broker = EmbeddedBroker(
@@ -213,7 +214,7 @@ class Server:
             ca_file=files_.ca,
             certificate_file=files_.server_certificate,
             key_file=files_.server_key,
-            devices=enrolled,
+            clients=enrolled,
             host=settings.server.host,
             port=mqtt_port,
         )
@@ -302,7 +303,7 @@ class Server:
     def _refresh_broker_users(self) -> None:
         # Read and told under one lock: of two enrolments at once, the later teller knows both.
         with self._users_lock, reading(self._engine) as conn:
-            self._broker.set_devices(queries.enrolled_device_ids(conn))
+            self._broker.set_clients(_broker_clients(conn))
 
     def _serve(self) -> None:
         certificates = self._authority.files
@@ -353,6 +354,10 @@ class Server:
         """Ends ``run`` soon. May be called from any thread."""
         if self._http is not None:
             self._http.should_exit = True
+
+
+def _broker_clients(conn: Connection) -> list[Client]:
+    return [Client(device, key_sha256) for device, key_sha256 in queries.enrolled_keys(conn)]
 
 
 def _stop_part(name: str, stop: Callable[[], None]) -> None:

@@ -2,12 +2,14 @@
 
 Owns ``ca/``: ``ca.key`` (0600), ``ca.pem``, the server's certificate for HTTPS and MQTT, and the client certificate ``_server``
 with which the server speaks to its broker. From a device's request the CA takes the public key and nothing else: names,
-extensions and wishes in it are ignored. The certificate's CN and its only DNS name are the device id.
+extensions and wishes in it are ignored. The certificate's CN and its only DNS name are the device id; its only URI names the key,
+so that a broker can tell the present certificate from one of a key that was replaced.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import ipaddress
 import os
 import secrets
@@ -75,18 +77,18 @@ class FleetCA:
         """Hex sha256 of the certificate's DER: what an enrolment token carries."""
 
     def issue_device(self, device: ids.DeviceId, public_key: DeviceKey, now: dt.datetime) -> Issued:
-        """A client certificate for the device, with CN = DNS name = its id."""
-        certificate = self._sign(str(device), public_key, now, DEVICE_LIFE, [x509.DNSName(str(device))], server=False)
+        """A client certificate for the device, with CN = DNS name = its id, and a URI that names its key."""
         spki = public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         pem = public_key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        digest = hashes.Hash(hashes.SHA256())
-        digest.update(spki)
+        digest = hashlib.sha256(spki).hexdigest()
+        names = [x509.DNSName(str(device)), x509.UniformResourceIdentifier(ids.key_uri(digest))]
+        certificate = self._sign(str(device), public_key, now, DEVICE_LIFE, names, server=False)
         return Issued(
             certificate_pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
             serial=f"{certificate.serial_number:x}",
             expires_ms=int(certificate.not_valid_after_utc.timestamp() * 1000),
             public_key_pem=pem.decode(),
-            public_key_sha256=digest.finalize().hex(),
+            public_key_sha256=digest,
         )
 
     def ensure_own(self, names: Iterable[str], now: dt.datetime) -> None:

@@ -220,7 +220,7 @@ def _store_certificate(
     conn.execute(
         update(t.devices)
         .where(t.devices.c.id == device)
-        .values(certificate_serial=issued.serial, certificate_expires_ms=issued.expires_ms)
+        .values(certificate_serial=issued.serial, certificate_expires_ms=issued.expires_ms, certificate_names_key=True)
     )
 
 

@@ -76,4 +76,6 @@ def own(context: Ctx, device: SignedByDevice) -> dict[str, Any]:
 def renew(context: Ctx, device: SignedByDevice, wanted: Renewal) -> dict[str, Any]:
     with writing(context.engine) as conn:
         issued = devices.renew(conn, context.authority, device=device, csr_pem=wanted.csr, now_ms=context.now_ms())
+    # With another key the old certificate is out at once; the device reconnects with the new one.
+    context.refresh_broker_users()
     return {"device_id": device, "certificate": issued.certificate_pem, "ca": context.authority.pem}

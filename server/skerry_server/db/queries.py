@@ -66,10 +66,14 @@ def mark_rung(connection: Connection, rung: Iterable[tuple[str, int]]) -> None:
 # --- devices -------------------------------------------------------------------------------------------------------------
 
 
-def enrolled_device_ids(connection: Connection) -> list[str]:
-    """Every device that may connect to the broker, sorted."""
-    found = connection.execute(select(t.devices.c.id).where(t.devices.c.status == "enrolled").order_by(t.devices.c.id))
-    return list(found.scalars())
+def enrolled_keys(connection: Connection) -> list[tuple[str, str]]:
+    """(id, sha256 of its public key) of every device that may connect to the broker, by id.
+
+    The digest is empty while the device's certificate is one from before certificates named their key.
+    """
+    c = t.devices.c
+    query = select(c.id, c.public_key_sha256, c.certificate_names_key).where(c.status == "enrolled").order_by(c.id)
+    return [(row.id, row.public_key_sha256 if row.certificate_names_key else "") for row in connection.execute(query)]
 
 
 def devices_page(

@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from skerry_contract import topics, wire
 from skerry_contract import window as w
 from skerry_server.broker.embedded import EmbeddedBroker
+from skerry_server.broker.natsconf import Client
 from skerry_server.db import migrations
 from skerry_server.db import tables as t
 from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
@@ -247,9 +248,7 @@ class Fleet:
         migrations.migrate(self.engine)
         with writing(self.engine) as connection:
             connection.execute(insert(t.groups), [{"name": "g", "created_ms": 0}])
-        self.broker = EmbeddedBroker(
-            folder, ca_file=self.authority.pem, certificate_file=certificate, key_file=key, devices=[]
-        )
+        self.broker = EmbeddedBroker(folder, ca_file=self.authority.pem, certificate_file=certificate, key_file=key)
         self.devices: list[str] = []
         self.ingest: Ingest | None = None
         self.link: ServerLink | None = None
@@ -267,7 +266,7 @@ class Fleet:
         with writing(self.engine) as connection:
             connection.execute(insert(t.devices), [row | {"id": name} for name in names])
         self.devices += names
-        self.broker.set_devices(self.devices)
+        self.broker.set_clients(map(Client, self.devices))
 
     def broker_log(self):
         return (self.folder / "nats" / "broker.log").read_text()

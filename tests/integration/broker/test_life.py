@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from skerry_contract import topics
 from skerry_server.broker.embedded import BrokerFailed, EmbeddedBroker
+from skerry_server.broker.natsconf import Client
 
 
 def alive(pid):
@@ -22,7 +23,7 @@ def alive(pid):
 def test_a_removed_device_is_cut_off_and_the_others_stay(fleet, peers):
     gone = peers(peers.Peer, fleet, "dev-a").open()
     stays = peers(peers.Peer, fleet, "dev-b").open()
-    fleet.broker.set_devices(["dev-b"])
+    fleet.broker.set_clients([Client("dev-b")])
     peers.until(lambda: gone.drops, "dev-a cut off")
     gone.close()
     again = peers(peers.Peer, fleet, "dev-a")
@@ -45,7 +46,9 @@ def test_a_new_device_is_let_in_without_a_restart(fleet, peers):
 def test_an_id_that_breaks_the_grammar_changes_nothing(fleet):
     before = fleet.broker.config_file.read_text()
     with pytest.raises(Exception, match="device id"):
-        fleet.broker.set_devices(["dev-b", 'x", permissions: {publish: ">"}'])
+        fleet.broker.set_clients([Client("dev-b"), Client('x", permissions: {publish: ">"}')])
+    with pytest.raises(Exception, match="sha256"):
+        fleet.broker.set_clients([Client("dev-b", '", permissions: {publish: ">"}')])
     assert fleet.broker.config_file.read_text() == before
 
 

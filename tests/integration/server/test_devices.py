@@ -41,7 +41,7 @@ def test_the_certificate_carries_the_device_id_and_nothing_that_the_request_aske
     certificate = x509.load_pem_x509_certificate(found["certificate"].encode())
     assert [a.value for a in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)] == ["plain-1"]
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert list(names) == [x509.DNSName("plain-1")]
+    assert list(names) == [x509.DNSName("plain-1"), x509.UniformResourceIdentifier(f"urn:skerry:key:{key_id(key)}")]
     usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]
     constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
@@ -288,6 +288,57 @@ def test_renewal_replaces_the_key_that_signed_it(device: DeviceRig) -> None:
     signed_for_another_body = device.signed(device.claims("POST", "/device/v1/renew", json.dumps(body).encode()))
     found = device.ask("POST", "/device/v1/renew", {"csr": stolen}, authorization=signed_for_another_body)
     assert found.code == "bad_device_token"
+
+
+def connects(device: DeviceRig) -> bool:
+    """Whether the broker lets it in within a moment."""
+    try:
+        device.connect(timeout_s=4)
+    except (AssertionError, OSError):
+        return False
+    device.disconnect()
+    return True
+
+
+@pytest.mark.parametrize("how", ["renewed", "enrolled again"])
+def test_the_broker_refuses_the_certificate_of_a_key_that_was_replaced(
+    device: DeviceRig, tmp_path: Path, how: str
+) -> None:
+    server = device.server
+    device.connect()
+    assert device.client is not None
+    gone: list[bool] = []
+    device.client.on_disconnect = lambda *_: gone.append(True)
+    new = DeviceRig(server, device.id, tmp_path)
+    if how == "renewed":
+        answer = device.ask("POST", "/device/v1/renew", {"csr": csr(new.key, device.id)}).json()
+        (new.folder / "device.pem").write_text(answer["certificate"])
+        (new.folder / "ca.pem").write_text(answer["ca"])
+        (new.folder / "device.key").write_bytes(private_pem(new.key))
+    else:
+        new.enrol()
+    server.wait("the old session's end", lambda: gone)
+    device.client.loop_stop()
+    device.client = None
+    assert connects(new)
+    assert not connects(device), "its certificate has not expired, and its name is right"
+    assert connects(new)
+
+
+def test_a_renewal_with_the_same_key_ends_no_session(device: DeviceRig) -> None:
+    device.connect()
+    assert device.client is not None
+    gone: list[bool] = []
+    device.client.on_disconnect = lambda *_: gone.append(True)
+    old = (device.folder / "device.pem").read_text()
+    answer = device.ask("POST", "/device/v1/renew", {"csr": csr(device.key, device.id)}).json()
+    time.sleep(1.5)
+    assert not gone
+    device.disconnect()
+    assert connects(device)
+    (device.folder / "device.pem").write_text(answer["certificate"])
+    assert connects(device)
+    assert answer["certificate"] != old
 
 
 # --- membership, pins, revocation ------------------------------------------------------------------------------------------

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
+import hashlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from skerry_cli.errors import CliError
 from skerry_contract import group as g
 from skerry_contract import layout
-from skerry_server import groups
+from skerry_server import audit, groups
 from skerry_server.db import tables as t
 from skerry_server.db.engine import open_engine, reading, writing
 
-from tests.rig_server import DeviceRig, Operator, ServerRig
+from tests.rig_server import DeviceRig, Operator, ServerRig, csr
 
 
 def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
@@ -157,6 +168,110 @@ def test_what_was_committed_and_not_published_goes_out_at_the_next_start(rig: Se
         device.disconnect()
     finally:
         rig.close()
+
+
+def installations(rig: ServerRig, role: str) -> list[dict[str, Any]]:
+    rows = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
+    assert audit.first_break(rows) is None
+    return [row for row in rows if (row["action"], row["subject"]) == ("repository.install", f"metadata:{role}")]
+
+
+def test_a_catalog_that_was_installed_and_not_recorded_gets_its_row_at_the_next_start(
+    rig: ServerRig, tmp_path: Path
+) -> None:
+    """The cut lies between the repository's files and the audit row: the test holds the database, so the server waits there."""
+    rig.start()
+    rig.good("PUT", "/api/v1/groups/press", {})
+    maker = Operator(rig, tmp_path / "operator")
+    maker.install_trust()
+    digest = maker.push("gas", "1.0.0")
+    wanted = rig.data / "repository" / "metadata" / "2.catalog.json"
+
+    def approve() -> None:
+        with contextlib.suppress(CliError):  # the server does not live to answer
+            maker.approve("gas", "1.0.0", digest)
+
+    timestamp = rig.data / "repository" / "metadata" / "timestamp.json"
+    before_it = timestamp.read_bytes()
+    worker = threading.Thread(target=approve)
+    holder = sqlite3.connect(rig.data / "server.db", isolation_level=None, timeout=30)
+    try:
+        holder.execute("BEGIN IMMEDIATE")
+        worker.start()
+        rig.wait("the files", lambda: timestamp.read_bytes() != before_it)
+        time.sleep(0.2)
+        rig.kill()
+    finally:
+        holder.close()
+    worker.join(60)
+    try:
+        rig.start()
+        assert rig.good("GET", "/api/v1/repository/status")["catalog"]["version"] == 2
+        rows = installations(rig, "catalog")
+        assert [(row["actor"], row["after"]["version"]) for row in rows] == [
+            ("token:admin", 1),
+            ("system:publication", 2),
+        ]
+        assert rows[-1]["after"]["sha256"] == hashlib.sha256(wanted.read_bytes()).hexdigest()
+        assert rows[-1]["reason"].startswith("found at start")
+        assert rig.good("GET", f"/api/v1/bundles/{digest}")["state"] == "approved"
+        before = {role: installations(rig, role) for role in ("root", "targets", "catalog")}
+        rig.stop()
+        rig.start()
+        assert {role: installations(rig, role) for role in before} == before, "once, however often it starts"
+        # The next one is recorded as ever, by whom it was.
+        maker.publish("gas", "1.1.0", seed=1)
+        assert [row["actor"] for row in installations(rig, "catalog")][2:] == ["token:admin"]
+    finally:
+        rig.close()
+
+
+def test_a_device_enrolled_before_certificates_named_keys_is_let_in_by_its_name_until_it_renews(
+    rig: ServerRig, tmp_path: Path
+) -> None:
+    rig.start()
+    rig.good("PUT", "/api/v1/groups/press", {})
+    device = DeviceRig(rig, "dev", tmp_path)
+    device.enrol()
+    rig.stop()
+    engine = open_engine(f"sqlite:///{rig.data / 'server.db'}")
+    with writing(engine) as conn:
+        conn.execute(t.devices.update().values(certificate_names_key=False))
+    now = dt.datetime.now(dt.UTC)
+    old = _certificate_of_before(rig.data / "ca", device, now)
+    engine.dispose()
+    (device.folder / "device.pem").write_text(old)
+    try:
+        rig.start()
+        device.connect()
+        device.disconnect()
+        renewed = device.ask("POST", "/device/v1/renew", {"csr": csr(device.key, device.id)}).json()["certificate"]
+        with pytest.raises((AssertionError, OSError)):
+            device.connect(timeout_s=4)
+        (device.folder / "device.pem").write_text(renewed)
+        device.connect()
+        device.disconnect()
+    finally:
+        rig.close()
+
+
+def _certificate_of_before(folder: Path, device: DeviceRig, now: dt.datetime) -> str:
+    """As the first servers issued them: with the device's name and nothing else."""
+    key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device.id)]))
+        .issuer_name(authority.subject)
+        .public_key(device.key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(device.id)]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+    )
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
 
 
 def test_a_broker_that_is_killed_comes_back_on_its_port_and_readiness_tells(rig: ServerRig, tmp_path: Path) -> None:
