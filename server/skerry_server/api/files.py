@@ -6,7 +6,9 @@ that is replaced in place must be asked for anew each time; blobs, targets and d
 
 from __future__ import annotations
 
+import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 from skerry_contract import layout
@@ -35,15 +37,22 @@ class RepositoryFiles(StaticFiles):
     ) -> Response:
         folder, name = self.get_path(scope).split(os.sep, 1)
         numbered = name.split(".")[0].isdigit()
+        asked = Headers(scope=scope)
         fresh = folder == layout.METADATA_DIR and not numbered
         headers = {"cache-control": FRESH if fresh else FOREVER, "x-content-type-options": "nosniff"}
         if folder == "blobs":
             # The name is the sha256: the same tag on every mirror, so a download resumes on another.
             headers["etag"] = f'"{name.rsplit(os.sep, 1)[-1]}"'
         media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
+        if fresh and status_code == 200:
+            # It may be replaced at any moment. Read at once, its bytes and their length are of one version.
+            data = Path(full_path).read_bytes()
+            headers["etag"] = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+            whole = Response(data, headers=headers, media_type=media_type)
+            return NotModifiedResponse(whole.headers) if self.is_not_modified(whole.headers, asked) else whole
         response = FileResponse(
             full_path, status_code=status_code, headers=headers, media_type=media_type, stat_result=stat_result
         )
-        if self.is_not_modified(response.headers, Headers(scope=scope)):
+        if self.is_not_modified(response.headers, asked):
             return NotModifiedResponse(response.headers)
         return response
