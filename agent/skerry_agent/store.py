@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 _PAGE_ROWS = 500
 _ROW_BYTES = 64
 """What a row takes beside its body, about."""
+_INCREMENTAL = 2
+"""SQLite's number for ``PRAGMA auto_vacuum = INCREMENTAL``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -469,7 +471,11 @@ def open_store(
         store = Store(path, _connect(path), new_epoch, bound_bytes)
     except (sqlite3.Error, OSError) as error:
         raise Degraded("store_unusable", f"{path}: {error}", advice="make room or repair the file system") from error
-    why = _adopt_epoch(store, binding, device)
+    try:
+        why = _adopt_epoch(store, binding, device)
+    except BaseException:
+        store.close()
+        raise
     if damaged:
         store.count_lost("store_damaged", 1)
         if records > 0:
@@ -501,12 +507,19 @@ def _adopt_epoch(store: Store, binding: str, device: str) -> str:
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
-    path.chmod(0o600)
-    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA cache_size = -1024")
-    migrate(connection)
+    try:
+        path.chmod(0o600)
+        if connection.execute("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
+            # Asked for again it is written again, into the file of a newer agent too.
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA cache_size = -1024")
+        migrate(connection)
+    except BaseException:
+        # Left to the collector it would hold the file that is about to be moved aside, and its locks.
+        connection.close()
+        raise
     return connection
 
 

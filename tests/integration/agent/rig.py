@@ -31,7 +31,7 @@ from tests import models
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-TIMEOUT_S = 30.0
+TIMEOUT_S = 90.0
 DEVICE, GROUP = ids.device_id("d-1"), ids.group_name("g")
 
 
@@ -71,15 +71,17 @@ class Broker:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Broker:
-        log = (self.folder / "nats.log").open("ab")
-        self.process = subprocess.Popen([nats_server(), "-c", str(self.folder / "nats.conf")], stdout=log, stderr=log)
-        wait_for(lambda: socket.create_connection(("127.0.0.1", self.port), 0.2).close() is None, why="the broker")
+        with (self.folder / "nats.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [nats_server(), "-c", str(self.folder / "nats.conf")], stdout=log, stderr=log
+            )
+        wait_for(lambda: socket.create_connection(("127.0.0.1", self.port), 1).close() is None, why="the broker")
         return self
 
     def stop(self, *, kill: bool = False) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
-            self.process.wait(10)
+            self.process.wait(30)
             self.process = None
 
 
@@ -94,6 +96,7 @@ class Server:
         self.conflicts: list[tuple[str, int]] = []
         self.states: list[wire.State] = []
         self.deaf = False
+        self.missed = 0
         self.upto_bonus = 0
         self.lock = threading.Condition()
         self.client = paho.Client(CallbackAPIVersion.VERSION2, client_id="", protocol=paho.MQTTv311)
@@ -118,6 +121,8 @@ class Server:
     def close(self) -> None:
         self.client.disconnect()
         self.client.loop_stop()
+        # Client and server hold each other: without this, the client's descriptors wait for the collector.
+        self.client.on_connect = self.client.on_message = None
 
     def _connected(self, client: Any, *_: Any) -> None:
         client.subscribe([(topics.ALL_UP, 1), (topics.ALL_STATE, 1)])
@@ -126,7 +131,9 @@ class Server:
         with self.lock:
             if message.topic.endswith("/state"):
                 self.states.append(wire.decode(wire.State, message.payload))
-            elif not self.deaf:
+            elif self.deaf:
+                self.missed += 1
+            else:
                 self._take(wire.decode_batch(message.payload))
             self.lock.notify_all()
 
@@ -187,7 +194,7 @@ class Device:
             )
         )
         times = {
-            "fold_interval_s": 0.2, "health_interval_s": 0.1, "sync_s": 60, "jitter_s": 0, "trial_s": 20,
+            "fold_interval_s": 0.2, "health_interval_s": 0.1, "sync_s": 60, "jitter_s": 0, "trial_s": 120,
             "trial_inferences": 20, "drain_s": 3, "ack_s": 2, "backoff_scale": 0.05, **timing,
         }  # fmt: skip
         lines = [f'state_dir = "{self.state_dir}"', "[limits]", "disk_reserve_mb = 0.0", "[timing]"]
@@ -251,7 +258,7 @@ class Device:
     def stop(self) -> int:
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def kill(self) -> None:
         """SIGKILL, as a power cut of the process."""
@@ -263,7 +270,7 @@ class Device:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(15)
+                self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.kill()
 
@@ -280,6 +287,15 @@ class Device:
 
     def sync(self, **body: Any) -> None:
         assert self.call("POST", "/skerry/v1/sync", body).status == 200
+
+    def synced(self, **body: Any) -> None:
+        """A sync, and its end, whatever it was."""
+        before = self.status()["sync"]["at_ms"]
+        self.sync(**body)
+        self.wait_synced(before)
+
+    def wait_synced(self, before_ms: int) -> None:
+        wait_for(lambda: self.status()["sync"]["at_ms"] > before_ms, why=f"a sync: {self.log()[-3000:]}")
 
     def running(self) -> tuple[str, str]:
         """(version, state) of the model."""
@@ -311,7 +327,7 @@ class Device:
         """Asks n times on one connection. Returns the versions that answered."""
         # The very first worker makes the address accept, a moment after it was told to.
         wait_for(lambda: socket.create_connection(("127.0.0.1", self.port), 1).close() is None, why="the address")
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         versions = []
         x, _ = models.rows(1)
         data = x[0].tolist()
@@ -349,10 +365,10 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(15)
+            thread.join(60)
 
     def _ask(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._device.port, timeout=15)
+        connection = http.client.HTTPConnection("127.0.0.1", self._device.port, timeout=30)
         x, _ = models.rows(1)
         body = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": x[0].tolist()}]})
         while not self._stop.is_set():

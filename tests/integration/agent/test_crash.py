@@ -76,8 +76,8 @@ def test_a_supervisor_killed_in_a_trial_starts_with_what_was_confirmed(serving: 
     serving.kill()
     serving.start()
     serving.wait_running("1.0.0", "confirmed")
-    serving.sync()
-    time.sleep(1.0)
+    serving.synced()
+    assert serving.status()["update"]["state"] == "idle"
     assert serving.running() == ("1.0.0", "confirmed")
     wait_for(lambda: sum(e.code == "trial_crashed" and e.data["digest"] == second for e in server.events()) == 2)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from skerry_contract import group
 
@@ -127,7 +125,7 @@ def test_a_flipped_byte_is_refused_and_given_up_after_three_tries(serving: Devic
     )
     serving.wait_update("idle", "hash_mismatch")
     for _ in range(3):
-        serving.sync()
+        serving.synced()
     assert serving.status()["update"]["attempt"] == 3
     assert serving.running() == ("1.0.0", "confirmed")
     assert not (serving.state_dir / "slots" / digest).exists()
@@ -141,7 +139,7 @@ def test_a_person_pardons_a_bundle_that_used_up_its_attempts(serving: Device, se
     wait_for(lambda: serving.status()["update"]["attempt"] == 3 and serving.wait_update("idle", "hash_mismatch"))
     serving.world["flip"] = []
     serving.save()
-    serving.sync()
+    serving.synced()
     assert serving.running() == ("1.0.0", "confirmed")
     serving.sync(pardon=True)
     serving.wait_running("1.1.0", "trial", "confirmed")
@@ -182,8 +180,8 @@ def test_a_crash_in_the_trial_brings_the_old_version_back_for_good(serving: Devi
     serving.wait_update("idle", "trial_crashed")
     serving.wait_running("1.0.0", "confirmed")
     assert serving.infer(3) == ["1.0.0"] * 3
-    serving.sync()
-    serving.sync()
+    serving.synced()
+    serving.synced()
     assert serving.status()["update"]["attempt"] == 1
     wait_for(
         lambda: [e.data["digest"] for e in server.events() if e.code == "trial_crashed"] == [bad, bad], why="events"
@@ -221,8 +219,8 @@ def test_a_person_reverts_and_the_bundle_is_not_taken_again(serving: Device, ser
     assert serving.call("POST", "/skerry/v1/revert", {"model": "gas"}).status == 200
     serving.wait_running("1.0.0", "confirmed")
     serving.wait_update("idle", "reverted_by_operator")
-    serving.sync()
-    serving.sync()
+    serving.synced()
+    serving.synced()
     assert serving.running() == ("1.0.0", "confirmed")
     assert serving.call("POST", "/skerry/v1/revert", {"model": "gas"}).status == 409
 
@@ -263,7 +261,7 @@ def test_a_certificate_past_two_thirds_of_its_life_is_renewed_once_and_the_sessi
     serving.sync()
     wait_for(lambda: server.events("certificate"), why="the event")
     wait_for(lambda: serving.status()["link"]["birth"] > birth, why="a new session")
-    serving.sync()
+    serving.synced()
     serving.infer(2)
     assert [e.data["expires_s"] for e in server.events("certificate")] == [4_000_000_000]
 
@@ -272,7 +270,6 @@ def test_a_server_that_refuses_the_device_is_told_of_once(serving: Device, serve
     serving.world["self_error"] = {"kind": "rejected", "code": "unknown_device", "detail": "revoked"}
     serving.save()
     for _ in range(3):
-        serving.sync()
-        time.sleep(0.4)
+        serving.synced()
     wait_for(lambda: server.events("membership"), why="the event")
     assert [e.code for e in server.events("membership")] == ["unknown_device"]

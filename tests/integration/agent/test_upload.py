@@ -26,8 +26,8 @@ def serving(device: Device, server: Server) -> Device:
 def test_what_a_deaf_server_missed_is_sent_again_and_taken_once(serving: Device, server: Server) -> None:
     server.deaf = True
     serving.infer(9)
-    wait_for(lambda: serving.status()["outbox"]["pending"] > 0, why="records that wait")
-    time.sleep(1.0)
+    wait_for(lambda: server.missed > 0, why="records that the server did not hear")
+    assert serving.status()["outbox"]["pending"] > 0
     server.deaf = False
     wait_for(lambda: server.inferences() == 29, why=f"29 counted, got {server.inferences()}")
     wait_for(lambda: serving.status()["outbox"]["pending"] == 0, why="an empty outbox")
@@ -38,7 +38,9 @@ def test_the_broker_alone_frees_nothing(serving: Device, server: Server) -> None
     server.deaf = True
     serving.infer(9)
     wait_for(lambda: serving.status()["outbox"]["pending_inferences"] == 9, why="nine that wait")
-    time.sleep(1.5)
+    # Twice: the broker confirmed the first one before the device sent it again.
+    missed = server.missed
+    wait_for(lambda: server.missed > missed + 1, why="records that the server did not hear")
     assert serving.status()["outbox"]["pending_inferences"] == 9
 
 
@@ -135,9 +137,10 @@ def test_a_malformed_message_from_the_broker_changes_nothing(serving: Device, se
 
 
 def test_the_same_bell_twice_is_one_sync(serving: Device, server: Server) -> None:
+    before_ms = serving.status()["sync"]["at_ms"]
     server.ring(3)
     second = serving.bundle("1.1.0", seed=1)
-    time.sleep(0.5)
+    serving.wait_synced(before_ms)
     serving.publish(second)
     server.ring(3)
     time.sleep(0.5)

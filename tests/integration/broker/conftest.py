@@ -31,7 +31,7 @@ BUNDLE = "ab" * 32
 DAY = dt.timedelta(days=1)
 
 
-def until(condition, what, timeout_s=15.0):
+def until(condition, what, timeout_s=60.0):
     """Waits for a condition and returns its value; fails with ``what`` in words."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -136,7 +136,7 @@ class Peer:
         until(self.client.is_connected, "connected")
         return self
 
-    def refused(self, timeout_s=5.0):
+    def refused(self, timeout_s=60.0):
         """Tries to connect; True when the broker ends it, False when it lets the client in."""
         answers = []
         self.client.on_connect = lambda _c, _d, _f, reason, _p: answers.append(reason)

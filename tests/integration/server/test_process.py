@@ -59,10 +59,10 @@ def test_a_signal_ends_it_in_order_and_soon_with_devices_connected(
         pool.request("GET", rig.url + "/healthz")  # a connection that stays open
         begun = time.monotonic()
         rig.process.send_signal(number)
-        assert rig.process.wait(10) == 0
+        assert rig.process.wait(60) == 0
         assert time.monotonic() - begun < 5
     device.vanish()
-    assert psutil.wait_procs(children, timeout=1)[1] == []
+    assert psutil.wait_procs(children, timeout=30)[1] == []
     assert b"Traceback" not in (rig.data / "server.log").read_bytes()
 
 
@@ -75,7 +75,7 @@ def test_a_killed_server_leaves_no_broker_and_comes_back_where_it_was(rig: Serve
     assert rig.process is not None
     children = psutil.Process(rig.process.pid).children(recursive=True)
     rig.kill()
-    assert psutil.wait_procs(children, timeout=5)[1] == [], "no orphan"
+    assert psutil.wait_procs(children, timeout=30)[1] == [], "no orphan"
     try:
         rig.start()
         assert rig.ready == ready

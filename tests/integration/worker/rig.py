@@ -24,7 +24,7 @@ from skerry_contract import window as w
 from skerry_contract import wire
 
 BOOT_ID = "0" * 32
-TIMEOUT_S = 30.0
+TIMEOUT_S = 90.0
 WORKER = (sys.executable, "-m", "skerry_agent.worker")
 
 

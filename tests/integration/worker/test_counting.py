@@ -25,7 +25,7 @@ def body(n: int = 1, n_features: int = 4) -> bytes:
 
 
 def ask(rig: Rig, times: int, sent: bytes | None = None, headers: dict[str, str] | None = None) -> list[int]:
-    connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
     statuses = []
     for _ in range(times):
         connection.request("POST", PATH, sent or body(), headers or {})
@@ -50,7 +50,7 @@ def test_kill_9_in_the_middle_loses_no_answered_request_and_counts_none_twice(ri
 
         def loop() -> None:
             nonlocal answered, unanswered
-            connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=10)
+            connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
             while True:
                 try:
                     connection.request("POST", PATH, body())
@@ -62,11 +62,13 @@ def test_kill_9_in_the_middle_loses_no_answered_request_and_counts_none_twice(ri
 
         client = threading.Thread(target=loop)
         client.start()
-        time.sleep(0.5)
+        end = time.monotonic() + 60
+        while answered < 100 and client.is_alive() and time.monotonic() < end:
+            time.sleep(0.01)
         rig.kill(worker)
         # No worker accepts now: the client's next connection waits in the backlog, for the successor.
         successor = rig.start(rig.served(bundle))
-        client.join(20)
+        client.join(60)
         assert not client.is_alive()
         recovered = rig.recover(successor, worker.rings["gas"])
         assert (recovered.damage, recovered.lost) == ("", 0)
@@ -198,7 +200,7 @@ def test_a_crash_of_the_runtime_keeps_what_was_counted_before(rig: Rig, tmp_path
     tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [models.CRASH_VALUE, 0, 0, 0]}
     with pytest.raises((OSError, http.client.HTTPException)):
         ask(rig, 1, json.dumps({"inputs": [tensor]}).encode())
-    assert worker.process.wait(10) == -signal.SIGFPE
+    assert worker.process.wait(60) == -signal.SIGFPE
     models.build_bundle(tmp_path / "good")
     successor = rig.start(rig.served(tmp_path / "good"))
     rig.recover(successor, worker.rings["gas"])
@@ -209,7 +211,7 @@ def test_a_crash_of_the_runtime_keeps_what_was_counted_before(rig: Rig, tmp_path
 def test_a_worker_told_to_end_answers_what_is_in_work_and_goes(rig: Rig, bundle: Path, how: str) -> None:
     worker = rig.start(rig.served(bundle))
     ask(rig, 6)
-    idle = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=5)
+    idle = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
     idle.request("GET", "/v2/health/live")
     idle.getresponse().read()
     if how == "eof":
@@ -218,25 +220,29 @@ def test_a_worker_told_to_end_answers_what_is_in_work_and_goes(rig: Rig, bundle:
         worker.process.terminate()
     else:
         rig.send(worker, ww.Stop())
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(60) == 0
     if how == "eof":
         # Nobody was there to take the window: the ring keeps it for the next worker.
         successor = rig.start(rig.served(bundle))
         rig.recover(successor, worker.rings["gas"])
     else:
         with worker.changed:
-            worker.changed.wait_for(lambda: worker.gone, 10)
+            worker.changed.wait_for(lambda: worker.gone, 60)
     assert rig.total().ok == 6
 
 
 def test_health_counts_since_the_worker_listens(rig: Rig, bundle: Path) -> None:
+    before = time.monotonic()
     worker = rig.start(rig.served(bundle), health_interval_s=0.1, fold_interval_s=0.03)
+    began = time.monotonic()
     ask(rig, 30)
+    asked_ms = (time.monotonic() - began) * 1000
     ask(rig, 2, b"{}")
     health = worker.wait_for(ww.Health, where=lambda h: h.models["gas"].ok == 30 and h.models["gas"].invalid == 2)
     found = health.models["gas"]
-    assert 0 < found.p95_ms < 50
-    assert 0 < found.since_s < 20
+    # By the client's clock, which a busy machine slows down alike; the histogram's bins are a few percent wide.
+    assert 0 < found.p95_ms < 1.1 * asked_ms
+    assert 0 < found.since_s < time.monotonic() - before
     assert health.rss_mb > 10
     assert health.inflight == 0
 

@@ -47,7 +47,7 @@ class Clients:
 
     def _ask(self, name: str, think_s: tuple[float, float], fresh: bool) -> None:
         rng = random.Random(name)
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
         number = 0
         while not self._over.is_set():
             number += 1
@@ -132,7 +132,7 @@ def test_a_half_sent_request_goes_with_its_connection_and_is_answered_by_the_suc
     old = rig.start(rig.served(tmp_path / "1.0.0"))
     sent = body(ident="half")
     whole = head(len(sent)) + sent
-    with socket.create_connection(("127.0.0.1", rig.port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", rig.port), timeout=30) as sock:
         # A whole request and the beginning of the next one, then nothing while the swap goes on.
         sock.sendall(whole + whole[:at])
         first = sock.recv(10_000)
@@ -150,7 +150,7 @@ def test_a_half_sent_body_larger_than_a_datagram_goes_along(rig: Rig, tmp_path: 
     models.build_bundle(tmp_path / "b")
     old = rig.start(rig.served(tmp_path / "b"))
     sent = body(2000) + b" " * 3_000_000
-    with socket.create_connection(("127.0.0.1", rig.port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", rig.port), timeout=30) as sock:
         sock.sendall(head(len(sent)) + sent[:2_500_000])
         time.sleep(0.3)
         rig.swap(old, rig.served(tmp_path / "b"))
@@ -166,7 +166,7 @@ def test_pipelined_requests_survive_a_swap_in_order(rig: Rig, tmp_path: Path) ->
     for i in range(n):
         sent = body(ident=f"<{i}>")
         requests.append(head(len(sent)) + sent)
-    with socket.create_connection(("127.0.0.1", rig.port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", rig.port), timeout=30) as sock:
         sender = threading.Thread(target=sock.sendall, args=(b"".join(requests),))
         sender.start()
         found = bytearray()
@@ -197,7 +197,7 @@ def test_a_client_that_does_not_read_its_reply_is_closed_at_the_deadline_and_cou
         with pytest.raises(TimeoutError):
             # Stops when both kernels' buffers are full of replies that nobody reads.
             deaf.sendall(stream)
-        began = time.monotonic()
         new = rig.start(rig.served(tmp_path / "b"))
+        began = time.monotonic()
         assert rig.drain(old, new, deadline_s=0.5).unpassed == 1
         assert time.monotonic() - began < 10

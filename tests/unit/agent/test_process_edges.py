@@ -45,7 +45,7 @@ def test_the_command_line_does_not_load_the_supervisor_to_ask() -> None:
 # --- couriers --------------------------------------------------------------------------------------------------------
 
 
-def courier(script: str, *, timeout_s: float = 10.0, seen: list[Any] | None = None) -> dict[str, Any]:
+def courier(script: str, *, timeout_s: float = 60.0, seen: list[Any] | None = None) -> dict[str, Any]:
     errands = Errands((sys.executable, "-c", script))
     collect = seen.append if seen is not None else None
     return asyncio.run(errands.run("sync", {"a": 1}, timeout_s=timeout_s, on_progress=collect))
@@ -135,7 +135,7 @@ def test_a_malformed_request_gets_400_and_the_next_one_is_served(tmp_path: Path,
 
     def send() -> bytes:
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(5)
+            sock.settimeout(30)
             sock.connect(str(path))
             sock.sendall(raw)
             return sock.recv(1000)

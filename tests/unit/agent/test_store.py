@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ KEY = w.Key("gas", "a" * 64, "v", "none", "", 0)
 numbers = itertools.count(1)
 
 
+opened_here: list[Store] = []
+
+
 def reopen(path: Path, binding: str = "machine-a", device: str = "d-1", bound: int = 64 << 20) -> tuple[Store, Opened]:
-    return open_store(
+    found = open_store(
         path,
         binding=binding,
         device=device,
@@ -38,6 +42,21 @@ def reopen(path: Path, binding: str = "machine-a", device: str = "d-1", bound: i
         wall_s=1000.0,
         bound_bytes=bound,
     )
+    opened_here.append(found[0])
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _stores_are_closed() -> Iterator[None]:
+    yield
+    while opened_here:
+        opened_here.pop().close()
+
+
+def open_below(folder: Path) -> list[str]:
+    """Descriptors of this process on files below a folder."""
+    found = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    return [target for target in found if target.startswith(f"{folder}/")]
 
 
 @pytest.fixture
@@ -282,6 +301,7 @@ def test_a_damaged_file_is_moved_aside_and_the_loss_is_counted(
     for suffix in ("-wal", "-shm"):
         Path(f"{store.path}{suffix}").unlink(missing_ok=True)
     again, opened = reopen(tmp_path / "state.db")
+    assert not any(target.startswith(opened.moved_aside) for target in open_below(tmp_path)), "still held open"
     assert opened.new_epoch == "damaged"
     assert opened.moved_aside == str(tmp_path / "state.db.damaged-1000")
     assert Path(opened.moved_aside).exists()
@@ -303,12 +323,13 @@ def test_a_suspect_store_is_moved_aside_with_what_could_be_counted(store: Store)
 
 def test_a_store_of_a_newer_agent_is_left_alone(store: Store) -> None:
     store.close()
-    with sqlite3.connect(store.path) as db:
+    with closing(sqlite3.connect(store.path)) as db:
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
     before = store.path.read_bytes()
     with pytest.raises(Degraded) as caught:
         reopen(store.path)
     assert caught.value.code == "store_too_new"
+    assert open_below(store.path.parent) == []
     assert store.path.read_bytes() == before
 
 
@@ -349,6 +370,7 @@ def test_kill_9_in_the_middle_of_appends_loses_nothing_and_repeats_no_seq(tmp_pa
         os.kill(child.pid, signal.SIGKILL)
         lines += child.stdout.readlines()
         child.wait()
+        child.stdout.close()
         for line in lines:
             if line.endswith("\n"):
                 seq, n = map(int, line.split())
@@ -361,6 +383,7 @@ def test_kill_9_in_the_middle_of_appends_loses_nothing_and_repeats_no_seq(tmp_pa
     # Each ring position is in exactly one record, also when the child died between its commit and its word.
     assert sorted(bodies.values()) == list(range(len(bodies)))
     assert store.ring_upto("ring") == len(bodies)
+    store.close()
 
 
 def test_the_durable_state_and_its_counters_survive(store: Store) -> None:

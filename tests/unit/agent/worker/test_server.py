@@ -31,11 +31,12 @@ def serve(act: Callable[[Server, Held, int], Awaitable[None]], *, partial_s: flo
         port = listener.getsockname()[1]
         server.listen(listener)
         try:
-            await asyncio.wait_for(act(server, held, port), 20)
+            await asyncio.wait_for(act(server, held, port), 60)
         finally:
             server.close()
-            await asyncio.sleep(0.01)
-            assert server.empty
+            async with asyncio.timeout(30):
+                while not server.empty:
+                    await asyncio.sleep(0.001)
 
     asyncio.run(run())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -27,18 +28,33 @@ class End:
         self.eof += 1
 
 
+def descriptors() -> set[tuple[str, str]]:
+    """What is open in this process: number and what lies behind it, so that a number used again is not taken for the old one."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add((name, os.readlink(f"/proc/self/fd/{name}")))
+        except FileNotFoundError:
+            continue  # the one that listed the folder
+    return found
+
+
 def talk(act: Callable[[End, End], Awaitable[None]]) -> None:
     async def run() -> None:
         a, b = (End(sock) for sock in ww.pair())
         try:
-            await asyncio.wait_for(act(a, b), 20)
+            await asyncio.wait_for(act(a, b), 60)
         finally:
             a.channel.close()
             b.channel.close()
 
-    before = len(os.listdir("/proc/self/fd"))
+    # What earlier tests left to the collector must not be collected in between.
+    gc.collect()
+    before = descriptors()
     asyncio.run(run())
-    assert len(os.listdir("/proc/self/fd")) == before, "a descriptor leaked"
+    after = descriptors()
+    assert after - before == set(), "a descriptor leaked"
+    assert before - after == set(), "a descriptor of somebody else was closed"
 
 
 async def until(what: Callable[[], bool]) -> None:

@@ -7,6 +7,20 @@ from skerry_server.db.tables import metadata, rollouts, schema_version
 from sqlalchemy import create_engine, insert, inspect, select, text
 
 
+@pytest.fixture
+def opened():
+    """Opens databases by path; all are closed in the end."""
+    engines = []
+
+    def open_(path):
+        engines.append(open_engine(sqlite_url(path)))
+        return engines[-1]
+
+    yield open_
+    for engine in engines:
+        engine.dispose()
+
+
 def shape(engine):
     """Everything the schema says, order of creation apart."""
     look = inspect(engine)
@@ -31,16 +45,19 @@ def sql_of(engine, table):
         return connection.execute(text("SELECT sql FROM sqlite_master WHERE name = :n"), {"n": table}).scalar_one()
 
 
-def test_migrated_schema_is_the_one_of_the_tables(tmp_path):
+def test_migrated_schema_is_the_one_of_the_tables(tmp_path, opened):
     described = create_engine(sqlite_url(tmp_path / "described.db"))
     metadata.create_all(described)
-    migrated = open_engine(sqlite_url(tmp_path / "migrated.db"))
+    migrated = opened(tmp_path / "migrated.db")
     assert migrations.migrate(migrated) == 0
     assert shape(migrated) == shape(described)
+    described.dispose()
 
 
-def test_a_rollout_under_way_counts_from_where_its_stage_was_when_the_server_is_upgraded(tmp_path, monkeypatch):
-    engine = open_engine(sqlite_url(tmp_path / "s.db"))
+def test_a_rollout_under_way_counts_from_where_its_stage_was_when_the_server_is_upgraded(
+    tmp_path, monkeypatch, opened
+):
+    engine = opened(tmp_path / "s.db")
     whole = migrations.MIGRATIONS
     monkeypatch.setattr(migrations, "MIGRATIONS", whole[:1])
     monkeypatch.setattr(migrations, "NEWEST", 1)
@@ -58,8 +75,8 @@ def test_a_rollout_under_way_counts_from_where_its_stage_was_when_the_server_is_
         assert connection.execute(select(rollouts.c.entered_ms, rollouts.c.stage_since_ms)).all() == [(777, 777)]
 
 
-def test_a_second_run_changes_nothing(tmp_path):
-    engine = open_engine(sqlite_url(tmp_path / "s.db"))
+def test_a_second_run_changes_nothing(tmp_path, opened):
+    engine = opened(tmp_path / "s.db")
     migrations.migrate(engine, now_s=lambda: 5.0)
     assert migrations.migrate(engine, now_s=lambda: 9.0) == migrations.NEWEST
     with reading(engine) as connection:
@@ -67,8 +84,8 @@ def test_a_second_run_changes_nothing(tmp_path):
     assert applied == [(version, 5000) for version in range(1, migrations.NEWEST + 1)]
 
 
-def test_a_newer_database_is_refused_and_left_alone(tmp_path):
-    engine = open_engine(sqlite_url(tmp_path / "s.db"))
+def test_a_newer_database_is_refused_and_left_alone(tmp_path, opened):
+    engine = opened(tmp_path / "s.db")
     migrations.migrate(engine)
     with writing(engine) as connection:
         connection.execute(insert(schema_version).values(version=99, name="later", applied_ms=0))
@@ -76,8 +93,8 @@ def test_a_newer_database_is_refused_and_left_alone(tmp_path):
         migrations.migrate(engine)
 
 
-def test_a_cut_in_the_middle_leaves_the_version_before(tmp_path, monkeypatch):
-    engine = open_engine(sqlite_url(tmp_path / "s.db"))
+def test_a_cut_in_the_middle_leaves_the_version_before(tmp_path, monkeypatch, opened):
+    engine = opened(tmp_path / "s.db")
     name, statements = migrations.MIGRATIONS[0]
     monkeypatch.setattr(migrations, "MIGRATIONS", ((name, (*statements[:7], "CREATE TABLE broken (")),))
     with pytest.raises(Exception, match="incomplete input"):
