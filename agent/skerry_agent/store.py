@@ -107,7 +107,8 @@ class Store:
         """Everything inside is committed together, or not at all. May be nested: the outermost decides.
 
         Raises:
-            Degraded: ``store_full`` without room on disk, ``store_damaged`` when the file cannot be read.
+            Degraded: ``store_full`` without room on disk, ``store_busy`` while another process locks the file,
+                ``store_damaged`` when it cannot be read or written.
         """
         if self._depth:
             self._depth += 1
@@ -133,9 +134,16 @@ class Store:
                 raise _named(error, self.path) from error
             raise
 
+    def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Rows, with the errors of ``transaction``: what is read may be damaged before anything is written."""
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise _named(error, self.path) from error
+
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the durable state, as builtins."""
-        row = self._db.execute("SELECT value FROM state WHERE key = ?", (key,)).fetchone()
+        row = next(iter(self._read("SELECT value FROM state WHERE key = ?", (key,))), None)
         return default if row is None else msgspec.json.decode(row[0])
 
     def put(self, key: str, value: Any) -> None:
@@ -208,8 +216,8 @@ class Store:
 
     def ring_upto(self, ring: str) -> int | None:
         """The committed position of a ring; None when it never committed anything."""
-        row = self._db.execute("SELECT upto FROM rings WHERE ring = ?", (ring,)).fetchone()
-        return None if row is None else int(row[0])
+        rows = self._read("SELECT upto FROM rings WHERE ring = ?", (ring,))
+        return int(rows[0][0]) if rows else None
 
     def forget_ring(self, ring: str) -> None:
         """Forgets a ring whose file is gone."""
@@ -218,12 +226,12 @@ class Store:
 
     def pending(self) -> tuple[int, int]:
         """(records, bytes) that wait in the outbox, of all epochs."""
-        row = self._db.execute("SELECT count(*), coalesce(sum(size), 0) FROM outbox").fetchone()
-        return int(row[0]), int(row[1])
+        ((records, size),) = self._read("SELECT count(*), coalesce(sum(size), 0) FROM outbox")
+        return int(records), int(size)
 
     def pending_inferences(self) -> int:
         """Inferences counted in windows that wait."""
-        return int(self._db.execute("SELECT coalesce(sum(inferences), 0) FROM outbox").fetchone()[0])
+        return int(self._read("SELECT coalesce(sum(inferences), 0) FROM outbox")[0][0])
 
     def next_batch(
         self, in_flight: Collection[tuple[str, int]], *, max_bytes: int, max_records: int
@@ -234,7 +242,7 @@ class Store:
             in_flight: (epoch, seq) of what is on its way.
             max_bytes: of bodies, before compression.
         """
-        for (epoch,) in self._db.execute("SELECT epoch FROM epochs ORDER BY current, rowid").fetchall():
+        for (epoch,) in self._read("SELECT epoch FROM epochs ORDER BY current, rowid"):
             flying = {seq for flight, seq in in_flight if flight == epoch}
             seqs = retention.next_batch(
                 self._waiting(epoch, len(flying)), flying, max_bytes=max_bytes, max_records=max_records
@@ -256,13 +264,13 @@ class Store:
     def _rows(self, query: str, values: tuple[Any, ...]) -> list[retention.Row]:
         return [
             retention.Row(seq=seq, kind=kind, key=key, size=size, sent=bool(sent))
-            for seq, kind, key, size, sent in self._db.execute(query, values)
+            for seq, kind, key, size, sent in self._read(query, values)
         ]
 
     def _record(self, epoch: str, seq: int) -> wire.Record:
-        kind, replaces, body = self._db.execute(
+        ((kind, replaces, body),) = self._read(
             "SELECT kind, replaces, body FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq)
-        ).fetchone()
+        )
         return wire.Record(seq=seq, kind=kind, body=body, replaces=_ranges(replaces))
 
     def mark_sent(self, epoch: str, seqs: Sequence[int]) -> None:
@@ -280,10 +288,10 @@ class Store:
         the server can tell by digest what the other life has sent already; only what it disputes moves to the new epoch.
         For the same reason nothing is freed that this life has not sent.
         """
-        row = self._db.execute("SELECT next_seq, current FROM epochs WHERE epoch = ?", (ack.epoch,)).fetchone()
-        if row is None:
+        rows = self._read("SELECT next_seq, current FROM epochs WHERE epoch = ?", (ack.epoch,))
+        if not rows:
             return Acknowledged(freed=0)
-        next_seq, current = int(row[0]), bool(row[1])
+        next_seq, current = int(rows[0][0]), bool(rows[0][1])
         ahead = current and max((ack.upto, *(high for _, high in ack.extra_ranges))) >= next_seq
         freed = 0
         with self.transaction():
@@ -525,6 +533,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _damage(path: Path) -> bool:
     if not path.exists() or path.stat().st_size == 0:
+        # The mark was for the file that went aside: power may have failed before it was taken down.
+        _suspect(path).unlink(missing_ok=True)
         return False
     if _suspect(path).exists():
         return True
@@ -541,7 +551,7 @@ def _damage(path: Path) -> bool:
 
 def _salvage_counts(path: Path) -> tuple[int, int]:
     try:
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         try:
             row = connection.execute("SELECT count(*), coalesce(sum(inferences), 0) FROM outbox").fetchone()
             return int(row[0]), int(row[1])
@@ -553,8 +563,13 @@ def _salvage_counts(path: Path) -> tuple[int, int]:
 
 def _named(error: sqlite3.DatabaseError, path: Path) -> Degraded:
     text = str(error)
-    if "full" in text:
+    # Extended codes carry the primary one in their lowest byte.
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
         return Degraded("store_full", f"{path}: {text}", advice="make room on the device's disk")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        # Moving the file aside would make the loss that a lock is not.
+        return Degraded("store_busy", f"{path}: {text}", advice="end the program that has the file open")
     return Degraded("store_damaged", f"{path}: {text}", advice="restart the agent: it moves the file aside")
 
 

@@ -321,6 +321,56 @@ def test_a_suspect_store_is_moved_aside_with_what_could_be_counted(store: Store)
     assert reopen(store.path)[1].new_epoch == ""
 
 
+def test_a_mark_that_outlived_its_file_does_not_move_the_next_one_aside(store: Store) -> None:
+    """Power failed after the damaged file went aside, before the mark was taken down."""
+    store.mark_suspect()
+    store.close()
+    store.path.replace(store.path.with_name("aside"))
+    fresh, _ = reopen(store.path)
+    fresh.append([window(1)])
+    fresh.close()
+    again, opened = reopen(store.path)
+    assert (opened.new_epoch, again.pending()[0]) == ("", 1)
+
+
+def test_what_a_damaged_store_held_is_counted_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "50%41 ?x#y"
+    folder.mkdir()
+    store, _ = reopen(folder / "state.db")
+    store.append([window(3), window(4)])
+    store.mark_suspect()
+    store.close()
+    assert reopen(store.path)[1].lost_inferences == 7
+
+
+def test_a_page_that_cannot_be_read_is_named_whoever_reads_it(store: Store) -> None:
+    store.append([window(1, pad=100) for _ in range(200)])
+    store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with store.path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * (store.path.stat().st_size - 4096))
+    # Pages that are still in memory would be right.
+    store._db.execute("PRAGMA shrink_memory")
+    for read in (
+        store.pending, store.pending_inferences, lambda: store.get("update"), lambda: store.ring_upto("r"),
+        lambda: store.next_batch((), max_bytes=1, max_records=1), lambda: store.compact(AT),
+        lambda: store.acknowledge(wire.Ack(epoch=store.epoch, upto=1)),
+    ):  # fmt: skip
+        with pytest.raises(Degraded) as caught:
+            read()
+        assert caught.value.code == "store_damaged"
+
+
+def test_a_lock_of_another_program_is_no_damage(store: Store) -> None:
+    store._db.execute("PRAGMA busy_timeout = 10")
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Degraded) as caught:
+            store.append([window(1)])
+        assert caught.value.code == "store_busy"
+    assert store.append([window(1)]) == (1,)
+
+
 def test_a_store_of_a_newer_agent_is_left_alone(store: Store) -> None:
     store.close()
     with closing(sqlite3.connect(store.path)) as db:
