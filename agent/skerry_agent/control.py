@@ -7,6 +7,7 @@ may ask. One request per connection: the clients are tools, not loads.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -15,6 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+
+from skerry_agent.errors import AgentError
+from skerry_agent.logs import kv
+
+log = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024
 _TIMEOUT_S = 10.0
@@ -108,7 +114,14 @@ class ControlServer:
             return _refusal(400, f"body: no JSON: {error}")
         if not isinstance(value, dict):
             return _refusal(400, f"body: wanted an object, got {type(value).__name__}")
-        return await handler(value)
+        try:
+            return await handler(value)
+        except AgentError as error:
+            return Answer(500, {"error": str(error), "code": error.code})
+        except Exception:
+            # A bug of ours: the person learns that there was one, the log which.
+            log.exception("control request failed", extra=kv(method=method, path=path[:100]))
+            return _refusal(500, "the agent failed to answer; its log says why")
 
 
 def _refusal(status: int, text: str) -> Answer:

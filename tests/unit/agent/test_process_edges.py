@@ -116,6 +116,28 @@ def test_the_control_socket_answers_also_in_a_very_deep_folder(tmp_path: Path) -
     assert not (folder / "control.sock").exists()
 
 
+def test_a_request_that_fails_is_answered_with_500_and_the_next_one_is_served(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+
+    async def full(_body: dict[str, Any]) -> Answer:
+        raise Degraded("store_full", "no room")
+
+    async def bug(_body: dict[str, Any]) -> Answer:
+        raise KeyError("x")
+
+    async def main() -> list[Answer]:
+        server = ControlServer(path, {("POST", "/full"): full, ("POST", "/bug"): bug})
+        await server.start()
+        try:
+            return [await asyncio.to_thread(ask, path, "POST", target) for target in ("/full", "/bug", "/full")]
+        finally:
+            await server.stop()
+
+    first, second, third = asyncio.run(main())
+    assert first == third == Answer(500, {"error": "store_full: no room", "code": "store_full"})
+    assert (second.status, second.body.keys()) == (500, {"error"})
+
+
 @pytest.mark.parametrize(
     "raw",
     [
