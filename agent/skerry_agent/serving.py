@@ -119,6 +119,7 @@ class Serving:
         self._unstored: deque[tuple[Generation, ww.WindowCut]] = deque()
         self._flushes: dict[int, asyncio.Event] = {}
         self._failures = 0
+        self._number = 0
         self.window_s = 300.0
         self.current: Generation | None = None
         self.before: dict[str, Counts] = {}
@@ -144,16 +145,20 @@ class Serving:
 
         Raises:
             Rejected: with the code that the worker gave, ``runtime_crashed`` when it died, ``start_timeout``.
+            Degraded: ``worker_not_started`` when this device has no process, memory or descriptor left for it.
         """
-        number = self._store.count_up("worker_generation", self._highest_ring())
+        number = self._next_number()
         rings = {name: str(self._rings / f"{number}-{name}-0.ring") for name in models}
         ready: asyncio.Future[ww.Ready] = asyncio.get_running_loop().create_future()
         # A failure that nobody awaits any more (a start that was given up) is no error of the loop.
         ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         holder: list[Generation] = []
-        worker = await spawn(
-            self._listener, lambda message, fd: self._take(holder[0], message, fd), command=self._worker_command
-        )
+        try:
+            worker = await spawn(
+                self._listener, lambda message, fd: self._take(holder[0], message, fd), command=self._worker_command
+            )
+        except OSError as error:
+            raise Degraded("worker_not_started", str(error), advice="free memory or processes on the device") from error
         generation = Generation(number=number, models=dict(models), rings=rings, worker=worker, ready=ready)
         holder.append(generation)
         self._alive.append(generation)
@@ -172,6 +177,17 @@ class Serving:
             raise
         generation.proofs = {proved.name: proved for proved in found.models}
         return generation
+
+    def _next_number(self) -> int:
+        """Names the next generation's rings as no ring was ever named."""
+        floor = max(self._number, self._highest_ring())
+        try:
+            self._number = self._store.count_up("worker_generation", floor)
+        except Degraded as error:
+            # A full disk must not keep a worker from coming back; the rings' files and rows hold the number meanwhile.
+            log.error("generation not stored", extra=kv(code=error.code, detail=error.detail))
+            self._number = max(floor, int(self._store.get("worker_generation", 0))) + 1
+        return self._number
 
     def _start_message(self, generation: Generation) -> ww.Start:
         return ww.Start(
@@ -215,6 +231,7 @@ class Serving:
         new.worker.send(ww.Listen())
         new.listening_s = self._clock.boot_s()
         self.current = new
+        self._take_up_keys(new)
         while self._orphans:
             head, fd = self._orphans.popleft()
             self._relay(new, head, fd)
@@ -273,6 +290,16 @@ class Serving:
         )
         generation.worker.send(ww.Rekey(model=model, ring=ring, arm=arm, rollout=rollout, stage=stage))
 
+    def _take_up_keys(self, generation: Generation) -> None:
+        """Counts under the keys that were given while the generation was starting: the pointer file has them."""
+        for model, slot in list(generation.models.items()):
+            pointers = self._slots.pointers(model)
+            now = pointers.active or pointers.confirmed
+            if now is None or now.digest != slot.digest:
+                continue
+            if (now.arm, now.rollout, now.stage) != (slot.arm, slot.rollout, slot.stage):
+                self.rekey(model, arm=now.arm, rollout=now.rollout, stage=now.stage)
+
     async def flush(self, timeout_s: float = 5.0) -> bool:
         """Asks the serving worker for everything counted so far. False when it does not answer in time."""
         if self.current is None or not self.current.worker.alive:
@@ -318,8 +345,7 @@ class Serving:
                     waiter.set()
             case ww.Drained():
                 generation.drained.set()
-                if message.unpassed:
-                    self._store.count_lost("connections_cut", message.unpassed)
+                self._count_lost("connections_cut", message.unpassed)
             case _:
                 pass
         if fd is not None:
@@ -351,13 +377,18 @@ class Serving:
         generation.worker.send(ww.Committed(ring=cut.ring, upto=cut.upto))
 
     def _retry_unstored(self) -> None:
-        while self._unstored:
-            try:
-                self._store_window(*self._unstored[0])
-            except Degraded:
-                self._store.compact(self._clock.instant())
-                return
-            self._unstored.popleft()
+        try:
+            while self._unstored:
+                try:
+                    self._store_window(*self._unstored[0])
+                except Degraded:
+                    self._store.compact(self._clock.instant())
+                    return
+                self._unstored.popleft()
+        except Degraded as error:
+            # No room to make room either, or a lock: the windows wait here, and in their rings, for the next try.
+            if error.code == "store_damaged":
+                self._on_fault(error)
 
     def tick(self) -> None:
         """Tries again what could not be stored."""
@@ -404,16 +435,15 @@ class Serving:
                 return
             try:
                 new = await self.start(models, timeout_s=180.0)
+                if self.current is not dead:
+                    await self.retire(new)
+                    return
+                await self.switch(new)
             except AgentError as error:
                 self._failures += 1
                 log.error(
                     "worker does not start", extra=kv(code=error.code, detail=error.detail, failures=self._failures)
                 )
-                continue
-            if self.current is not dead:
-                await self.retire(new)
-                return
-            await self.switch(new)
 
     def start_later(self, models: Mapping[str, Slot]) -> None:
         """Keeps trying to start models that did not start at once."""
@@ -460,10 +490,9 @@ class Serving:
 
     def _recovered(self, generation: Generation, message: ww.Recovered) -> None:
         generation.recovering.discard(message.ring)
-        if message.lost:
-            self._store.count_lost("records_overwritten", message.lost)
+        self._count_lost("records_overwritten", message.lost)
         if message.damage:
-            self._store.count_lost("rings_damaged", 1)
+            self._count_lost("rings_damaged", 1)
             log.error("ring damaged", extra=kv(ring=Path(message.ring).name, detail=message.damage))
         self._remove_ring(message.ring)
 
@@ -472,10 +501,22 @@ class Serving:
             return
         # The file first: a position without a ring is harmless, a ring without a position is counted again.
         Path(ring).unlink(missing_ok=True)
-        self._store.forget_ring(ring)
+        try:
+            self._store.forget_ring(ring)
+        except Degraded as error:
+            log.warning("ring position stays", extra=kv(ring=Path(ring).name, code=error.code, detail=error.detail))
+
+    def _count_lost(self, cause: str, n: int) -> None:
+        if n == 0:
+            return
+        try:
+            self._store.count_lost(cause, n)
+        except Degraded as error:
+            log.error("loss not counted", extra=kv(cause=cause, n=n, code=error.code, detail=error.detail))
 
     def _highest_ring(self) -> int:
-        numbers = [path.name.partition("-")[0] for path in self._rings.glob("*.ring")]
+        names = [path.name for path in self._rings.glob("*.ring")] + [Path(ring).name for ring in self._store.rings()]
+        numbers = [name.partition("-")[0] for name in names]
         return max((int(number) for number in numbers if number.isdigit()), default=0)
 
     def _background(self, work: Any) -> asyncio.Task[Any]:

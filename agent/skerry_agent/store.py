@@ -219,6 +219,10 @@ class Store:
         rows = self._read("SELECT upto FROM rings WHERE ring = ?", (ring,))
         return int(rows[0][0]) if rows else None
 
+    def rings(self) -> tuple[str, ...]:
+        """Rings that have a committed position."""
+        return tuple(str(ring) for (ring,) in self._read("SELECT ring FROM rings"))
+
     def forget_ring(self, ring: str) -> None:
         """Forgets a ring whose file is gone."""
         with self.transaction():

@@ -103,7 +103,8 @@ class Supervisor:
         )  # fmt: skip
         self._updating = Updating(
             config, self._identity, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
-            errand_input=self._errand_input, on_change=self._changed, on_rest=self._rested, draw=self._draw,
+            errand_input=self._errand_input, on_change=self._changed, on_rest=self._rested,
+            on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
         self._plain_mqtt = plain_mqtt
         self._link: Link | None = None
@@ -193,7 +194,7 @@ class Supervisor:
             self._event("epoch", "store_damaged" if opened.new_epoch == "damaged" else "", data)
 
     async def _boot(self) -> None:
-        self._updating.finish_step_back()
+        self._updating.finish()
         models, complaints = self._slots.boot()
         for complaint in complaints:
             log.error("slot unusable", extra=kv(detail=complaint))
@@ -216,7 +217,7 @@ class Supervisor:
             await asyncio.sleep(_TICK_S)
             now = self._clock.boot_s()
             self._serving.tick()
-            self._updating.judge()
+            self._updating.tick()
             self._pump()
             if pings_s is not None and now - pinged >= pings_s:
                 self._notify.tell("WATCHDOG=1")
@@ -358,6 +359,8 @@ class Supervisor:
                     self._link.hurry()
             except (AgentError, ContractError) as error:
                 failures += 1
+                if error.code == "store_damaged" and isinstance(error, Degraded):
+                    self._fault(error)
                 self._sync_failed(error, failures)
             wait_s = self._config.timing.sync_s if self._config.timing.sync_s > 0 else self._settings.sync_s
             wait_s += self._draw() * self._jitter_s()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from skerry_agent.core import effects as e
 from skerry_agent.core.effects import Effect
 from skerry_agent.core.lifecycle import Update
 from skerry_agent.errand import Errands
-from skerry_agent.errors import AgentError, Rejected
+from skerry_agent.errors import AgentError, Degraded, Rejected
 from skerry_agent.logs import kv
 from skerry_agent.serving import Generation, Serving
 from skerry_agent.slots import Slot, Slots
@@ -34,6 +35,8 @@ from skerry_agent.store import Store
 log = logging.getLogger(__name__)
 
 _FETCH_S = 3600.0
+_NOTES = frozenset({Effect.RECORD, Effect.PENALISE})
+_CONFIRMED = frozenset({"confirmed", "confirmed_on_golden"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,7 @@ class Updating:
         errand_input: fields that every courier gets.
         on_change: the update or what runs changed: report it.
         on_rest: the update came to rest: look for the next.
+        on_fault: the store cannot be used any more.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Updating:
         errand_input: Callable[[], dict[str, Any]],
         on_change: Callable[[str, dict[str, Any]], None],
         on_rest: Callable[[], None],
+        on_fault: Callable[[Degraded], None],
         draw: Callable[[], float],
     ) -> None:
         self._config = config
@@ -81,7 +86,9 @@ class Updating:
         self._errand_input = errand_input
         self._on_change = on_change
         self._on_rest = on_rest
+        self._on_fault = on_fault
         self._draw = draw
+        self._owed: deque[e.Event] = deque()
         self._task: asyncio.Task[None] | None = None
         self._others: set[asyncio.Task[None]] = set()
         self._deadline: asyncio.TimerHandle | None = None
@@ -95,7 +102,30 @@ class Updating:
     # --- the table ---------------------------------------------------------------------------------------------------
 
     def feed(self, event: e.Event) -> None:
-        """Takes an event: stores the state that follows, then starts the effects."""
+        """Takes an event: stores the state that follows, then starts the effects. Without room to store, it waits its turn."""
+        self._owed.append(event)
+        error = self._catch_up()
+        if error is not None:
+            log.error("update not stored", extra=kv(code=error.code, detail=error.detail, advice=error.advice))
+
+    def tick(self) -> None:
+        """Takes the events that could not be stored when they came; looks at the trial's time."""
+        self._catch_up()
+        self.judge()
+
+    def _catch_up(self) -> Degraded | None:
+        while self._owed:
+            event = self._owed.popleft()
+            try:
+                self._take(event)
+            except Degraded as error:
+                self._owed.appendleft(event)
+                if error.code == "store_damaged":
+                    self._on_fault(error)
+                return error
+        return None
+
+    def _take(self, event: e.Event) -> None:
         before = self.update
         after, effects = lifecycle.step(before, event, self._clock.instant())
         if after == before and not effects:
@@ -126,6 +156,10 @@ class Updating:
             try:
                 event = await self._do(effect)
             except AgentError as error:
+                if effect in _NOTES:
+                    # What is only noted must not hold back what brings the device home.
+                    log.error("effect not noted", extra=kv(effect=effect.name, code=error.code, detail=error.detail))
+                    continue
                 event = e.Failed(code=error.code, detail=error.detail[:500])
             except ContractError as error:
                 event = e.Failed(code="malformed_manifest", detail=str(error)[:500])
@@ -301,9 +335,12 @@ class Updating:
         found: dict[str, Slot] = {}
         for model in self._slots.models():
             slot = self._slots.pointers(model).confirmed
-            if slot is not None and self._slots.whole(slot.digest, slot.variant):
+            if slot is None:
+                # Its first bundle was on trial, or is: there is nothing to go back to.
+                continue
+            if self._slots.whole(slot.digest, slot.variant):
                 found[model] = slot
-            elif model in running:
+            elif model in running and running[model].digest == slot.digest:
                 found[model] = running[model]
         return found
 
@@ -319,7 +356,13 @@ class Updating:
     def judge(self) -> None:
         """Looks at the trial's counts; called with every health report and at the end of its time."""
         generation = self._serving.current
-        if not self._watching or self.update.state != "trial" or generation is None or generation.listening_s is None:
+        if (
+            self._owed
+            or not self._watching
+            or self.update.state != "trial"
+            or generation is None
+            or generation.listening_s is None
+        ):
             return
         elapsed_s = self._clock.boot_s() - generation.listening_s
         manifest = self._manifest or self._slots.manifest(self.update.digest)
@@ -346,7 +389,8 @@ class Updating:
         if slot is None or slot.digest != self.update.digest or self.update.state not in ("trial", "revert"):
             return False
         self.feed(e.Failed(code="trial_crashed", detail=f"the worker died: {how}"))
-        return True
+        # Without room to store the way back, the trial's bundle is what can answer.
+        return not self._owed
 
     def _confirm(self) -> None:
         model = self.update.model
@@ -375,6 +419,18 @@ class Updating:
         new, self._new = self._new, None
         if new is not None:
             await self._serving.retire(new)
+
+    def finish(self) -> None:
+        """Before the first start: carries out what power cut off between the stored state and the pointer file."""
+        update = self.update
+        try:
+            self.finish_step_back()
+            confirmed = self._slots.pointers(update.model).confirmed
+            unsaid = confirmed is None or confirmed.digest != update.digest
+            if update.state in _CONFIRMED and unsaid and self._slots.whole(update.digest, update.variant):
+                self._slots.confirm(update.model, self._slot(update.state))
+        except OSError as error:
+            log.error("pointer file not written", extra=kv(model=update.model, detail=str(error)))
 
     def finish_step_back(self) -> None:
         """A person's revert: the pointer file follows. Once per order, also when a restart came in between."""

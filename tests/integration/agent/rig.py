@@ -35,8 +35,8 @@ TIMEOUT_S = 90.0
 DEVICE, GROUP = ids.device_id("d-1"), ids.group_name("g")
 
 
-def wait_for(what: Callable[[], Any], *, timeout_s: float = TIMEOUT_S, why: str = "") -> Any:
-    """Polls until ``what`` gives something true; an error inside counts as not yet."""
+def wait_for(what: Callable[[], Any], *, timeout_s: float = TIMEOUT_S, why: str | Callable[[], str] = "") -> Any:
+    """Polls until ``what`` gives something true; an error inside counts as not yet. ``why`` may be told at the end."""
     end = time.monotonic() + timeout_s
     last: BaseException | None = None
     while time.monotonic() < end:
@@ -48,7 +48,7 @@ def wait_for(what: Callable[[], Any], *, timeout_s: float = TIMEOUT_S, why: str 
         except (OSError, KeyError, AssertionError, IndexError) as error:
             last = error
         time.sleep(0.02)
-    raise AssertionError(f"waited {timeout_s} s for {why or what}: {last!r}")
+    raise AssertionError(f"waited {timeout_s} s for {(why() if callable(why) else why) or what}: {last!r}")
 
 
 def nats_server() -> str:
@@ -295,7 +295,7 @@ class Device:
         self.wait_synced(before)
 
     def wait_synced(self, before_ms: int) -> None:
-        wait_for(lambda: self.status()["sync"]["at_ms"] > before_ms, why=f"a sync: {self.log()[-3000:]}")
+        wait_for(lambda: self.status()["sync"]["at_ms"] > before_ms, why=lambda: f"a sync: {self.log()[-3000:]}")
 
     def running(self) -> tuple[str, str]:
         """(version, state) of the model."""
@@ -306,7 +306,7 @@ class Device:
         wanted = states or ("confirmed", "confirmed_on_golden")
         wait_for(
             lambda: self.running() in [(version, state) for state in wanted],
-            why=f"{version} {wanted}: {self.log()[-3000:]}",
+            why=lambda: f"{version} {wanted}: {self.log()[-3000:]}",
         )
 
     def wait_update(self, state: str, code: str = "", version: str = "") -> dict[str, Any]:
@@ -315,7 +315,7 @@ class Device:
             fits = update and update["state"] == state and update["code"] == code
             return update if fits and version in ("", update["version"]) else None
 
-        return wait_for(found, why=f"update {state} {code}: {self.log()[-3000:]}")
+        return wait_for(found, why=lambda: f"update {state} {code}: {self.log()[-3000:]}")
 
     # --- applications ------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -80,6 +81,27 @@ def test_a_supervisor_killed_in_a_trial_starts_with_what_was_confirmed(serving: 
     assert serving.status()["update"]["state"] == "idle"
     assert serving.running() == ("1.0.0", "confirmed")
     wait_for(lambda: sum(e.code == "trial_crashed" and e.data["digest"] == second for e in server.events()) == 2)
+
+
+def test_a_confirmation_that_power_cut_before_the_pointer_file_is_carried_out_at_the_next_start(
+    serving: Device, server: Server
+) -> None:
+    offer(serving, "1.1.0", seed=1)
+    serving.wait_running("1.1.0", "trial")
+    serving.infer(20)
+    serving.wait_running("1.1.0", "confirmed")
+    assert serving.stop() == 0
+    path = serving.state_dir / "slots" / "pointers.json"
+    pointers = json.loads(path.read_text())
+    gas = pointers["models"]["gas"]
+    pointers["models"]["gas"] = {"confirmed": gas["previous"], "previous": None, "active": gas["active"]}
+    path.write_text(json.dumps(pointers))
+    serving.world["down"] = True
+    serving.save()
+    serving.start()
+    serving.wait_running("1.1.0", "confirmed")
+    assert serving.infer(3) == ["1.1.0"] * 3
+    assert json.loads(path.read_text())["models"]["gas"]["previous"]["version"] == "1.0.0"
 
 
 def test_a_supervisor_killed_at_random_during_updates_always_comes_back(serving: Device, server: Server) -> None:

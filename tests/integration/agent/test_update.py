@@ -190,6 +190,21 @@ def test_a_crash_in_the_trial_brings_the_old_version_back_for_good(serving: Devi
     assert crash.data["how"] == "signal 8"
 
 
+def test_a_first_bundle_that_crashes_on_trial_is_gone_and_the_next_one_serves(device: Device, server: Server) -> None:
+    device.publish(device.bundle("1.0.0", "crash-on-rows"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    with pytest.raises((OSError, AssertionError)):
+        device.infer(1, value=models.CRASH_VALUE + 0.5)
+    device.wait_update("idle", "trial_crashed")
+    assert device.status()["running"] == {}
+    assert device.status()["worker"]["pid"] == 0
+    offer(device, "1.1.0")
+    device.wait_running("1.1.0", "trial")
+    assert device.infer(20) == ["1.1.0"] * 20
+    device.wait_running("1.1.0", "confirmed")
+
+
 def test_a_quiet_trial_is_confirmed_on_its_golden_cases(make_device: object, server: Server) -> None:
     device: Device = make_device(trial_s=0.5)  # type: ignore[operator]
     device.publish(device.bundle("1.0.0"))
