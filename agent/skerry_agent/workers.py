@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from skerry_agent import workerwire as ww
+from skerry_agent.channel import Channel, pair
 from skerry_agent.logs import kv
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class Worker:
         exited: done with the exit code when the process is gone and its last message was read; negative for a signal.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: ww.Channel, silent: asyncio.Event) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, channel: Channel, silent: asyncio.Event) -> None:
         self._process = process
         self._channel = channel
         self._silent = silent
@@ -81,7 +82,7 @@ async def spawn(
     command: Sequence[str] = WORKER,
 ) -> Worker:
     """Starts a worker process with its end of a channel and the listening socket."""
-    ours, theirs = ww.pair()
+    ours, theirs = pair()
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -98,4 +99,4 @@ async def spawn(
     finally:
         theirs.close()
     silent = asyncio.Event()
-    return Worker(process, ww.Channel(ours, on_message, silent.set), silent)
+    return Worker(process, Channel(ours, on_message, silent.set), silent)

@@ -39,7 +39,7 @@ LAYERS = {
         ("supervisor", False),
         ("serving updating reporting upload facts", True),
         ("link store slots workers errand control notify", False),
-        ("config clock logs migrations workerwire errors", True),
+        ("config clock logs migrations channel workerwire errors", True),
         ("core", True),
     ],
     "skerry_server": [
@@ -150,7 +150,7 @@ def test_modules_import_downwards_and_adapters_never_each_other(package: str) ->
 
 @pytest.mark.parametrize("process", ["worker", "courier"])
 def test_the_processes_of_the_agent_share_only_errors_and_the_wire_between_them(process: str) -> None:
-    shared = {"skerry_agent", "skerry_agent.errors", "skerry_agent.workerwire", "skerry_agent.logs"}
+    shared = {f"skerry_agent{name}" for name in ("", ".channel", ".errors", ".logs", ".workerwire")}
 
     def inside(name: str) -> bool:
         return name.split(".")[1:2] == [process]

@@ -31,7 +31,7 @@ def test_the_heavy_ones_would_be_noticed() -> None:
         "import skerry_agent",
         "import skerry_agent.cli",
         "import skerry_agent.supervisor",
-        "import skerry_agent.workerwire",
+        "import skerry_agent.channel, skerry_agent.workerwire",
         "import skerry_runtime",
     ],
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 
 from skerry_agent import workerwire as ww
+from skerry_agent.channel import Channel
 from skerry_agent.worker.server import Connection, Server
 
 _POLL_S = 0.002
@@ -21,7 +22,7 @@ _POLL_S = 0.002
 class Handover:
     """One drain: passes connections until none is left or the deadline comes."""
 
-    def __init__(self, server: Server, channel: ww.Channel) -> None:
+    def __init__(self, server: Server, channel: Channel) -> None:
         self._server = server
         self._channel = channel
         self._loop = asyncio.get_running_loop()

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Coroutine
 
 from skerry_agent import workerwire as ww
+from skerry_agent.channel import Channel
 from skerry_agent.worker.generation import CannotServe, key_of, load_generation
 from skerry_agent.worker.handover import Handover
 from skerry_agent.worker.inference import InferenceService, Model
@@ -46,7 +47,7 @@ class Worker:
         self._server: Server | None = None
         self._since = time.monotonic()
         self._ending: asyncio.Task[None] | None = None
-        self._channel = ww.Channel(control, self._on_message, self._on_eof)
+        self._channel = Channel(control, self._on_message, self._on_eof)
         self._loop.add_signal_handler(signal.SIGTERM, self._on_stop)
         # A terminal's Ctrl-C reaches the whole process group; the supervisor decides what it means.
         self._loop.add_signal_handler(signal.SIGINT, lambda: None)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from skerry_agent import workerwire as ww
+from skerry_agent.channel import Channel
 from skerry_contract import window as w
 from skerry_contract import wire
 
@@ -24,7 +25,7 @@ class Worker:
         self.start = ww.Start(generation=0, models=())
         self.upto = 0
         control = socket.socket(fileno=int(sys.argv[sys.argv.index("--control-fd") + 1]))
-        self.channel = ww.Channel(control, self.take, self.over.set)
+        self.channel = Channel(control, self.take, self.over.set)
 
     def take(self, message: ww.ToWorker, fd: int | None) -> None:
         if isinstance(message, ww.Start):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from skerry_agent import workerwire as ww
+from skerry_agent.channel import Channel, pair
 from skerry_contract import window as w
 from skerry_contract import wire
 
@@ -34,7 +35,7 @@ class Worker:
     def __init__(self, process: subprocess.Popen[bytes], rings: dict[str, str]) -> None:
         self.process = process
         self.rings = rings
-        self.channel: ww.Channel
+        self.channel: Channel
         self.heard: list[Any] = []
         self.changed = threading.Condition()
         self.gone = False
@@ -111,7 +112,7 @@ class Rig:
 
     def spawn(self, *served: ww.Served, **options: Any) -> Worker:
         """Starts a worker and sends ``start``; does not wait for ``ready``."""
-        ours, theirs = ww.pair()
+        ours, theirs = pair()
         process = subprocess.Popen(
             [*WORKER, "--control-fd", str(theirs.fileno()), "--listen-fd", str(self.listener.fileno())],
             pass_fds=(theirs.fileno(), self.listener.fileno()),
@@ -122,7 +123,7 @@ class Rig:
         self.workers.append(worker)
 
         def open_channel() -> None:
-            worker.channel = ww.Channel(
+            worker.channel = Channel(
                 ours, lambda message, fd: self._on_message(worker, message, fd), lambda: self._on_gone(worker)
             )
 

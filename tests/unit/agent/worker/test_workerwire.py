@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from skerry_agent import workerwire as ww
+from skerry_agent.channel import INLINE_BYTES, Channel, pair
 
 
 class End:
@@ -18,7 +19,7 @@ class End:
         self.heard: list[Any] = []
         self.fds: list[int | None] = []
         self.eof = 0
-        self.channel = ww.Channel(sock, self._take, self._end)
+        self.channel = Channel(sock, self._take, self._end)
 
     def _take(self, message: Any, fd: int | None) -> None:
         self.heard.append(message)
@@ -41,7 +42,7 @@ def descriptors() -> set[tuple[str, str]]:
 
 def talk(act: Callable[[End, End], Awaitable[None]]) -> None:
     async def run() -> None:
-        a, b = (End(sock) for sock in ww.pair())
+        a, b = (End(sock) for sock in pair())
         try:
             await asyncio.wait_for(act(a, b), 60)
         finally:
@@ -64,7 +65,7 @@ async def until(what: Callable[[], bool]) -> None:
 
 def test_messages_of_every_size_arrive_whole_and_in_order() -> None:
     async def act(a: End, b: End) -> None:
-        sizes = [0, 1, ww.INLINE_BYTES - 100, ww.INLINE_BYTES, ww.INLINE_BYTES + 1, 5_000_000, 3, 200_000] * 8
+        sizes = [0, 1, INLINE_BYTES - 100, INLINE_BYTES, INLINE_BYTES + 1, 5_000_000, 3, 200_000] * 8
         sent = [ww.WindowCut(ring="r", start=i, upto=i + 1, body=os.urandom(n)) for i, n in enumerate(sizes)]
         for message in sent:
             a.channel.send(message)
