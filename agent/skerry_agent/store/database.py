@@ -1,0 +1,161 @@
+"""One SQLite file: its transactions, what its errors mean, and the durable state, a table of named values.
+
+Every commit is on disk before the call returns (WAL, ``synchronous=FULL``). One connection, one thread. What lies in the other
+tables is ``outbox``'s.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from skerry_agent.errors import Degraded
+from skerry_agent.migrations import migrate
+
+_INCREMENTAL = 2
+"""SQLite's number for ``PRAGMA auto_vacuum = INCREMENTAL``."""
+
+
+class Database:
+    """An open file. ``connect`` makes the connection, which the database owns from now on."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._db = connection
+        self._depth = 0
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Everything inside is committed together, or not at all. May be nested: the outermost decides.
+
+        Raises:
+            Degraded: ``store_full`` without room on disk, ``store_busy`` while another process locks the file,
+                ``store_damaged`` when it cannot be read or written.
+        """
+        if self._depth:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+            return
+        before = self._held()
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._depth = 1
+            try:
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                self._depth = 0
+        except BaseException as error:
+            self._hold(before)
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.DatabaseError):
+                raise named(error, self.path) from error
+            raise
+
+    def _held(self) -> tuple[Any, ...]:
+        """What a subclass holds in memory of the file, for a transaction that fails."""
+        return ()
+
+    def _hold(self, before: tuple[Any, ...]) -> None:
+        """Holds it again."""
+
+    def read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Rows, with the errors of ``transaction``: what is read may be damaged before anything is written."""
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise named(error, self.path) from error
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the durable state, as builtins."""
+        row = next(iter(self.read("SELECT value FROM state WHERE key = ?", (key,))), None)
+        return default if row is None else msgspec.json.decode(row[0])
+
+    def put(self, key: str, value: Any) -> None:
+        """Stores a value (builtins or a Struct); on disk when this returns, unless in a transaction."""
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO state (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                (key, msgspec.json.encode(value)),
+            )
+
+    def delete(self, key: str) -> None:
+        """Removes a value of the durable state."""
+        with self.transaction():
+            self._db.execute("DELETE FROM state WHERE key = ?", (key,))
+
+    def count_up(self, key: str, floor: int = 0) -> int:
+        """The next value of a durable counter, above ``floor``; never given out twice."""
+        with self.transaction():
+            value = max(int(self.get(key, 0)), floor) + 1
+            self.put(key, value)
+        return value
+
+    def lost(self) -> dict[str, int]:
+        """What was lost or dropped on this device, by cause."""
+        return dict(self.get("lost", {}))
+
+    def count_lost(self, cause: str, n: int) -> None:
+        """Adds to ``lost``."""
+        with self.transaction():
+            counts = self.lost()
+            counts[cause] = counts.get(cause, 0) + n
+            self.put("lost", counts)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    def mark_suspect(self) -> None:
+        """Notes that the open file gave errors: the next ``open_store`` moves it aside whatever a quick check says."""
+        suspect_mark(self.path).touch()
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Opens or makes the file, with the schema of this agent.
+
+    Raises:
+        Degraded: ``store_too_new``. SQLite's own errors when it is no database, or cannot be written.
+    """
+    connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+    try:
+        path.chmod(0o600)
+        if connection.execute("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
+            # Asked for again it is written again, into the file of a newer agent too.
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA cache_size = -1024")
+        migrate(connection)
+    except BaseException:
+        # Left to the collector it would hold the file that is about to be moved aside, and its locks.
+        connection.close()
+        raise
+    return connection
+
+
+def named(error: sqlite3.DatabaseError, path: Path) -> Degraded:
+    """What an error of SQLite means for the agent, by its code."""
+    text = str(error)
+    # Extended codes carry the primary one in their lowest byte.
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return Degraded("store_full", f"{path}: {text}", advice="make room on the device's disk")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        # Moving the file aside would make the loss that a lock is not.
+        return Degraded("store_busy", f"{path}: {text}", advice="end the program that has the file open")
+    return Degraded("store_damaged", f"{path}: {text}", advice="restart the agent: it moves the file aside")
+
+
+def suspect_mark(path: Path) -> Path:
+    """The file whose presence says that the open store gave errors."""
+    return path.with_name(path.name + ".suspect")

@@ -1,0 +1,113 @@
+"""Opening the store at a start: a damaged file is moved aside with its time, a new one starts, and the loss is counted.
+
+A file of a newer agent is left alone; a lock or a full disk is no damage.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from skerry_agent.errors import Degraded
+from skerry_agent.store.compaction import Store
+from skerry_agent.store.database import connect, suspect_mark
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """What was found when the store was opened.
+
+    Attributes:
+        new_epoch: why a new epoch began: ``first``, ``moved``, ``damaged``; empty when the old one goes on.
+        moved_aside: where a damaged file went.
+        lost_records: pending records in it that could still be counted; -1 when they could not.
+    """
+
+    new_epoch: str = ""
+    moved_aside: str = ""
+    lost_records: int = 0
+    lost_inferences: int = 0
+
+
+def open_store(
+    path: Path,
+    *,
+    binding: str,
+    device: str,
+    new_epoch: Callable[[], str],
+    wall_s: float,
+    bound_bytes: int = 64 << 20,
+) -> tuple[Store, Opened]:
+    """Opens the store, or begins a new one.
+
+    Args:
+        path: the database file; its folder exists.
+        binding: digest of machine id and device key; another one than stored begins a new epoch.
+        device: the device's id; records of another device are dropped and counted.
+        new_epoch: makes 32 random hex digits.
+        wall_s: seconds since 1970, for the name of a damaged file.
+        bound_bytes: what the outbox may hold.
+
+    Raises:
+        Degraded: ``store_unusable`` when no store can be made here at all.
+    """
+    damaged = _damage(path)
+    moved_aside, records, inferences = "", 0, 0
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged-{int(wall_s)}")
+        records, inferences = _salvage_counts(path)
+        for suffix in ("", "-wal", "-shm"):
+            source = Path(f"{path}{suffix}")
+            if source.exists():
+                source.replace(Path(f"{aside}{suffix}"))
+        suspect_mark(path).unlink(missing_ok=True)
+        moved_aside = str(aside)
+    try:
+        store = Store(path, connect(path), new_epoch, bound_bytes)
+    except (sqlite3.Error, OSError) as error:
+        raise Degraded("store_unusable", f"{path}: {error}", advice="make room or repair the file system") from error
+    try:
+        why = store.adopt(binding, device)
+    except BaseException:
+        store.close()
+        raise
+    if damaged:
+        store.count_lost("store_damaged", 1)
+        if records > 0:
+            store.count_lost("records_in_damaged_store", records)
+        if inferences > 0:
+            store.count_lost("inferences_in_damaged_store", inferences)
+        why = "damaged"
+    return store, Opened(new_epoch=why, moved_aside=moved_aside, lost_records=records, lost_inferences=inferences)
+
+
+def _damage(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        # The mark was for the file that went aside: power may have failed before it was taken down.
+        suspect_mark(path).unlink(missing_ok=True)
+        return False
+    if suspect_mark(path).exists():
+        return True
+    try:
+        connection = connect(path)
+        try:
+            return bool(connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok")
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        # A lock or a full disk is no damage: moving the file aside would make the loss that it is to prevent.
+        return not isinstance(error, sqlite3.OperationalError) or "malformed" in str(error)
+
+
+def _salvage_counts(path: Path) -> tuple[int, int]:
+    try:
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            row = connection.execute("SELECT count(*), coalesce(sum(inferences), 0) FROM outbox").fetchone()
+            return int(row[0]), int(row[1])
+        finally:
+            connection.close()
+    except sqlite3.Error:
+        return -1, -1

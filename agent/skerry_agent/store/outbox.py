@@ -1,0 +1,287 @@
+"""Records on their way to the server: seqs, epochs, and what an acknowledgement frees.
+
+* A window and the ring position it covers are one transaction, so that a crash neither loses nor repeats it.
+* A seq is given out once per epoch. The counter lives in the same file and transaction as the record.
+* A record that was marked as sent is frozen until the server acknowledges it.
+* An epoch is one life of the outbox: random, bound to the machine, the device's key and its id. A copied state
+  folder, a new key, an acknowledgement above our own seq or a conflict begin a new one. Records of a former epoch stay
+  as they are under it, so that a record that also exists elsewhere is the same record.
+
+What gives way when it is full is ``compaction``'s.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from skerry_contract import ids, wire
+
+from skerry_agent.core import retention
+from skerry_agent.store.database import Database
+
+_PAGE_ROWS = 500
+_ROW_BYTES = 64
+"""What a row takes beside its body, about."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A record to be. ``key`` groups windows that may merge; ``inferences`` is for counting what a drop costs."""
+
+    kind: wire.Kind
+    body: bytes
+    key: str = ""
+    inferences: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RingAt:
+    """A recorder ring and the position below which its windows are committed."""
+
+    ring: str
+    upto: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Acknowledged:
+    """What an acknowledgement did. ``new_epoch``: why one began, ``ahead`` or ``conflict``; else empty."""
+
+    freed: int
+    new_epoch: str = ""
+
+
+class Outbox(Database):
+    """Records, epochs and the committed positions of recorder rings.
+
+    Attributes:
+        epoch: this life of the outbox; binding: the machine and key it belongs to.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, new_epoch: Callable[[], str]) -> None:
+        super().__init__(path, connection)
+        self._new_epoch = new_epoch
+        self.epoch = ids.Epoch("")
+        self.binding = ""
+        self._next_seq = 1
+
+    def _held(self) -> tuple[Any, ...]:
+        return self.epoch, self.binding, self._next_seq
+
+    def _hold(self, before: tuple[Any, ...]) -> None:
+        self.epoch, self.binding, self._next_seq = before
+
+    def adopt(self, binding: str, device: str) -> str:
+        """Goes on with the epoch of this machine and key, or begins one. Records of another device are dropped and counted.
+
+        Returns:
+            Why a new epoch began, ``first`` or ``moved``; empty when the old one goes on.
+        """
+        with self.transaction():
+            owner = self.get("device")
+            if owner is not None and owner != device:
+                gone = self._db.execute("DELETE FROM outbox").rowcount
+                self._db.execute("DELETE FROM epochs")
+                self.count_lost("foreign_records", gone)
+            if owner != device:
+                self.put("device", device)
+            row = self._db.execute("SELECT epoch, binding, next_seq FROM epochs WHERE current = 1").fetchone()
+            if row is not None and row[1] == binding:
+                self.epoch, self.binding, self._next_seq = ids.epoch(row[0]), binding, int(row[2])
+                return ""
+            # Records of the former epoch are frozen: they may exist on another machine too, and must stay the same records.
+            self._db.execute("UPDATE outbox SET sent = 1")
+            self.begin_epoch(binding)
+            return "first" if owner is None else "moved"
+
+    @property
+    def last_seq(self) -> int:
+        """The newest seq of the epoch, 0 for none."""
+        return self._next_seq - 1
+
+    def append(self, entries: Iterable[Entry], rings: Iterable[RingAt] = ()) -> tuple[int, ...]:
+        """Commits records, and the ring positions they cover, in one transaction.
+
+        A ring's position only grows. Call with many entries at once: one commit is one fsync.
+
+        Raises:
+            Degraded: ``store_full`` or ``store_damaged``; nothing was taken then.
+        """
+        with self.transaction():
+            seqs = tuple(self.insert(self.epoch, entry, ()) for entry in entries)
+            for at in rings:
+                self._db.execute(
+                    "INSERT INTO rings (ring, upto) VALUES (?, ?) "
+                    "ON CONFLICT (ring) DO UPDATE SET upto = max(upto, excluded.upto)",
+                    (at.ring, at.upto),
+                )
+        return seqs
+
+    def insert(self, epoch: str, entry: Entry, replaces: tuple[wire.Range, ...]) -> int:
+        """Adds a record, in the caller's transaction. Returns its seq."""
+        seq = self._next_seq
+        spans = msgspec.json.encode(replaces)
+        size = len(entry.body) + len(spans) + _ROW_BYTES
+        self._db.execute(
+            "INSERT INTO outbox (epoch, seq, kind, key, size, inferences, replaces, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (epoch, seq, entry.kind, entry.key, size, entry.inferences, spans, entry.body),
+        )
+        self._next_seq = seq + 1
+        self._db.execute("UPDATE epochs SET next_seq = ? WHERE epoch = ?", (self._next_seq, epoch))
+        return seq
+
+    def ring_upto(self, ring: str) -> int | None:
+        """The committed position of a ring; None when it never committed anything."""
+        rows = self.read("SELECT upto FROM rings WHERE ring = ?", (ring,))
+        return int(rows[0][0]) if rows else None
+
+    def rings(self) -> tuple[str, ...]:
+        """Rings that have a committed position."""
+        return tuple(str(ring) for (ring,) in self.read("SELECT ring FROM rings"))
+
+    def forget_ring(self, ring: str) -> None:
+        """Forgets a ring whose file is gone."""
+        with self.transaction():
+            self._db.execute("DELETE FROM rings WHERE ring = ?", (ring,))
+
+    def pending(self) -> tuple[int, int]:
+        """(records, bytes) that wait in the outbox, of all epochs."""
+        ((records, size),) = self.read("SELECT count(*), coalesce(sum(size), 0) FROM outbox")
+        return int(records), int(size)
+
+    def pending_inferences(self) -> int:
+        """Inferences counted in windows that wait."""
+        return int(self.read("SELECT coalesce(sum(inferences), 0) FROM outbox")[0][0])
+
+    def next_batch(
+        self, in_flight: Collection[tuple[str, int]], *, max_bytes: int, max_records: int
+    ) -> wire.Batch | None:
+        """The next records to send: of former epochs first. None when nothing waits.
+
+        Args:
+            in_flight: (epoch, seq) of what is on its way.
+            max_bytes: of bodies, before compression.
+        """
+        for (epoch,) in self.read("SELECT epoch FROM epochs ORDER BY current, rowid"):
+            flying = {seq for flight, seq in in_flight if flight == epoch}
+            seqs = retention.next_batch(
+                self._waiting(epoch, len(flying)), flying, max_bytes=max_bytes, max_records=max_records
+            )
+            if seqs:
+                return wire.Batch(epoch=epoch, records=tuple(self.record(epoch, seq) for seq in seqs))
+        return None
+
+    def _waiting(self, epoch: str, flying: int) -> list[retention.Row]:
+        # One page of each sort: a long backlog is never loaded whole.
+        found: list[retention.Row] = []
+        for kind in wire.KINDS:
+            found += self.rows(
+                "SELECT seq, kind, key, size, sent FROM outbox WHERE epoch = ? AND kind = ? ORDER BY seq LIMIT ?",
+                (epoch, kind, _PAGE_ROWS + flying),
+            )
+        return found
+
+    def rows(self, query: str, values: tuple[Any, ...]) -> list[retention.Row]:
+        """What decides about records: ``query`` selects seq, kind, key, size and sent."""
+        return [
+            retention.Row(seq=seq, kind=kind, key=key, size=size, sent=bool(sent))
+            for seq, kind, key, size, sent in self.read(query, values)
+        ]
+
+    def record(self, epoch: str, seq: int) -> wire.Record:
+        """One record that is there, whole."""
+        ((kind, replaces, body),) = self.read(
+            "SELECT kind, replaces, body FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq)
+        )
+        return wire.Record(seq=seq, kind=kind, body=body, replaces=_ranges(replaces))
+
+    def mark_sent(self, epoch: str, seqs: Sequence[int]) -> None:
+        """Freezes records; on disk before they are published."""
+        with self.transaction():
+            self._db.executemany(
+                "UPDATE outbox SET sent = 1 WHERE epoch = ? AND seq = ? AND sent = 0", [(epoch, seq) for seq in seqs]
+            )
+
+    def acknowledge(self, ack: wire.Ack) -> Acknowledged:
+        """Frees what the server holds.
+
+        A server that holds a seq above ours, or ours with another digest, knows another life of this outbox (a restored
+        backup, a cloned card): a new epoch begins. What waits keeps its epoch and seq and is still sent under them, so that
+        the server can tell by digest what the other life has sent already; only what it disputes moves to the new epoch.
+        For the same reason nothing is freed that this life has not sent.
+        """
+        rows = self.read("SELECT next_seq, current FROM epochs WHERE epoch = ?", (ack.epoch,))
+        if not rows:
+            return Acknowledged(freed=0)
+        next_seq, current = int(rows[0][0]), bool(rows[0][1])
+        ahead = current and max((ack.upto, *(high for _, high in ack.extra_ranges))) >= next_seq
+        freed = 0
+        with self.transaction():
+            disputed = self._disputed(ack)
+            for low, high in ((0, ack.upto), *ack.extra_ranges):
+                freed += self._db.execute(
+                    "DELETE FROM outbox WHERE epoch = ? AND seq BETWEEN ? AND ? AND kept = 0 AND sent = 1",
+                    (ack.epoch, low, high),
+                ).rowcount
+            why = "ahead" if ahead else "conflict" if disputed else ""
+            if why and current:
+                self.begin_epoch(self.binding)
+                self.count_lost(f"epoch_{why}", 1)
+            if disputed:
+                self._move(ack.epoch)
+            self._db.execute(
+                "DELETE FROM epochs WHERE current = 0 AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.epoch = epochs.epoch)"
+            )
+        return Acknowledged(freed=freed, new_epoch=why if current else "")
+
+    def _disputed(self, ack: wire.Ack) -> bool:
+        """Keeps records that the server holds under our seq but did not get from us. Whether there are any."""
+        found = 0
+        for seq in ack.conflict:
+            found += self._db.execute(
+                "UPDATE outbox SET kept = 1 WHERE epoch = ? AND seq = ?", (ack.epoch, seq)
+            ).rowcount
+        return found > 0
+
+    def _move(self, epoch: str) -> None:
+        """Renumbers the disputed records of a broken epoch into the current one."""
+        rows = self._db.execute(
+            "SELECT seq, kind, key, inferences, body FROM outbox WHERE epoch = ? AND kept = 1 ORDER BY seq",
+            (epoch,),
+        ).fetchall()
+        for seq, kind, key, inferences, body in rows:
+            self._db.execute("DELETE FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq))
+            # What a merged record replaced lies under the old epoch: the new one knows no trace of it.
+            self.insert(self.epoch, Entry(kind=kind, body=body, key=key, inferences=inferences), ())
+
+    def begin_epoch(self, binding: str) -> None:
+        """Begins another life of the outbox, in the caller's transaction."""
+        self.epoch = ids.epoch(self._new_epoch())
+        self.binding = binding
+        self._next_seq = 1
+        self._db.execute("UPDATE epochs SET current = 0")
+        self._db.execute(
+            "INSERT INTO epochs (epoch, binding, next_seq, current) VALUES (?, ?, 1, 1)", (self.epoch, binding)
+        )
+
+    def remove(self, seqs: Sequence[int]) -> None:
+        """Takes records of the epoch out, in the caller's transaction."""
+        self._db.executemany("DELETE FROM outbox WHERE epoch = ? AND seq = ?", [(self.epoch, seq) for seq in seqs])
+
+    def weigh(self, seqs: Sequence[int]) -> tuple[str, int]:
+        """(key of the first, inferences of all) of records of the epoch."""
+        rows = [
+            self._db.execute(
+                "SELECT key, inferences FROM outbox WHERE epoch = ? AND seq = ?", (self.epoch, seq)
+            ).fetchone()
+            for seq in seqs
+        ]
+        return (rows[0][0] if rows else ""), sum(int(row[1]) for row in rows)
+
+
+def _ranges(data: bytes) -> tuple[wire.Range, ...]:
+    return tuple((int(low), int(high)) for low, high in msgspec.json.decode(data))
