@@ -1,0 +1,79 @@
+"""One generation: a worker, what it serves, which rings it counts in, and what it said of itself."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from skerry_agent import workerwire as ww
+from skerry_agent.config import Config
+from skerry_agent.core.trial import Counts
+from skerry_agent.slots import Slot, Slots
+from skerry_agent.workers import Worker
+
+
+@dataclass(kw_only=True, slots=True)
+class Generation:
+    """One worker and what it serves.
+
+    Attributes:
+        rings: model -> ring it counts in now; former: rings it gave up by a rekey.
+        health: counts since it listens; None before the first report.
+        listening_s: when it began to listen, seconds since boot; None before.
+    """
+
+    number: int
+    models: dict[str, Slot]
+    rings: dict[str, str]
+    worker: Worker
+    ready: asyncio.Future[ww.Ready]
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
+    former: set[str] = field(default_factory=set)
+    recovering: set[str] = field(default_factory=set)
+    health: ww.Health | None = None
+    proofs: dict[str, ww.Proved] = field(default_factory=dict)
+    listening_s: float | None = None
+    leaving: bool = False
+
+    @property
+    def owned_rings(self) -> set[str]:
+        """Rings that this worker may still write or fold."""
+        return {*self.rings.values(), *self.former, *self.recovering}
+
+
+def start_message(generation: Generation, slots: Slots, config: Config, *, window_s: float, boot_id: str) -> ww.Start:
+    """The first message to its worker."""
+    return ww.Start(
+        generation=generation.number,
+        models=tuple(
+            ww.Served(
+                name=name,
+                version=slot.version,
+                digest=slot.digest,
+                variant=slot.variant,
+                path=str(slots.path(slot.digest)),
+                ring=generation.rings[name],
+                arm=slot.arm,
+                rollout=slot.rollout,
+                stage=slot.stage,
+            )
+            for name, slot in sorted(generation.models.items())
+        ),
+        window_s=window_s,
+        fold_interval_s=config.timing.fold_interval_s,
+        health_interval_s=config.timing.health_interval_s,
+        max_inflight=config.limits.max_inflight,
+        boot_id=boot_id,
+    )
+
+
+def counts_of(health: ww.ModelHealth | None) -> Counts:
+    """What the trial judges, from what the worker reports."""
+    if health is None:
+        return Counts()
+    return Counts(ok=health.ok, invalid=health.invalid, failed=health.failed, shed=health.shed, p95_ms=health.p95_ms)
+
+
+def exit_words(code: int) -> str:
+    """How a process ended."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

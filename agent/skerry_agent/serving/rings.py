@@ -1,0 +1,170 @@
+"""Recorder rings and the windows cut from them: what is committed, what waits for room, what a dead worker left.
+
+Every window goes to the store with its ring position in one transaction, and only then the worker may reuse the slots. A window
+that cannot be stored waits here, and in its ring, for the next try. A ring's file goes when all of it is committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import deque
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from skerry_contract import window as w
+from skerry_contract import wire
+
+from skerry_agent import workerwire as ww
+from skerry_agent.clock import Clock
+from skerry_agent.errors import Degraded
+from skerry_agent.logs import kv
+from skerry_agent.serving.generation import Generation
+from skerry_agent.store import Entry, RingAt, Store
+
+log = logging.getLogger(__name__)
+
+_RING_POSITIONS = struct.Struct("<QQ")
+_RING_POSITIONS_AT = 16
+"""Where a ring says how far it was written and, as far as its worker heard, committed."""
+
+
+class Rings:
+    """The folder of rings, and the way of their windows into the store.
+
+    Args:
+        on_records: the outbox grew.
+        on_fault: the store cannot be used any more.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        clock: Clock,
+        *,
+        on_records: Callable[[], None],
+        on_fault: Callable[[Degraded], None],
+    ) -> None:
+        self._folder = folder
+        self._store = store
+        self._clock = clock
+        self._on_records = on_records
+        self._on_fault = on_fault
+        self._unstored: deque[tuple[Generation, ww.WindowCut]] = deque()
+        folder.mkdir(exist_ok=True, mode=0o700)
+
+    def path(self, generation: int, model: str, serial: int = 0) -> str:
+        """The ring of a model in a generation; ``serial`` counts its keys."""
+        return str(self._folder / f"{generation}-{model}-{serial}.ring")
+
+    def highest(self) -> int:
+        """The highest generation that a ring is, or was, named for."""
+        names = [path.name for path in self._folder.glob("*.ring")] + [Path(ring).name for ring in self._store.rings()]
+        numbers = [name.partition("-")[0] for name in names]
+        return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+    def commit(self, generation: Generation, cut: ww.WindowCut) -> None:
+        """Stores a window and tells its worker; keeps it for later when there is no room."""
+        if self._unstored:
+            self._unstored.append((generation, cut))
+            self.retry()
+            return
+        try:
+            self._store_window(generation, cut)
+        except Degraded as error:
+            log.error("window not stored", extra=kv(code=error.code, detail=error.detail, advice=error.advice))
+            self._unstored.append((generation, cut))
+            if error.code == "store_damaged":
+                self._on_fault(error)
+
+    def _store_window(self, generation: Generation, cut: ww.WindowCut) -> None:
+        key = wire.decode(w.Window, cut.body, max_bytes=wire.MAX_INFLATED_BYTES).key
+        entry = Entry(kind="window", body=cut.body, key="/".join(str(part) for part in key), inferences=cut.inferences)
+        committed = self._store.ring_upto(cut.ring)
+        if committed is not None and cut.start < committed:
+            # Sent twice: by a worker that did not hear of the commit, and by its heir. The first one counts.
+            log.warning("window known", extra=kv(ring=cut.ring, start=cut.start, upto=cut.upto, committed=committed))
+        else:
+            self._store.append([entry], [RingAt(ring=cut.ring, upto=cut.upto)])
+            self._on_records()
+        generation.worker.send(ww.Committed(ring=cut.ring, upto=cut.upto))
+
+    def retry(self) -> None:
+        """Tries again what could not be stored."""
+        try:
+            while self._unstored:
+                try:
+                    self._store_window(*self._unstored[0])
+                except Degraded:
+                    self._store.compact(self._clock.instant())
+                    return
+                self._unstored.popleft()
+        except Degraded as error:
+            # No room to make room either, or a lock: the windows wait here, and in their rings, for the next try.
+            if error.code == "store_damaged":
+                self._on_fault(error)
+
+    def left_behind(self, owned: Collection[str]) -> list[tuple[str, int]]:
+        """Rings that no living worker owns: (ring, position from which it is to be folded). Removes those without a rest."""
+        found = []
+        for path in sorted(self._folder.glob("*.ring")):
+            ring = str(path)
+            if ring in owned:
+                continue
+            if self.spent(ring):
+                self.remove(ring)
+                continue
+            # What waits to be stored was folded already: the heir goes on behind it.
+            waiting = max((cut.upto for _, cut in self._unstored if cut.ring == ring), default=0)
+            found.append((ring, max(waiting, self._positions(path)[1])))
+        return found
+
+    def _positions(self, path: Path) -> tuple[int, int]:
+        """(written, committed) of a ring; (-1, 0) when it cannot be read."""
+        try:
+            with open(path, "rb") as file:
+                file.seek(_RING_POSITIONS_AT)
+                written, noted = _RING_POSITIONS.unpack(file.read(_RING_POSITIONS.size))
+        except (OSError, struct.error):
+            return -1, 0
+        known = self._store.ring_upto(str(path))
+        # Without a row the store may be younger than the ring (it was damaged): the worker's own note is the next best.
+        return int(written), int(noted) if known is None else known
+
+    def spent(self, ring: str) -> bool:
+        """Whether nothing of it has to be folded or stored any more."""
+        path = Path(ring)
+        written, committed = self._positions(path)
+        return not path.exists() or (written == committed and not self._owes(ring))
+
+    def _owes(self, ring: str) -> bool:
+        return any(cut.ring == ring for _, cut in self._unstored)
+
+    def recovered(self, message: ww.Recovered) -> None:
+        """A dead worker's ring is folded: counts what was lost in it, and removes it."""
+        self.count_lost("records_overwritten", message.lost)
+        if message.damage:
+            self.count_lost("rings_damaged", 1)
+            log.error("ring damaged", extra=kv(ring=Path(message.ring).name, detail=message.damage))
+        self.remove(message.ring)
+
+    def remove(self, ring: str) -> None:
+        """Removes a ring, unless windows of it wait to be stored."""
+        if self._owes(ring):
+            return
+        # The file first: a position without a ring is harmless, a ring without a position is counted again.
+        Path(ring).unlink(missing_ok=True)
+        try:
+            self._store.forget_ring(ring)
+        except Degraded as error:
+            log.warning("ring position stays", extra=kv(ring=Path(ring).name, code=error.code, detail=error.detail))
+
+    def count_lost(self, cause: str, n: int) -> None:
+        """Adds to what was lost on this device; a full store only logs it."""
+        if n == 0:
+            return
+        try:
+            self._store.count_lost(cause, n)
+        except Degraded as error:
+            log.error("loss not counted", extra=kv(cause=cause, n=n, code=error.code, detail=error.detail))
