@@ -14,12 +14,14 @@ class AgentError(Exception):
         code: stable, of the update vocabulary where it concerns an update.
         detail: what was seen.
         advice: what a person can do.
+        model: the model it is about, where somebody said so.
     """
 
-    def __init__(self, code: str, detail: str, *, advice: str = "") -> None:
+    def __init__(self, code: str, detail: str, *, advice: str = "", model: str = "") -> None:
         self.code = code
         self.detail = detail
         self.advice = advice
+        self.model = model
         super().__init__(f"{code}: {detail}")
 
 

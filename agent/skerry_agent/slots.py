@@ -8,6 +8,7 @@ a lost database the device still runs what it had confirmed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -146,6 +147,14 @@ class Slots:
 
         self._write(model, Pointers(confirmed=keyed(now.confirmed), previous=now.previous, active=keyed(now.active)))
 
+    def runnable(self, model: str, *, unless: Collection[str] = ()) -> Slot | None:
+        """What a boot starts of a model: confirmed, else previous, whichever is whole and not in ``unless`` (digests)."""
+        pointers = self.pointers(model)
+        for slot in (pointers.confirmed, pointers.previous):
+            if slot is not None and slot.digest not in unless and self.whole(slot.digest, slot.variant):
+                return slot
+        return None
+
     def boot(self) -> tuple[dict[str, Slot], list[str]]:
         """What to run after a start, per model: confirmed, else previous, whichever is whole.
 
@@ -211,13 +220,16 @@ class Slots:
                     continue
         return total
 
-    def verify(self, digest: str, files: Iterable[m.File]) -> None:
+    def verify(self, digest: str, files: Iterable[m.File], *, staged: bool = True) -> None:
         """Reads every file of the staged (or present) bundle against the manifest's size and sha256. Slow: not for the loop.
+
+        Args:
+            staged: look at what was staged, when there is any; else at the slot.
 
         Raises:
             Rejected: ``size_mismatch``, ``hash_mismatch`` or ``malformed_manifest``, naming the file.
         """
-        folder = self.staging_path(digest) if self.staging_path(digest).exists() else self.path(digest)
+        folder = self.staging_path(digest) if staged and self.staging_path(digest).exists() else self.path(digest)
         try:
             data = (folder / m.MANIFEST_FILE).read_bytes()
         except OSError as error:
@@ -235,6 +247,26 @@ class Slots:
                 raise Rejected("size_mismatch", f"{file.path}: {error.strerror}") from None
             if got != file.sha256:
                 raise Rejected("hash_mismatch", f"{file.path}: wanted sha256 {file.sha256}, got {got}")
+
+    def fault(self, slot: Slot) -> str:
+        """What is wrong with a slot's files, hashes included; empty when nothing is. Slow: not for the loop."""
+        manifest = self.manifest(slot.digest)
+        if manifest is None:
+            return "no manifest of that digest"
+        try:
+            self.verify(slot.digest, manifest.variant(slot.variant).files, staged=False)
+        except (KeyError, Rejected) as error:
+            return str(error)
+        return ""
+
+    def set_aside(self, digest: str) -> None:
+        """A slot was found damaged: it is no slot any more, and what is fetched next starts anew."""
+        doomed = self.staging / f"{digest}.old"
+        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.path(digest).rename(doomed)
+            _sync_folder(self.root)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def stage(self, digest: str) -> None:
         """Makes the staged folder the bundle's slot: sync, rename, sync. Doing it twice is doing it once.
@@ -258,9 +290,13 @@ class Slots:
         except OSError as error:
             raise Degraded("not_enough_disk", f"{target}: {error.strerror}", advice="make room on the disk") from error
 
-    def discard(self, digest: str) -> None:
-        """Removes what was staged of a bundle."""
-        shutil.rmtree(self.staging_path(digest), ignore_errors=True)
+    def discard(self, digest: str) -> bool:
+        """Removes what was wrong of a bundle: what was staged, else the slot itself. Returns whether it was the slot."""
+        if self.staging_path(digest).exists():
+            shutil.rmtree(self.staging_path(digest), ignore_errors=True)
+            return False
+        self.set_aside(digest)
+        return True
 
     def collect(self, keep: Collection[str]) -> tuple[str, ...]:
         """Removes bundles that no pointer names and ``keep`` does not either. Returns their digests."""

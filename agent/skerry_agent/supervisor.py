@@ -37,8 +37,9 @@ from skerry_agent.errors import AgentError, Degraded, Rejected
 from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
 from skerry_agent.logs import kv
 from skerry_agent.notify import Notify
+from skerry_agent.restoring import Restoring
 from skerry_agent.serving import Generation, Serving
-from skerry_agent.slots import Slots
+from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Entry, open_store
 from skerry_agent.updating import TrialRules, Updating
 from skerry_agent.upload import Upload
@@ -101,9 +102,10 @@ class Supervisor:
             config, self._store, self._slots, self._clock, self._listener, on_health=self._health, on_crash=self._crash,
             on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
+        self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(
             config, self._identity, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
-            errand_input=self._errand_input, on_change=self._changed, on_rest=self._rested,
+            self._restoring, errand_input=self._errand_input, on_change=self._changed, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
         self._plain_mqtt = plain_mqtt
@@ -114,8 +116,11 @@ class Supervisor:
         )  # fmt: skip
         self._server: wire.ServerState | None = None
         self._stop = asyncio.Event()
-        self._sync_now = asyncio.Event()
-        self._sync_after_s = 0.0
+        self._sync_asked = asyncio.Event()
+        self._sync_due_s: float | None = None
+        self._sync_rung = False
+        self._synced_s = 0.0
+        self._idle_bells = 0
         self._renew_after_s = 0.0
         self._self_code = ""
         self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": ""}
@@ -199,16 +204,27 @@ class Supervisor:
         for complaint in complaints:
             log.error("slot unusable", extra=kv(detail=complaint))
             self._event("slot", "model_damaged", {"detail": complaint})
+        ordered = self._updating.ordered_back()
+        if ordered is not None:
+            models[ordered[0]] = ordered[1]
         self._updating.feed(e.Booted())
         self._apply_settings()
         if models:
             try:
-                await self._serving.switch(await self._serving.start(models, timeout_s=180.0))
+                came_up = await self._restoring.bring_up(models, timeout_s=180.0)
+                if ordered is not None:
+                    self._updating.went_back(*ordered, came_up.get(ordered[0]))
             except AgentError as error:
                 log.error("confirmed bundles do not start", extra=kv(code=error.code, detail=error.detail))
                 self._event("worker", error.code, {"detail": error.detail})
-                self._serving.start_later(models)
+                self._serving.start_later({n: s for n, s in models.items() if self._slots.whole(s.digest, s.variant)})
         self._booted = True
+
+    def _damaged(self, model: str, slot: Slot, detail: str) -> None:
+        log.error("slot damaged", extra=kv(model=model, version=slot.version, digest=slot.digest, detail=detail))
+        self._event("slot", "model_damaged", {"model": model, "digest": slot.digest, "detail": detail[:500]})
+        # Whoever may fetch it again looks now.
+        self.sync()
 
     async def _tick_loop(self) -> None:
         pings_s = self._notify.interval_s
@@ -248,7 +264,7 @@ class Supervisor:
             case Rang():
                 if self._bells.get(happening.topic) != happening.version:
                     self._heard[happening.topic] = happening.version
-                    self.sync(jitter=happening.topic == topics.group_bell(self._group))
+                    self.sync(jitter=happening.topic == topics.group_bell(self._group), bell=True)
             case wire.State():
                 self._own_state(happening)
 
@@ -333,13 +349,17 @@ class Supervisor:
 
     # --- sync and plan -----------------------------------------------------------------------------------------------
 
-    def sync(self, *, jitter: bool = False) -> None:
-        """Asks for a sync soon; with ``jitter`` somewhere within the group's jitter, so that a fleet does not come at once."""
-        wait_s = self._draw() * self._jitter_s() if jitter else 0.0
-        due_s = self._clock.boot_s() + wait_s
-        if not self._sync_now.is_set() or due_s < self._sync_after_s:
-            self._sync_after_s = due_s
-        self._sync_now.set()
+    def sync(self, *, jitter: bool = False, bell: bool = False) -> None:
+        """Asks for a sync soon; with ``jitter`` somewhere within the group's jitter, so that a fleet does not come at once.
+
+        Bells that keep ringing and bring nothing new are answered ever less often: a stolen broker cannot keep a device busy.
+        """
+        due_s = self._clock.boot_s() + (self._draw() * self._jitter_s() if jitter else 0.0)
+        if bell:
+            due_s = max(due_s, self._synced_s + backoff.bell_pause_s(self._idle_bells))
+        if self._sync_due_s is None or due_s < self._sync_due_s:
+            self._sync_due_s, self._sync_rung = due_s, bell
+        self._sync_asked.set()
 
     def _jitter_s(self) -> float:
         given = self._config.timing.jitter_s
@@ -348,8 +368,9 @@ class Supervisor:
     async def _sync_loop(self) -> None:
         failures = 0
         while True:
-            self._sync_now.clear()
+            rung, self._sync_due_s, self._sync_rung = self._sync_rung, None, False
             heard = dict(self._heard)
+            before = (self._store.get("tuf", {}), self._group)
             try:
                 await self._sync()
                 failures = 0
@@ -362,17 +383,27 @@ class Supervisor:
                 if error.code == "store_damaged" and isinstance(error, Degraded):
                     self._fault(error)
                 self._sync_failed(error, failures)
+            news = before != (self._store.get("tuf", {}), self._group)
+            self._idle_bells = self._idle_bells + 1 if rung and not news else 0
+            self._synced_s = self._clock.boot_s()
             wait_s = self._config.timing.sync_s if self._config.timing.sync_s > 0 else self._settings.sync_s
             wait_s += self._draw() * self._jitter_s()
             if failures:
                 wait_s = min(
                     wait_s, backoff.delay_s("sync", failures, self._draw(), scale=self._config.timing.backoff_scale)
                 )
-            try:
-                await asyncio.wait_for(self._sync_now.wait(), wait_s)
-                await asyncio.sleep(max(0.0, self._sync_after_s - self._clock.boot_s()))
-            except TimeoutError:
-                continue
+            await self._until_due(self._synced_s + wait_s)
+
+    async def _until_due(self, timer_s: float) -> None:
+        """Waits for the timer (seconds since boot), or for what was asked for, whichever is due first."""
+        while True:
+            due_s = timer_s if self._sync_due_s is None else min(timer_s, self._sync_due_s)
+            left_s = due_s - self._clock.boot_s()
+            if left_s <= 0:
+                return
+            self._sync_asked.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._sync_asked.wait(), left_s)
 
     async def _sync(self) -> None:
         named = {model: self._slots.pointers(model) for model in self._slots.models()}
@@ -482,11 +513,14 @@ class Supervisor:
             return
         refused, waiting = self._updating.refused()
         update = self._updating.update
-        # By the pointer file: a worker that is being restarted does not mean that its bundle must be fetched.
+        # What a worker serves, or served until it died: that it is being restarted does not mean that its bundle must be
+        # fetched. Before the first one, what the pointer file says. A slot found damaged runs only until it ends.
+        answering = self._serving.models() or {
+            name: slot for name in self._slots.models() if (slot := self._slots.answering(name)) is not None
+        }
         running = {
             name: Running(digest=slot.digest, arm=slot.arm, rollout=slot.rollout, stage=slot.stage)
-            for name in self._slots.models()
-            if (slot := self._slots.answering(name)) is not None
+            for name, slot in answering.items()
         }
         if not update.resting and update.state != "revert":
             running[update.model] = Running(

@@ -28,6 +28,7 @@ from skerry_agent.core.lifecycle import Update
 from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Degraded, Rejected
 from skerry_agent.logs import kv
+from skerry_agent.restoring import Restoring
 from skerry_agent.serving import Generation, Serving
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Store
@@ -35,6 +36,8 @@ from skerry_agent.store import Store
 log = logging.getLogger(__name__)
 
 _FETCH_S = 3600.0
+_RESTORE_TRIES = 3
+"""How often what ran before is started before the update gives up: a busy moment passes, a broken runtime stays."""
 _NOTES = frozenset({Effect.RECORD, Effect.PENALISE})
 _CONFIRMED = frozenset({"confirmed", "confirmed_on_golden"})
 
@@ -68,6 +71,7 @@ class Updating:
         errands: Errands,
         clock: Clock,
         runtimes: dict[str, str],
+        restoring: Restoring,
         *,
         errand_input: Callable[[], dict[str, Any]],
         on_change: Callable[[str, dict[str, Any]], None],
@@ -83,6 +87,7 @@ class Updating:
         self._errands = errands
         self._clock = clock
         self._runtimes = runtimes
+        self._restoring = restoring
         self._errand_input = errand_input
         self._on_change = on_change
         self._on_rest = on_rest
@@ -96,6 +101,7 @@ class Updating:
         self._text = ""
         self._new: Generation | None = None
         self._watching = False
+        self._crashes_s: list[float] = []
         self.rules = TrialRules()
         self.update = msgspec.convert(store.get("update", {}), Update)
 
@@ -218,7 +224,7 @@ class Updating:
                 self._watching = True
                 self.judge()
             case Effect.CONFIRM:
-                self._confirm()
+                await self._confirm()
             case Effect.DISCARD:
                 self._discard()
                 return e.Reverted()
@@ -226,8 +232,7 @@ class Updating:
                 await self._stop_new()
                 return e.Reverted()
             case Effect.RESTORE:
-                await self._restore()
-                return e.Reverted()
+                return await self._restore()
         return None
 
     def _record(self) -> None:
@@ -331,16 +336,20 @@ class Updating:
         return {**self._confirmed_models(), self.update.model: self._slot("trial")}
 
     def _confirmed_models(self) -> dict[str, Slot]:
+        """What should serve beside or instead of the update: of its own model what is confirmed, of the others what runs."""
         running = self._serving.models()
         found: dict[str, Slot] = {}
         for model in self._slots.models():
-            slot = self._slots.pointers(model).confirmed
-            if slot is None:
-                # Its first bundle was on trial, or is: there is nothing to go back to.
+            confirmed = self._slots.pointers(model).confirmed
+            if model != self.update.model and running:
+                if model in running:
+                    found[model] = running[model]
                 continue
-            if self._slots.whole(slot.digest, slot.variant):
+            slot = self._slots.runnable(model)
+            if slot is not None:
                 found[model] = slot
-            elif model in running and running[model].digest == slot.digest:
+            elif confirmed is not None and model in running and running[model].digest == confirmed.digest:
+                # Damaged on disk, and still answering.
                 found[model] = running[model]
         return found
 
@@ -349,8 +358,9 @@ class Updating:
         if new is None or not new.worker.alive:
             raise Rejected("trial_crashed", "the worker died between its proof and the hand-over")
         self._slots.activate(self.update.model, self._slot("trial"))
-        await self._serving.switch(new)
+        # From here on it serves: whoever goes back in the middle of the drain must not end it as one that never listened.
         self._new = None
+        await self._serving.switch(new)
         return e.HandedOver()
 
     def judge(self) -> None:
@@ -384,20 +394,61 @@ class Updating:
                 pass
 
     def crashed(self, generation: Generation, how: str) -> bool:
-        """The serving generation died. True when it was on trial: the update goes back, and brings up what ran before."""
+        """The serving generation died. True when it was on trial: the update goes back, and brings up what ran before.
+
+        A confirmed bundle that dies again and again goes back too, when there is one before it and no other model shares the
+        worker: of several, this does not say which one it was.
+        """
         slot = generation.models.get(self.update.model)
-        if slot is None or slot.digest != self.update.digest or self.update.state not in ("trial", "revert"):
+        if slot is not None and slot.digest == self.update.digest and self.update.state in ("trial", "revert"):
+            self.feed(e.Failed(code="trial_crashed", detail=f"the worker died: {how}"))
+            # Without room to store the way back, the trial's bundle is what can answer.
+            return not self._owed
+        now_s = self._clock.boot_s()
+        self._crashes_s = [at for at in self._crashes_s if now_s - at <= lifecycle.CRASHES_WITHIN_S] + [now_s]
+        if len(generation.models) != 1 or not self.update.resting or not lifecycle.loops(self._crashes_s, now_s):
             return False
-        self.feed(e.Failed(code="trial_crashed", detail=f"the worker died: {how}"))
-        # Without room to store the way back, the trial's bundle is what can answer.
+        ((model, slot),) = generation.models.items()
+        pointers = self._slots.pointers(model)
+        back = pointers.previous
+        if pointers.confirmed is None or pointers.confirmed.digest != slot.digest or back is None:
+            return False
+        if not self._slots.whole(back.digest, back.variant):
+            return False
+        self._crashes_s.clear()
+        self.feed(e.CrashLooped(model=model, digest=slot.digest, version=slot.version, variant=slot.variant))
         return not self._owed
 
-    def _confirm(self) -> None:
-        model = self.update.model
-        now = self._slots.pointers(model).confirmed
+    def finish(self) -> None:
+        """Before the first start: carries out what power cut off between the stored state and the pointer file."""
+        try:
+            self.finish_confirm()
+        except OSError as error:
+            log.error("pointer file not written", extra=kv(model=self.update.model, detail=str(error)))
+
+    def finish_confirm(self) -> None:
+        """The pointer file follows a stored ``confirmed``; once per update, also when a restart came in between."""
+        update = self.update
+        if update.state not in _CONFIRMED:
+            return
+        now = self._slots.pointers(update.model).confirmed
         # After a restart the pointer file may know a later key of the same bundle: it stays.
-        if now is None or now.digest != self.update.digest:
-            self._slots.confirm(model, self._slot(self.update.state))
+        if (now is None or now.digest != update.digest) and self._slots.whole(update.digest, update.variant):
+            self._slots.confirm(update.model, self._slot(update.state))
+
+    async def _confirm(self) -> None:
+        model = self.update.model
+        failures = 0
+        while True:
+            try:
+                self.finish_confirm()
+                break
+            except OSError as error:
+                # The bundle serves and is confirmed; only a boot would not know it yet.
+                failures += 1
+                log.error("pointer file not written", extra=kv(detail=str(error), failures=failures))
+                wait_s = backoff.delay_s("worker", failures, self._draw(), scale=self._config.timing.backoff_scale)
+                await asyncio.sleep(wait_s)
         generation = self._serving.current
         if generation is not None and model in generation.models:
             slot = generation.models[model]
@@ -413,53 +464,79 @@ class Updating:
     def _discard(self) -> None:
         # What was fetched right stays for the next try; what was wrong must not be taken up again.
         if self.update.code in ("hash_mismatch", "size_mismatch", "malformed_manifest"):
-            self._slots.discard(self.update.digest)
+            if self._slots.discard(self.update.digest):
+                # It was this device's own copy that rotted: nothing is said about the bundle.
+                self._forgive(self.update.digest)
+
+    def _forgive(self, digest: str) -> None:
+        with self._store.transaction():
+            for name in ("failures", "waits"):
+                kept = self._store.get(name, {})
+                if kept.pop(digest, None) is not None:
+                    self._store.put(name, kept)
 
     async def _stop_new(self) -> None:
         new, self._new = self._new, None
-        if new is not None:
+        if new is not None and new is not self._serving.current:
             await self._serving.retire(new)
 
-    def finish(self) -> None:
-        """Before the first start: carries out what power cut off between the stored state and the pointer file."""
+    def ordered_back(self) -> tuple[str, Slot] | None:
+        """The model and the bundle that a way back leads to which has not been gone to its end; None without any."""
         update = self.update
-        try:
-            self.finish_step_back()
-            confirmed = self._slots.pointers(update.model).confirmed
-            unsaid = confirmed is None or confirmed.digest != update.digest
-            if update.state in _CONFIRMED and unsaid and self._slots.whole(update.digest, update.variant):
-                self._slots.confirm(update.model, self._slot(update.state))
-        except OSError as error:
-            log.error("pointer file not written", extra=kv(model=update.model, detail=str(error)))
+        pointers = self._slots.pointers(update.model)
+        ordered = update.code in lifecycle.STEPS_BACK and update.failed_in in lifecycle.RESTING
+        if not ordered or pointers.confirmed is None or pointers.confirmed.digest != update.digest:
+            return None
+        back = pointers.previous
+        return None if back is None else (update.model, msgspec.structs.replace(back, arm="none", rollout="", stage=0))
 
-    def finish_step_back(self) -> None:
-        """A person's revert: the pointer file follows. Once per order, also when a restart came in between."""
-        update = self.update
-        confirmed = self._slots.pointers(update.model).confirmed
-        ordered = update.code == "reverted_by_operator" and update.failed_in in lifecycle.RESTING
-        if ordered and confirmed is not None and confirmed.digest == update.digest:
-            self._slots.step_back(update.model)
+    def went_back(self, model: str, wanted: Slot, came_up: Slot | None) -> None:
+        """The end of a way back: the pointer file follows what proved itself, or the bundle that had to go is taken up again."""
+        if came_up is not None and came_up.digest == wanted.digest:
+            self._slots.step_back(model)
+        else:
+            self._forgive(self.update.digest)
 
-    async def _restore(self) -> None:
+    async def _restore(self) -> e.Event:
         await self._stop_new()
-        self.finish_step_back()
-        self._slots.revert_active(self.update.model)
+        ordered = self.ordered_back()
+        model = self.update.model
+        if ordered is None:
+            self._slots.revert_active(model)
         wanted = self._confirmed_models()
-        failures = 0
-        while wanted:
-            running = self._serving.current
-            if running is not None and running.worker.alive and _same(running.models, wanted):
-                return
+        if ordered is not None:
+            wanted[model] = ordered[1]
+        if not wanted:
+            await self._serving.clear()
+            return e.Reverted()
+        running = self._serving.current
+        if running is None or not running.worker.alive or not _same(running.models, wanted):
+            error = await self._bring_back(wanted, model if ordered is not None else "")
+            if error is not None:
+                if ordered is not None:
+                    self.went_back(*ordered, None)
+                return e.Failed(code=error.code, detail=error.detail[:500])
+        if ordered is not None:
+            self.went_back(*ordered, ordered[1])
+        return e.Reverted()
+
+    async def _bring_back(self, wanted: dict[str, Slot], ordered: str) -> AgentError | None:
+        for failures in range(1, _RESTORE_TRIES + 1):
             try:
-                new = await self._serving.start(wanted, timeout_s=lifecycle.DEADLINES_S["revert"])
-                await self._serving.switch(new)
-                return
+                limit_s = lifecycle.DEADLINES_S["revert"]
+                await self._restoring.bring_up(wanted, timeout_s=limit_s, without_substitute=ordered)
+                return None
             except AgentError as error:
-                failures += 1
-                log.error("what ran before does not start", extra=kv(code=error.code, detail=error.detail))
+                last = error
+            if failures < _RESTORE_TRIES:
                 wait_s = backoff.delay_s("worker", failures, self._draw(), scale=self._config.timing.backoff_scale)
                 await asyncio.sleep(wait_s)
-        await self._serving.clear()
+        running = self._serving.current
+        if running is None or not running.worker.alive:
+            # Nothing serves: go on trying what is whole, beside whatever the plan fetches.
+            await self._serving.clear()
+            self._serving.start_later({name: s for name, s in wanted.items() if self._slots.whole(s.digest, s.variant)})
+        return last
 
     # --- memory ------------------------------------------------------------------------------------------------------
 

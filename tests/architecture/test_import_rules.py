@@ -37,7 +37,7 @@ LAYERS = {
     "skerry_agent": [
         ("cli __main__", True),
         ("supervisor", False),
-        ("serving updating reporting upload facts", True),
+        ("serving updating restoring reporting upload facts", True),
         ("link store slots workers errand control notify", False),
         ("config clock logs migrations channel workerwire errors", True),
         ("core", True),

@@ -46,3 +46,12 @@ def delay_s(cause: str, failures: int, draw: float, *, scale: float = 1.0) -> fl
     # The exponent is bounded so that years of failures cannot overflow a float.
     limit = min(policy.cap_s, policy.base_s * 2.0 ** min(failures - 1, 60))
     return scale * max(policy.floor_s, limit * draw)
+
+
+def bell_pause_s(idle_bells: int) -> float:
+    """How long after the last sync a bell is answered, when ``idle_bells`` in a row brought nothing new.
+
+    >>> [bell_pause_s(n) for n in (0, 1, 2, 3, 100)]
+    [0.0, 1.0, 2.0, 4.0, 60.0]
+    """
+    return 0.0 if idle_bells < 1 else min(60.0, 2.0 ** min(idle_bells - 1, 10))

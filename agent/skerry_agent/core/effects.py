@@ -104,6 +104,15 @@ class RevertOrdered(Event, frozen=True, kw_only=True):
     variant: str = ""
 
 
+class CrashLooped(Event, frozen=True, kw_only=True):
+    """The confirmed bundle killed its worker again and again. The fields name it; the previous one comes back."""
+
+    model: str
+    digest: str
+    version: str
+    variant: str = ""
+
+
 class Reverted(Event, frozen=True, kw_only=True):
     """What ran before the update runs again, or nothing had to be changed."""
 
@@ -114,7 +123,7 @@ class Booted(Event, frozen=True, kw_only=True):
 
 EVENTS: tuple[type[Event], ...] = (
     Assigned, ManifestFetched, Admitted, FilesFetched, Verified, Staged, Proved, HandedOver, Rekeyed, TrialKept, TrialQuiet,
-    Failed, Deadline, Withdrawn, RevertOrdered, Reverted, Booted,
+    Failed, Deadline, Withdrawn, RevertOrdered, CrashLooped, Reverted, Booted,
 )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 Theory of operation. One update is under way at a time: one model goes from one bundle to another. The supervisor feeds
 events to ``step``, stores the update that comes back, and only then carries out the effects; an effect's outcome is the
 next event. So a power cut at any point finds a stored state, and ``Booted`` says what follows from it. Which bundle runs
-is not decided here: the slots' pointer file says so, and only ``CONFIRM`` and a revert ordered by a person change it.
+is not decided here: the slots' pointer file says so, and only ``CONFIRM`` and the way back to the previous bundle (ordered by a
+person, or after a crash loop) change it, once the bundle that comes back has proved itself.
 
 ``idle``, ``confirmed`` and ``confirmed_on_golden`` rest: the next ``Assigned`` starts from them. Every failure passes through
 ``revert`` to ``idle`` and keeps its reason code. A pair that the table lacks is an answer that came too late: ``step``
@@ -12,6 +13,7 @@ ignores it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -32,7 +34,7 @@ DEADLINES_S: dict[State, float] = {"fetch": 3600.0, "verify": 600.0, "stage": 12
 ATTEMPTS: dict[str, int] = {
     "bad_signature": 3, "hash_mismatch": 3, "size_mismatch": 3, "malformed_manifest": 1,
     "model_damaged": 2, "operator_unknown": 1, "golden_failed": 1, "runtime_crashed": 2, "start_timeout": 2,
-    "trial_crashed": 1, "trial_errors": 1, "trial_slow": 1, "reverted_by_operator": 1,
+    "trial_crashed": 1, "trial_errors": 1, "trial_slow": 1, "reverted_by_operator": 1, "crash_loop": 1,
     "runtime_crashed@boot": 3, "trial_crashed@boot": 2,
 }  # fmt: skip
 """How often a bundle may fail for a reason before it is refused with ``attempts_exhausted``, until a person clears it.
@@ -101,6 +103,8 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         ("trial", e.TrialKept): Move(to="confirmed", effects=(Effect.CONFIRM, record)),
         ("trial", e.TrialQuiet): Move(to="confirmed_on_golden", effects=(Effect.CONFIRM, record)),
         ("revert", e.Reverted): Move(to="idle", effects=(record,)),
+        # What should come back does not start: what serves goes on, and the plan fetches what is missing.
+        ("revert", e.Failed): Move(to="idle", effects=(record,)),
         ("revert", e.Deadline): Move(to="revert", effects=(Effect.RESTORE,)),
         # What a restarted supervisor finds. It runs what the pointer file calls confirmed, whatever stands here.
         ("prove", e.Booted): Move(to="idle", effects=(penalise, record), code="runtime_crashed"),
@@ -129,10 +133,26 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         table[state, e.RevertOrdered] = Move(
             to="revert", effects=(penalise, record, Effect.RESTORE), code="reverted_by_operator"
         )
+        table[state, e.CrashLooped] = Move(to="revert", effects=(penalise, record, Effect.RESTORE), code="crash_loop")
     return table
 
 
 TABLE = _table()
+
+STEPS_BACK: frozenset[str] = frozenset({"reverted_by_operator", "crash_loop"})
+"""Codes of a revert from a confirmed bundle to the one before it."""
+
+CRASHES, CRASHES_WITHIN_S = 5, 600.0
+
+
+def loops(crashes_s: Sequence[float], now_s: float) -> bool:
+    """Whether a confirmed bundle's worker died too often, so that the bundle before it is worth more.
+
+    Args:
+        crashes_s: when it died, seconds since boot.
+        now_s: now, seconds since boot.
+    """
+    return sum(now_s - at <= CRASHES_WITHIN_S for at in crashes_s) >= CRASHES
 
 
 def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Effect, ...]]:
@@ -156,6 +176,8 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
         case e.Assigned():
             begun = msgspec.structs.asdict(event)
             return Update(state=move.to, since=at, **begun), move.effects
+        case e.CrashLooped():
+            update = Update(failed_in=update.state, attempt=1, **msgspec.structs.asdict(event))
         case e.RevertOrdered() if update.state != "trial":
             ordered = msgspec.structs.asdict(event)
             update = Update(failed_in=update.state, attempt=1, **ordered)
@@ -168,7 +190,7 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
         case _:
             pass
     failing = move.to == "revert" and update.state != "revert"
-    if isinstance(event, e.Failed) and failing:
+    if isinstance(event, e.Failed) and (failing or update.state == "revert"):
         changed.update(code=event.code, detail=event.detail)
     elif move.code:
         changed["code"] = move.code

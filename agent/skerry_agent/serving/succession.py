@@ -263,7 +263,8 @@ class Serving:
                     generation.ready.set_result(message)
             case ww.Failed():
                 if not generation.ready.done():
-                    generation.ready.set_exception(Rejected(message.code, f"{message.model}: {message.detail}"))
+                    detail = f"{message.model}: {message.detail}"
+                    generation.ready.set_exception(Rejected(message.code, detail, model=message.model))
             case ww.WindowCut():
                 self._rings.commit(generation, message)
             case ww.Health():
