@@ -171,6 +171,10 @@ class Updating:
                 event = e.Failed(code="malformed_manifest", detail=str(error)[:500])
             except OSError as error:
                 event = e.Failed(code="not_enough_disk", detail=str(error)[:500])
+            except Exception:
+                # A bug. The update's deadline or the next start takes it from here; it must not end in silence.
+                log.exception("update step failed", extra=kv(effect=effect.name.lower(), state=self.update.state))
+                raise
             if event is not None:
                 self.feed(event)
                 return
@@ -528,6 +532,9 @@ class Updating:
                 return None
             except AgentError as error:
                 last = error
+            if not all(self._slots.whole(slot.digest, slot.variant) for slot in wanted.values()):
+                # It was found damaged and set aside: trying again cannot help, fetching can.
+                break
             if failures < _RESTORE_TRIES:
                 wait_s = backoff.delay_s("worker", failures, self._draw(), scale=self._config.timing.backoff_scale)
                 await asyncio.sleep(wait_s)
