@@ -54,9 +54,7 @@ def test_migrated_schema_is_the_one_of_the_tables(tmp_path, opened):
     described.dispose()
 
 
-def test_a_rollout_under_way_counts_from_where_its_stage_was_when_the_server_is_upgraded(
-    tmp_path, monkeypatch, opened
-):
+def test_a_rollout_under_way_counts_from_where_its_stage_was_when_the_server_is_upgraded(tmp_path, monkeypatch, opened):
     engine = opened(tmp_path / "s.db")
     whole = migrations.MIGRATIONS
     monkeypatch.setattr(migrations, "MIGRATIONS", whole[:1])
