@@ -45,7 +45,7 @@ setup-demo: $(VENV)/.ready-demo
 $(VENV)/.ready-demo: constraints.txt $(MEMBERS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
-	    -e contract -e 'runtime[onnx]' -e 'agent[onnx,uvloop]' -e server -e 'cli[demo]'
+	    -e contract -e 'runtime[litert,onnx]' -e 'agent[litert,onnx,uvloop]' -e server -e 'cli[demo]'
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-demo tests/requirements.txt

@@ -12,11 +12,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 from skerry_contract import ids
 from skerry_contract.errors import ContractError
+from skerry_contract.manifest import Runtime
 
 from skerry_agent.errors import BadConfig, Degraded
 
@@ -76,10 +77,16 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What the operator says of this device. ``stratum_class``: hardware class, empty for the architecture's name."""
+    """What the operator says of this device.
+
+    Attributes:
+        stratum_class: hardware class, empty for the architecture's name.
+        runtimes: those that may run models here, the preferred first; empty: all that are installed, in the bundle's order.
+    """
 
     stratum_class: str = ""
     tags: tuple[str, ...] = ()
+    runtimes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +240,13 @@ def _fault(key: str, value: Any) -> str | None:
         return f"wanted an https:// address, got {value!r}"
     if key == "serving.host" and value not in ("127.0.0.1", "::1", "localhost"):
         return f"wanted a loopback address: requests are not authenticated, got {value!r}"
+    if key == "device.runtimes":
+        known = get_args(Runtime)
+        wrong = [name for name in value if name not in known]
+        if wrong:
+            return f"wanted some of {', '.join(known)}, got {', '.join(map(repr, wrong))}"
+        if len(set(value)) != len(value):
+            return f"wanted each runtime once, got {', '.join(value)}"
     if key == "log.level" and value not in ("debug", "info", "warning", "error"):
         return f"wanted debug, info, warning or error, got {value!r}"
     return None

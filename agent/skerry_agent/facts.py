@@ -30,10 +30,11 @@ def arch() -> str:
     return platform.machine()
 
 
-def runtimes() -> dict[str, str]:
-    """Runtime -> version of those that are installed."""
+def runtimes(config: Config) -> dict[str, str]:
+    """Runtime -> version of those that are installed and that the configuration allows, in its order."""
     found: dict[str, str] = {}
-    for name, distributions in _DISTRIBUTIONS.items():
+    for name in config.device.runtimes or _DISTRIBUTIONS:
+        distributions = _DISTRIBUTIONS[name]
         for distribution in distributions:
             try:
                 found[name] = metadata.version(distribution)
@@ -44,14 +45,19 @@ def runtimes() -> dict[str, str]:
 
 
 def stratum(config: Config, found: dict[str, str]) -> str:
-    """Hardware class and runtimes, as cuts name it: ``<class>.<runtime>+<runtime>``."""
-    return f"{config.device.stratum_class or arch()}.{'+'.join(sorted(found)) or 'none'}"
+    """Hardware class and runtimes, as cuts name it: ``<class>.<runtime>+<runtime>``.
+
+    Devices that take different variants of a bundle must not share a name: ``a>b`` where the configuration prefers a to b.
+    """
+    names = ">".join(found) if config.device.runtimes else "+".join(sorted(found))
+    return f"{config.device.stratum_class or arch()}.{names or 'none'}"
 
 
 def device(config: Config, found: dict[str, str]) -> Device:
     """The facts for admission, read now."""
     return Device(
         runtimes=found,
+        prefer=config.device.runtimes,
         arch=arch(),
         memory_free_mb=psutil.virtual_memory().available / 1e6,
         disk_free_mb=shutil.disk_usage(config.state_dir).free / 1e6,

@@ -90,7 +90,7 @@ class Supervisor:
         )
         self._clock.set_lower_bound(float(self._store.get("lower_bound_s", 0.0)))
         self._slots = Slots(config.state_dir / "slots")
-        self._runtimes = facts.runtimes()
+        self._runtimes = facts.runtimes(config)
         self._stratum = facts.stratum(config, self._runtimes)
         self._group = ids.group_name(self._store.get("group", self._identity.group))
         self._document: group.GroupDocument | None = None

@@ -22,7 +22,7 @@ ADVICE = {
     "runtime_missing": "install the extra of the runtime, e.g. skerry-runtime[onnx]",
     "runtime_crashed": "the runtime died on this model: export it differently, or use another runtime version",
     "golden_failed": "compare the golden cases with this runtime and CPU; int8 kernels differ between CPUs",
-    "not_quantized": "quantize statically (QDQ, int8) with the scaling kept outside the graph as a transform",
+    "not_quantized": "quantize statically to int8 (ONNX: QDQ) with the scaling kept outside the graph as a transform",
     "needs_understated": "state what the variant needs on a device in `needs`, with room to spare",
     "out_of_memory": "the model needs more memory than this process may use",
     "timeout": "the model loads or runs too slowly for this machine",

@@ -14,13 +14,13 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 from skerry_contract import manifest as mf
 
-from skerry_runtime import child, engines, precision, proof, runner
+from skerry_runtime import child, engines, precision, precision_tflite, proof, runner
 from skerry_runtime.bundle import Bundle, open_bundle
 from skerry_runtime.errors import BadInput, BundleFault, Rejected
 from skerry_runtime.validation import Line, Progress, ValidationResult, VariantResult
@@ -166,17 +166,27 @@ def _check_graph(bundle: Bundle, variant: mf.Variant) -> None:
         raise Rejected(
             "needs_understated", f"its files take {disk_mb:.1f} MB, needs.disk_mb is {variant.needs.disk_mb}"
         )
+    path = bundle.path(variant.model)
     if variant.runtime == "onnx":
-        model = precision.read_model(bundle.path(variant.model))
-        folder = Path(variant.model).parent
-        listed = {file.path for file in variant.files}
-        for name in sorted(precision.external_files(model)):
-            if (folder / name).as_posix() not in listed:
-                raise Rejected(
-                    "file_unlisted", f"{variant.model} keeps weights in {name!r}, which the variant does not list"
-                )
+        onnx = precision.read_model(path)
+        _check_listed(variant, precision.external_files(onnx))
         if variant.precision == "int8":
-            precision.check_int8(model, name=variant.model)
+            precision.check_int8(onnx, name=variant.model)
+    else:
+        graph = precision_tflite.read_model(path)
+        _check_listed(variant, graph.external_files)
+        if variant.precision == "int8":
+            precision_tflite.check_int8(graph, name=variant.model)
+
+
+def _check_listed(variant: mf.Variant, external: Iterable[str]) -> None:
+    folder = Path(variant.model).parent
+    listed = {file.path for file in variant.files}
+    for name in sorted(external):
+        if (folder / name).as_posix() not in listed:
+            raise Rejected(
+                "file_unlisted", f"{variant.model} keeps weights in {name!r}, which the variant does not list"
+            )
 
 
 def _try_variant(bundle: Bundle, variant: mf.Variant, at: Callable[[str], None]) -> VariantResult:

@@ -98,7 +98,7 @@ def create(
         "model": model,
         "stable": stable or candidate,
         "candidate": candidate,
-        "salt": _salt(known, wanted.stages[0]),
+        "salt": _salt(known, wanted.stages[0], stratified=wanted.stratified),
         "plan": wanted.to_builtins(),
         "state": "draft",
         "stage": 0,
@@ -119,10 +119,10 @@ def create(
     return require(conn, name)
 
 
-def _salt(known: list[cuts.Eligible], stage: p.Stage) -> str:
+def _salt(known: list[cuts.Eligible], stage: p.Stage, *, stratified: bool) -> str:
     draws = SALT_DRAWS if len(known) <= SALT_DRAWS_UP_TO else 1
     k = stage.devices if stage.devices is not None else cuts.share_of(len(known), stage.share or 0)
-    return cuts.choose_salt(known, [secrets.token_hex(16) for _ in range(draws)], k)
+    return cuts.choose_salt(known, [secrets.token_hex(16) for _ in range(draws)], k, stratified=stratified)
 
 
 def eligible(

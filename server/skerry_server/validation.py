@@ -41,7 +41,8 @@ class Outcome:
     """What validation found.
 
     Attributes:
-        code: stable reason, empty when the bundle is good; reason: the same in words.
+        code: stable reason, empty when the bundle is good; reason: the same in words, and for a good bundle which variants
+            this server could not run.
         report: what the child measured, JSON builtins.
     """
 
@@ -114,7 +115,9 @@ class Validator:
         if found.code in LACKING_HERE:
             raise Unavailable("validation_unavailable", f"this server cannot validate it: {found.detail}")
         code = "" if found.ok else found.code or "validation_failed"
-        return Outcome(code=code, reason=found.detail, report=msgspec.to_builtins(found))
+        skipped = [f"{one.id} ({one.detail})" for one in found.variants if one.status == "skipped"]
+        reason = f"not run here: {', '.join(skipped)}" if skipped and not code else found.detail
+        return Outcome(code=code, reason=reason, report=msgspec.to_builtins(found))
 
     def _lay_out(self, folder: Path, manifest: bytes, signature: bytes | None) -> None:
         (folder / m.MANIFEST_FILE).write_bytes(manifest)

@@ -56,6 +56,8 @@ def test_the_demo_loses_nothing_refuses_what_it_must_and_cleans_up(tmp_path: Pat
     )
     assert set(summary["versions"].values()) == {"2.0.0"} and len(summary["versions"]) == 6
     assert len(summary["first_stage"]) == 4
+    assert sorted(summary["variants"].values()) == ["onnx-int8"] * 5 + ["tflite-int8"]
+    assert summary["variants"]["gas-02"] == "tflite-int8" and "gas-02" in summary["first_stage"]
     assert [refusal["code"] for refusal in summary["refusals"]] == [
         "hash_mismatch",
         "bad_signature",

@@ -20,7 +20,8 @@ class Device:
     """What counts of a device.
 
     Attributes:
-        runtimes: name -> version, e.g. ``{"onnx": "1.32.0"}``.
+        runtimes: name -> version of those that may be used, e.g. ``{"onnx": "1.32.0"}``.
+        prefer: runtimes in the order in which the device wants them; empty: the bundle's author decides.
         arch: as ``uname -m`` gives it.
         memory_free_mb, disk_free_mb: now, in MB (1e6 bytes).
         memory_reserve_mb, disk_reserve_mb: what must stay free for others.
@@ -35,6 +36,7 @@ class Device:
     disk_reserve_mb: float = 0.0
     agent: str = "0.0.0"
     abilities: frozenset[str] = frozenset()
+    prefer: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +85,7 @@ def below_floor(version: str, floor: str) -> bool:
 
 
 def admit(manifest: Manifest, device: Device, memory: Memory) -> Admit | Refuse:
-    """Decides. With several variants that fit, the first in the manifest wins: its author ordered them."""
+    """Decides. Of several variants that fit, the first of the device's preferred runtime wins, else the manifest's first."""
     spent = exhausted(memory.failures)
     if spent is not None:
         return Refuse(code="attempts_exhausted", detail=f"{spent} {memory.failures[spent]} times")
@@ -95,7 +97,8 @@ def admit(manifest: Manifest, device: Device, memory: Memory) -> Admit | Refuse:
     if below_floor(manifest.version, memory.floor):
         return Refuse(code="below_floor", detail=f"{manifest.model} {manifest.version} is below floor {memory.floor}")
     refusals: list[Refuse] = []
-    for variant in manifest.variants:
+    order = {runtime: place for place, runtime in enumerate(device.prefer)}
+    for variant in sorted(manifest.variants, key=lambda one: order.get(one.runtime, len(order))):
         answer = _admit_variant(variant, device, memory)
         if isinstance(answer, Admit):
             return answer
@@ -112,7 +115,12 @@ def _admit_variant(variant: Variant, device: Device, memory: Memory) -> Admit | 
         return Refuse(code="no_variant", detail=f"{variant.id} is for {', '.join(variant.arch)}, this is {device.arch}")
     version = device.runtimes.get(variant.runtime)
     if version is None:
-        return Refuse(code="runtime_missing", detail=f"{variant.id} wants {variant.runtime}, which is not installed")
+        why = (
+            "device.runtimes leaves out"
+            if device.prefer and variant.runtime not in device.prefer
+            else "is not installed"
+        )
+        return Refuse(code="runtime_missing", detail=f"{variant.id} wants {variant.runtime}, which {why}")
     if variant.min and _numbers(version) < _numbers(variant.min):
         return Refuse(
             code="runtime_missing", detail=f"{variant.id} wants {variant.runtime} {variant.min}, here is {version}"

@@ -21,9 +21,11 @@ def make(run: Run, version: str, batches: tuple[int, ...], seed: int = 0) -> mod
     )
     run.notes.accuracy[version] = made.accuracy
     named = f"batch {batches[0]}" if len(batches) == 1 else f"batches {batches[0]} to {batches[-1]}"
+    sizes, right = made.model_bytes, made.accuracy
     run.screen.say(
-        f"Trained {version} on {len(made.trained.fitted)} rows of {named}; int8 ONNX of {made.model_bytes} bytes; "
-        f"{made.accuracy:.1%} right on the {len(made.trained.held_out)} held-out rows, from which its golden cases and reference come."
+        f"Trained {version} on {len(made.trained.fitted)} rows of {named}; int8 ONNX of {sizes[models.ONNX]} bytes and int8 TFLite of "
+        f"{sizes[models.TFLITE]}; {right[models.ONNX]:.1%} and {right[models.TFLITE]:.1%} right on the {len(made.trained.held_out)} "
+        "held-out rows, from which golden cases and reference come."
     )
     return made
 
@@ -69,10 +71,14 @@ def second_model(run: Run) -> None:
             if row["rollout"] == "second-model" and row["stage"] == 0 and row["arm"] == "candidate"
         }
     )
-    screen.say(f"In the first stage exactly these answered with {SECOND}: {', '.join(run.notes.first_stage)}.")
+    on_tflite = [device for device in run.notes.first_stage if device in fleet.tflite]
+    screen.say(
+        f"In the first stage exactly these answered with {SECOND}: {', '.join(run.notes.first_stage)}; "
+        f"{len(run.notes.first_stage) - len(on_tflite)} on ONNX, {len(on_tflite)} on TFLite."
+    )
     run.must(
-        len(run.notes.first_stage) == CANARIES,
-        f"the first stage has exactly {CANARIES} devices; it had {len(run.notes.first_stage)}",
+        (len(run.notes.first_stage), len(on_tflite)) == (CANARIES, 1),
+        f"the first stage has exactly {CANARIES} devices, 1 of them on TFLite; it had {len(run.notes.first_stage)} and {len(on_tflite)}",
     )
     screen.say(_who_runs(run))
 
@@ -131,7 +137,7 @@ def regain_network(run: Run) -> None:
 def _who_runs(run: Run) -> str:
     versions: dict[str, int] = {}
     for item in run.fleet.listed().values():
-        version = run.fleet.running(item)[0] or "nothing"
+        version = f"{run.fleet.running(item)[0]} ({run.fleet.variant(item)})" if run.fleet.variant(item) else "nothing"
         versions[version] = versions.get(version, 0) + 1
     parts = [f"{n} device{'' if n == 1 else 's'} run{'s' if n == 1 else ''} {v}" for v, n in sorted(versions.items())]
     return f"Now: {', '.join(parts)}."

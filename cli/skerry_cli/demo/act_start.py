@@ -6,6 +6,7 @@ from skerry_cli.demo.fleet import RATE
 from skerry_cli.demo.run import Run
 
 _AT_ONCE = 4
+_TFLITE_ONE_IN = 4
 
 
 def start(run: Run, *, devices: int) -> None:
@@ -23,6 +24,8 @@ def start(run: Run, *, devices: int) -> None:
     names = [f"gas-{i:02d}" for i in range(1, devices + 1)]
     fleet.start_cable(names[-2])
     fleet.start_mirror(names[-1])
+    # One in four, and never the first or the last two, which later acts use for what they show on ONNX.
+    fleet.tflite = frozenset(names[1::_TFLITE_ONE_IN][: devices // _TFLITE_ONE_IN])
     for first in range(0, devices, _AT_ONCE):
         part = names[first : first + _AT_ONCE]
         screen.progress(f"enrolling {part[0]} to {part[-1]}")
@@ -37,7 +40,11 @@ def start(run: Run, *, devices: int) -> None:
         return n == devices
 
     fleet.wait("all devices to be online", online, 90.0)
-    screen.say(f"{devices} agents run as daemons of their own, enrolled with one-time tokens, all online.")
+    screen.say(
+        f"{devices} agents run as daemons of their own, enrolled with one-time tokens, all online. {', '.join(sorted(fleet.tflite))} "
+        f"run{'s' if len(fleet.tflite) == 1 else ''} TFLite and nothing else, the others ONNX: each device's configuration says so, and "
+        "the device picks the variant."
+    )
     for name in names:
         fleet.start_application(name)
     screen.say(

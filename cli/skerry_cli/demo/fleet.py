@@ -57,6 +57,10 @@ class Fleet:
     Args:
         folder: the demo's folder.
         batch, seed: which rows the applications draw, and from which seed.
+
+    Attributes:
+        cabled: the device whose network can be cut; mirrored: the one behind the mirror that lies.
+        tflite: the devices that run TFLite and nothing else; the others run ONNX and nothing else.
     """
 
     def __init__(self, folder: Path, processes: Processes, *, batch: int, seed: int) -> None:
@@ -67,6 +71,7 @@ class Fleet:
         self.devices: list[str] = []
         self.cabled = ""
         self.mirrored = ""
+        self.tflite: frozenset[str] = frozenset()
         self.overlay = folder / "mirror"
 
     def start_server(self) -> Server:
@@ -239,6 +244,14 @@ class Fleet:
         run = (item.get("running") or {}).get(MODEL) or {}
         return str(run.get("version", "")), str(run.get("state", ""))
 
+    def variant(self, item: dict[str, Any]) -> str:
+        """Variant of the model on a device, as the server heard."""
+        return str(((item.get("running") or {}).get(MODEL) or {}).get("variant", ""))
+
+    def runtime(self, device: str) -> str:
+        """The one runtime that the device's configuration allows."""
+        return "tflite" if device in self.tflite else "onnx"
+
     def wait(
         self,
         what: str,
@@ -277,6 +290,7 @@ class Fleet:
 
     def _config(self, device: str) -> str:
         lines = [f"state_dir = {json.dumps(str(self.device_folder(device) / 'state'))}"]
+        lines += ["[device]", f"runtimes = [{json.dumps(self.runtime(device))}]"]
         if device == self.cabled:
             http_port, mqtt_port = self.cable_ports
             lines += ["[server]", f'url = "https://127.0.0.1:{http_port}"']

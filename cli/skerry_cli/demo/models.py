@@ -1,4 +1,8 @@
-"""Makes the demo's bundles: classifiers that prove themselves, and one that proves itself and crashes all the same."""
+"""Makes the demo's bundles: classifiers that prove themselves, and one that proves itself and crashes all the same.
+
+Each bundle holds the same network twice, as int8 ONNX and as int8 TFLite; the device chooses. The reference is the ONNX
+variant's, the golden cases are each variant's own.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skerry_cli import bundle
-from skerry_cli.demo import data, quantization, reference, sabotage, training
+from skerry_cli.demo import data, quantization, reference, sabotage, tflite, training
 
 MODEL = "gas"
-VARIANT = "onnx-int8"
+ONNX, TFLITE = "onnx-int8", "tflite-int8"
+VARIANTS = {"onnx": ONNX, "tflite": TFLITE}
+"""Runtime -> variant."""
 _CASES_PER_GAS = 6
 _TOLERANCE = 0.05
 _RECALL_MARGIN = 0.2
+_LOWEST: dict[str, dict[str, str]] = {"onnx": {"min": "1.17"}, "tflite": {}}
+"""LiteRT began to count anew after tflite-runtime 2.14, so one number cannot name a lowest version of both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,14 +34,14 @@ class Made:
     """A bundle with what its training measured.
 
     Attributes:
-        model_bytes: size of the graph; rows: training rows; held_out: rows kept for the reference.
-        accuracy: share right on the held-out rows.
+        accuracy: share right on the held-out rows, by variant.
+        model_bytes: size of each variant's graph.
     """
 
     bundle: bundle.Bundle
     trained: training.Trained
-    accuracy: float
-    model_bytes: int
+    accuracy: dict[str, float]
+    model_bytes: dict[str, int]
 
 
 def make_bundle(out: Path, *, version: str, batches: tuple[int, ...], created: str, seed: int = 0) -> Made:
@@ -49,7 +57,7 @@ def make_bundle(out: Path, *, version: str, batches: tuple[int, ...], created: s
 def make_crashing_bundle(
     out: Path, *, version: str, batches: tuple[int, ...], live: data.Readings, created: str, seed: int = 0
 ) -> tuple[Made, sabotage.Trigger]:
-    """A bundle whose proof holds and whose runtime dies on some live rows.
+    """A bundle whose proof holds and whose ONNX runtime dies on some live rows; its TFLite variant is sound.
 
     Raises:
         Failed: no column tells live rows from training rows.
@@ -60,20 +68,43 @@ def make_crashing_bundle(
     return _build(out, trained, model, version=version, created=created), trigger
 
 
-def _build(out: Path, trained: training.Trained, model: bytes, *, version: str, created: str) -> Made:
+def _build(out: Path, trained: training.Trained, onnx: bytes, *, version: str, created: str) -> Made:
     held_out = trained.held_out
-    answers = quantization.answer(model, trained.standardise(held_out.x))
-    cases, recall = _golden(held_out, answers)
+    rows = trained.standardise(held_out.x)
+    made = {ONNX: onnx, TFLITE: tflite.quantize(trained)}
+    answers = {ONNX: quantization.answer(onnx, rows), TFLITE: tflite.answer(made[TFLITE], rows)}
+    accuracy = {name: round(float((given.argmax(axis=1) == held_out.y).mean()), 6) for name, given in answers.items()}
     watched = reference.columns(trained.fitted)
     with tempfile.TemporaryDirectory(prefix="skerry-bundle-") as folder:
         source = Path(folder)
-        (source / "model.onnx").write_bytes(model)
-        (source / "golden.jsonl").write_text(cases, encoding="utf-8")
-        spec = _spec(trained, answers, watched, recall, version)
+        variants = []
+        for runtime, name in VARIANTS.items():
+            cases, recall = _golden(held_out, answers[name])
+            (source / f"model.{runtime}").write_bytes(made[name])
+            (source / f"golden-{runtime}.jsonl").write_text(cases, encoding="utf-8")
+            variants.append(_variant(name, runtime, recall))
+        spec = _spec(trained, variants, answers[ONNX], watched, version)
+        spec["provenance"]["metrics"] |= {f"accuracy {name}": share for name, share in accuracy.items()}
         built = bundle.build_bundle(spec, source=source, out=out, created=created)
     return Made(
-        bundle=built, trained=trained, accuracy=built.manifest.reference.accuracy or 0.0, model_bytes=len(model)
+        bundle=built,
+        trained=trained,
+        accuracy=accuracy,
+        model_bytes={name: len(model) for name, model in made.items()},
     )
+
+
+def _variant(name: str, runtime: str, recall: dict[str, float]) -> dict[str, Any]:
+    return {
+        "id": name,
+        "runtime": runtime,
+        **_LOWEST[runtime],
+        "precision": "int8",
+        "model": f"model.{runtime}",
+        "files": [f"model.{runtime}", f"golden-{runtime}.jsonl"],
+        "golden": {"cases": f"golden-{runtime}.jsonl", "tolerance": {"FP32": _TOLERANCE}, "minimum_recall": recall},
+        "needs": {"rss_mb": 64, "disk_mb": 1},
+    }
 
 
 def _golden(held_out: data.Readings, answers: NDArray[np.float32]) -> tuple[str, dict[str, float]]:
@@ -105,9 +136,9 @@ def _case(x: NDArray[np.float32], answer: NDArray[np.float32], label: str) -> di
 
 def _spec(
     trained: training.Trained,
+    variants: list[dict[str, Any]],
     answers: NDArray[np.float32],
     watched: tuple[reference.Column, ...],
-    recall: dict[str, float],
     version: str,
 ) -> dict[str, Any]:
     readings, output = quantization.INPUT, quantization.OUTPUT
@@ -119,18 +150,7 @@ def _spec(
         "owner": {"name": "Skerry demo", "contact": "demo@localhost"},
         "licence": "Apache-2.0; trained on data under CC BY 4.0",
         "card": f"Which of six gases 16 metal-oxide sensors smell. Trained on batch {names} of: {data.SOURCE}.",
-        "variants": [
-            {
-                "id": VARIANT,
-                "runtime": "onnx",
-                "min": "1.17",
-                "precision": "int8",
-                "model": "model.onnx",
-                "files": ["model.onnx", "golden.jsonl"],
-                "golden": {"cases": "golden.jsonl", "tolerance": {"FP32": _TOLERANCE}, "minimum_recall": recall},
-                "needs": {"rss_mb": 64, "disk_mb": 1},
-            }
-        ],
+        "variants": variants,
         "inputs": [{"name": readings, "datatype": "FP32", "shape": [-1, width]}],
         "outputs": [
             {
@@ -156,7 +176,7 @@ def _spec(
         "reference": reference.reference(trained.held_out, answers, watched, output),
         "slo": {"latency_p95_ms": 1000.0, "success": 0.999},
         "provenance": {
-            "trainer": "scikit-learn MLPClassifier (64, 32), int8 by onnxruntime static quantization",
+            "trainer": "scikit-learn MLPClassifier (64, 32); int8 by onnxruntime and by ai-edge-quantizer, both static",
             "datasets": {
                 f"gas-drift-batches-{'-'.join(map(str, trained.batches))}": data.load(trained.batches).sha256()
             },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from skerry_cli.client import quote
 from skerry_cli.demo.application import Counts
 from skerry_cli.demo.fleet import RATE, Fleet
-from skerry_cli.demo.models import MODEL
+from skerry_cli.demo.models import MODEL, VARIANTS
 from skerry_cli.demo.run import Run
 
 SUMMARY = "summary.json"
@@ -35,7 +36,9 @@ def reckon(run: Run) -> dict[str, Any]:
     """Stops the applications, waits for the last windows, and compares; returns the summary and notes what does not hold."""
     fleet, screen = run.fleet, run.screen
     screen.heading("The reckoning")
-    versions_now = {device: fleet.running(item)[0] for device, item in sorted(fleet.listed().items())}
+    listed = dict(sorted(fleet.listed().items()))
+    versions_now = {device: fleet.running(item)[0] for device, item in listed.items()}
+    variants_now = {device: fleet.variant(item) for device, item in listed.items()}
     screen.progress("stopping the applications")
     fleet.processes.stop(f"app-{device}" for device in fleet.devices)
     told = {device: fleet.counts(device) for device in fleet.devices}
@@ -70,6 +73,7 @@ def reckon(run: Run) -> dict[str, Any]:
             "what": [text for _, _, text in (*failures, *in_crash)][:20],
         },
         "versions": versions_now,
+        "variants": variants_now,
         "share_right": _share_right(told),
         "held_out_accuracy": run.notes.accuracy,
         "first_stage": run.notes.first_stage,
@@ -100,6 +104,12 @@ def reckon(run: Run) -> dict[str, Any]:
         bells["n"] >= 2 * len(fleet.devices) - 1,
         f"every device online confirmed both models after a bell; {bells['n']} did",
     )
+    wanted_variants = {device: VARIANTS[fleet.runtime(device)] for device in fleet.devices}
+    run.must(variants_now == wanted_variants, f"every device runs the variant of its runtime; they run {variants_now}")
+    counted_as = {(row["device"], row["variant"]) for row in items}
+    run.must(
+        counted_as == set(wanted_variants.items()), f"every answer is counted under that variant; they are {counted_as}"
+    )
     run.must(answered > 0 and all(counts.answered for counts in told.values()), "every application got answers")
     summary["broken"] = list(run.notes.broken)
     summary["ok"] = not run.notes.broken
@@ -116,9 +126,7 @@ def write(summary: dict[str, Any], folder: Path) -> Path:
 def show(run: Run, summary: dict[str, Any]) -> None:
     """The table."""
     counted, failed, bells = summary["inferences"], summary["failed_requests"], summary["bell_to_confirmed_s"]
-    versions: dict[str, int] = {}
-    for version in summary["versions"].values():
-        versions[version] = versions.get(version, 0) + 1
+    versions = Counter((version, summary["variants"][device]) for device, version in summary["versions"].items())
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold", style="bold")
@@ -130,7 +138,7 @@ def show(run: Run, summary: dict[str, Any]) -> None:
         ("  counted twice", counted["counted_twice"]),
         ("failed requests during swaps", failed["during_swaps"]),
         ("failed requests of the crashing bundle", failed["by_the_crashing_bundle"]),
-        ("versions", ", ".join(f"{version} on {n}" for version, n in sorted(versions.items()))),
+        ("versions", ", ".join(f"{version} as {variant} on {n}" for (version, variant), n in sorted(versions.items()))),
         (
             "right answers (labels known to the demo)",
             ", ".join(f"{v}: {share:.1%}" for v, share in summary["share_right"].items()),

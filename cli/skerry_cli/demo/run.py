@@ -57,7 +57,7 @@ class Notes:
     crash: tuple[str, float, float] | None = None
     expected_refusals: int = 4
     offline: dict[str, Any] = field(default_factory=dict)
-    accuracy: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,6 +111,7 @@ class Run:
             "candidate": self.bundles[version].bundle.digest,
             "stages": stages,
             "gates": {"max_error_rate": 0.01, "latency_p95_ms": 1000.0},
+            "stratified": True,
         }
         api.post("/api/v1/rollouts", body)
         self.notes.rollouts.append(rollout_id)

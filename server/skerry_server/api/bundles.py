@@ -132,7 +132,7 @@ def _note_outcome(context: Ctx, digest: str, before: str, outcome: Outcome, acto
             conn,
             digest=digest,
             action="pass" if outcome.good else "reject",
-            reason=f"{outcome.code}: {outcome.reason}" if outcome.code else "",
+            reason=f"{outcome.code}: {outcome.reason}" if outcome.code else outcome.reason,
             actor=actor,
             now_ms=context.now_ms(),
             validation=outcome.report,

@@ -127,14 +127,21 @@ def divide(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
     return whole
 
 
-def offline_in_first(eligible: Sequence[Eligible], salt: str, k: int) -> int:
-    """How many of the ``k`` devices with the smallest hashes are offline now."""
+def offline_in_first(eligible: Sequence[Eligible], salt: str, k: int, *, stratified: bool = False) -> int:
+    """How many of the ``k`` devices with the smallest hashes are offline now; stratified: of the ``k`` divided over strata."""
     raw_salt = bytes.fromhex(salt)
-    first = sorted(eligible, key=lambda one: (group.hash64(raw_salt, one.device), one.device))[:k]
-    return sum(not one.online for one in first)
+    strata: dict[str, list[Eligible]] = {}
+    for one in eligible:
+        strata.setdefault(one.stratum if stratified else group.ANY_STRATUM, []).append(one)
+    wanted = divide(k, {stratum: len(devices) for stratum, devices in strata.items()})
+    return sum(
+        not one.online
+        for stratum, devices in strata.items()
+        for one in sorted(devices, key=lambda one: (group.hash64(raw_salt, one.device), one.device))[: wanted[stratum]]
+    )
 
 
-def choose_salt(eligible: Sequence[Eligible], salts: Iterable[str], k: int) -> str:
+def choose_salt(eligible: Sequence[Eligible], salts: Iterable[str], k: int, *, stratified: bool = False) -> str:
     """The first of the random salts whose first ``k`` devices are all online, else the one with the fewest offline.
 
     A first stage that holds sleeping devices waits for them. Any salt is as good as another: given who is online, the
@@ -145,7 +152,7 @@ def choose_salt(eligible: Sequence[Eligible], salts: Iterable[str], k: int) -> s
     """
     best: tuple[int, str] | None = None
     for salt in salts:
-        offline = offline_in_first(eligible, salt, k)
+        offline = offline_in_first(eligible, salt, k, stratified=stratified)
         if best is None or offline < best[0]:
             best = (offline, salt)
         if offline == 0:

@@ -57,6 +57,19 @@ def test_a_bundle_goes_from_draft_to_retired(server: ServerRig, operator: Operat
     assert (again.status, again.code) == (409, "not_allowed")
 
 
+def test_a_variant_that_could_not_be_run_here_is_named(server: ServerRig, tmp_path: Path) -> None:
+    models.build_bundle(tmp_path / "b", "partly", "1.0.0")
+    (here,) = json.loads(manifest_of(tmp_path / "b"))["variants"]
+    elsewhere = {**here, "id": "onnx-sparc", "arch": ["sparc64"]}
+    digest = models.build_bundle(tmp_path / "b", "partly", "1.0.0", changes={"variants": [here, elsewhere]})
+    push(server, tmp_path / "b")
+    upload(server, tmp_path / "b")
+    found = server.good("POST", f"/api/v1/bundles/{digest}/validate")
+    assert found["state"] == "validated"
+    assert [one["status"] for one in found["validation"]["variants"]] == ["passed", "skipped"]
+    assert found["reason"].startswith("not run here: onnx-sparc (for sparc64, this machine is")
+
+
 def test_a_version_names_one_bundle_for_ever(server: ServerRig, tmp_path: Path) -> None:
     first = models.build_bundle(tmp_path / "a", "fixed", "1.0.0", seed=1)
     models.build_bundle(tmp_path / "b", "fixed", "1.0.0", seed=2)

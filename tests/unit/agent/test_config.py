@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from skerry_agent import config as c
+from skerry_agent import facts
 from skerry_agent.errors import BadConfig, Degraded
 
 
@@ -47,6 +48,51 @@ def test_all_faults_are_told_together(tmp_path: Path) -> None:
         "server.url", "log.level", "SKERRY_AGENT_TIMING_ACK_S",
     ):  # fmt: skip
         assert word in told
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ('["tflite", "torch"]', "wanted some of onnx, tflite, got 'torch'"),
+        ('["onnx", "onnx"]', "wanted each runtime once"),
+        ('"tflite"', "Expected `array`"),
+    ],
+)
+def test_runtimes_that_cannot_be_are_told_with_every_other_fault(tmp_path: Path, value: str, told: str) -> None:
+    text = f'state_dir = "/x"\n[device]\nruntimes = {value}\n[log]\nlevel = "loud"\n'
+    with pytest.raises(BadConfig) as caught:
+        c.load(write(tmp_path, text), {})
+    first, second = caught.value.faults
+    assert "device.runtimes" in first and told in first
+    assert "log.level" in second
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "installed", "name"),
+    [
+        ("[]", ("onnx", "tflite"), "onnx+tflite"),
+        ('["tflite"]', ("onnx", "tflite"), "tflite"),
+        ('["tflite", "onnx"]', ("onnx", "tflite"), "tflite>onnx"),
+        ('["onnx", "tflite"]', ("onnx", "tflite"), "onnx>tflite"),
+        ('["tflite", "onnx"]', ("onnx",), "onnx"),
+        ('["tflite"]', ("onnx",), "none"),
+    ],
+)
+def test_devices_that_take_different_variants_are_of_different_strata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtimes: str, installed: tuple[str, ...], name: str
+) -> None:
+    # What is installed stands in the metadata of distributions: here a folder that holds just these.
+    site = tmp_path / "site"
+    for distribution in [{"onnx": "onnxruntime", "tflite": "ai_edge_litert"}[one] for one in installed]:
+        (site / f"{distribution}-1.2.3.dist-info").mkdir(parents=True)
+        text = f"Metadata-Version: 2.1\nName: {distribution.replace('_', '-')}\nVersion: 1.2.3\n"
+        (site / f"{distribution}-1.2.3.dist-info" / "METADATA").write_text(text)
+    monkeypatch.setattr("sys.path", [str(site)])
+    text = f'state_dir = "/x"\n[device]\nstratum_class = "box"\nruntimes = {runtimes}\n'
+    config = c.load(write(tmp_path, text), {})
+    found = facts.runtimes(config)
+    assert facts.stratum(config, found) == f"box.{name}"
+    assert set(found.values()) <= {"1.2.3"}
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path) -> None:

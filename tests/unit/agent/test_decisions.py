@@ -51,6 +51,7 @@ def test_a_bundle_that_fits_is_admitted_with_what_is_still_to_fetch() -> None:
         ("no_variant", manifest(variant(arch=("aarch64",))), GOOD, a.Memory()),
         ("runtime_missing", manifest(variant(runtime="tflite")), GOOD, a.Memory()),
         ("runtime_missing", manifest(variant(min="1.21")), GOOD, a.Memory()),
+        ("runtime_missing", manifest(), dataclasses.replace(GOOD, runtimes={"tflite": "2.14"}, prefer=("tflite",)), a.Memory()),
         ("not_enough_memory", manifest(), dataclasses.replace(GOOD, memory_free_mb=49), a.Memory()),
         ("not_enough_memory", manifest(), dataclasses.replace(GOOD, memory_reserve_mb=460), a.Memory()),
         ("not_enough_disk", manifest(), dataclasses.replace(GOOD, disk_free_mb=4.9), a.Memory()),
@@ -63,6 +64,38 @@ def test_a_bundle_that_does_not_fit_is_refused_with_its_code(
     assert isinstance(answer, a.Refuse)
     assert answer.code == code
     assert answer.detail
+
+
+BOTH = dataclasses.replace(GOOD, runtimes={"onnx": "1.20.1", "tflite": "2.14"})
+
+
+@pytest.mark.parametrize(
+    ("prefer", "wins"),
+    [((), "a"), (("onnx",), "a"), (("tflite",), "b"), (("tflite", "onnx"), "b"), (("onnx", "tflite"), "a")],
+)
+def test_the_devices_preferred_runtime_beats_the_order_of_the_manifest(prefer: tuple[str, ...], wins: str) -> None:
+    found = manifest(variant("a"), variant("b", runtime="tflite"))
+    answer = a.admit(found, dataclasses.replace(BOTH, prefer=prefer), a.Memory())
+    assert isinstance(answer, a.Admit)
+    assert answer.variant == wins
+
+
+def test_a_preferred_variant_that_does_not_fit_leaves_the_place_to_the_next() -> None:
+    big = variant("b", runtime="tflite", needs=m.Needs(rss_mb=900, disk_mb=1))
+    answer = a.admit(manifest(variant("a"), big), dataclasses.replace(BOTH, prefer=("tflite", "onnx")), a.Memory())
+    assert isinstance(answer, a.Admit)
+    assert answer.variant == "a"
+
+
+def test_a_runtime_that_is_left_out_is_told_from_one_that_is_not_installed() -> None:
+    left_out = a.admit(
+        manifest(), dataclasses.replace(GOOD, runtimes={"tflite": "2.14"}, prefer=("tflite",)), a.Memory()
+    )
+    missing = a.admit(manifest(variant(runtime="tflite")), dataclasses.replace(GOOD, prefer=("tflite",)), a.Memory())
+    assert isinstance(left_out, a.Refuse)
+    assert isinstance(missing, a.Refuse)
+    assert "device.runtimes leaves out" in left_out.detail
+    assert "is not installed" in missing.detail
 
 
 def test_the_first_variant_that_fits_wins_and_the_nearest_refusal_is_told() -> None:

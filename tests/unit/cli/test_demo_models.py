@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import platform
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from skerry_cli.bundle import check_files
-from skerry_cli.demo import data, models, quantization, sabotage, training
+from skerry_cli.demo import data, models, quantization, sabotage, tflite, training
 from skerry_cli.errors import Failed, Usage
+from skerry_contract import canonical
 from skerry_contract import histogram as h
+from skerry_runtime import precision_tflite
 from skerry_runtime.validation import validate_bundle
 
 CREATED = "2026-01-01T00:00:00Z"
@@ -50,8 +55,50 @@ def test_the_bundle_passes_the_same_validation_as_on_a_server(made: models.Made)
     check_files(made.bundle)
     result = validate_bundle(made.bundle.folder)
     assert result.ok, result
-    proof = result.variants[0].proof
-    assert proof is not None and proof.cases == proof.passed > 30
+    assert [(found.id, found.status) for found in result.variants] == [
+        ("onnx-int8", "passed"),
+        ("tflite-int8", "passed"),
+    ]
+    for found in result.variants:
+        assert found.proof is not None and found.proof.cases == found.proof.passed > 30
+
+
+def test_both_variants_are_the_same_network(made: models.Made) -> None:
+    held_out = made.trained.held_out
+    rows = made.trained.standardise(held_out.x)
+    on_onnx = quantization.answer((made.bundle.folder / "model.onnx").read_bytes(), rows)
+    on_tflite = tflite.answer((made.bundle.folder / "model.tflite").read_bytes(), rows)
+    exact = made.trained.network.predict_proba(rows)
+    # Half a percent of probability is one or two of the 256 steps that an int8 output has.
+    assert np.abs(on_onnx - on_tflite).max() < 0.02 and np.abs(on_tflite - exact).max() < 0.1
+    assert (on_onnx.argmax(axis=1) == on_tflite.argmax(axis=1)).mean() > 0.99
+    assert made.accuracy[models.TFLITE] == pytest.approx((on_tflite.argmax(axis=1) == held_out.y).mean(), abs=1e-6)
+
+
+def test_the_tflite_file_computes_in_integers_between_its_edges(made: models.Made) -> None:
+    (graph,) = precision_tflite.read_model(made.bundle.folder / "model.tflite").graphs
+    kinds = [operator.kind for operator in graph.operators]
+    assert kinds == ["QUANTIZE", *["FULLY_CONNECTED"] * 3, "SOFTMAX", "DEQUANTIZE"]
+    used = {i for operator in graph.operators for i in (*operator.inputs, *operator.outputs)}
+    inside = used - {*graph.inputs, *graph.outputs}
+    assert {graph.tensors[i].type for i in inside} == {"INT8", "INT32"}
+
+
+def test_a_float_graph_in_the_place_of_the_int8_one_is_refused(made: models.Made, tmp_path: Path) -> None:
+    folder = tmp_path / "float"
+    shutil.copytree(made.bundle.folder, folder)
+    network = tflite._float_graph(tflite._layers(made.trained))
+    (folder / "model.tflite").write_bytes(network)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for file in manifest["variants"][1]["files"]:
+        if file["path"] == "model.tflite":
+            file |= {"sha256": hashlib.sha256(network).hexdigest(), "size": len(network)}
+    (folder / "manifest.json").write_bytes(canonical.encode(manifest))
+    found = validate_bundle(folder)
+    # Its answers pass the golden cases; what it is does not pass.
+    assert (found.ok, found.code) == (False, "not_quantized"), found
+    assert "variant tflite-int8" in found.detail and "computes in float" in found.detail
+    assert [one.status for one in found.variants] == ["passed", "failed"]
 
 
 def test_reference_counts_equal_counting_the_held_out_rows_one_by_one(made: models.Made) -> None:
@@ -83,7 +130,7 @@ def test_calibration_ascends_and_stays_between_0_and_1(made: models.Made) -> Non
 
 
 def test_golden_cases_are_raw_rows_with_the_quantized_models_answers(made: models.Made) -> None:
-    lines = (made.bundle.folder / "golden.jsonl").read_text().splitlines()
+    lines = (made.bundle.folder / "golden-onnx.jsonl").read_text().splitlines()
     case = json.loads(lines[0])
     x = np.array(case["inputs"][0]["data"], np.float32)
     assert any((x == row).all() for row in made.trained.held_out.x)

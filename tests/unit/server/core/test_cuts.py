@@ -118,6 +118,29 @@ def test_the_salt_chosen_has_the_fewest_offline_devices_in_the_first_stage(
     assert cuts.offline_in_first(fleet, chosen, k) == min(cuts.offline_in_first(fleet, salt, k) for salt in salts)
 
 
+@given(fleets(), st.lists(SALTS, min_size=1, max_size=8), st.integers(1, 10))
+def test_a_stratified_first_stage_is_looked_at_as_it_will_be_cut(
+    fleet: list[cuts.Eligible], salts: list[str], k: int
+) -> None:
+    def offline(salt: str) -> int:
+        placed = cuts.plan_cuts(fleet, salt, devices=k, share=None, stratified=True, old={})
+        inside = candidates(fleet, salt, placed)
+        return sum(not one.online for one in fleet if one.device in inside)
+
+    chosen = cuts.choose_salt(fleet, salts, k, stratified=True)
+    assert offline(chosen) == min(map(offline, salts))
+
+
+def test_four_of_sixteen_devices_in_two_strata_are_three_and_one() -> None:
+    fleet = [
+        cuts.Eligible(device=ids.device_id(f"gas-{i:02d}"), stratum="x.tflite" if i % 4 == 2 else "x.onnx")
+        for i in range(1, 17)
+    ]
+    placed = cuts.plan_cuts(fleet, "5a" * 16, devices=4, share=None, stratified=True, old={})
+    inside = candidates(fleet, "5a" * 16, placed)
+    assert sorted(one.stratum for one in fleet if one.device in inside) == ["x.onnx"] * 3 + ["x.tflite"]
+
+
 def test_impossible_wishes_are_refused() -> None:
     with pytest.raises(ValueError, match="k >= 0"):
         cuts.place([1], -1)
