@@ -2,18 +2,20 @@
 #
 #   make demo [KEEP=1]      a whole fleet on this machine; KEEP=1 leaves it running and prints the addresses
 #   make test               the tests                   make test-slow   those over a minute, or that need the network
+#   make test-tflite        the agent's worker on tflite-runtime, in an environment of its own
 #   make check              format, lint, types, import rules, docs: what CI checks beside the tests
 #   make bench [ONLY=name]  benchmarks, one JSON line each
 #   make format             formats and applies safe fixes
 #   make clean              removes everything the above made
 
 VENV    := .venv
+TFLITE  := .venv-tflite
 BIN     := $(VENV)/bin
 SOURCES := contract/skerry_contract runtime/skerry_runtime agent/skerry_agent server/skerry_server cli/skerry_cli
 MEMBERS := $(wildcard */pyproject.toml)
 PARALLEL ?= 2
 
-.PHONY: demo test test-slow check bench format clean setup setup-demo
+.PHONY: demo test test-slow test-tflite check bench format clean setup setup-demo
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/skerry demo $(if $(KEEP),--keep)
@@ -23,6 +25,9 @@ test: $(VENV)/.ready-dev
 
 test-slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-tflite: $(VENV)/.ready-dev $(TFLITE)/.ready
+	$(BIN)/python -m pytest -rs tests/integration/worker/test_tflite_runtime.py $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
@@ -52,9 +57,17 @@ $(VENV)/.ready-dev: $(VENV)/.ready-demo tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/requirements.txt
 	@touch $@
 
+$(TFLITE)/.ready: constraints-tflite.txt $(MEMBERS)
+	@PYTHON=python3.11 ./.ci/make-venv $(TFLITE)
+	@$(TFLITE)/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 12) and "tflite-runtime needs Python 3.11: none here")'
+	$(TFLITE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-tflite.txt hatchling editables
+	$(TFLITE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-tflite.txt --no-build-isolation \
+	    -e contract -e 'runtime[tflite]' -e 'agent[tflite]'
+	@touch $@
+
 $(VENV)/bin/python:
 	@./.ci/make-venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo .bench
+	rm -rf $(VENV) $(TFLITE) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo .bench
 	find $(SOURCES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

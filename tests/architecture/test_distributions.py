@@ -65,6 +65,16 @@ def test_every_declared_library_has_a_version_in_the_constraints() -> None:
     assert needed - OURS - pinned == {"tflite-runtime"}
 
 
+def test_the_environment_of_tflite_runtime_differs_in_what_it_must_alone() -> None:
+    lines = (ROOT / "constraints-tflite.txt").read_text().splitlines()
+    pins = dict(re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.+!]*)", line).groups() for line in lines[1:])  # type: ignore[union-attr]
+    differing = {name for name, version in pins.items() if PINS.get(name) != version}
+    assert differing == {"numpy", "tflite-runtime"}
+    assert pins["numpy"].startswith("1.")
+    needed = {normal(r.name) for r in declared("runtime") if "tflite" in str(r)} | {"msgspec", "tuf", "cryptography"}
+    assert needed <= {normal(name) for name in pins}
+
+
 def test_the_constraints_satisfy_what_is_declared() -> None:
     pinned = {normal(name): version for name, version in PINS.items()}
     wrong = [
@@ -81,6 +91,7 @@ def test_the_constraints_satisfy_what_is_declared() -> None:
 def test_no_file_names_a_package_index() -> None:
     for path in [
         ROOT / "constraints.txt",
+        ROOT / "constraints-tflite.txt",
         ROOT / "Makefile",
         ROOT / "tests" / "requirements.txt",
         *ROOT.glob("*/pyproject.toml"),

@@ -26,7 +26,7 @@ from skerry_contract import wire
 
 BOOT_ID = "0" * 32
 TIMEOUT_S = 90.0
-WORKER = (sys.executable, "-m", "skerry_agent.worker")
+WORKER = ("-m", "skerry_agent.worker")
 
 
 class Worker:
@@ -58,10 +58,11 @@ class Worker:
 
 
 class Rig:
-    """A supervisor for tests. Use as a context manager."""
+    """A supervisor for tests. Use as a context manager. ``python``: the interpreter that runs the workers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: str = sys.executable) -> None:
         self.folder = folder
+        self.python = python
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port: int = self.listener.getsockname()[1]
         self.windows: list[tuple[ww.WindowCut, w.Window]] = []
@@ -95,11 +96,13 @@ class Rig:
         self._rings += 1
         return str(self.folder / f"{self._rings}.ring")
 
-    def served(self, bundle: Path, *, name: str = "gas", version: str = "1.0.0", **key: Any) -> ww.Served:
+    def served(
+        self, bundle: Path, *, name: str = "gas", version: str = "1.0.0", variant: str = "", **key: Any
+    ) -> ww.Served:
         from skerry_contract import manifest as mf
 
         raw = (bundle / mf.MANIFEST_FILE).read_bytes()
-        variant = mf.parse(raw).variants[0].id
+        variant = variant or mf.parse(raw).variants[0].id
         return ww.Served(
             name=name,
             version=version,
@@ -114,7 +117,7 @@ class Rig:
         """Starts a worker and sends ``start``; does not wait for ``ready``."""
         ours, theirs = pair()
         process = subprocess.Popen(
-            [*WORKER, "--control-fd", str(theirs.fileno()), "--listen-fd", str(self.listener.fileno())],
+            [self.python, *WORKER, "--control-fd", str(theirs.fileno()), "--listen-fd", str(self.listener.fileno())],
             pass_fds=(theirs.fileno(), self.listener.fileno()),
             env=self.environment,
         )
