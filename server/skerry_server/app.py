@@ -45,8 +45,9 @@ from skerry_server.api import (
 )
 from skerry_server.api.context import Context
 from skerry_server.broker.embedded import EmbeddedBroker
+from skerry_server.broker.external import Broker, ExternalBroker
 from skerry_server.broker.natsconf import Client
-from skerry_server.config import Settings
+from skerry_server.config import Address, Settings
 from skerry_server.db import queries
 from skerry_server.db.engine import open_engine, reading, writing
 from skerry_server.db.migrations import migrate
@@ -117,6 +118,24 @@ def initialise(settings: Settings) -> dict[str, Any]:
     }
 
 
+def issue_broker_certificate(settings: Settings, folder: Path, names: list[str]) -> dict[str, Any]:
+    """Writes certificate and key of an external broker, signed by the fleet's CA, into ``folder``. A running server is no hindrance.
+
+    Raises:
+        NotInitialised: ``initialise`` was never run here.
+    """
+    _require_initialised(settings.data)
+    authority = ca.open_ca(settings.data / "ca", clock.utc_now())
+    authority.issue_listener(folder, names, clock.utc_now())
+    files = {"ca": "ca.pem", "certificate": "broker.pem", "key": "broker.key"}
+    return {what: str(folder / name) for what, name in files.items()}
+
+
+def _require_initialised(data: Path) -> None:
+    if not (data / "ca" / "ca.pem").exists():
+        raise NotInitialised(f"{data} holds no server; run: skerry-server init --data {data}")
+
+
 def _ensure_admin(engine: Engine, path: Path) -> None:
     if path.exists():
         return
@@ -179,8 +198,7 @@ class Server:
         """
         self._settings = settings
         self._data = data = settings.data
-        if not (data / "ca" / "ca.pem").exists():
-            raise NotInitialised(f"{data} holds no server; run: skerry-server init --data {data}")
+        _require_initialised(data)
         self._stack = contextlib.ExitStack()
         self._http: uvicorn.Server | None = None
         self._users_lock = threading.Lock()
@@ -207,21 +225,59 @@ class Server:
         self._port = int(self._socket.getsockname()[1])
         with reading(self._engine) as conn:
             enrolled = _broker_clients(conn)
-        mqtt_port = settings.mqtt.port or _if_free(settings.server.host, last.get("mqtt_port", 0))
-        files_ = self._authority.files
-        self._broker = EmbeddedBroker(
-            data,
+        self._broker = self._choose_broker(enrolled, last.get("mqtt_port", 0))
+        self._telemetry = Telemetry(self._engine, self.probe, clock.now_ms)
+        self._link: ServerLink | None = None
+        self._ingest: Ingest | None = None
+        self._orchestrator: Orchestrator | None = None
+
+    def _choose_broker(self, enrolled: list[Client], last_port: int) -> Broker:
+        settings, files_ = self._settings, self._authority.files
+        if settings.broker.kind == "external":
+            return ExternalBroker(settings.broker.public.port)
+        return EmbeddedBroker(
+            self._data,
             ca_file=files_.ca,
             certificate_file=files_.server_certificate,
             key_file=files_.server_key,
             clients=enrolled,
             host=settings.server.host,
-            port=mqtt_port,
+            port=settings.mqtt.port or _if_free(settings.server.host, last_port),
         )
-        self._telemetry = Telemetry(self._engine, self.probe, clock.now_ms)
-        self._link: ServerLink | None = None
-        self._ingest: Ingest | None = None
-        self._orchestrator: Orchestrator | None = None
+
+    @property
+    def _mqtt(self) -> Address:
+        """Where devices find the broker."""
+        if isinstance(self._broker, ExternalBroker):
+            return self._settings.broker.public
+        return Address(self._settings.server.public_host, self._broker.port)
+
+    def _endpoint(self) -> Endpoint:
+        """Where this server finds the broker, and how it is known there."""
+        settings, files_, data = self._settings, self._authority.files, self._data
+        if isinstance(self._broker, ExternalBroker):
+            wanted = settings.broker
+            return Endpoint(
+                host=wanted.own.host,
+                port=wanted.own.port,
+                ca_file=data / wanted.ca_file if wanted.ca_file else files_.ca,
+                certificate_file=data / wanted.certificate_file
+                if wanted.certificate_file
+                else files_.client_certificate,
+                key_file=data / wanted.key_file if wanted.key_file else files_.client_key,
+            )
+        return Endpoint(
+            host="127.0.0.1" if settings.server.host in ("0.0.0.0", "::") else settings.server.host,  # noqa: S104
+            port=self._broker.port,
+            ca_file=files_.ca,
+            certificate_file=files_.client_certificate,
+            key_file=files_.client_key,
+        )
+
+    def _broker_is_well(self) -> bool:
+        if isinstance(self._broker, EmbeddedBroker):
+            return self._broker.pid is not None
+        return self._link is not None and self._link.connected
 
     @property
     def url(self) -> str:
@@ -235,7 +291,7 @@ class Server:
         ticking = orchestrator is not None and time.monotonic() - orchestrator.last_tick < patience_s
         return {
             "database": self._database_answers(),
-            "broker": self._broker.pid is not None,
+            "broker": self._broker_is_well(),
             "ingest": self._ingest is not None and self._ingest.healthy,
             "orchestrator": ticking and orchestrator is not None and orchestrator.last_tick > 0,
         }
@@ -258,17 +314,10 @@ class Server:
             self._stack.close()
 
     def _start_parts(self) -> None:
-        data, settings, certificates = self._data, self._settings, self._authority.files
+        data, settings = self._data, self._settings
         self._broker.start()
         self._stack.callback(_stop_part, "broker", self._broker.stop)
-        endpoint = Endpoint(
-            host="127.0.0.1" if settings.server.host in ("0.0.0.0", "::") else settings.server.host,  # noqa: S104
-            port=self._broker.port,
-            ca_file=certificates.ca,
-            certificate_file=certificates.client_certificate,
-            key_file=certificates.client_key,
-        )
-        link = self._link = ServerLink(self._engine, endpoint)
+        link = self._link = ServerLink(self._engine, self._endpoint())
         self._ingest = Ingest(self._engine, link)
         orchestrator = self._orchestrator = Orchestrator(
             self._engine, self._publication, link, settings.rollout, clock.now_ms, self._telemetry.observe_tick
@@ -291,7 +340,7 @@ class Server:
                 nonces=device_auth.Nonces(life_s=settings.devices.nonce_s, most=settings.limits.nonces),
                 telemetry=self._telemetry,
                 url=self.url,
-                mqtt_port=self._broker.port,
+                mqtt=self._mqtt._asdict(),
                 online_keys=json.loads((data / "keys" / "online.pub.json").read_text(encoding="utf-8")),
                 wake=orchestrator.wake,
                 refresh_broker_users=self._refresh_broker_users,
@@ -326,12 +375,12 @@ class Server:
             log.info("stopped part=http")
 
     def _announce(self) -> None:
-        """Prints the ready line once requests are answered and ingest is connected."""
+        """Prints the ready line once requests are answered and ingest is connected; an external broker is not waited for."""
         http, ingest = self._http, self._ingest
         assert http is not None
         assert ingest is not None
         deadline = time.monotonic() + 30
-        while not (http.started and ingest.healthy):
+        while not (http.started and (ingest.healthy or isinstance(self._broker, ExternalBroker))):
             if http.should_exit:
                 return
             if time.monotonic() > deadline:
@@ -342,10 +391,12 @@ class Server:
         line = {
             "ready": True,
             "url": self.url,
-            "mqtt": {"host": self._settings.server.public_host, "port": self._broker.port},
+            "mqtt": self._mqtt._asdict(),
             "data": str(self._data),
         }
-        kept = line | {"pid": os.getpid(), "port": self._port, "mqtt_port": self._broker.port}
+        kept = line | {"pid": os.getpid(), "port": self._port}
+        if isinstance(self._broker, EmbeddedBroker):
+            kept |= {"mqtt_port": self._broker.port}
         durable.write(self._data / RUN_FILE, json.dumps(kept).encode() + b"\n")
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()

@@ -103,6 +103,21 @@ class FleetCA:
         own = [x509.DNSName(ids.SERVER_IDENTITY)]
         self._ensure(self.files.client_certificate, self.files.client_key, ids.SERVER_IDENTITY, own, now, server=False)
 
+    def issue_listener(self, folder: Path, names: Iterable[str], now: dt.datetime) -> None:
+        """Writes a broker's certificate and key, new ones, and the CA beside them: ``broker.pem``, ``broker.key``, ``ca.pem``.
+
+        Args:
+            folder: made when missing.
+            names: host names and addresses under which devices and the server reach the broker.
+        """
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        key = ec.generate_private_key(ec.SECP256R1())
+        sans = [_general_name(name) for name in dict.fromkeys(names)]
+        certificate = self._sign("Skerry broker", key.public_key(), now, SERVER_LIFE, sans, server=True)
+        write_private(folder / "broker.key", _key_pem(key))
+        write_private(folder / "broker.pem", certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+        write_private(folder / "ca.pem", self.pem.encode(), mode=0o644)
+
     def _ensure(
         self, path: Path, key_path: Path, name: str, sans: Sequence[x509.GeneralName], now: dt.datetime, *, server: bool
     ) -> None:

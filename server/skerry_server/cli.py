@@ -43,8 +43,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     told = {
         "init": "make the folder: CA, online key, database, admin token",
-        "run": "run everything in this process, with the broker as a child",
+        "run": "run everything in this process, with the broker as a child unless another is configured",
         "migrate": "bring the database to this release's schema",
+        "broker-certificate": "make certificate and key of a broker that is not this server's child",
     }
     for name, text in told.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -53,7 +54,12 @@ def parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
         command.add_argument("--log-json", action="store_true", help="one JSON object per line")
-        if name != "migrate":
+        if name == "broker-certificate":
+            command.add_argument("--out", type=Path, required=True, help="folder for ca.pem, broker.pem and broker.key")
+            command.add_argument(
+                "--name", action="append", required=True, help="host name or address of the broker; may come again"
+            )
+        if name in ("init", "run"):
             command.add_argument("--host", help="address to listen on")
             command.add_argument("--public-host", help="name or address under which devices reach the server")
         if name == "run":
@@ -81,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = config.load(asked.data, os.environ, overrides)
         if asked.command == "init":
             _say(app.initialise(settings))
+        elif asked.command == "broker-certificate":
+            _say(app.issue_broker_certificate(settings, asked.out, asked.name))
         elif asked.command == "migrate":
             engine = open_engine(settings.database_url)
             found = migrate(engine)

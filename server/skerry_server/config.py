@@ -11,7 +11,8 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -50,6 +51,41 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
     """The embedded broker's listener, on ``server.host``. ``port`` 0: as last time, else a free one."""
 
     port: Port = 0
+
+
+class Address(NamedTuple):
+    """Where a broker takes MQTT over TLS."""
+
+    host: str
+    port: int
+
+
+class Broker(msgspec.Struct, frozen=True, kw_only=True):
+    """The MQTT broker.
+
+    Attributes:
+        kind: ``embedded``: a child of this server; ``external``: one that runs by itself.
+        url: of the external one for this server, ``mqtts://host:port``; public_url: for devices, empty for ``url``.
+        ca_file: CA of the broker's certificate; empty for the fleet's own, which is the one that devices trust.
+        certificate_file, key_file: with which this server connects, identity ``_server``; empty for those of the fleet's CA.
+    """
+
+    kind: Literal["embedded", "external"] = "embedded"
+    url: str = ""
+    public_url: str = ""
+    ca_file: str = ""
+    certificate_file: str = ""
+    key_file: str = ""
+
+    @property
+    def own(self) -> Address:
+        """Where this server finds the external broker."""
+        return read_mqtts(self.url)
+
+    @property
+    def public(self) -> Address:
+        """Where devices find it."""
+        return read_mqtts(self.public_url or self.url)
 
 
 class Database(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,6 +136,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     data: Path
     server: Server = Server()
     mqtt: Mqtt = Mqtt()
+    broker: Broker = Broker()
     database: Database = Database()
     limits: Limits = Limits()
     rollout: Rollouts = Rollouts()
@@ -115,6 +152,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 SECTIONS: dict[str, type[msgspec.Struct]] = {
     "server": Server,
     "mqtt": Mqtt,
+    "broker": Broker,
     "database": Database,
     "limits": Limits,
     "rollout": Rollouts,
@@ -208,4 +246,43 @@ def _check(settings: Settings) -> list[str]:
         except ValueError:
             if _HOST_NAME.fullmatch(name) is None:
                 faults.append(f"server: wanted a host name or an IP address, got {name!r}")
+    return faults + _check_broker(settings)
+
+
+def read_mqtts(url: str) -> Address:
+    """Reads ``mqtts://host:port``.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    found = urlsplit(url)
+    plain = found.path in ("", "/") and not found.query and not found.fragment and "@" not in found.netloc
+    if found.scheme != "mqtts" or not found.hostname or not found.port or not plain:
+        raise ValueError(f"wanted mqtts://host:port, got {url!r}")
+    return Address(found.hostname, found.port)
+
+
+def _check_broker(settings: Settings) -> list[str]:
+    broker = settings.broker
+    if broker.kind == "embedded":
+        given = [
+            name for name in ("url", "public_url", "ca_file", "certificate_file", "key_file") if getattr(broker, name)
+        ]
+        return [f"broker.{name}: only an external broker has one; wanted broker.kind external" for name in given]
+    faults = []
+    for name in ("url", "public_url"):
+        value = getattr(broker, name)
+        try:
+            if value or name == "url":
+                read_mqtts(value)
+        except ValueError as error:
+            faults.append(f"broker.{name}: {error}")
+    for name in ("ca_file", "certificate_file", "key_file"):
+        value = getattr(broker, name)
+        if value and not (settings.data / value).is_file():
+            faults.append(f"broker.{name}: wanted a file, got {value!r}")
+    if bool(broker.certificate_file) != bool(broker.key_file):
+        faults.append("broker: certificate_file and key_file belong together: wanted both or neither")
+    if settings.mqtt.port:
+        faults.append("mqtt.port: the embedded broker's; with broker.kind external wanted broker.url alone")
     return faults

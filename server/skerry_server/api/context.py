@@ -32,7 +32,7 @@ class Context:
     """The parts of the server that routes call.
 
     Attributes:
-        url: where this server is reached, without a trailing slash; mqtt_port: its broker.
+        url: where this server is reached, without a trailing slash; mqtt: host and port where devices find the broker.
         online_keys: key id -> TUF key of the online roles.
         wake: makes the orchestrator look now.
         refresh_broker_users: tells the broker who is enrolled now.
@@ -49,17 +49,12 @@ class Context:
     nonces: device_auth.Nonces
     telemetry: Telemetry
     url: str
-    mqtt_port: int
+    mqtt: dict[str, Any]
     online_keys: dict[str, Any]
     wake: Callable[[], None]
     refresh_broker_users: Callable[[], None]
     probe: Callable[[], dict[str, bool]]
     now_ms: Callable[[], int]
-
-    @property
-    def mqtt(self) -> dict[str, Any]:
-        """Where devices find the broker."""
-        return {"host": self.settings.server.public_host, "port": self.mqtt_port}
 
 
 def _context(request: Request) -> Context:

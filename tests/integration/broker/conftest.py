@@ -1,7 +1,12 @@
-"""A fleet on one machine: a certificate authority, the real broker, the real ingest, and devices that are paho clients."""
+"""A fleet on one machine: a certificate authority, a real broker, the real ingest, and devices that are paho clients.
+
+The broker is the embedded NATS or a Mosquitto with the packaged configuration; a test that takes ``fleet`` or ``quiet_fleet`` runs
+on each. Without Mosquitto its half is skipped, and with CI=true that is a failure.
+"""
 
 import datetime as dt
 import ipaddress
+import os
 import random
 import ssl
 import threading
@@ -26,6 +31,9 @@ from skerry_server.ingest import Ingest
 from skerry_server.mqtt import Endpoint, ServerLink
 from sqlalchemy import insert, select
 
+from tests.integration.broker import mosquitto
+
+BROKERS = ("nats", "mosquitto")
 EPOCH = "e" * 32
 BUNDLE = "ab" * 32
 DAY = dt.timedelta(days=1)
@@ -98,7 +106,9 @@ class Authority:
 class Peer:
     """One MQTT client that remembers what it was told."""
 
-    def __init__(self, fleet, identity, *, client_id=None, authority=None, will=None, clean=True, certificate=True):
+    def __init__(
+        self, fleet, identity, *, client_id=None, authority=None, will=None, clean=True, certificate=True, returns=True
+    ):
         self.got: list[tuple[str, bytes]] = []
         self.drops: list[str] = []
         self.grants: dict[int, list] = {}
@@ -107,6 +117,7 @@ class Peer:
             client_id=client_id or identity,
             clean_session=clean,
             protocol=paho.MQTTv311,
+            reconnect_on_failure=returns,
         )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(str(fleet.authority.pem))
@@ -122,6 +133,7 @@ class Peer:
         self.client.on_subscribe = lambda _c, _d, mid, reasons, _p: self.grants.update({mid: list(reasons)})
         self.reads: list[str] = []
         self.fleet = fleet
+        self.port = fleet.server_port if identity == "_server" else fleet.broker.port
 
     def heard(self, message):
         self.got.append((message.topic, bytes(message.payload)))
@@ -131,7 +143,7 @@ class Peer:
             client.subscribe([(topic, 1) for topic in self.reads])
 
     def open(self):
-        self.client.connect("127.0.0.1", self.fleet.broker.port)
+        self.client.connect("127.0.0.1", self.port)
         self.client.loop_start()
         until(self.client.is_connected, "connected")
         return self
@@ -141,7 +153,7 @@ class Peer:
         answers = []
         self.client.on_connect = lambda _c, _d, _f, reason, _p: answers.append(reason)
         try:
-            self.client.connect("127.0.0.1", self.fleet.broker.port)
+            self.client.connect("127.0.0.1", self.port)
         except OSError:
             return True
         self.client.loop_start()
@@ -236,10 +248,16 @@ class Sender(Peer):
 
 
 class Fleet:
-    """The server's folder with broker, database and ingest; devices are enrolled by name."""
+    """The server's folder with broker, database and ingest; devices are enrolled by name.
 
-    def __init__(self, folder: Path):
+    ``binds_client_ids``: whether the broker takes the client id from the certificate. ``refuses_subscriptions``: whether it says no to a
+    filter beyond a device's rights; one that does not grants it and delivers nothing.
+    """
+
+    def __init__(self, folder: Path, kind: str = "nats"):
         self.folder = folder
+        self.kind = kind
+        self.binds_client_ids, self.refuses_subscriptions = kind == "mosquitto", kind == "nats"
         self.authority = Authority(folder / "ca")
         self.stranger = Authority(folder / "other-ca", "another-ca")
         certificate, key = self.authority.serve()
@@ -248,7 +266,10 @@ class Fleet:
         migrations.migrate(self.engine)
         with writing(self.engine) as connection:
             connection.execute(insert(t.groups), [{"name": "g", "created_ms": 0}])
-        self.broker = EmbeddedBroker(folder, ca_file=self.authority.pem, certificate_file=certificate, key_file=key)
+        if kind == "mosquitto":
+            self.broker = mosquitto.Mosquitto(folder, self.authority.folder)
+        else:
+            self.broker = EmbeddedBroker(folder, ca_file=self.authority.pem, certificate_file=certificate, key_file=key)
         self.devices: list[str] = []
         self.ingest: Ingest | None = None
         self.link: ServerLink | None = None
@@ -268,14 +289,22 @@ class Fleet:
         self.devices += names
         self.broker.set_clients(map(Client, self.devices))
 
-    def broker_log(self):
-        return (self.folder / "nats" / "broker.log").read_text()
+    @property
+    def server_port(self):
+        """Where the server connects."""
+        return self.broker.server_port if self.kind == "mosquitto" else self.broker.port
+
+    def refused_publishes(self):
+        """How many messages the broker has refused by name."""
+        if self.kind == "mosquitto":
+            return self.broker.refused_publishes()
+        return (self.folder / "nats" / "broker.log").read_text().count("Publish Violation")
 
     def endpoint(self):
         certificate, key = self.client_files
         return Endpoint(
             host="127.0.0.1",
-            port=self.broker.port,
+            port=self.server_port,
             ca_file=self.authority.pem,
             certificate_file=certificate,
             key_file=key,
@@ -307,8 +336,13 @@ class Fleet:
 
 
 @contextmanager
-def running_fleet(folder, *names):
-    fleet = Fleet(folder)
+def running_fleet(folder, *names, kind="nats"):
+    if kind == "mosquitto" and mosquitto.program() is None:
+        why = "mosquitto is not installed (on Debian: apt install mosquitto)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(why)
+        pytest.skip(why)
+    fleet = Fleet(folder, kind)
     try:
         fleet.enrol(*names)
         fleet.broker.start()
@@ -317,16 +351,28 @@ def running_fleet(folder, *names):
         fleet.close()
 
 
+@pytest.fixture(params=BROKERS)
+def fleet(tmp_path, request):
+    with running_fleet(tmp_path, "dev-a", "dev-b", kind=request.param) as found:
+        yield found
+
+
 @pytest.fixture
-def fleet(tmp_path):
+def nats_fleet(tmp_path):
     with running_fleet(tmp_path, "dev-a", "dev-b") as found:
         yield found
 
 
-@pytest.fixture(scope="module")
-def quiet_fleet(tmp_path_factory):
+@pytest.fixture
+def mosquitto_fleet(tmp_path):
+    with running_fleet(tmp_path, "dev-a", "dev-b", kind="mosquitto") as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=BROKERS)
+def quiet_fleet(tmp_path_factory, request):
     """Shared by the tests of a module that leave nothing behind; without ingest."""
-    with running_fleet(tmp_path_factory.mktemp("fleet"), "dev-a", "dev-b") as found:
+    with running_fleet(tmp_path_factory.mktemp("fleet"), "dev-a", "dev-b", kind=request.param) as found:
         yield found
 
 

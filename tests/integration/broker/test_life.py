@@ -1,4 +1,4 @@
-"""The broker's life: who is cut off, what survives a death, and that nothing is left behind."""
+"""The embedded broker's life: who is cut off, what survives a death, and that nothing is left behind."""
 
 import os
 import signal
@@ -10,6 +10,11 @@ import pytest
 from skerry_contract import topics
 from skerry_server.broker.embedded import BrokerFailed, EmbeddedBroker
 from skerry_server.broker.natsconf import Client
+
+
+@pytest.fixture
+def fleet(nats_fleet):
+    return nats_fleet
 
 
 def alive(pid):

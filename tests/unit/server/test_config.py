@@ -55,6 +55,52 @@ def test_a_name_that_no_certificate_can_carry_is_refused(tmp_path: Path, name: s
         config.load(tmp_path, {"SKERRY_SERVER_SERVER_PUBLIC_HOST": name})
 
 
+def test_an_external_broker_is_an_address_for_the_server_and_one_for_devices(tmp_path: Path) -> None:
+    told = {
+        "SKERRY_SERVER_BROKER_KIND": "external",
+        "SKERRY_SERVER_BROKER_URL": "mqtts://10.0.0.7:8884",
+    }
+    broker = config.load(tmp_path, told).broker
+    assert broker.own == broker.public == ("10.0.0.7", 8884)
+    told["SKERRY_SERVER_BROKER_PUBLIC_URL"] = "mqtts://broker.example:8883/"
+    assert config.load(tmp_path, told).broker.public == ("broker.example", 8883)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "mqtt://b:1883",
+        "mqtts://b",
+        "mqtts://:8883",
+        "mqtts://u:p@b:8883",
+        "mqtts://b:8883/x",
+        "mqtts://b:99999",
+        "b:8883",
+    ],
+)
+def test_an_external_broker_without_a_usable_address_is_refused(tmp_path: Path, url: str) -> None:
+    told = {"SKERRY_SERVER_BROKER_KIND": "external", "SKERRY_SERVER_BROKER_URL": url}
+    with pytest.raises(BadSettings, match=r"broker\.url"):
+        config.load(tmp_path, told)
+
+
+def test_settings_of_two_brokers_at_once_are_refused_together(tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text('[broker]\nurl = "mqtts://b:1"\nca_file = "ca.pem"\n')
+    with pytest.raises(BadSettings) as refused:
+        config.load(tmp_path, {})
+    assert [fault.partition(":")[0] for fault in refused.value.faults] == ["broker.url", "broker.ca_file"]
+    text = '[broker]\nkind = "external"\nurl = "mqtts://b:1"\ncertificate_file = "none.pem"\n[mqtt]\nport = 8883\n'
+    (tmp_path / "server.toml").write_text(text)
+    with pytest.raises(BadSettings) as refused:
+        config.load(tmp_path, {})
+    assert [fault.partition(":")[0] for fault in refused.value.faults] == [
+        "broker.certificate_file",
+        "broker",
+        "mqtt.port",
+    ]
+
+
 def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "server.toml").write_bytes(b"\xff= [")
     with pytest.raises(BadSettings, match="TOML"):
