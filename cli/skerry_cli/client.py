@@ -98,6 +98,15 @@ class Api:
             raise _error(status, data, f"GET {path}")
         return data
 
+    def find(self, path: str) -> Any:
+        """GET of a JSON answer, None when the thing is not there.
+
+        Raises:
+            Failed: unreachable, or no JSON.
+        """
+        data = self.fetch(path)
+        return None if data is None else self._read(path, data)
+
     def _json(
         self,
         method: str,
@@ -114,8 +123,9 @@ class Api:
         status, data = self._call(method, where, body=body, headers=sent)
         if not 200 <= status < 300:
             raise _error(status, data, f"{method} {path}")
-        if not data:
-            return {}
+        return self._read(path, data) if data else {}
+
+    def _read(self, path: str, data: bytes) -> Any:
         try:
             return json.loads(data)
         except (ValueError, RecursionError):

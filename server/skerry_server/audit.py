@@ -65,6 +65,14 @@ def rows(conn: Connection, *, after: int, limit: int) -> list[dict[str, Any]]:
     return [dict(row) for row in conn.execute(query).mappings()]
 
 
+def last(conn: Connection, subject: str) -> dict[str, Any] | None:
+    """Who changed a thing last, what and when; None when no row is about it."""
+    c = t.audit.c
+    query = select(c.at_ms, c.actor, c.action).where(c.subject == subject[:200]).order_by(c.id.desc()).limit(1)
+    row = conn.execute(query).mappings().first()
+    return None if row is None else dict(row)
+
+
 def first_break(all_rows: Iterable[Mapping[str, Any]]) -> int | None:
     """The id of the first row whose chain does not follow from the row before; None when all do.
 

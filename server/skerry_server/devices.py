@@ -17,7 +17,7 @@ from typing import Any
 from skerry_contract import ids
 from sqlalchemy import Connection, delete, insert, select, update
 
-from skerry_server import access, audit, ca, clock, groups
+from skerry_server import access, audit, ca, clock, groups, versions
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.errors import Conflict, Forbidden, Invalid, NotFound, Unauthenticated
@@ -249,24 +249,34 @@ def revoke(conn: Connection, *, device: str, reason: str, actor: str, now_ms: in
 
 
 def set_membership(
-    conn: Connection, *, device: str, group: str | None, tags: Mapping[str, str] | None, actor: str, now_ms: int
+    conn: Connection,
+    *,
+    device: str,
+    group: str | None,
+    tags: Mapping[str, str] | None,
+    actor: str,
+    now_ms: int,
+    version: int | None = None,
 ) -> int:
     """Moves a device to another group or gives it other tags; returns the new membership version. The device's bell is rung.
 
+    Args:
+        version: the membership version that the caller read; None to change whatever is there.
+
     Raises:
-        NotFound: no such device or group. Invalid: tags that cannot be.
+        NotFound: no such device or group. Invalid: tags that cannot be. Conflict: group, tags or pins changed since.
     """
-    held = require(conn, device)
+    held = _expect_membership(conn, device, version)
     new_group = held["group"] if group is None else group
     groups.require(conn, new_group)
     new_tags = held["tags"] if tags is None else check_tags(tags)
     if (new_group, new_tags) == (held["group"], held["tags"]):
         return int(held["membership_version"])
-    version = int(held["membership_version"]) + 1
+    changed = int(held["membership_version"]) + 1
     conn.execute(
         update(t.devices)
         .where(t.devices.c.id == device)
-        .values(group=new_group, tags=new_tags, membership_version=version)
+        .values(group=new_group, tags=new_tags, membership_version=changed)
     )
     queries.bump_bell(conn, f"d/{device}")
     if new_group != held["group"]:
@@ -280,24 +290,56 @@ def set_membership(
         action="device.membership",
         subject=f"device:{device}",
         before={"group": held["group"], "tags": held["tags"]},
-        after={"group": new_group, "tags": new_tags, "version": version},
+        after={"group": new_group, "tags": new_tags, "version": changed},
     )
+    return changed
+
+
+def _expect_membership(conn: Connection, device: str, version: int | None) -> dict[str, Any]:
+    query = select(t.devices).where(t.devices.c.id == ids.device_id(device)).with_for_update()
+    row = conn.execute(query).mappings().first()
+    if row is None:
+        raise NotFound("device", device)
+    pins = select(t.pins.c.model, t.pins.c.digest).where(t.pins.c.device == device)
+    now = {"group": row["group"], "tags": row["tags"], "pins": {p.model: p.digest for p in conn.execute(pins)}}
+    versions.expect(conn, f"device:{device}", wanted=version, present=row["membership_version"], now=now)
+    return dict(row)
+
+
+def _count_membership(conn: Connection, held: Mapping[str, Any]) -> int:
+    version = int(held["membership_version"]) + 1
+    conn.execute(update(t.devices).where(t.devices.c.id == held["id"]).values(membership_version=version))
     return version
 
 
-def set_pin(conn: Connection, *, device: str, model: str, digest: str, reason: str, actor: str, now_ms: int) -> None:
-    """Makes a device run one bundle of a model whatever its group runs.
+def set_pin(
+    conn: Connection,
+    *,
+    device: str,
+    model: str,
+    digest: str,
+    reason: str,
+    actor: str,
+    now_ms: int,
+    version: int | None = None,
+) -> int:
+    """Makes a device run one bundle of a model whatever its group runs; returns the new membership version.
+
+    Args:
+        version: the membership version that the caller read; None to change whatever is there.
 
     Raises:
-        NotFound: no such device or bundle. Conflict: the bundle is not approved, or is of another model.
+        NotFound: no such device or bundle. Conflict: the bundle is not approved, or is of another model, or the device's
+            group, tags or pins changed since.
     """
-    held = require(conn, device)
+    held = _expect_membership(conn, device, version)
     ids.model_name(model)
     groups.runnable(conn, digest, model=model)
     c = t.pins.c
     before = conn.execute(select(c.digest).where(c.device == device, c.model == model)).scalar()
     conn.execute(delete(t.pins).where(c.device == device, c.model == model))
     conn.execute(insert(t.pins).values(device=device, model=model, digest=digest, set_by=actor, set_ms=now_ms))
+    counted = _count_membership(conn, held)
     groups.touch(conn, held["group"])
     audit.record(
         conn,
@@ -309,16 +351,20 @@ def set_pin(conn: Connection, *, device: str, model: str, digest: str, reason: s
         after={"model": model, "digest": digest},
         reason=reason,
     )
+    return counted
 
 
-def clear_pin(conn: Connection, *, device: str, model: str, actor: str, now_ms: int) -> None:
-    """Takes a pin away. Raises ``NotFound`` when there is none."""
-    held = require(conn, device)
+def clear_pin(
+    conn: Connection, *, device: str, model: str, actor: str, now_ms: int, version: int | None = None
+) -> None:
+    """Takes a pin away; ``version`` as for ``set_pin``. Raises ``NotFound`` when there is none, ``Conflict`` as ``set_pin``."""
+    held = _expect_membership(conn, device, version)
     c = t.pins.c
     before = conn.execute(select(c.digest).where(c.device == device, c.model == model)).scalar()
     if before is None:
         raise NotFound("pin", f"{device}/{model}")
     conn.execute(delete(t.pins).where(c.device == device, c.model == model))
+    _count_membership(conn, held)
     groups.touch(conn, held["group"])
     audit.record(
         conn,

@@ -15,7 +15,7 @@ from skerry_contract import ids
 from skerry_contract.errors import Malformed
 from sqlalchemy import Connection, insert, select, update
 
-from skerry_server import audit
+from skerry_server import audit, versions
 from skerry_server.core.rollout import OFFERING
 from skerry_server.db import queries
 from skerry_server.db import tables as t
@@ -32,15 +32,29 @@ def require(conn: Connection, name: str) -> dict[str, Any]:
     return dict(row)
 
 
-def put(conn: Connection, *, name: str, settings: dict[str, Any] | None, actor: str, now_ms: int) -> bool:
+def put(
+    conn: Connection,
+    *,
+    name: str,
+    settings: dict[str, Any] | None,
+    actor: str,
+    now_ms: int,
+    version: int | None = None,
+) -> bool:
     """Makes a group, or changes its settings; returns whether it was made.
+
+    Args:
+        version: of the settings that the caller read, 0 for no group; None to change whatever is there.
 
     Raises:
         Malformed: a name outside the grammar. Invalid: settings that no device would take.
+        Conflict: the settings have changed since ``version``.
     """
     ids.group_name(name)
     checked = None if settings is None else check_settings(settings)
-    row = conn.execute(select(t.groups).where(t.groups.c.name == name)).mappings().first()
+    row = conn.execute(select(t.groups).where(t.groups.c.name == name).with_for_update()).mappings().first()
+    now = {"settings": None if row is None else row["settings"]}
+    versions.expect(conn, f"group:{name}", wanted=version, present=0 if row is None else row["version"], now=now)
     if row is not None and (checked is None or checked == row["settings"]):
         return False
     if row is None:

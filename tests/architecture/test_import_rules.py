@@ -47,7 +47,7 @@ LAYERS = {
         ("app", False),
         ("api", True),
         ("orchestrator ingest", False),
-        ("publication rollouts devices groups registry intake presence quarantine evidence ledger access", True),
+        ("publication rollouts devices groups registry intake presence quarantine evidence ledger access versions", True),
         ("repository metadata trust broker mqtt ca device_auth validation telemetry audit", False),
         ("db durable clock config errors", True),
         ("core", True),

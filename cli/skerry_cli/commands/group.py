@@ -22,10 +22,16 @@ _NUMBERS = frozenset({"window_s", "sample_rate", "sync_s", "jitter_s", "max_kib_
 def create(
     context: typer.Context,
     group: Group,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=NUMBER, e.g. sync_s=300; repeat.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=NUMBER, e.g. sync_s=300; NAME= for the default; repeat.")
+    ] = None,
 ) -> None:
-    """Makes a group, or changes the settings of one that is there."""
-    session(context).api.put(f"/api/v1/groups/{quote(group)}", {"settings": parse_settings(setting or [])})
+    """Makes a group, or changes the named settings of one that is there. Refused when somebody changes it meanwhile."""
+    named = parse_settings(setting or [])
+    api, path = session(context).api, f"/api/v1/groups/{quote(group)}"
+    found = api.find(path) or {"settings": {}, "version": 0}
+    merged = {name: value for name, value in {**found["settings"], **named}.items() if value is not None}
+    api.put(path, {"settings": merged, "version": found["version"]})
     output.say(f"Group {group} is set.")
 
 
@@ -50,7 +56,7 @@ def show(context: typer.Context, group: Group, as_json: AsJson = False) -> None:
 
 
 def parse_settings(texts: list[str]) -> dict[str, Any]:
-    """Reads ``NAME=NUMBER`` pairs.
+    """Reads ``NAME=NUMBER`` pairs; a name without a number is None, for the default.
 
     Raises:
         Usage: an unknown name or no number.
@@ -61,7 +67,7 @@ def parse_settings(texts: list[str]) -> dict[str, Any]:
         if not sep or name not in _NUMBERS:
             raise Usage(f"--set {text!r}: wanted NAME=NUMBER with one of {', '.join(sorted(_NUMBERS))}")
         try:
-            settings[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+            settings[name] = None if not value else int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError:
             raise Usage(f"--set {text!r}: wanted a number, got {value!r}") from None
     return settings

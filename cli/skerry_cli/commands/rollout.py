@@ -19,6 +19,9 @@ app = typer.Typer(no_args_is_help=True, help="Send a bundle out by stages, and w
 ENDED = frozenset({"completed", "rolled_back", "aborted"})
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why, for the record.")]
+IfVersion = Annotated[
+    int | None, typer.Option("--if-version", help="Only while the rollout is at this version, as show told it.")
+]
 _STAGE_KEYS = {"devices": int, "share": float, "inferences": int, "confirmed": int, "seconds": float, "max": float}
 
 
@@ -153,21 +156,27 @@ def show(
 
 
 @app.command()
-def pause(context: typer.Context, rollout: Annotated[str, typer.Argument()], reason: Reason) -> None:
+def pause(
+    context: typer.Context, rollout: Annotated[str, typer.Argument()], reason: Reason, if_version: IfVersion = None
+) -> None:
     """Holds the cut where it is."""
-    _command(session(context).api, rollout, "pause", reason)
+    _command(session(context).api, rollout, "pause", reason, if_version)
 
 
 @app.command()
-def resume(context: typer.Context, rollout: Annotated[str, typer.Argument()], reason: Reason) -> None:
+def resume(
+    context: typer.Context, rollout: Annotated[str, typer.Argument()], reason: Reason, if_version: IfVersion = None
+) -> None:
     """Lets a paused rollout go on."""
-    _command(session(context).api, rollout, "resume", reason)
+    _command(session(context).api, rollout, "resume", reason, if_version)
 
 
 @app.command()
-def abort(context: typer.Context, rollout: Annotated[str, typer.Argument()], reason: Reason) -> None:
+def abort(
+    context: typer.Context, rollout: Annotated[str, typer.Argument()], reason: Reason, if_version: IfVersion = None
+) -> None:
     """Sends every candidate back to the stable bundle."""
-    _command(session(context).api, rollout, "abort", reason)
+    _command(session(context).api, rollout, "abort", reason, if_version)
 
 
 def parse_stage(text: str) -> dict[str, Any]:
@@ -198,6 +207,6 @@ def decision_text(decision: dict[str, Any]) -> str:
     return f"{output.when(decision.get('at_ms'))}  stage {decision.get('stage')}: {decision['action']}{verdict}: {decision['reason']}"
 
 
-def _command(api: Api, rollout: str, verb: str, reason: str) -> None:
-    now = api.post(f"/api/v1/rollouts/{quote(rollout)}/{verb}", {"reason": reason})
+def _command(api: Api, rollout: str, verb: str, reason: str, version: int | None) -> None:
+    now = api.post(f"/api/v1/rollouts/{quote(rollout)}/{verb}", {"reason": reason, "version": version})
     output.say(f"Rollout {rollout} is {now.get('state', verb)}.")

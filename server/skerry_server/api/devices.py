@@ -16,6 +16,8 @@ from skerry_server.db.engine import reading, writing
 
 router = APIRouter(prefix="/api/v1", tags=["devices"])
 
+Version = Annotated[int | None, Field(description="The membership_version that was read; 409 when it has changed")]
+
 
 class NewEnrolmentToken(BaseModel):
     """A token for one device, or for devices whose ids begin alike."""
@@ -35,6 +37,7 @@ class Pin(BaseModel):
     model_config = ConfigDict(extra="forbid")
     digest: str
     reason: str = Field(default="", max_length=2000)
+    version: Version = None
 
 
 class Membership(BaseModel):
@@ -43,6 +46,7 @@ class Membership(BaseModel):
     model_config = ConfigDict(extra="forbid")
     group: str | None = None
     tags: dict[str, str] | None = None
+    version: Version = None
 
 
 class Revocation(BaseModel):
@@ -118,7 +122,7 @@ def device_events(
 @router.put("/devices/{device}/pins/{model}", summary="Pin a bundle on one device")
 def set_pin(context: Ctx, caller: Operator, device: str, model: str, pin: Pin) -> dict[str, Any]:
     with writing(context.engine) as conn:
-        devices.set_pin(
+        version = devices.set_pin(
             conn,
             device=device,
             model=model,
@@ -126,15 +130,20 @@ def set_pin(context: Ctx, caller: Operator, device: str, model: str, pin: Pin) -
             reason=pin.reason,
             actor=caller.actor,
             now_ms=context.now_ms(),
+            version=pin.version,
         )
     context.wake()
-    return {"device": device, "model": model, "digest": pin.digest}
+    return {"device": device, "model": model, "digest": pin.digest, "version": version}
 
 
 @router.delete("/devices/{device}/pins/{model}", summary="Take a pin away", status_code=204)
-def clear_pin(context: Ctx, caller: Operator, device: str, model: str) -> None:
+def clear_pin(
+    context: Ctx, caller: Operator, device: str, model: str, version: Annotated[int | None, Query()] = None
+) -> None:
     with writing(context.engine) as conn:
-        devices.clear_pin(conn, device=device, model=model, actor=caller.actor, now_ms=context.now_ms())
+        devices.clear_pin(
+            conn, device=device, model=model, actor=caller.actor, now_ms=context.now_ms(), version=version
+        )
     context.wake()
 
 
@@ -142,7 +151,13 @@ def clear_pin(context: Ctx, caller: Operator, device: str, model: str) -> None:
 def set_membership(context: Ctx, caller: Operator, device: str, wanted: Membership) -> dict[str, Any]:
     with writing(context.engine) as conn:
         version = devices.set_membership(
-            conn, device=device, group=wanted.group, tags=wanted.tags, actor=caller.actor, now_ms=context.now_ms()
+            conn,
+            device=device,
+            group=wanted.group,
+            tags=wanted.tags,
+            actor=caller.actor,
+            now_ms=context.now_ms(),
+            version=wanted.version,
         )
     context.wake()
     return {"device": device, "version": version}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from skerry_contract import canonical, ids
 from sqlalchemy import Connection, func, select
 
@@ -23,6 +23,7 @@ class GroupSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     settings: dict[str, Any] | None = None
+    version: int | None = Field(default=None, description="That was read, 0 for no group; 409 when it has changed")
 
 
 class Assignment(BaseModel):
@@ -59,8 +60,14 @@ def _shape(conn: Connection, row: dict[str, Any]) -> dict[str, Any]:
 @router.put("/{name}", summary="Make a group, or change its settings")
 def put_group(context: Ctx, caller: Operator, name: str, wanted: GroupSettings | None = None) -> dict[str, Any]:
     with writing(context.engine) as conn:
-        settings = wanted.settings if wanted else None
-        groups.put(conn, name=name, settings=settings, actor=caller.actor, now_ms=context.now_ms())
+        groups.put(
+            conn,
+            name=name,
+            settings=wanted.settings if wanted else None,
+            version=wanted.version if wanted else None,
+            actor=caller.actor,
+            now_ms=context.now_ms(),
+        )
         shaped = _shape(conn, groups.require(conn, name))
     context.wake()
     return shaped

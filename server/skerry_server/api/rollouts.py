@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select, tuple_
 
-from skerry_server import rollouts
+from skerry_server import rollouts, versions
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, page, read_cursor
 from skerry_server.core import rollout as core
 from skerry_server.db import tables as t
@@ -40,6 +40,7 @@ class Why(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     reason: str = Field(default="", max_length=2000)
+    version: int | None = Field(default=None, description="Of the rollout that was read; 409 when it has changed")
 
 
 @router.post("", summary="Make a rollout and start its first stage", status_code=201)
@@ -125,6 +126,11 @@ def abort(context: Ctx, caller: Operator, rollout: str, why: Why | None = None) 
 
 def _command(context: Ctx, actor: str, rollout: str, action: core.Action, why: Why | None) -> dict[str, Any]:
     with writing(context.engine) as conn:
+        if why is not None and why.version is not None:
+            conn.execute(select(t.rollouts.c.id).where(t.rollouts.c.id == rollout).with_for_update())
+            row = rollouts.require(conn, rollout)
+            now = {name: row[name] for name in ("state", "stage", "reason")}
+            versions.expect(conn, f"rollout:{rollout}", wanted=why.version, present=row["version"], now=now)
         row = rollouts.command(
             conn,
             rollout,

@@ -76,7 +76,7 @@ groups = Table(
     Column("generation", BigInteger, nullable=False, default=0),  # of the last published document
     Column("settings", JSON, nullable=False, default=dict),
     Column("published", LargeBinary),  # bytes of the last published document
-    Column("version", Integer, nullable=False, default=1),  # optimistic lock
+    Column("version", Integer, nullable=False, default=1),  # of the settings; callers may name the one they read
     Column("created_ms", BigInteger, nullable=False),
 )
 
@@ -96,7 +96,7 @@ devices = Table(
     Column("id", String(63), primary_key=True),
     Column("group", String(63), ForeignKey("groups.name"), nullable=False, index=True),
     Column("tags", JSON, nullable=False, default=dict),
-    Column("membership_version", Integer, nullable=False, default=1),
+    Column("membership_version", Integer, nullable=False, default=1),  # of group, tags and pins
     Column("status", String(20), nullable=False),  # enrolled, revoked
     Column("enrolled_ms", BigInteger, nullable=False),
     Column("public_key_sha256", String(64), nullable=False),

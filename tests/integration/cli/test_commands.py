@@ -46,7 +46,9 @@ def test_a_bundle_goes_from_a_folder_to_a_rollout(cli: Cli, bundle: Path) -> Non
     assert (started.code, started.json()["state"]) == (OK, "running")
     shown = cli("rollout", "show", "r-1", "--json").json()
     assert shown["decisions"][0]["action"] == "start"
-    assert cli("rollout", "pause", "r-1", "--reason", "look").code == OK
+    assert cli("rollout", "pause", "r-1", "--reason", "look", "--if-version", str(shown["version"])).code == OK
+    late = cli("rollout", "abort", "r-1", "--reason", "late", "--if-version", str(shown["version"]))
+    assert late.code == FAILED and "moved_on" in late.err and "rollout.pause by token:admin" in late.err
     assert cli("rollout", "list", "--json").json()["items"][0]["state"] == "paused"
     assert cli("rollout", "resume", "r-1", "--reason", "seen").code == OK
     assert cli("rollout", "abort", "r-1", "--reason", "a test").code == OK
@@ -90,6 +92,15 @@ def test_giving_up_on_a_rollout_says_where_it_stands(cli: Cli, folder: Path) -> 
     assert late.code == FAILED and "still running after 0.1 s" in late.err
     assert json.loads(late.out.splitlines()[-1])["state"] == "running"
     assert cli("rollout", "abort", "r-still", "--reason", "a test").code == OK
+
+
+def test_settings_of_a_group_are_changed_one_by_one(cli: Cli) -> None:
+    assert cli("group", "create", "tuned", "--set", "sync_s=300").code == OK
+    assert cli("group", "create", "tuned", "--set", "window_s=20").code == OK
+    shown = cli("group", "show", "tuned", "--json").json()
+    assert shown["settings"] == {"sync_s": 300, "window_s": 20}
+    assert cli("group", "create", "tuned", "--set", "sync_s=").code == OK
+    assert cli("group", "show", "tuned", "--json").json()["settings"] == {"window_s": 20}
 
 
 def test_a_floor_only_goes_down_when_asked_twice(cli: Cli) -> None:
