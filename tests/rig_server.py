@@ -203,15 +203,23 @@ class Operator:
         push(self.api, read_bundle(folder))
         return digest
 
+    def delist(self, model: str, version: str) -> dict[str, Any]:
+        """Signs the catalog without the bundle, and posts it; the server's answer."""
+        approver = self._approver()
+        approver.change(catalog.Change(remove=((model, version),)), now=dt.datetime.now(dt.UTC))
+        return approver.answer
+
     def approve(self, model: str, version: str, digest: str, **change: Any) -> None:
         """Signs the catalog that lists the bundle, and posts it."""
-        signer = key_files.load_signer(self.ceremony.key_path("approver"), None)
-        approver = Approver(
-            self.api, root=self.ceremony.root, signer=signer, name="approver", cache_dir=self.folder / "cache"
-        )
         addition = catalog.Addition(model=model, version=version, digest=digest, submitter="admin")
         now = dt.datetime.now(dt.UTC)
-        approver.change(catalog.Change(add=(addition,), **change), now=now)
+        self._approver().change(catalog.Change(add=(addition,), **change), now=now)
+
+    def _approver(self) -> Approver:
+        signer = key_files.load_signer(self.ceremony.key_path("approver"), None)
+        return Approver(
+            self.api, root=self.ceremony.root, signer=signer, name="approver", cache_dir=self.folder / "cache"
+        )
 
     def publish(self, model: str, version: str, kind: str = "classifier", seed: int = 0) -> str:
         """Push and approve; the digest."""

@@ -114,6 +114,8 @@ class Approver:
         self._cache_dir = cache_dir
         self._url = repository_url or f"{api.server}/repository"
         cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.answer: dict[str, Any] = {}
+        """What the server said to the catalog that it took last."""
         self._ca_file = cache_dir / "fleet-ca.pem"
         self._ca_file.write_text(api.ca_pem, encoding="ascii")
 
@@ -182,7 +184,7 @@ class Approver:
 
     def _post(self, proposal: catalog.Proposal) -> None:
         if proposal.complete:
-            self._api.post(
+            self.answer = self._api.post(
                 "/api/v1/repository/metadata",
                 {
                     "role": layout.CATALOG_ROLE,

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Engine, select
 
-from skerry_server import rollouts
+from skerry_server import registry, rollouts
 from skerry_server.config import Rollouts as Pace
 from skerry_server.core import rollout as core
 from skerry_server.db import tables as t
@@ -109,7 +109,9 @@ class Orchestrator:
         now_ms = self._now_ms()
         with reading(self._engine) as conn:
             row = rollouts.require(conn, rollout)
-            decision = core.decide(rollouts.value(row), rollouts.gather(conn, row), now_ms)
+            value, evidence = rollouts.value(row), rollouts.gather(conn, row)
+            listed = registry.require(conn, row["candidate"])["state"] != "retired"
+            decision = (None if listed else withdraw(value, evidence)) or core.decide(value, evidence, now_ms)
             last = rollouts.last_decision(conn, rollout)
         if decision.action == "hold" and not _is_news(decision, last):
             return False
@@ -137,6 +139,23 @@ class Orchestrator:
             decision.reason,
         )
         return True
+
+
+def withdraw(rollout: core.Rollout, evidence: core.Evidence) -> core.Decision | None:
+    """What becomes of a rollout whose candidate no catalog lists any more; None when it has been dealt with.
+
+    Devices refuse the candidate from now on, and those that run it must not be the only ones: the rollout goes back. A
+    model's first bundle has none to go back to, so that its rollout waits for a person.
+    """
+    why = "the signed catalog no longer lists the candidate"
+    if rollout.state not in core.OFFERING:
+        return None
+    if not rollout.first:
+        return core.Decision(action="roll_back", verdict="", reason=why, evidence=evidence.to_builtins())
+    if rollout.state == "paused":
+        return None
+    reason = f"{why}, and it is the model's first bundle here: abort, and start with another"
+    return core.Decision(action="pause", verdict="", reason=reason, evidence=evidence.to_builtins())
 
 
 def _is_news(decision: core.Decision, last: dict[str, Any] | None) -> bool:

@@ -66,7 +66,10 @@ class Publication:
             return self._repository.floors()
 
     def install(self, role: str, metadata: bytes, floors: bytes | None, *, actor: str) -> dict[str, Any]:
-        """Takes signed metadata from the operator; returns the role's version and the bundles whose state changed.
+        """Takes signed metadata from the operator; returns the role's version, the bundles whose state changed, and what still
+        names one that the catalog no longer lists: ``in_use``, digest -> users.
+
+        The approvers' signature decides: a bad bundle must be taken out at once, whoever runs it.
 
         Raises:
             RepositoryRefused: the trust chain, the version or a target does not hold.
@@ -97,7 +100,14 @@ class Publication:
                     after={"version": version, "sha256": hashlib.sha256(metadata).hexdigest()},
                 )
             changed = self.align()
-        return {"role": role, "version": version, "bundles": changed}
+        return {"role": role, "version": version, "bundles": changed, "in_use": self._retired_in_use(changed)}
+
+    def _retired_in_use(self, digests: list[str]) -> dict[str, list[str]]:
+        c = t.bundles.c
+        with reading(self._engine) as conn:
+            retired = conn.execute(select(c.digest).where(c.digest.in_(digests), c.state == "retired")).scalars().all()
+            found = {str(digest): registry.users(conn, digest) for digest in retired}
+        return {digest: used for digest, used in found.items() if used}
 
     def align(self, *, starting: bool = False) -> list[str]:
         """Bundle states and the table of roles, as the repository holds them now. Does nothing where they agree.

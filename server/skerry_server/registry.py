@@ -171,7 +171,9 @@ def sync_catalog(conn: Connection, listed: Iterable[str], *, actor: str, now_ms:
         if row.state == "validated" and row.digest in wanted:
             reason, action = "the signed catalog lists it", "list"
         elif row.state != "validated" and row.digest not in wanted:
-            reason, action = "the signed catalog no longer lists it", "delist"
+            used = users(conn, row.digest)
+            in_use = f"; in use by {', '.join(used)}" if used else ""
+            reason, action = f"the signed catalog no longer lists it{in_use}", "delist"
         else:
             continue
         step: core.Action = "list" if action == "list" else "delist"

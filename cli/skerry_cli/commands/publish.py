@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from skerry_cli import bundle, catalog, key_files, keys, output, publishing
-from skerry_cli.client import Api
+from skerry_cli.client import Api, quote
 from skerry_cli.commands.session import Session, now, session
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
 from skerry_cli.publishing import find_bundle
@@ -59,6 +59,7 @@ def approve(
     cosign: Annotated[Path | None, typer.Option("--cosign", help="A colleague's proposal to sign.")] = None,
     proposal_out: ProposalOut = None,
     renew: Annotated[bool, typer.Option("--renew", help="Change nothing but the expiry.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take out a bundle although something runs it.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -71,14 +72,20 @@ def approve(
     worker = _approver(run, approver)
     if cosign is not None:
         metadata, floors = publishing.read_proposal(cosign)
-        made = worker.cosign(metadata, floors, now=now(), folder=folder, confirm=_confirm(yes, as_json))
+        made = worker.cosign(
+            metadata, floors, now=now(), folder=folder, confirm=_confirm(yes, as_json, _unused(run.api, force=force))
+        )
     else:
         change = catalog.Change(
             add=tuple(_addition(run.api, wish, sure=folder is not None or not yes) for wish in bundles or ()),
             remove=tuple(_listed(text) for text in remove or ()),
         )
         made = worker.change(
-            change, now=now(), approvers=(approver, *(others or ())), folder=folder, confirm=_confirm(yes, as_json)
+            change,
+            now=now(),
+            approvers=(approver, *(others or ())),
+            folder=folder,
+            confirm=_confirm(yes, as_json, _unused(run.api, force=force)),
         )
     _report(made, proposal_out, as_json)
 
@@ -137,10 +144,32 @@ def _listed(text: str) -> tuple[str, str]:
     return model, version
 
 
-def _confirm(yes: bool, as_json: bool) -> Callable[[catalog.Difference], bool]:
+def _unused(api: Api, *, force: bool) -> Callable[[catalog.Difference], None]:
+    """Refuses to take out what groups, rollouts or pins name, or only says so with ``force``."""
+
+    def check(difference: catalog.Difference) -> None:
+        for entry in difference.removed:
+            used = (api.find(f"/api/v1/bundles/{quote(entry.digest)}") or {}).get("used_by") or []
+            if not used:
+                continue
+            said = f"{entry.model}@{entry.version} is in use by {', '.join(map(str, used))}"
+            if not force:
+                raise RefusedForSafety(
+                    f"{said}; devices that do not hold it yet could not fetch it any more",
+                    advice="move them to another bundle first, or take it out all the same with --force",
+                )
+            output.note(f"skerry: {said}; taken out all the same")
+
+    return check
+
+
+def _confirm(
+    yes: bool, as_json: bool, check: Callable[[catalog.Difference], None] = lambda _: None
+) -> Callable[[catalog.Difference], bool]:
     def ask(difference: catalog.Difference) -> bool:
         # With --json stdout holds the answer alone: the question and its matter go to stderr.
         (output.note if as_json else output.say)(difference.text())
+        check(difference)
         if yes:
             return True
         try:

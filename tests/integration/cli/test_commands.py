@@ -94,6 +94,20 @@ def test_giving_up_on_a_rollout_says_where_it_stands(cli: Cli, folder: Path) -> 
     assert cli("rollout", "abort", "r-still", "--reason", "a test").code == OK
 
 
+def test_a_bundle_in_use_is_taken_out_only_by_force(cli: Cli, tmp_path: Path) -> None:
+    digest = models.build_bundle(tmp_path / "b", model="used")
+    assert cli("push", tmp_path / "b").code == OK
+    assert cli("approve", digest, "--yes").code == OK
+    assert cli("rollout", "start", digest, "--group", "field", "--id", "r-used").code == OK
+    kept = cli("approve", "--remove", "used@1.0.0", "--yes")
+    assert kept.code == REFUSED and "in use by group:field, rollout:r-used" in kept.err and "--force" in kept.err
+    assert cli("approve", "--renew", "--yes", "--json").json()["removed"] == [], "nothing was signed"
+    out = cli("approve", "--remove", "used@1.0.0", "--yes", "--force", "--json")
+    assert out.code == OK and [entry["version"] for entry in out.json()["removed"]] == ["1.0.0"]
+    assert "in use by group:field" in out.err
+    assert cli("rollout", "abort", "r-used", "--reason", "it is gone").code == OK
+
+
 def test_settings_of_a_group_are_changed_one_by_one(cli: Cli) -> None:
     assert cli("group", "create", "tuned", "--set", "sync_s=300").code == OK
     assert cli("group", "create", "tuned", "--set", "window_s=20").code == OK

@@ -544,6 +544,44 @@ def test_a_server_killed_again_and_again_in_a_rollout_ends_it_once_and_right(
     assert audit.first_break(rows) is None
 
 
+def test_a_candidate_that_the_catalog_drops_goes_back_by_itself(
+    rig: ServerRig, maker: Operator, tmp_path: Path
+) -> None:
+    fleet = Fleet(rig, tmp_path, 2)
+    one = maker.publish(MODEL, "1.0.0")
+    first = start(rig, one, [{"share": 1, "min_devices": 2, "min_inferences": 20}])
+    fleet.drive(first, {"completed"})
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    rollout = start(rig, two, [{"devices": 1, "min_devices": 1, "min_inferences": 1_000_000}, {"share": 1}])
+    rig.wait("the candidate runs", lambda: fleet.follow() or two in {digest for digest, _ in fleet.running.values()})
+    answer = maker.delist(MODEL, "1.1.0")
+    assert answer["in_use"] == {two: [f"rollout:{rollout}"]}
+    fleet.drive(rollout, {"rolled_back"})
+    items = rig.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
+    why = next(item["reason"] for item in items if item["action"] == "roll_back")
+    assert why == "the signed catalog no longer lists the candidate"
+    assert fleet.runs(one) == {device.id for device in fleet.devices}
+    assert published(rig).models[MODEL].rollout is None
+    # What a group runs may be taken out too, since a bad bundle must go; the answer and the audit say who runs it.
+    assert maker.delist(MODEL, "1.0.0")["in_use"] == {one: [f"group:{GROUP}"]}
+    rows = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
+    assert f"in use by group:{GROUP}" in next(
+        r["reason"] for r in rows if r["subject"] == f"bundle:{one}" and "delist" in r["action"]
+    )
+    fleet.close()
+
+
+def test_the_first_bundle_of_a_model_that_the_catalog_drops_waits_for_a_person(rig: ServerRig, maker: Operator) -> None:
+    one = maker.publish(MODEL, "1.0.0")
+    rollout = start(rig, one, [{"share": 1}])
+    maker.delist(MODEL, "1.0.0")
+    path = f"/api/v1/rollouts/{rollout}"
+    rig.wait("the pause", lambda: rig.good("GET", path)["state"] == "paused")
+    assert "no longer lists the candidate" in rig.good("GET", path)["reason"]
+    rig.good("POST", f"{path}/abort", {"reason": "another one then"})
+    rig.wait("nothing to run", lambda: MODEL not in published(rig).models)
+
+
 def test_a_plan_is_refused_with_every_fault_in_it(rig: ServerRig, maker: Operator) -> None:
     digest = maker.publish(MODEL, "1.0.0")
     plan = {
