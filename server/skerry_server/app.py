@@ -24,7 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Connection, Engine, text
 
-from skerry_server import __version__, access, ca, clock, device_auth, durable
+from skerry_server import __version__, access, ca, clock, device_auth, durable, listener
 from skerry_server.api import (
     access as access_routes,
 )
@@ -200,7 +200,7 @@ class Server:
         self._data = data = settings.data
         _require_initialised(data)
         self._stack = contextlib.ExitStack()
-        self._http: uvicorn.Server | None = None
+        self._http: listener.Listener | None = None
         self._users_lock = threading.Lock()
         self._stack.enter_context(_only_server(data))
         try:
@@ -210,6 +210,13 @@ class Server:
             raise
 
     def _compose(self, data: Path, settings: Settings) -> None:
+        descriptors = listener.raise_descriptors()
+        self._patience = listener.Patience(
+            most=settings.limits.connections or listener.places(descriptors),
+            first_s=settings.limits.first_request_s,
+            stall_s=4 * settings.limits.stall_s,
+        )
+        log.info("limits descriptors=%d connections=%d", descriptors, self._patience.most)
         now = clock.utc_now()
         last = _last_run(data)
         self._authority = ca.open_ca(data / "ca", now)
@@ -365,8 +372,11 @@ class Server:
             server_header=False,
             timeout_graceful_shutdown=1,
             timeout_keep_alive=30,
+            # Connections are known by their peers, and nothing here believes a header about them.
+            proxy_headers=False,
+            ws="none",
         )
-        self._http = uvicorn.Server(config)
+        self._http = listener.Listener(config, self._patience)
         announcer = threading.Thread(target=self._announce, name="announce", daemon=True)
         announcer.start()
         try:

@@ -95,11 +95,23 @@ class Database(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What is accepted. ``body_mb``: any request but a blob; ``blob_mb``: one file of a bundle; ``nonces``: unused ones kept."""
+    """What is accepted.
+
+    Attributes:
+        body_mb: any request but a blob; blob_mb: one file of a bundle.
+        nonces: unused ones kept.
+        connections: HTTPS connections at a time; 0 for as many as open files are allowed, with a reserve.
+        first_request_s: for a connection's TLS handshake and the head of its first request together.
+        stall_s: how long a request's body may bring nothing. A body other than a blob's has four times that in all, and so has
+            the reader of an answer to take the next part of it.
+    """
 
     body_mb: Megabytes = 8
     blob_mb: Megabytes = 4096
     nonces: Annotated[int, msgspec.Meta(ge=10, le=10_000_000)] = 100_000
+    connections: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+    first_request_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 15.0
+    stall_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 30.0
 
 
 class Rollouts(msgspec.Struct, frozen=True, kw_only=True):

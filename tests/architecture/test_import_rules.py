@@ -48,7 +48,7 @@ LAYERS = {
         ("api", True),
         ("orchestrator ingest", False),
         ("publication rollouts devices groups registry intake presence quarantine evidence ledger access versions", True),
-        ("repository metadata trust broker mqtt ca device_auth validation telemetry audit", False),
+        ("repository metadata trust broker mqtt ca device_auth validation telemetry audit listener", False),
         ("db durable clock config errors", True),
         ("core", True),
     ],

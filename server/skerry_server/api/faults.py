@@ -16,7 +16,7 @@ from skerry_server.errors import Refused
 
 log = logging.getLogger(__name__)
 
-_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 408: "too_slow", 413: "too_large"}
 
 
 def answer(status: int, code: str, message: str, details: dict[str, Any] | None = None) -> JSONResponse:

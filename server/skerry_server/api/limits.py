@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from starlette.exceptions import HTTPException
@@ -16,7 +17,7 @@ _MB = 1_000_000
 
 
 class BodyLimit:
-    """Refuses a body that is too long, by its announced length or as soon as it has sent too much."""
+    """Refuses a body that is too long, by its announced length or as soon as it has sent too much, and one that does not come."""
 
     def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
         self._app = app
@@ -39,11 +40,21 @@ class BodyLimit:
         if not announced.isdigit() or int(announced) > limit:
             await faults.answer(413, "too_large", f"body: at most {limit} bytes")(scope, receive, send)
             return
-        taken = 0
+        taken, whole = 0, False
+        stall_s = self._limits.stall_s
+        # Who may send a blob is asked before it is read; any other body is read first, whoever sends it.
+        end = None if scope["path"].startswith("/api/v1/blobs/") else time.monotonic() + 4 * stall_s
 
         async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, whole
+            if whole:  # what comes now is the end of the connection, and that may take its time
+                return await receive()
+            left_s = stall_s if end is None else max(0.0, min(stall_s, end - time.monotonic()))
+            try:
+                message = await asyncio.wait_for(receive(), left_s)
+            except TimeoutError:
+                raise HTTPException(408, "body: it did not come in time") from None
+            whole = not message.get("more_body", False)
             taken += len(message.get("body", b""))
             if taken > limit:
                 raise HTTPException(413, f"body: at most {limit} bytes")
