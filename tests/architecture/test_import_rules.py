@@ -47,7 +47,10 @@ LAYERS = {
         ("app", False),
         ("api", True),
         ("orchestrator ingest", False),
-        ("publication rollouts devices groups registry intake presence quarantine evidence ledger access versions", True),
+        (
+            "publication rollouts devices groups registry intake presence quarantine evidence ledger access versions",
+            True,
+        ),
         ("repository metadata trust broker mqtt ca device_auth validation telemetry audit listener", False),
         ("db durable clock config errors", True),
         ("core", True),
