@@ -1,0 +1,200 @@
+"""How often a model is right: measured from late labels, and estimated where there are none.
+
+**Measured** (``measured``): share of right answers among the labelled rows, with two intervals. *Wilson* (1927) takes labels as
+independent. *By device*: answers of one device resemble each other, so the variance is taken between devices (ratio estimator,
+Cochran, "Sampling techniques", 1977, eq. 6.13); the design effect (Kish 1965) shrinks the number of labels to an effective one,
+which goes into Wilson's formula with Student's quantile (Korn and Graubard 1998 do this for Clopper and Pearson's). It
+stays within 0 and 1, and is never narrower than Wilson's. It is shown as soon as enough devices have sent labels.
+
+**Estimated** (``estimated``): CBPE, the mean calibrated probability of being right (Bialek et al. 2024, eq. 1). It sees no labels:
+a world that has changed its meaning (concept drift) and a calibration that no longer holds are invisible to it. So it is
+called an estimate wherever it stands, and never replaces a label.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import msgspec
+from scipy import special
+from skerry_contract import histogram as h
+
+CONFIDENCE = 0.95
+
+
+class Minimums(msgspec.Struct, frozen=True, kw_only=True):
+    """Below these no share is shown: ``labels`` in all, ``class_labels`` of one class, ``devices`` for their interval."""
+
+    labels: int = 30
+    class_labels: int = 10
+    devices: int = 8
+
+
+class Interval(NamedTuple):
+    """Of ``CONFIDENCE``."""
+
+    low: float
+    high: float
+
+
+class DeviceLabels(NamedTuple):
+    """Labels of one device: ``labelled`` rows, of which ``wrong``."""
+
+    labelled: int
+    wrong: int
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """A measured share.
+
+    Attributes:
+        value: None below the minimum.
+        right, n: what it is a share of.
+        wilson: independent labels; by_device: see the module; None with too few of them.
+        shown: which of both holds, empty without a value.
+        devices: that sent labels; design_effect: variance between devices over that of independent labels, at least 1.
+    """
+
+    value: float | None
+    right: int
+    n: int
+    wilson: Interval | None = None
+    by_device: Interval | None = None
+    shown: Literal["by_device", "wilson", ""] = ""
+    devices: int | None = None
+    design_effect: float | None = None
+
+    @property
+    def interval(self) -> Interval | None:
+        """The interval that is shown."""
+        return self.by_device if self.shown == "by_device" else self.wilson
+
+
+class PerClass(msgspec.Struct, frozen=True, kw_only=True):
+    """One class: of the rows that are it, how many were found; of those called it, how many are it."""
+
+    label: str
+    recall: Share
+    precision: Share
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """What labels say.
+
+    Attributes:
+        coverage: labelled rows over answered rows; None without answers.
+        missing: what lacks, in words; empty when accuracy has a value.
+    """
+
+    accuracy: Share
+    classes: tuple[PerClass, ...]
+    labelled: int
+    answered: int
+    coverage: float | None
+    missing: str = ""
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model's own calibrated confidence says: an estimate. ``estimate`` is None below the minimum of rows."""
+
+    estimate: float | None
+    rows: int
+    method: str = "CBPE: an estimate from calibrated confidence, without labels; blind to concept drift"
+
+
+def wilson(right: float, n: float, quantile: float | None = None) -> Interval:
+    """Wilson's score interval of ``right`` out of ``n``.
+
+    >>> [round(v, 4) for v in wilson(90, 100)]
+    [0.8256, 0.9448]
+
+    Args:
+        quantile: of the standardised error; that of the normal distribution when None.
+    """
+    z = float(special.ndtri((1 + CONFIDENCE) / 2)) if quantile is None else quantile
+    share = right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+
+
+def design_effect(devices: Sequence[DeviceLabels]) -> float:
+    """Variance of the share of wrong answers between devices over what independent labels would have; at least 1."""
+    n = sum(one.labelled for one in devices)
+    share = sum(one.wrong for one in devices) / n
+    independent = share * (1 - share) / n
+    if not independent:
+        return 1.0
+    squares = sum((one.wrong - share * one.labelled) ** 2 for one in devices)
+    return max(1.0, len(devices) / (len(devices) - 1) * squares / n**2 / independent)
+
+
+def measured(
+    confusion: Sequence[int],
+    labels: Sequence[str],
+    devices: Sequence[DeviceLabels],
+    answered: int,
+    minimums: Minimums | None = None,
+) -> Accuracy:
+    """Accuracy, recall and precision from labelled rows.
+
+    Args:
+        confusion: row-major [true][predicted]; empty without labels.
+        labels: the classes.
+        devices: one entry per device that sent labels.
+        answered: rows answered in the same time.
+
+    Raises:
+        ValueError: the matrix does not fit the classes.
+    """
+    minimums = minimums or Minimums()
+    k = len(labels)
+    confusion = confusion or (0,) * (k * k)
+    if len(confusion) != k * k:
+        raise ValueError(f"a matrix of {len(confusion)} counts cannot be of {k} classes")
+    n, right = sum(confusion), sum(confusion[:: k + 1])
+    told = [one for one in devices if one.labelled]
+    return Accuracy(
+        accuracy=_share(right, n, minimums.labels, told, minimums.devices),
+        classes=tuple(
+            PerClass(
+                label=label,
+                recall=_share(confusion[i * k + i], sum(confusion[i * k : (i + 1) * k]), minimums.class_labels),
+                precision=_share(confusion[i * k + i], sum(confusion[i::k]), minimums.class_labels),
+            )
+            for i, label in enumerate(labels)
+        ),
+        labelled=n,
+        answered=answered,
+        coverage=n / answered if answered else None,
+        missing="" if n >= minimums.labels else f"wanted {minimums.labels} labels, have {n}",
+    )
+
+
+def _share(right: int, n: int, least: int, devices: Sequence[DeviceLabels] = (), least_devices: int = 0) -> Share:
+    if n < least or not n:
+        return Share(value=None, right=right, n=n, devices=len(devices) or None)
+    found = Share(value=right / n, right=right, n=n, wilson=wilson(right, n), shown="wilson")
+    if not devices:
+        return found
+    found = msgspec.structs.replace(found, devices=len(devices))
+    if len(devices) < max(2, least_devices):
+        return found
+    effect = design_effect(devices)
+    quantile = float(special.stdtrit(len(devices) - 1, (1 + CONFIDENCE) / 2))
+    by_device = wilson(right / effect, n / effect, quantile)
+    return msgspec.structs.replace(found, by_device=by_device, shown="by_device", design_effect=effect)
+
+
+def estimated(sums: Sequence[int], rows: int, least: int = 200) -> Estimate:
+    """CBPE.
+
+    Args:
+        sums: per predicted class the sum of ``round(p * 2**20)``; rows: those it was summed over.
+        least: fewer rows give no estimate.
+    """
+    if rows < max(1, least) or not sums:
+        return Estimate(estimate=None, rows=rows if sums else 0)
+    return Estimate(estimate=sum(sums) / (1 << h.P_BITS) / rows, rows=rows)

@@ -1,0 +1,149 @@
+"""Profiles: what many windows of one bundle counted of its features and outputs, added up exactly.
+
+Owns which part of a window enters a profile and the addition. A profile is laid out by the bundle's manifest, so a window
+that does not fit it (a device that was tampered with, or that counts for another manifest) changes nothing: what does not
+fit is left out and counted. Leaves storage to ``profiles`` and the meaning of the numbers to ``drift`` and ``accuracy``.
+
+Adding is column by column over many windows at once; the result equals ``window.merge`` in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from skerry_contract import histogram as h
+from skerry_contract import manifest as m
+from skerry_contract import window as w
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What the windows of a bundle must look like.
+
+    Attributes:
+        model: the bundle's; variants: its variant ids.
+        features: name -> number of bins; outputs: name -> number of classes.
+        classes: of the first classifier output, whose confusion matrix labels are counted in; 0 without one.
+    """
+
+    model: str
+    variants: frozenset[str]
+    features: Mapping[str, int]
+    outputs: Mapping[str, int]
+    classes: int
+
+
+def shape_of(manifest: m.Manifest) -> Shape:
+    """The shape that a manifest prescribes."""
+    outputs = {tensor.name: len(tensor.labels) for tensor in manifest.outputs if tensor.labels}
+    return Shape(
+        model=manifest.model,
+        variants=frozenset(variant.id for variant in manifest.variants),
+        features={feature.name: len(feature.edges) + 1 for feature in manifest.features},
+        outputs=outputs,
+        classes=next(iter(outputs.values()), 0),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """Sums over windows.
+
+    Attributes:
+        rows: rows of answered requests.
+        features, outputs: by name, as windows carry them; the integers are of any size.
+        labels: late labels.
+    """
+
+    rows: int = 0
+    features: Mapping[str, w.FeatureCounts] = field(default_factory=dict)
+    outputs: Mapping[str, w.OutputCounts] = field(default_factory=dict)
+    labels: w.Labels = field(default_factory=w.Labels)
+
+
+def profile_of(window: w.Window, shape: Shape) -> tuple[Profile, int]:
+    """What a window adds, and how many of its parts do not fit the shape and were left out."""
+    features = {name: part for name, part in window.features.items() if _feature_fits(part, shape.features.get(name))}
+    outputs = {name: part for name, part in window.outputs.items() if _output_fits(part, shape.outputs.get(name))}
+    labels = window.labels
+    unfit = len(window.features) - len(features) + len(window.outputs) - len(outputs)
+    if labels.confusion and len(labels.confusion) != shape.classes**2:
+        labels, unfit = w.Labels(), unfit + 1
+    return Profile(rows=window.counts.rows, features=features, outputs=outputs, labels=labels), unfit
+
+
+def _feature_fits(part: w.FeatureCounts, bins: int | None) -> bool:
+    return bins == len(part.counts) and sum(part.counts) == part.moments.n and _possible(part.moments)
+
+
+def _output_fits(part: w.OutputCounts, classes: int | None) -> bool:
+    if classes != len(part.counts) or sum(part.counts) != part.moments.n or not _possible(part.moments):
+        return False
+    if not part.estimated:
+        return True
+    most = 1 << h.P_BITS
+    return len(part.estimated) == classes and all(
+        p <= n * most for p, n in zip(part.estimated, part.counts, strict=True)
+    )
+
+
+def _possible(moments: h.Moments) -> bool:
+    # Cauchy and Schwarz: what breaks it is no sum of values and their squares.
+    return moments.total**2 <= moments.n * moments.squares
+
+
+def total(profiles: Iterable[Profile]) -> Profile:
+    """All of them in one: commutative, associative, exact. All must be of one shape."""
+    parts = list(profiles)
+    if len(parts) == 1:
+        return parts[0]
+    return Profile(
+        rows=sum(part.rows for part in parts),
+        features=_by_name([part.features for part in parts], _add_features),
+        outputs=_by_name([part.outputs for part in parts], _add_outputs),
+        labels=_add_labels([part.labels for part in parts]),
+    )
+
+
+def _by_name(maps: Sequence[Mapping[str, Any]], add: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    names = dict.fromkeys(name for part in maps for name in part)
+    return {name: add([part[name] for part in maps if name in part]) for name in names}
+
+
+def _columns(rows: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*rows, strict=True)))
+
+
+def _moments(parts: list[Any]) -> h.Moments:
+    return h.Moments(
+        n=sum(part.moments.n for part in parts),
+        total=sum(part.moments.total for part in parts),
+        squares=sum(part.moments.squares for part in parts),
+    )
+
+
+def _add_features(parts: list[w.FeatureCounts]) -> w.FeatureCounts:
+    return w.FeatureCounts(
+        _columns(part.counts for part in parts),
+        sum(part.null for part in parts),
+        sum(part.outside for part in parts),
+        _moments(parts),
+    )
+
+
+def _add_outputs(parts: list[w.OutputCounts]) -> w.OutputCounts:
+    return w.OutputCounts(
+        _columns(part.counts for part in parts),
+        _moments(parts),
+        _columns(part.estimated for part in parts if part.estimated),
+    )
+
+
+def _add_labels(parts: list[w.Labels]) -> w.Labels:
+    plain = {
+        name: sum(getattr(part, name) for part in parts)
+        for name in ("matched", "late", "unknown", "duplicate", "conflicting")
+    }
+    return w.Labels(confusion=_columns(part.confusion for part in parts if part.confusion), **plain)
