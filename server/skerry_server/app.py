@@ -51,7 +51,7 @@ from skerry_server.config import Address, Settings
 from skerry_server.db import queries
 from skerry_server.db.engine import open_engine, reading, writing
 from skerry_server.db.migrations import migrate
-from skerry_server.ingest import Ingest
+from skerry_server.ingest import Ingest, IngestSettings
 from skerry_server.metadata import make_online_key
 from skerry_server.mqtt import Endpoint, ServerLink
 from skerry_server.orchestrator import Orchestrator
@@ -59,6 +59,7 @@ from skerry_server.publication import Publication
 from skerry_server.repository import Repository
 from skerry_server.telemetry import Telemetry
 from skerry_server.validation import Validator
+from skerry_server.watch import DriftWatch
 
 log = logging.getLogger(__name__)
 
@@ -325,7 +326,7 @@ class Server:
         self._broker.start()
         self._stack.callback(_stop_part, "broker", self._broker.stop)
         link = self._link = ServerLink(self._engine, self._endpoint())
-        self._ingest = Ingest(self._engine, link)
+        self._ingest = Ingest(self._engine, link, settings=IngestSettings(bucket_s=settings.telemetry.bucket_s))
         orchestrator = self._orchestrator = Orchestrator(
             self._engine, self._publication, link, settings.rollout, clock.now_ms, self._telemetry.observe_tick
         )
@@ -336,6 +337,9 @@ class Server:
         self._stack.callback(_stop_part, "ingest", self._ingest.stop)
         orchestrator.start()
         self._stack.callback(_stop_part, "orchestrator", orchestrator.stop)
+        watch = DriftWatch(self._engine, settings.drift, bucket_s, clock.now_ms)
+        watch.start()
+        self._stack.callback(_stop_part, "drift", watch.stop)
         self._app = create_app(
             Context(
                 settings=settings,

@@ -128,6 +128,35 @@ class Rollouts(msgspec.Struct, frozen=True, kw_only=True):
     resign_s: Seconds = 60.0
 
 
+class Telemetry(msgspec.Struct, frozen=True, kw_only=True):
+    """``bucket_s``: how finely what devices count is kept in time; drift is looked for as often."""
+
+    bucket_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 300.0
+
+
+class Drift(msgspec.Struct, frozen=True, kw_only=True):
+    """When a difference from the reference is drift.
+
+    Attributes:
+        min_rows: rows that are compared at least; fewer wait for more.
+        psi: corrected population stability index; shift_sd: of a mean, in standard deviations of the reference.
+        null_rate, outside_rate: shares of nulls more than in the reference, of values outside the plausible range.
+        false_rate: false discovery rate over the features and outputs of one look.
+        persist, of: so many of so many spans must have drifted.
+        lookback_s: how far back spans are gathered.
+    """
+
+    min_rows: Annotated[int, msgspec.Meta(ge=20, le=1 << 40)] = 200
+    psi: Annotated[float, msgspec.Meta(gt=0, le=100)] = 0.1
+    shift_sd: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 0.5
+    null_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.05
+    outside_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.05
+    false_rate: Annotated[float, msgspec.Meta(gt=0, le=0.5)] = 0.01
+    persist: Annotated[int, msgspec.Meta(ge=1, le=50)] = 3
+    of: Annotated[int, msgspec.Meta(ge=1, le=50)] = 5
+    lookback_s: Seconds = 604_800.0
+
+
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
     """The child process that validates bundles."""
 
@@ -152,6 +181,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database: Database = Database()
     limits: Limits = Limits()
     rollout: Rollouts = Rollouts()
+    telemetry: Telemetry = Telemetry()
+    drift: Drift = Drift()
     validation: Validation = Validation()
     devices: Devices = Devices()
 
@@ -168,6 +199,8 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "database": Database,
     "limits": Limits,
     "rollout": Rollouts,
+    "telemetry": Telemetry,
+    "drift": Drift,
     "validation": Validation,
     "devices": Devices,
 }
@@ -248,6 +281,8 @@ def _build(kind: type[msgspec.Struct], found: dict[str, tuple[str, Any, bool]], 
 
 def _check(settings: Settings) -> list[str]:
     faults = []
+    if settings.drift.persist > settings.drift.of:
+        faults.append(f"drift.persist: wanted at most drift.of ({settings.drift.of}), got {settings.drift.persist}")
     try:
         ipaddress.ip_address(settings.server.host)
     except ValueError:

@@ -42,12 +42,14 @@ class IngestSettings:
         batch_messages: most messages in one transaction.
         linger_s: how long the writer waits for more once it has one message.
         retry_s: pause after the database refused a batch.
+        bucket_s: length of the buckets in which profiles are kept, seconds.
     """
 
     queue_messages: int = 5000
     batch_messages: int = 500
     linger_s: float = 0.02
     retry_s: float = 0.5
+    bucket_s: float = 300.0
 
 
 @dataclass(slots=True)
@@ -93,7 +95,7 @@ class Ingest:
         self._queue: queue.Queue[Message] = queue.Queue(self._settings.queue_messages)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._intake = Intake()
+        self._intake = Intake(bucket_ms=max(1, round(self._settings.bucket_s * 1000)))
         self.totals = IngestTotals()
 
     @property

@@ -1,7 +1,7 @@
 """One transaction of ingest: messages in, rows and acknowledgements out.
 
 Owns the order of the steps and the statements that write records. Leaves the decision about each record to ``ledger``, the
-roll-ups to ``evidence``, device states to ``presence`` and rubbish to ``quarantine``; threads, retries and MQTT to ``ingest``.
+roll-ups to ``evidence`` and ``profiles``, device states to ``presence`` and rubbish to ``quarantine``; threads, retries and MQTT to ``ingest``.
 
 Every select and insert serves the whole batch; only a record below what its stream already holds costs a look of its own.
 """
@@ -18,7 +18,7 @@ from skerry_contract import window as w
 from skerry_contract.errors import ContractError, Malformed
 from sqlalchemy import Connection, Insert, bindparam, func, insert, select
 
-from skerry_server import evidence, ledger
+from skerry_server import evidence, ledger, profiles
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
@@ -71,7 +71,14 @@ class _Up(NamedTuple):
 
 
 class Intake:
-    """Stateless between transactions: whatever it knows comes from the database."""
+    """Whatever it knows comes from the database; between transactions it remembers only what never changes, bundles' shapes."""
+
+    def __init__(self, *, bucket_ms: int = profiles.BUCKET_MS) -> None:
+        """Args:
+        bucket_ms: length of the buckets in which profiles are kept.
+        """
+        self._bucket_ms = bucket_ms
+        self._shapes = profiles.Shapes()
 
     def take(self, connection: Connection, messages: Sequence[Message], *, now_ms: int) -> Outcome:
         """Takes messages in their order, within the caller's transaction; not all, when they hold too much for one.
@@ -79,7 +86,8 @@ class Intake:
         Args:
             now_ms: when they were received, milliseconds since 1970.
         """
-        return _Batch(connection, now_ms).take(messages)
+        folder = profiles.Folder(connection, self._shapes, bucket_ms=self._bucket_ms, now_ms=now_ms)
+        return _Batch(connection, now_ms, folder).take(messages)
 
     def set_aside(self, connection: Connection, message: Message, *, now_ms: int) -> Outcome:
         """Counts and keeps a message that made ``take`` raise."""
@@ -96,9 +104,10 @@ class Intake:
 
 
 class _Batch:
-    def __init__(self, connection: Connection, now_ms: int) -> None:
+    def __init__(self, connection: Connection, now_ms: int, folder: profiles.Folder) -> None:
         self._connection = connection
         self._now_ms = now_ms
+        self._profiles = folder
         self._outcome = Outcome()
         self._notes = Notes()
         self._streams: dict[tuple[str, str], ledger.Stream] = {}
@@ -220,6 +229,7 @@ class _Batch:
             self._outcome.windows += 1
             position = record.replaces[0][0] if record.replaces else record.seq
             self._arrived.append(evidence.arrived(device, epoch, position, body))
+            self._notes.count(device, "profile_unfit", self._profiles.add(device, body))
             self._windows.append(
                 {
                     "device": device,
@@ -280,6 +290,7 @@ class _Batch:
             self._connection.execute(insert(t.events), [event._asdict() for event in self._outcome.events])
         _STREAMS.run(self._connection, streams)
         evidence.fold(self._connection, self._arrived, self._now_ms)
+        self._profiles.store()
         self._notes.store(self._connection, self._now_ms)
 
     def _stream_row(self, device: str, epoch: str, stream: ledger.Stream) -> dict[str, Any]:

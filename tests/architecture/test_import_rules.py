@@ -46,9 +46,10 @@ LAYERS = {
         ("cli __main__", True),
         ("app", False),
         ("api", True),
-        ("orchestrator ingest", False),
+        ("orchestrator ingest watch", False),
         (
-            "publication rollouts devices groups registry intake presence quarantine evidence ledger access versions",
+            "publication rollouts devices groups registry intake presence quarantine evidence ledger access versions "
+            "profiles findings",
             True,
         ),
         ("repository metadata trust broker mqtt ca device_auth validation telemetry audit listener", False),

@@ -9,7 +9,8 @@ Theory of operation:
    values outside the plausible range. A sign counts when its effect is large enough **and** its p-value survives Benjamini
    and Hochberg over all subjects of the span. Neither alone is a reason: with many rows everything is significant, with few
    rows everything looks large.
-3. A subject is drifted in a span with a sign, calm when every effect is below ``close_share`` of its limit, else between.
+3. A subject is drifted in a span with a sign, calm when every effect is below ``close_share`` of its limit (or below the limit
+   and no more than chance), else between.
    Drift *opens* when ``persist`` of the last ``of`` spans are drifted, the newest among them, and *closes* when the last
    ``persist`` are calm (``evaluate``). What lies between neither opens nor closes, so nothing flaps.
 
@@ -248,9 +249,14 @@ def _with_state(one: Measured, cut: float, limits: Limits) -> Measured:
     if not one.asked:
         return one
     signs = tuple(sign for sign in one.asked if _strength(sign) >= 1 and sign.p <= cut)
-    calm = all(_strength(sign) < limits.close_share for sign in one.asked)
+    calm = all(_is_calm(sign, limits) for sign in one.asked)
     state: State = "drifted" if signs else "calm" if calm else "between"
     return msgspec.structs.replace(one, signs=signs, state=state)
+
+
+def _is_calm(sign: Sign, limits: Limits) -> bool:
+    strength = _strength(sign)
+    return strength < limits.close_share or (strength < 1 and sign.p > limits.false_rate)
 
 
 def evaluate(
@@ -300,7 +306,10 @@ def _subject(looks: Sequence[tuple[Span, Measured]], opened: bool, limits: Limit
         since_ms=drifted[0].from_ms if stays and drifted else None,
         spans_drifted=len(drifted),
         spans=len(known),
-        reasons=tuple(in_words(sign, now) for sign in (now.signs or now.asked[:1])),
+        reasons=(
+            *((f"calm in each of the last {limits.persist} spans",) if closes else ()),
+            *(in_words(sign, now) for sign in (now.signs or now.asked[:1])),
+        ),
     )
 
 

@@ -65,13 +65,19 @@ class Profile:
 
 def profile_of(window: w.Window, shape: Shape) -> tuple[Profile, int]:
     """What a window adds, and how many of its parts do not fit the shape and were left out."""
-    features = {name: part for name, part in window.features.items() if _feature_fits(part, shape.features.get(name))}
-    outputs = {name: part for name, part in window.outputs.items() if _output_fits(part, shape.outputs.get(name))}
-    labels = window.labels
-    unfit = len(window.features) - len(features) + len(window.outputs) - len(outputs)
+    whole = Profile(rows=window.counts.rows, features=window.features, outputs=window.outputs, labels=window.labels)
+    return fitted(whole, shape)
+
+
+def fitted(profile: Profile, shape: Shape) -> tuple[Profile, int]:
+    """The profile without the parts that do not fit the shape, and how many those were."""
+    features = {name: part for name, part in profile.features.items() if _feature_fits(part, shape.features.get(name))}
+    outputs = {name: part for name, part in profile.outputs.items() if _output_fits(part, shape.outputs.get(name))}
+    labels = profile.labels
+    unfit = len(profile.features) - len(features) + len(profile.outputs) - len(outputs)
     if labels.confusion and len(labels.confusion) != shape.classes**2:
         labels, unfit = w.Labels(), unfit + 1
-    return Profile(rows=window.counts.rows, features=features, outputs=outputs, labels=labels), unfit
+    return Profile(rows=profile.rows, features=features, outputs=outputs, labels=labels), unfit
 
 
 def _feature_fits(part: w.FeatureCounts, bins: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""The tables of the server's database, schema version 2.
+"""The tables of the server's database at the newest schema version.
 
 SQLAlchemy Core only. Times are whole milliseconds since 1970 (``*_ms``) of the server's clock unless named otherwise; JSON
 columns hold builtins. ``migrations/`` brings an older database here; a test compares what the migrations make with this file.
@@ -341,6 +341,72 @@ evidence = Table(
     Column("last_ms", BigInteger, nullable=False),
     Index("evidence_by_rollout", "rollout", "stage"),
     Index("evidence_by_bundle", "bundle"),
+)
+
+profiles = Table(
+    "profiles",
+    metadata,
+    # Merged windows of one bundle and variant per bucket of time, kept as records arrive. The bucket is the device's wall clock
+    # where it is synchronised, else the time of receipt.
+    Column("bundle", String(64), primary_key=True),
+    Column("variant", String(63), primary_key=True),
+    Column("bucket_ms", BigInteger, primary_key=True),
+    Column("model", String(63), nullable=False),
+    Column("span_ms", BigInteger, nullable=False),
+    Column("windows", BigInteger, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("predicted", BigInteger, nullable=False),  # rows whose calibrated confidence is in estimated
+    Column("estimated", BigInteger, nullable=False),  # CBPE: sum of round(p * 2**20)
+    Column("matched", BigInteger, nullable=False),
+    Column("late", BigInteger, nullable=False),
+    Column("unknown", BigInteger, nullable=False),
+    Column("duplicate", BigInteger, nullable=False),
+    Column("conflicting", BigInteger, nullable=False),
+    Column("confusion", LargeBinary, nullable=False),  # MessagePack list, [true][predicted]; empty without labels
+    Column("updated_ms", BigInteger, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # features and outputs as profiles.encode writes them
+    Index("profiles_by_bucket", "bundle", "bucket_ms"),
+    Index("profiles_by_update", "updated_ms"),
+)
+
+label_sums = Table(
+    "label_sums",
+    metadata,
+    # Late labels per device and bucket: intervals must know which labels come from one device.
+    Column("bundle", String(64), primary_key=True),
+    Column("bucket_ms", BigInteger, primary_key=True),
+    Column("device", String(63), primary_key=True),
+    Column("labelled", BigInteger, nullable=False),
+    Column("wrong", BigInteger, nullable=False),
+)
+
+drift_evaluations = Table(
+    "drift_evaluations",
+    metadata,
+    # The last look at each bundle, with every number it rests on.
+    Column("bundle", String(64), primary_key=True),
+    Column("model", String(63), nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("verdict", String(20), nullable=False),  # DRIFT STEADY NO_DATA
+    Column("reason", Text, nullable=False),
+    Column("evaluation", JSON, nullable=False),
+    Index("drift_evaluations_by_model", "model", "bundle"),
+)
+
+drift_findings = Table(
+    "drift_findings",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("model", String(63), nullable=False),
+    Column("bundle", String(64), nullable=False),
+    Column("subject", Text, nullable=False),  # feature:<name> or output:<name>
+    Column("since_ms", BigInteger, nullable=False),  # start of the first span that had drifted
+    Column("opened_ms", BigInteger, nullable=False),
+    Column("closed_ms", BigInteger),
+    Column("closed_because", Text, nullable=False, default=""),
+    Column("updated_ms", BigInteger, nullable=False),
+    Column("numbers", JSON, nullable=False),
+    Index("drift_findings_by_bundle", "bundle", "closed_ms"),
 )
 
 events = Table(

@@ -3,7 +3,7 @@
 import pytest
 from skerry_server.db import migrations
 from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
-from skerry_server.db.tables import metadata, rollouts, schema_version
+from skerry_server.db.tables import groups, metadata, rollouts, schema_version
 from sqlalchemy import create_engine, insert, inspect, select, text
 
 
@@ -77,9 +77,10 @@ def test_a_second_run_changes_nothing(tmp_path, opened):
     engine = opened(tmp_path / "s.db")
     migrations.migrate(engine, now_s=lambda: 5.0)
     assert migrations.migrate(engine, now_s=lambda: 9.0) == migrations.NEWEST
+    every = [(version, 5000) for version in range(1, migrations.NEWEST + 1)]
     with reading(engine) as connection:
-        applied = connection.execute(select(schema_version.c.version, schema_version.c.applied_ms)).all()
-    assert applied == [(version, 5000) for version in range(1, migrations.NEWEST + 1)]
+        query = select(schema_version.c.version, schema_version.c.applied_ms).order_by(schema_version.c.version)
+        assert connection.execute(query).all() == every
 
 
 def test_a_newer_database_is_refused_and_left_alone(tmp_path, opened):
@@ -87,7 +88,7 @@ def test_a_newer_database_is_refused_and_left_alone(tmp_path, opened):
     migrations.migrate(engine)
     with writing(engine) as connection:
         connection.execute(insert(schema_version).values(version=99, name="later", applied_ms=0))
-    with pytest.raises(migrations.NewerDatabase, match=f"version 99 is newer than {migrations.NEWEST},"):
+    with pytest.raises(migrations.NewerDatabase, match=rf"version 99 is newer than {migrations.NEWEST}\b"):
         migrations.migrate(engine)
 
 
@@ -101,6 +102,24 @@ def test_a_cut_in_the_middle_leaves_the_version_before(tmp_path, monkeypatch, op
     monkeypatch.undo()
     migrations.migrate(engine)
     assert "ledger" in inspect(engine).get_table_names()
+
+
+def test_a_database_of_each_older_version_becomes_the_newest_and_keeps_its_rows(tmp_path, monkeypatch):
+    described = create_engine(sqlite_url(tmp_path / "described.db"))
+    metadata.create_all(described)
+    newest = migrations.MIGRATIONS
+    for version in range(1, migrations.NEWEST):
+        engine = open_engine(sqlite_url(tmp_path / f"{version}.db"))
+        with monkeypatch.context() as older:
+            older.setattr(migrations, "MIGRATIONS", newest[:version])
+            older.setattr(migrations, "NEWEST", version)
+            migrations.migrate(engine)
+        with writing(engine) as connection:
+            connection.execute(insert(groups), [{"name": "g", "created_ms": 7}])
+        assert migrations.migrate(engine) == version
+        assert shape(engine) == shape(described)
+        with reading(engine) as connection:
+            assert connection.execute(select(groups.c.name, groups.c.created_ms)).all() == [("g", 7)]
 
 
 def test_statements_can_be_said_to_postgresql():

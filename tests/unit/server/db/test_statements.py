@@ -1,7 +1,7 @@
 """What is written for SQLite can be said to PostgreSQL, and the bulk way writes what the ordinary way writes."""
 
 import pytest
-from skerry_server import evidence, intake, presence
+from skerry_server import evidence, intake, presence, profiles
 from skerry_server.db import migrations, queries
 from skerry_server.db.bulk import Many
 from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
@@ -19,10 +19,12 @@ class Postgres:
 def test_the_statements_of_ingest_compile_for_postgresql():
     dialect = postgresql.dialect()
     assert "coalesce" in str(intake._TOUCHING.compile(dialect=dialect))
-    for many in (intake._LEDGER, intake._WINDOWS, intake._STREAMS, evidence._ENTER, evidence._ADD, presence._SEEN):
+    roll_ups = (evidence._ENTER, evidence._ADD, profiles._ENTER, profiles._SET, profiles._LABELS)
+    for many in (intake._LEDGER, intake._WINDOWS, intake._STREAMS, presence._SEEN, *roll_ups):
         text, _ = many._compile(Postgres())
         assert text.startswith(("INSERT", "UPDATE"))
-    assert "ON CONFLICT" in intake._STREAMS._compile(Postgres())[0]
+    for many in (intake._STREAMS, profiles._LABELS):
+        assert "ON CONFLICT" in many._compile(Postgres())[0]
     upsert = queries.upsert(Postgres(), server_sessions).values(name="mqtt", birth=1)
     assert "RETURNING" in str(upsert.returning(server_sessions.c.birth).compile(dialect=dialect))
 
