@@ -15,7 +15,7 @@ import typer
 from skerry_contract.errors import ContractError
 
 from skerry_cli import __version__, errors
-from skerry_cli.commands import bundle, demo, device, group, keys, publish, rollout, server
+from skerry_cli.commands import bundle, demo, device, group, insight, keys, publish, rollout, server
 from skerry_cli.commands.session import Session
 from skerry_cli.output import note
 from skerry_cli.profile import Options
@@ -41,6 +41,8 @@ app.command("push")(publish.push)
 app.command("approve")(publish.approve)
 app.command("info")(server.info)
 app.command("audit")(server.audit)
+app.command("drift")(insight.drift)
+app.command("accuracy")(insight.accuracy)
 app.command("demo")(demo.demo)
 
 

@@ -36,6 +36,7 @@ from skerry_server.api import (
     files,
     groups,
     health,
+    insight,
     limits,
     repository,
     rollouts,
@@ -78,6 +79,7 @@ TAGS = [
     {"name": "groups", "description": "Devices that share one signed document."},
     {"name": "rollouts", "description": "Candidates on their way through stages, on recorded evidence."},
     {"name": "telemetry", "description": "What devices counted."},
+    {"name": "insight", "description": "What counts and labels say of a model: drift and accuracy."},
     {"name": "device", "description": "What devices call; requests are signed with the device's key."},
     {"name": "health", "description": "For machines that watch this server."},
 ]
@@ -178,7 +180,18 @@ def create_app(context: Context) -> FastAPI:
         redoc_url=None,
     )
     app.state.context = context
-    for module in (access_routes, repository, bundles, devices, groups, rollouts, telemetry_routes, device, health):
+    for module in (
+        access_routes,
+        repository,
+        bundles,
+        devices,
+        groups,
+        rollouts,
+        telemetry_routes,
+        insight,
+        device,
+        health,
+    ):
         app.include_router(module.router)
     folder = context.settings.data / "repository"
     app.mount("/repository", files.RepositoryFiles(directory=folder), name="repository")

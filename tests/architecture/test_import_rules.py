@@ -47,9 +47,10 @@ LAYERS = {
         ("app", False),
         ("api", True),
         ("orchestrator ingest watch", False),
+        ("findings outcomes", False),
         (
             "publication rollouts devices groups registry intake presence quarantine evidence ledger access versions "
-            "profiles findings",
+            "profiles",
             True,
         ),
         ("repository metadata trust broker mqtt ca device_auth validation telemetry audit listener", False),

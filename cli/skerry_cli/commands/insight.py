@@ -1,0 +1,162 @@
+"""``skerry drift`` and ``skerry accuracy``: what the fleet's counts say about a model, in plain words."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from skerry_cli import output
+from skerry_cli.client import quote
+from skerry_cli.commands.publish import find_bundle
+from skerry_cli.commands.session import session
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+Model = Annotated[str | None, typer.Option("--model", help="Only this model.")]
+_MOST_SHOWN = 20
+
+
+def drift(
+    context: typer.Context,
+    model: Model = None,
+    bundle: Annotated[
+        str | None, typer.Option("--bundle", help="MODEL@VERSION or digest: every number of the last look at it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Says which features and outputs have moved away from the reference, since when and how far."""
+    api = session(context).api
+    if bundle is not None:
+        found = api.get(f"/api/v1/drift/{quote(find_bundle(api, bundle)['digest'])}")
+        if as_json:
+            output.show_json(found)
+        else:
+            _show_numbers(found)
+        return
+    items = list(api.items("/api/v1/drift", model=model))
+    if as_json:
+        output.show_json({"items": items})
+        return
+    if not items:
+        output.say("Nothing has been looked at yet.")
+    for item in items:
+        for line in drift_text(item):
+            output.say(line)
+
+
+def accuracy(
+    context: typer.Context,
+    model: Model = None,
+    since_ms: Annotated[
+        int | None, typer.Option("--since-ms", help="Only what was counted from then on, ms since 1970.")
+    ] = None,
+    until_ms: Annotated[
+        int | None, typer.Option("--until-ms", help="Only what was counted before then, ms since 1970.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shows how often each version is right, from labels with intervals, and the label-free estimate beside it."""
+    api = session(context).api
+    items = list(api.items("/api/v1/accuracy", model=model, since_ms=since_ms, until_ms=until_ms))
+    if as_json:
+        output.show_json({"items": items})
+        return
+    if not items:
+        output.say("Nothing has been counted yet.")
+    for item in items:
+        for line in accuracy_text(item):
+            output.say(line)
+        rows = [
+            (
+                one["label"],
+                _percent(one["recall"]),
+                one["recall"]["n"],
+                _percent(one["precision"]),
+                one["precision"]["n"],
+            )
+            for one in item["measured"]["classes"]
+        ]
+        if item["measured"]["labelled"]:
+            output.show_table("", ("class", "recall", "of", "precision", "of"), rows)
+
+
+def drift_text(item: dict[str, Any]) -> list[str]:
+    """One bundle's drift in lines."""
+    title = f"{item['model']} {item.get('version') or output.short(item['bundle'])}: {item['verdict']}"
+    span = f" ({item['n']} rows up to {output.when(item['to_ms'])})" if item["to_ms"] else ""
+    lines = [f"{title}: {item['reason']}{span}."]
+    for one in _by_effect(item["findings"])[:_MOST_SHOWN]:
+        said = "; ".join(one["numbers"].get("reasons", ()))
+        lines.append(f"  {one['subject']}, since {output.when(one['since_ms'])}: {said}")
+    if len(item["findings"]) > _MOST_SHOWN:
+        lines.append(f"  and {len(item['findings']) - _MOST_SHOWN} more; --json shows all.")
+    return lines
+
+
+def _by_effect(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def strength(one: dict[str, Any]) -> float:
+        signs = one["numbers"].get("now", {}).get("signs", ())
+        return max((abs(sign["effect"]) / sign["limit"] for sign in signs), default=0.0)
+
+    return sorted(findings, key=strength, reverse=True)
+
+
+def _show_numbers(found: dict[str, Any]) -> None:
+    names = ("n", "psi", "psi_corrected", "js", "ks", "shift_sd", "null_rate", "p")
+    output.say(f"{found['model']} {output.short(found['bundle'])}: {found['verdict']}: {found['reason']}.")
+    output.show_table(
+        "",
+        ("subject", "state", "spans", *names),
+        [
+            (
+                one["subject"],
+                "drift" if one["drifted"] else one["now"]["state"],
+                f"{one['spans_drifted']}/{one['spans']}",
+                *(_number(one["now"][name]) for name in names),
+            )
+            for one in found["evaluation"]["subjects"]
+        ],
+    )
+    for one in found["findings"]:
+        end = f"closed {output.when(one['closed_ms'])}: {one['closed_because']}" if one["closed_ms"] else "open"
+        output.say(f"{one['subject']}: since {output.when(one['since_ms'])}, {end}")
+
+
+def _number(value: Any) -> Any:
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def accuracy_text(item: dict[str, Any]) -> list[str]:
+    """One bundle's accuracy in lines: measured, estimate, validated."""
+    measured, estimate = item["measured"], item["estimate"]
+    share, labels = measured["accuracy"], item["labels"]
+    coverage = "" if measured["coverage"] is None else f", {measured['coverage']:.1%} of {measured['answered']} answers"
+    lines = [f"{item['model']} {item['version']} ({output.short(item['bundle'])})"]
+    if share["value"] is None:
+        lines.append(f"  measured: no value: {measured['missing']}{coverage}")
+    else:
+        kind = {
+            "by_device": f"by device, {share['devices']} devices",
+            "wilson": "Wilson; takes labels as independent",
+        }[share["shown"]]
+        low, high = share[share["shown"]]
+        lines.append(
+            f"  measured: {share['value']:.1%}, 95% interval {low:.1%} to {high:.1%} ({kind}); "
+            f"{measured['labelled']} labels{coverage}"
+        )
+    if any(labels[name] for name in labels if name != "matched"):
+        lines.append("  labels: " + ", ".join(f"{n} {name}" for name, n in labels.items()))
+    if estimate["estimate"] is None:
+        lines.append("  estimate: none (too few rows, or the bundle has no calibration)")
+    else:
+        lines.append(f"  estimate: {estimate['estimate']:.1%} without labels (CBPE; blind to concept drift)")
+    if item["validated_accuracy"] is not None:
+        lines.append(f"  validated: {item['validated_accuracy']:.1%} on the bundle's held-out rows")
+    return lines
+
+
+def _percent(share: dict[str, Any]) -> str:
+    if share["value"] is None:
+        return "-"
+    low, high = share[share["shown"]]
+    return f"{share['value']:.1%} ({low:.1%} to {high:.1%})"

@@ -1,0 +1,65 @@
+"""Routes: what profiles and labels say about a model: drift and accuracy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from skerry_contract import ids
+
+from skerry_server import findings, outcomes
+from skerry_server.api.context import After, Ctx, Limit, Viewer, page, read_cursor
+from skerry_server.db.engine import reading
+from skerry_server.errors import NotFound
+
+router = APIRouter(prefix="/api/v1", tags=["insight"])
+
+Model = Annotated[str | None, Query(max_length=63)]
+Time = Annotated[int | None, Query(ge=0, le=1 << 53, description="Milliseconds since 1970")]
+
+
+@router.get("/drift", summary="The last look for drift at each bundle, with what is open")
+def drift(
+    context: Ctx, _caller: Viewer, model: Model = None, after: After = None, limit: Limit = 100
+) -> dict[str, Any]:
+    """`verdict`: DRIFT, STEADY or NO_DATA, with a reason. Each finding says which feature or output, since when, and by how much."""
+    last = read_cursor(after, str, str)
+    with reading(context.engine) as conn:
+        items = findings.evaluations_page(
+            conn, model=model, after=None if last is None else (last[0], last[1]), limit=limit
+        )
+    return page(items, limit, *((items[-1]["model"], items[-1]["bundle"]) if items else ()))
+
+
+@router.get("/drift/{digest}", summary="One bundle: every number of the last look, and all findings, closed ones too")
+def drift_of(context: Ctx, _caller: Viewer, digest: str) -> dict[str, Any]:
+    ids.bundle_digest(digest)
+    with reading(context.engine) as conn:
+        found = findings.evaluation_of(conn, digest)
+    if found is None:
+        raise NotFound("look for drift at bundle", digest)
+    return found
+
+
+@router.get("/accuracy", summary="Accuracy of each bundle from labels with intervals, and a marked estimate beside it")
+def accuracy(
+    context: Ctx,
+    _caller: Viewer,
+    model: Model = None,
+    since_ms: Time = None,
+    until_ms: Time = None,
+    after: After = None,
+    limit: Limit = 100,
+) -> dict[str, Any]:
+    """Of the buckets that begin within `[since_ms, until_ms)`; all without bounds. `estimate` is CBPE and never a measurement."""
+    last = read_cursor(after, str, str)
+    with reading(context.engine) as conn:
+        items = outcomes.accuracy_page(
+            conn,
+            model=model,
+            from_ms=since_ms or 0,
+            upto_ms=until_ms if until_ms is not None else 1 << 53,
+            after=None if last is None else (last[0], last[1]),
+            limit=limit,
+        )
+    return page(items, limit, *((items[-1]["model"], items[-1]["bundle"]) if items else ()))
