@@ -350,7 +350,7 @@ class Server:
         self._stack.callback(_stop_part, "ingest", self._ingest.stop)
         orchestrator.start()
         self._stack.callback(_stop_part, "orchestrator", orchestrator.stop)
-        watch = DriftWatch(self._engine, settings.drift, bucket_s, clock.now_ms)
+        watch = DriftWatch(self._engine, settings.drift, settings.telemetry.bucket_s, clock.now_ms)
         watch.start()
         self._stack.callback(_stop_part, "drift", watch.stop)
         self._app = create_app(
