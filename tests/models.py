@@ -11,6 +11,8 @@ row drawn there is predicted right, and every expectation is worked out in numpy
 * ``unknown-operator``: a node that no runtime knows.
 * ``crash-on-load``: kills the runtime with SIGFPE while it loads (x86 only: INT32_MIN / -1 in constant folding).
 * ``crash-on-rows``: the classifier, which passes its proof and dies with SIGFPE on a row with ``floor(x[0]) == CRASH_VALUE``.
+* ``slow-on-rows``: the classifier, which loops once for each unit by which the largest ``x[0]`` is above ``SLOW_ABOVE``: a
+  large value hangs it for hours, in native code.
 * ``always-one``: predicts the first class whatever comes; its golden cases expect the truth.
 * ``quiet-defect``: always says the first class, and its golden outputs say so too: only the recall shows it.
 * ``wrong-golden``: the classifier, with golden outputs that do not fit it.
@@ -32,10 +34,11 @@ from skerry_contract import canonical
 from skerry_contract import manifest as mf
 
 CRASH_VALUE = 666
+SLOW_ABOVE = 1000.0
 INT32_MIN = -(2**31)
 KINDS = (
-    "classifier", "int8", "identity", "damaged", "unknown-operator", "crash-on-load", "crash-on-rows", "always-one",
-    "quiet-defect", "wrong-golden", "float-as-int8", "dynamic-as-int8",
+    "classifier", "int8", "identity", "damaged", "unknown-operator", "crash-on-load", "crash-on-rows", "slow-on-rows",
+    "always-one", "quiet-defect", "wrong-golden", "float-as-int8", "dynamic-as-int8",
 )  # fmt: skip
 
 
@@ -199,6 +202,7 @@ def onnx_bytes(kind: str, n_features: int = 4, classes: int = 3, seed: int = 0) 
         "dynamic-as-int8": _dynamic,
         "crash-on-load": _crash_on_load,
         "crash-on-rows": _crash_on_rows,
+        "slow-on-rows": _slow_on_rows,
         "unknown-operator": _unknown_operator,
         "always-one": _constant_class,
         "quiet-defect": _constant_class,
@@ -350,6 +354,36 @@ def _crash_on_rows(n: int, classes: int, seed: int) -> tuple[list[Any], dict[str
         "minus": np.array([-1], np.int32),
         "plus": np.array([1], np.int32),
         "nothing": np.zeros(1, np.float32),
+    }
+    return nodes, values, output, width, []
+
+
+def _slow_on_rows(n: int, classes: int, seed: int) -> tuple[list[Any], dict[str, np.ndarray], str, int, list[str]]:
+    nodes, values, output, width, _ = _classifier(n, classes, seed)
+    nodes[-1] = h.make_node("Softmax", ["logits"], ["p"], axis=1)
+    scalar = [
+        h.make_tensor_value_info(name, kind, []) for name, kind in (("i", T.INT64), ("c", T.BOOL), ("v", T.FLOAT))
+    ]
+    turn = h.make_graph(
+        [h.make_node("Identity", ["c"], ["go_on"]), h.make_node("Cos", ["v"], ["next"])],
+        "turn",
+        scalar,
+        [h.make_tensor_value_info("go_on", T.BOOL, []), h.make_tensor_value_info("next", T.FLOAT, [])],
+    )
+    nodes += [
+        h.make_node("Gather", ["x", "first"], ["c0"], axis=1),
+        h.make_node("ReduceMax", ["c0"], ["largest"], keepdims=0),
+        h.make_node("Sub", ["largest", "above"], ["more"]),
+        h.make_node("Max", ["more", "nothing"], ["turns"]),
+        h.make_node("Cast", ["turns"], ["count"], to=T.INT64),
+        h.make_node("Loop", ["count", "", "nothing"], ["looped"], body=turn),
+        h.make_node("Mul", ["looped", "nothing"], ["z"]),
+        h.make_node("Add", ["p", "z"], [output]),
+    ]
+    values |= {
+        "first": np.array([0], np.int64),
+        "above": np.array(SLOW_ABOVE, np.float32),
+        "nothing": np.array(0, np.float32),
     }
     return nodes, values, output, width, []
 

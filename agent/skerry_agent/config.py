@@ -102,6 +102,8 @@ class Timing:
         ack_s: an upload that is not acknowledged for so long is sent again.
         backoff_scale: multiplies every wait after a failure.
         courier_s: longest run of a courier that moves no files.
+        silent_s: a worker that reports nothing for so long, and for five reports, hangs: it is killed and replaced.
+        inference_s: so does one whose inference takes so long, and ten times what it should.
     """
 
     fold_interval_s: float = 0.0
@@ -114,6 +116,8 @@ class Timing:
     ack_s: float = 30.0
     backoff_scale: float = 1.0
     courier_s: float = 120.0
+    silent_s: float = 10.0
+    inference_s: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -585,9 +585,9 @@ class Supervisor:
         self._updating.judge()
 
     def _crash(self, generation: Generation, code: int) -> bool:
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        how = generation.hung or (f"signal {-code}" if code < 0 else f"exit code {code}")
         self._event(
-            "worker", "runtime_crashed",
+            "worker", "worker_hung" if generation.hung else "runtime_crashed",
             {"how": how, "models": {n: s.digest for n, s in generation.models.items()}, "generation": generation.number},
         )  # fmt: skip
         return not self._updating.crashed(generation, how)

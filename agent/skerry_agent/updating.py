@@ -386,7 +386,10 @@ class Updating:
             limit_ms=manifest.slo.latency_p95_ms if manifest is not None else None,
         )
         model = self.update.model
-        verdict = trial.judge_trial(rules, self._serving.counts(model), self._serving.before.get(model), elapsed_s)
+        verdict = trial.judge_trial(
+            rules, self._serving.counts(model), self._serving.before.get(model), elapsed_s,
+            current=self._serving.current_counts(),
+        )  # fmt: skip
         match verdict.answer:
             case "keep":
                 self.feed(e.TrialKept(detail=verdict.detail))

@@ -211,11 +211,18 @@ class ModelHealth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health(Message, frozen=True, kw_only=True, tag="health"):
-    """Sent every ``health_interval_s`` and once before ``drained``."""
+    """Sent every ``health_interval_s`` and once before ``drained``.
+
+    Attributes:
+        busy_s: how long the inference in the inference thread has taken so far; 0 when there is none.
+        expected_s: what it should take.
+    """
 
     models: dict[str, ModelHealth]
     inflight: int
     rss_mb: float
+    busy_s: float = 0.0
+    expected_s: float = 0.0
 
 
 class Drained(Message, frozen=True, kw_only=True, tag="drained"):

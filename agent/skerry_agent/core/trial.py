@@ -58,7 +58,9 @@ class Verdict:
     detail: str = ""
 
 
-def judge_trial(trial: Trial, new: Counts, old: Counts | None, elapsed_s: float, *, crashed: bool = False) -> Verdict:
+def judge_trial(
+    trial: Trial, new: Counts, old: Counts | None, elapsed_s: float, *, crashed: bool = False, current: bool = True
+) -> Verdict:
     """Decides about the new generation.
 
     Args:
@@ -67,6 +69,8 @@ def judge_trial(trial: Trial, new: Counts, old: Counts | None, elapsed_s: float,
         old: last counts of the one before; None when there was none.
         elapsed_s: seconds since the new generation listens.
         crashed: its process died.
+        current: ``new`` says how things stand. When it is old, or a request that it does not hold yet is overdue, nothing
+            is kept for it: silence is no lack of traffic. What speaks against the generation still does.
     """
     if crashed:
         return Verdict(answer="revert", code="trial_crashed", detail="the worker died during the trial")
@@ -83,6 +87,8 @@ def judge_trial(trial: Trial, new: Counts, old: Counts | None, elapsed_s: float,
     slow = _slower(trial, new, before) if enough or over else None
     if slow:
         return Verdict(answer="revert", code="trial_slow", detail=slow)
+    if not current:
+        return Verdict(answer="wait", detail="the worker has not said how it is")
     if enough:
         return Verdict(answer="keep", detail=f"{new.answered} requests, {new.failed} failed")
     if over:

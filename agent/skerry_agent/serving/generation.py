@@ -19,6 +19,8 @@ class Generation:
     Attributes:
         rings: model -> ring it counts in now; former: rings it gave up by a rekey.
         health: counts since it listens; None before the first report.
+        silent_s: since the last report; see ``core.liveness``.
+        hung: why it was killed as hung; empty when it was not.
         listening_s: when it began to listen, seconds since boot; None before.
     """
 
@@ -31,6 +33,8 @@ class Generation:
     former: set[str] = field(default_factory=set)
     recovering: set[str] = field(default_factory=set)
     health: ww.Health | None = None
+    silent_s: float = 0.0
+    hung: str = ""
     proofs: dict[str, ww.Proved] = field(default_factory=dict)
     listening_s: float | None = None
     leaving: bool = False

@@ -1,8 +1,8 @@
 """Which generation serves, how the next takes over, and what happens when one dies.
 
 ``start`` brings up the next beside the present one and waits for its proof; ``switch`` lets it listen and drains the old one, whose
-connections are passed on; a generation that dies is started again after a growing wait. Rings that a dead worker left are
-folded by the next living one.
+connections are passed on; a generation that dies is started again after a growing wait, one that hangs is killed first. Rings
+that a dead worker left are folded by the next living one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import msgspec
 from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
-from skerry_agent.core import backoff
+from skerry_agent.core import backoff, liveness
 from skerry_agent.core.effects import Arm
 from skerry_agent.core.trial import Counts
 from skerry_agent.errors import AgentError, Degraded, Rejected
@@ -35,6 +35,7 @@ from skerry_agent.workers import WORKER, spawn
 log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+_LONGEST_TICK_S = 1.0
 _STEADY_S = 60.0
 """A worker that lived so long had no part in the failures before it."""
 
@@ -81,6 +82,7 @@ class Serving:
         self._flushes: dict[int, asyncio.Event] = {}
         self._failures = 0
         self._number = 0
+        self._ticked_s = clock.boot_s()
         self.window_s = 300.0
         self.current: Generation | None = None
         self.before: dict[str, Counts] = {}
@@ -94,12 +96,19 @@ class Serving:
 
     def answering(self) -> bool:
         """Whether a live worker listens."""
-        return self.current is not None and self.current.worker.alive
+        return self.current is not None and self.current.worker.alive and not self.current.hung
 
     def counts(self, model: str) -> Counts:
         """Counts of the serving generation for a model."""
         health = self.current.health if self.current is not None else None
         return counts_of(health.models.get(model)) if health is not None else Counts()
+
+    def current_counts(self) -> bool:
+        """Whether ``counts`` say how things stand now; not of a worker that is silent or stuck in an inference."""
+        generation = self.current
+        if generation is None or generation.health is None or not self.answering():
+            return False
+        return liveness.speaks_for_now(_life(generation), self._limits())
 
     async def start(self, models: Mapping[str, Slot], *, timeout_s: float) -> Generation:
         """Starts the next generation and waits until it has loaded and proved its models. It does not listen yet.
@@ -169,6 +178,7 @@ class Serving:
         self._listener.listen(_BACKLOG)
         new.worker.send(ww.Listen())
         new.listening_s = self._clock.boot_s()
+        new.silent_s = 0.0
         self.current = new
         self._take_up_keys(new)
         while self._orphans:
@@ -269,6 +279,7 @@ class Serving:
                 self._rings.commit(generation, message)
             case ww.Health():
                 generation.health = message
+                generation.silent_s = 0.0
                 if generation is self.current:
                     self._on_health(generation)
             case ww.Conn() if fd is not None:
@@ -293,8 +304,30 @@ class Serving:
             os.close(fd)
 
     def tick(self) -> None:
-        """Tries again what could not be stored."""
+        """Ends a worker that hangs; tries again what could not be stored. Called about every half second."""
+        self._end_hung()
         self._rings.retry()
+
+    def _end_hung(self) -> None:
+        now_s = self._clock.boot_s()
+        # What passed while this loop stood still, or the device slept, is no silence of the worker.
+        passed_s, self._ticked_s = min(now_s - self._ticked_s, _LONGEST_TICK_S), now_s
+        generation = self.current
+        if generation is None or generation.leaving or not self.answering():
+            return
+        generation.silent_s += passed_s
+        why = liveness.judge_liveness(_life(generation), self._limits())
+        if why:
+            log.error("worker hangs", extra=kv(generation=generation.number, pid=generation.worker.pid, detail=why))
+            generation.hung = why
+            # From here on it is a crash like any other.
+            generation.worker.kill()
+
+    def _limits(self) -> liveness.Limits:
+        timing = self._config.timing
+        return liveness.Limits(
+            silent_s=timing.silent_s, inference_s=timing.inference_s, interval_s=timing.health_interval_s
+        )
 
     def _pass_on(self, generation: Generation, head: bytes, fd: int) -> None:
         heir = self.current
@@ -370,3 +403,12 @@ class Serving:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _life(generation: Generation) -> liveness.Life:
+    health = generation.health
+    return liveness.Life(
+        silent_s=generation.silent_s,
+        busy_s=health.busy_s if health is not None else 0.0,
+        expected_s=health.expected_s if health is not None else 0.0,
+    )

@@ -81,7 +81,13 @@ class InferenceService:
         self._max_inflight = max_inflight
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._under_way: tuple[int, float] | None = None
         self.inflight = 0
+
+    def under_way_s(self) -> tuple[float, float]:
+        """(how long the inference in the thread has taken, what it should take), seconds; zeros without one."""
+        found = self._under_way
+        return (0.0, 0.0) if found is None else ((monotonic_ns() - found[0]) / 1e9, found[1])
 
     def answer(self, model: Model, request: http1.Request, done: Done) -> bytes | None:
         """Answers one request: returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
@@ -120,11 +126,13 @@ class InferenceService:
         self, model: Model, head: http1.Head, asked: oip.InferRequest, rows: int, start: int, flags: int, done: Done
     ) -> None:
         begun = monotonic_ns()
+        self._under_way = begun, model.expected_us(rows) / 1e6
         result: Inference | Exception
         try:
             result = model.infer(asked.inputs)
         except Exception as error:
             result = error
+        self._under_way = None
         self._loop.call_soon_threadsafe(
             self._finish, model, head, asked, rows, result, (start, begun - start), flags, done
         )

@@ -158,11 +158,14 @@ class Worker:
 
     def _report(self) -> None:
         since_s = time.monotonic() - self._since
+        busy_s, expected_s = self._service.under_way_s() if self._service is not None else (0.0, 0.0)
         self._channel.send(
             ww.Health(
                 models={name: model.recorder.health(since_s) for name, model in self._models.items()},
                 inflight=self._inflight,
                 rss_mb=rss_kb() * 1024 / 1e6,
+                busy_s=busy_s,
+                expected_s=expected_s,
             )
         )
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from skerry_agent.core import admission as a
-from skerry_agent.core import backoff, trial
+from skerry_agent.core import backoff, liveness, trial
 from skerry_agent.core import plan as p
 from skerry_contract import group, ids
 from skerry_contract import manifest as m
@@ -236,6 +236,37 @@ def test_a_good_trial_waits_for_traffic_and_is_kept() -> None:
     assert trial.judge_trial(RULES, trial.Counts(ok=100, p95_ms=2.0), old, 5).answer == "keep"
     assert trial.judge_trial(RULES, trial.Counts(ok=3), old, 60).answer == "quiet"
     assert trial.judge_trial(RULES, trial.Counts(), None, 60).answer == "quiet"
+
+
+def test_silence_confirms_nothing_and_excuses_nothing() -> None:
+    old = trial.Counts(ok=1000, p95_ms=2.0)
+    assert trial.judge_trial(RULES, trial.Counts(ok=100, p95_ms=2.0), old, 5, current=False).answer == "wait"
+    assert trial.judge_trial(RULES, trial.Counts(), old, 10_000, current=False).answer == "wait"
+    assert trial.judge_trial(RULES, trial.Counts(failed=3), old, 1, current=False).code == "trial_errors"
+
+
+def test_a_worker_hangs_when_it_is_silent_or_stuck_for_longer_than_the_slowest_healthy_one() -> None:
+    limits = liveness.Limits(silent_s=10, inference_s=60, interval_s=2)
+    for life in (
+        liveness.Life(silent_s=10),
+        liveness.Life(silent_s=0, busy_s=60),
+        # A model that was slow in its proof may be slow.
+        liveness.Life(silent_s=0, busy_s=299, expected_s=30),
+    ):
+        assert liveness.judge_liveness(life, limits) == ""
+    assert "no report for 10.5 s" in liveness.judge_liveness(liveness.Life(silent_s=10.5), limits)
+    assert "61.0 s" in liveness.judge_liveness(liveness.Life(silent_s=0, busy_s=61), limits)
+    rare = liveness.Limits(silent_s=10, inference_s=60, interval_s=30)
+    assert liveness.judge_liveness(liveness.Life(silent_s=149), rare) == ""
+    assert liveness.judge_liveness(liveness.Life(silent_s=151), rare)
+
+
+def test_an_old_report_or_an_overdue_inference_does_not_speak_for_now() -> None:
+    limits = liveness.Limits(silent_s=10, inference_s=60, interval_s=2)
+    assert liveness.speaks_for_now(liveness.Life(silent_s=4), limits)
+    assert liveness.speaks_for_now(liveness.Life(silent_s=0, busy_s=8, expected_s=1), limits)
+    assert not liveness.speaks_for_now(liveness.Life(silent_s=6), limits)
+    assert not liveness.speaks_for_now(liveness.Life(silent_s=0, busy_s=2, expected_s=0.01), limits)
 
 
 def test_a_runtime_that_fails_every_request_goes_back_at_once() -> None:
