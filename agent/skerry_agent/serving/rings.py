@@ -1,12 +1,15 @@
 """Recorder rings and the windows cut from them: what is committed, what waits for room, what a dead worker left.
 
 Every window goes to the store with its ring position in one transaction, and only then the worker may reuse the slots. A window
-that cannot be stored waits here, and in its ring, for the next try. A ring's file goes when all of it is committed.
+that cannot be stored waits here, and in its ring, for the next try. A ring's file goes when all of it is committed. A ring whose
+lock is held is still written, by a worker of a supervisor that was killed, and waits.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import struct
 from collections import deque
 from collections.abc import Callable, Collection
@@ -52,6 +55,7 @@ class Rings:
         self._on_records = on_records
         self._on_fault = on_fault
         self._unstored: deque[tuple[Generation, ww.WindowCut]] = deque()
+        self._folded: set[str] = set()
         folder.mkdir(exist_ok=True, mode=0o700)
 
     def path(self, generation: int, model: str, serial: int = 0) -> str:
@@ -110,10 +114,12 @@ class Rings:
         found = []
         for path in sorted(self._folder.glob("*.ring")):
             ring = str(path)
-            if ring in owned:
+            if ring in owned or _locked(path):
                 continue
-            if self.spent(ring):
+            if self.spent(ring) or (ring in self._folded and not self._owes(ring)):
                 self.remove(ring)
+                continue
+            if ring in self._folded:
                 continue
             # What waits to be stored was folded already: the heir goes on behind it.
             waiting = max((cut.upto for _, cut in self._unstored if cut.ring == ring), default=0)
@@ -143,6 +149,7 @@ class Rings:
 
     def recovered(self, message: ww.Recovered) -> None:
         """A dead worker's ring is folded: counts what was lost in it, and removes it."""
+        self._folded.add(message.ring)
         self.count_lost("records_overwritten", message.lost)
         if message.damage:
             self.count_lost("rings_damaged", 1)
@@ -155,6 +162,7 @@ class Rings:
             return
         # The file first: a position without a ring is harmless, a ring without a position is counted again.
         Path(ring).unlink(missing_ok=True)
+        self._folded.discard(ring)
         try:
             self._store.forget_ring(ring)
         except Degraded as error:
@@ -168,3 +176,33 @@ class Rings:
             self._store.count_lost(cause, n)
         except Degraded as error:
             log.error("loss not counted", extra=kv(cause=cause, n=n, code=error.code, detail=error.detail))
+
+
+def _locked(path: Path) -> bool:
+    """Whether a worker that is not ours still writes the ring."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        # Not now: out of descriptors, most likely. What is not folded yet is not lost.
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        # A file system without locks.
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _life(generation: Generation) -> liveness.Life:
+    health = generation.health
+    return liveness.Life(
+        silent_s=generation.silent_s,
+        busy_s=health.busy_s if health is not None else 0.0,
+        expected_s=health.expected_s if health is not None else 0.0,
+    )

@@ -8,6 +8,7 @@ that a dead worker left are folded by the next living one.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import socket
@@ -304,9 +305,13 @@ class Serving:
             os.close(fd)
 
     def tick(self) -> None:
-        """Ends a worker that hangs; tries again what could not be stored. Called about every half second."""
+        """Ends a worker that hangs, tries again what could not be stored, looks for rings whose worker is gone by now.
+
+        Called about every half second.
+        """
         self._end_hung()
         self._rings.retry()
+        self.recover()
 
     def _end_hung(self) -> None:
         now_s = self._clock.boot_s()
@@ -403,6 +408,27 @@ class Serving:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _locked(path: Path) -> bool:
+    """Whether a worker that is not ours still writes the ring."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        # Not now: out of descriptors, most likely. What is not folded yet is not lost.
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        # A file system without locks.
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _life(generation: Generation) -> liveness.Life:

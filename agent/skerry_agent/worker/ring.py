@@ -11,13 +11,16 @@ Layout, in the byte order of the machine, which is little-endian wherever Skerry
     ..  capacity slots: META, then the values, padded to 8
 
 Position ``p`` lives in slot ``p % capacity``. A writer fills the slots first and raises ``written`` last, so every position
-below ``written`` is whole as long as the kernel lives: ``kill -9`` loses nothing. After a power cut pages may be torn,
+below ``written`` is whole as long as the kernel lives: ``kill -9`` loses nothing. The writer holds ``flock(2)`` on the file until
+it closes it or dies: who cannot get that lock must not fold the ring yet. After a power cut pages may be torn,
 and a ring of another boot is therefore refused. The ring knows nothing of windows; ``fold`` reads it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import logging
 import mmap
 import os
@@ -87,12 +90,13 @@ class Ring:
         padding: bytes that fill a slot up after its values.
     """
 
-    def __init__(self, path: str, header: Header, memory: mmap.mmap, start: int) -> None:
+    def __init__(self, path: str, header: Header, memory: mmap.mmap, start: int, lock: int = -1) -> None:
         self.path = path
         self.header = header
         self.capacity = header.capacity
         self._memory = memory
         self._start = start
+        self._lock = lock
         layout = _slot_layout(header.plan)
         self._slot_bytes = layout.itemsize
         self.padding = bytes(layout.itemsize - META.itemsize - header.plan.width * np.dtype(header.plan.dtype).itemsize)
@@ -117,19 +121,22 @@ class Ring:
         size = _up(start + header.capacity * _slot_layout(header.plan).itemsize)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            with contextlib.suppress(OSError):
+                # A file system without locks: the ring does without, as its reader will.
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Reserved now: a write into a hole of a full disk would kill the worker with SIGBUS.
             os.posix_fallocate(fd, 0, size)
             memory = mmap.mmap(fd, size)
         except OSError as error:
             log.warning("ring kept in memory path=%s error=%s", path, error)
             os.unlink(path)
-            memory = mmap.mmap(-1, size)
-        finally:
             os.close(fd)
+            fd = -1
+            memory = mmap.mmap(-1, size)
         memory[64 : 64 + len(text)] = text
         struct.pack_into("<II", memory, 8, VERSION, len(text))
         memory[:8] = MAGIC
-        ring = cls(path, header, memory, start)
+        ring = cls(path, header, memory, start, fd)
         ring.look_at_clocks()
         return ring
 
@@ -204,7 +211,13 @@ class Ring:
         )
 
     def close(self, *, remove: bool = False) -> None:
-        """Gives up the mapping; with ``remove`` the file too."""
+        """Gives up the mapping and the lock; with ``remove`` the file too."""
+        if self._lock >= 0:
+            # Said aloud: the mapping has a copy of the descriptor, and may live a little longer.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+            os.close(self._lock)
+            self._lock = -1
         # The views keep the mapping alive; dropping them lets it go.
         self.meta = np.empty(0, META)
         self.values = np.empty((0, 0), self.header.plan.dtype)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import time
 
 import psutil
 import pytest
 
+from tests import models
 from tests.integration.agent.rig import Broker, Device, Load, Server, wait_for
 from tests.integration.agent.test_update import digest_of, offer
 
@@ -56,6 +59,43 @@ def test_a_killed_supervisor_takes_its_worker_along_and_loses_nothing(serving: D
     wait_for(lambda asked=asked: server.inferences() == asked, why=f"{asked} counted, got {server.inferences()}")
     time.sleep(0.5)
     assert server.inferences() == asked
+    assert server.conflicts == []
+    wait_for(lambda: len(list((serving.state_dir / "rings").glob("*.ring"))) == 1, why="only the live ring")
+
+
+def test_what_the_worker_of_a_killed_supervisor_still_answers_is_counted_when_it_is_gone(
+    serving: Device, server: Server
+) -> None:
+    x, _ = models.rows(1)
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": x[0].tolist()}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    sent = b"POST /v2/models/gas/infer HTTP/1.1\r\nHost: d\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", serving.port)
+        clients = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(20)]
+        for client in clients:
+            client.sendall(sent)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        # The device is so loaded that the worker gets no turn: requests wait in its sockets while the supervisor dies.
+        pid = serving.status()["worker"]["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        for client in clients:
+            client.sendall(sent)
+        serving.kill()
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        # Elsewhere, since the old address is still held: the next supervisor is up before the old worker has its turn.
+        serving.config.write_text(f"{serving.config.read_text()}[serving]\nport = {port}\n")
+        serving.start()
+        serving.infer(1)
+        time.sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+        answered = sum(client.recv(65536).startswith(b"HTTP/1.1 200") for client in clients)
+    assert answered > 0
+    made = 20 + 20 + 1 + answered
+    wait_for(lambda: server.inferences() == made, why=f"{made} counted, got {server.inferences()}")
+    time.sleep(0.5)
+    assert server.inferences() == made
     assert server.conflicts == []
     wait_for(lambda: len(list((serving.state_dir / "rings").glob("*.ring"))) == 1, why="only the live ring")
 

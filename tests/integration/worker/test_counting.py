@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import signal
@@ -77,6 +78,26 @@ def test_kill_9_in_the_middle_loses_no_answered_request_and_counts_none_twice(ri
         assert answered > 50, round_number
         assert answered <= counted <= answered + unanswered
         rig.kill(successor)
+
+
+def locked(ring: str) -> bool:
+    with open(ring, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_ring_is_locked_while_its_worker_may_write_it_and_no_longer(rig: Rig, bundle: Path) -> None:
+    worker = rig.start(rig.served(bundle))
+    old, new = worker.rings["gas"], rig.ring_path()
+    assert locked(old)
+    rig.send(worker, ww.Rekey(model="gas", ring=new))
+    worker.wait_for(ww.Rekeyed)
+    assert (locked(old), locked(new)) == (False, True)
+    rig.kill(worker)
+    assert not locked(new)
 
 
 def test_recovering_twice_sends_nothing_more(rig: Rig, bundle: Path) -> None:
