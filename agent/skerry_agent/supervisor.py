@@ -8,7 +8,7 @@ says what follows. Nothing here waits for the network: without one the confirmed
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -17,6 +17,7 @@ import random
 import secrets
 import signal
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from skerry_agent.core import effects as e
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
 from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, Degraded, Rejected
+from skerry_agent.leftovers import Roll
 from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
 from skerry_agent.logs import kv
 from skerry_agent.notify import Notify
@@ -49,6 +51,9 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
 _RENEW_EVERY_S = 3600.0
+_FORMER_S = 3.0
+"""A worker of a former life gives up the address at once, unless it hangs; so long it may be merely slow."""
+_KILLED_S = 5.0
 
 
 class Supervisor:
@@ -97,9 +102,10 @@ class Supervisor:
         self._settings = group.Settings()
         self._errands = Errands(courier_command)
         self._notify = Notify(environment)
-        self._listener = _bind(config)
+        roll = Roll(config.run_dir / "workers.json", self._clock.boot_id)
+        self._listener = _bind(config, roll, self._clock)
         self._serving = Serving(
-            config, self._store, self._slots, self._clock, self._listener, on_health=self._health, on_crash=self._crash,
+            config, self._store, self._slots, self._clock, self._listener, roll, on_health=self._health, on_crash=self._crash,
             on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
@@ -664,28 +670,46 @@ def _lock(config: Config) -> int:
     return descriptor
 
 
-def _bind(config: Config) -> socket.socket:
+def _bind(config: Config, roll: Roll, clock: Clock) -> socket.socket:
     """The address of the applications, bound and not yet listening: the first worker makes it accept.
 
     Port 0 takes a free port once and keeps it over restarts, so that applications find the agent again.
     """
+    host, port = config.serving.host, config.serving.port
     family = socket.AF_INET6 if ":" in config.serving.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if config.serving.port == 0:
-        with contextlib.suppress(OSError, OverflowError):
-            sock.bind((config.serving.host, _last_port(config)))
+    if port == 0 and (last := _last_port(config)) != 0:
+        try:
+            _bind_behind(sock, host, last, roll, clock)
             return sock
+        except (OSError, OverflowError) as error:
+            log.warning("address is taken; using another", extra=kv(host=host, port=last, detail=str(error)))
     try:
-        sock.bind((config.serving.host, config.serving.port))
+        _bind_behind(sock, host, port, roll, clock)
     except OSError as error:
         sock.close()
-        raise Degraded(
-            "address_in_use",
-            f"{config.serving.host}:{config.serving.port}: {error.strerror}",
-            advice="change serving.port",
-        ) from None
+        raise Degraded("address_in_use", f"{host}:{port}: {error.strerror}", advice="change serving.port") from None
     return sock
+
+
+def _bind_behind(sock: socket.socket, host: str, port: int, roll: Roll, clock: Clock) -> None:
+    """Binds, once a worker of a former life has given the address up. One that hangs is ended."""
+    began_s, ended = clock.boot_s(), False
+    while True:
+        # Asked first: one that goes between the two leaves the address free for another try.
+        former = roll.former()
+        try:
+            sock.bind((host, port))
+            return
+        except OSError as error:
+            waited_s = clock.boot_s() - began_s
+            if error.errno != errno.EADDRINUSE or not former or waited_s > _FORMER_S + _KILLED_S:
+                raise
+        if waited_s > _FORMER_S and not ended:
+            roll.end_former()
+            ended = True
+        time.sleep(0.02)
 
 
 def _last_port(config: Config) -> int:

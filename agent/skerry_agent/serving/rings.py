@@ -197,12 +197,3 @@ def _locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-def _life(generation: Generation) -> liveness.Life:
-    health = generation.health
-    return liveness.Life(
-        silent_s=generation.silent_s,
-        busy_s=health.busy_s if health is not None else 0.0,
-        expected_s=health.expected_s if health is not None else 0.0,
-    )

@@ -26,6 +26,7 @@ from skerry_agent.core import backoff, liveness
 from skerry_agent.core.effects import Arm
 from skerry_agent.core.trial import Counts
 from skerry_agent.errors import AgentError, Degraded, Rejected
+from skerry_agent.leftovers import Roll
 from skerry_agent.logs import kv
 from skerry_agent.serving.generation import Generation, counts_of, exit_words, start_message
 from skerry_agent.serving.rings import Rings
@@ -36,6 +37,8 @@ from skerry_agent.workers import WORKER, spawn
 log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+_FORMER_S = 10.0
+"""A worker whose supervisor was killed answers for at most 5 s and goes."""
 _LONGEST_TICK_S = 1.0
 _STEADY_S = 60.0
 """A worker that lived so long had no part in the failures before it."""
@@ -45,6 +48,7 @@ class Serving:
     """The generations of this agent.
 
     Args:
+        roll: the record of living workers.
         on_health: a report of the serving generation came.
         on_crash: the serving generation died by itself; answers whether ``Serving`` shall start it again.
         on_records: the outbox grew.
@@ -59,6 +63,7 @@ class Serving:
         slots: Slots,
         clock: Clock,
         listener: socket.socket,
+        roll: Roll,
         *,
         on_health: Callable[[Generation], None],
         on_crash: Callable[[Generation, int], bool],
@@ -72,6 +77,7 @@ class Serving:
         self._slots = slots
         self._clock = clock
         self._listener = listener
+        self._roll = roll
         self._on_health = on_health
         self._on_crash = on_crash
         self._draw = draw
@@ -83,7 +89,7 @@ class Serving:
         self._flushes: dict[int, asyncio.Event] = {}
         self._failures = 0
         self._number = 0
-        self._ticked_s = clock.boot_s()
+        self._ticked_s = self._began_s = clock.boot_s()
         self.window_s = 300.0
         self.current: Generation | None = None
         self.before: dict[str, Counts] = {}
@@ -130,6 +136,7 @@ class Serving:
             )
         except OSError as error:
             raise Degraded("worker_not_started", str(error), advice="free memory or processes on the device") from error
+        self._roll.add(worker.pid)
         generation = Generation(number=number, models=dict(models), rings=rings, worker=worker, ready=ready)
         holder.append(generation)
         self._alive.append(generation)
@@ -305,11 +312,13 @@ class Serving:
             os.close(fd)
 
     def tick(self) -> None:
-        """Ends a worker that hangs, tries again what could not be stored, looks for rings whose worker is gone by now.
+        """Ends workers that hang, tries again what could not be stored, looks for rings whose worker is gone by now.
 
         Called about every half second.
         """
         self._end_hung()
+        if self._clock.boot_s() - self._began_s > _FORMER_S:
+            self._roll.end_former()
         self._rings.retry()
         self.recover()
 
@@ -349,6 +358,7 @@ class Serving:
 
     async def _watch(self, generation: Generation) -> None:
         code = await asyncio.shield(generation.worker.exited)
+        self._roll.remove(generation.worker.pid)
         generation.worker.close()
         self._alive.remove(generation)
         if not generation.ready.done():

@@ -27,6 +27,13 @@ def serving(device: Device, server: Server) -> Device:
     return device
 
 
+def move(device: Device) -> None:
+    """Gives the agent another address, from its next start on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    device.config.write_text(f"{device.config.read_text()}[serving]\nport = {port}\n")
+
+
 def test_a_killed_worker_is_replaced_and_its_ring_is_folded(serving: Device, server: Server) -> None:
     with Load(serving, clients=1) as load:
         for _ in range(3):
@@ -82,10 +89,8 @@ def test_what_the_worker_of_a_killed_supervisor_still_answers_is_counted_when_it
         for client in clients:
             client.sendall(sent)
         serving.kill()
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
         # Elsewhere, since the old address is still held: the next supervisor is up before the old worker has its turn.
-        serving.config.write_text(f"{serving.config.read_text()}[serving]\nport = {port}\n")
+        move(serving)
         serving.start()
         serving.infer(1)
         time.sleep(1.5)
@@ -98,6 +103,24 @@ def test_what_the_worker_of_a_killed_supervisor_still_answers_is_counted_when_it
     assert server.inferences() == made
     assert server.conflicts == []
     wait_for(lambda: len(list((serving.state_dir / "rings").glob("*.ring"))) == 1, why="only the live ring")
+
+
+@pytest.mark.parametrize("address", ["kept", "changed"])
+def test_a_worker_that_hangs_when_its_supervisor_is_killed_is_ended_and_its_address_and_counts_are_taken_over(
+    serving: Device, server: Server, address: str
+) -> None:
+    serving.infer(13)
+    port, worker = serving.port, psutil.Process(serving.status()["worker"]["pid"])
+    worker.suspend()
+    serving.kill()
+    if address == "changed":
+        move(serving)
+    serving.start()
+    assert serving.infer(4) == ["1.0.0"] * 4
+    assert (serving.port == port) == (address == "kept"), serving.log()[-3000:]
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, why="its end")
+    wait_for(lambda: server.inferences() == 37, why=f"37 counted, got {server.inferences()}")
+    assert "worker of a former life ended" in serving.log()
 
 
 def test_a_supervisor_killed_in_a_trial_starts_with_what_was_confirmed(serving: Device, server: Server) -> None:
