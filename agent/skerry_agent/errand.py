@@ -45,16 +45,21 @@ class Errands:
             The object under ``ok``.
 
         Raises:
-            AgentError: as the courier reported it; ``Transient`` with ``timeout`` or ``courier_crashed`` when it did not.
+            AgentError: as the courier reported it; ``Transient`` with ``timeout`` or ``courier_crashed`` when it did not, and
+                with ``process_not_started`` when there was no descriptor, memory or process for it.
         """
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            verb,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=_MAX_LINE,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                verb,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=_MAX_LINE,
+            )
+        except (OSError, RuntimeError) as error:
+            # RuntimeError: asyncio may need a thread to wait for the process.
+            raise Transient("process_not_started", f"courier {verb}: {type(error).__name__}: {error}") from error
         try:
             async with asyncio.timeout(timeout_s):
                 answer, complaint = await asyncio.gather(
@@ -63,6 +68,9 @@ class Errands:
                 await process.wait()
         except TimeoutError:
             raise Transient("timeout", f"courier {verb} took more than {timeout_s:g} s") from None
+        except ValueError as fault:
+            # A line without end.
+            raise Transient("courier_crashed", f"courier {verb}: {fault}") from None
         finally:
             if process.returncode is None:
                 process.kill()

@@ -8,6 +8,7 @@ says what follows. Nothing here waits for the network: without one the confirmed
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import json
@@ -34,7 +35,7 @@ from skerry_agent.core import backoff
 from skerry_agent.core import effects as e
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
 from skerry_agent.errand import COURIER, Errands
-from skerry_agent.errors import AgentError, Degraded, Rejected
+from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
 from skerry_agent.logs import kv
@@ -389,6 +390,11 @@ class Supervisor:
                 if error.code == "store_damaged" and isinstance(error, Degraded):
                     self._fault(error)
                 self._sync_failed(error, failures)
+            except Exception as error:
+                # A bug, or an answer that nobody foresaw: no reason to stop serving, and no reason never to ask again.
+                failures += 1
+                log.exception("sync failed", extra=kv(failures=failures))
+                self._sync_failed(Transient("sync_failed", f"{type(error).__name__}: {error}"), failures)
             news = before != (self._store.get("tuf", {}), self._group)
             self._idle_bells = self._idle_bells + 1 if rung and not news else 0
             self._synced_s = self._clock.boot_s()

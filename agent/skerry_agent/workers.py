@@ -11,6 +11,7 @@ from typing import Any
 
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel, pair
+from skerry_agent.errors import Degraded
 from skerry_agent.logs import kv
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,23 @@ async def spawn(
     *,
     command: Sequence[str] = WORKER,
 ) -> Worker:
-    """Starts a worker process with its end of a channel and the listening socket."""
+    """Starts a worker process with its end of a channel and the listening socket.
+
+    Raises:
+        Degraded: ``process_not_started``: no descriptor, memory or process to be had.
+    """
+    try:
+        return await _spawn(listener, on_message, command)
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: asyncio may need a thread to wait for the process.
+        raise Degraded(
+            "process_not_started", f"worker: {type(error).__name__}: {error}", advice="look at limits and free memory"
+        ) from error
+
+
+async def _spawn(
+    listener: socket.socket, on_message: Callable[[Any, int | None], None], command: Sequence[str]
+) -> Worker:
     ours, theirs = pair()
     try:
         process = await asyncio.create_subprocess_exec(

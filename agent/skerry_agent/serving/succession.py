@@ -130,12 +130,9 @@ class Serving:
         # A failure that nobody awaits any more (a start that was given up) is no error of the loop.
         ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         holder: list[Generation] = []
-        try:
-            worker = await spawn(
-                self._listener, lambda message, fd: self._take(holder[0], message, fd), command=self._worker_command
-            )
-        except OSError as error:
-            raise Degraded("worker_not_started", str(error), advice="free memory or processes on the device") from error
+        worker = await spawn(
+            self._listener, lambda message, fd: self._take(holder[0], message, fd), command=self._worker_command
+        )
         self._roll.add(worker.pid)
         generation = Generation(number=number, models=dict(models), rings=rings, worker=worker, ready=ready)
         holder.append(generation)
@@ -365,10 +362,8 @@ class Serving:
             generation.ready.set_exception(
                 Rejected("runtime_crashed", f"the worker ended with {exit_words(code)} while loading")
             )
-        for ring in generation.owned_rings:
-            if self._rings.spent(ring):
-                self._rings.remove(ring)
         if generation is not self.current or generation.leaving or self.stopping:
+            self._clean_up(generation)
             self.recover()
             return
         log.error(
@@ -376,8 +371,20 @@ class Serving:
         )
         lived_s = self._clock.boot_s() - (generation.listening_s or self._clock.boot_s())
         self._failures = 1 if lived_s >= _STEADY_S else self._failures + 1
-        if self._on_crash(generation, code):
+        try:
+            again = self._on_crash(generation, code)
+        except Exception:
+            # Whatever could not be written down: something must serve.
+            log.exception("crash not recorded", extra=kv(generation=generation.number))
+            again = True
+        if again:
             self._background(self._start_again(generation, generation.models))
+        self._clean_up(generation)
+
+    def _clean_up(self, generation: Generation) -> None:
+        for ring in generation.owned_rings:
+            if self._rings.spent(ring):
+                self._rings.remove(ring)
 
     async def _start_again(self, dead: Generation | None, models: dict[str, Slot]) -> None:
         while self.current is dead and not self.stopping:
@@ -385,17 +392,22 @@ class Serving:
             await asyncio.sleep(wait_s)
             if self.current is not dead or self.stopping:
                 return
+            new: Generation | None = None
             try:
                 new = await self.start(models, timeout_s=180.0)
-                if self.current is not dead:
-                    await self.retire(new)
-                    return
-                await self.switch(new)
+                if self.current is dead:
+                    await self.switch(new)
             except AgentError as error:
                 self._failures += 1
                 log.error(
                     "worker does not start", extra=kv(code=error.code, detail=error.detail, failures=self._failures)
                 )
+            except Exception:
+                # A bug, or a fault without a name: this loop is all that brings the models back.
+                self._failures += 1
+                log.exception("worker does not start", extra=kv(failures=self._failures))
+            if new is not None and new is not self.current:
+                await self.retire(new)
 
     def start_later(self, models: Mapping[str, Slot]) -> None:
         """Keeps trying to start models that did not start at once."""
@@ -416,8 +428,13 @@ class Serving:
     def _background(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background work failed", exc_info=error)
 
 
 def _locked(path: Path) -> bool:
