@@ -80,8 +80,8 @@ class Errands:
             raise Transient("courier_crashed", f"courier {verb} ended with {process.returncode}: {detail[0]}")
         if "ok" in answer:
             return dict(answer["ok"])
-        error = answer["error"]
-        raise by_kind(str(error.get("kind")), str(error.get("code")), str(error.get("detail", "")))
+        said = answer["error"]
+        raise by_kind(str(said.get("kind")), str(said.get("code")), str(said.get("detail", "")))
 
 
 async def _converse(

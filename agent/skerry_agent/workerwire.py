@@ -190,13 +190,15 @@ class Recovered(Message, frozen=True, kw_only=True, tag="recovered"):
 
     Attributes:
         lost: records that were overwritten before they were committed.
-        damage: why the ring could not be read; empty when it could.
+        damage: why the ring could not be read, or not all of it; empty when it could.
+        inferences: most requests that the damage can have cost.
     """
 
     ring: str
     upto: int
     lost: int = 0
     damage: str = ""
+    inferences: int = 0
 
 
 class ModelHealth(msgspec.Struct, frozen=True, kw_only=True):

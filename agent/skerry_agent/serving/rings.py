@@ -147,14 +147,35 @@ class Rings:
     def _owes(self, ring: str) -> bool:
         return any(cut.ring == ring for _, cut in self._unstored)
 
-    def recovered(self, message: ww.Recovered) -> None:
-        """A dead worker's ring is folded: counts what was lost in it, and removes it."""
+    def recovered(self, message: ww.Recovered) -> bool:
+        """A dead worker's ring is folded: notes what was lost in it, and removes it. False when that could not be noted."""
+        try:
+            self._note_losses(message)
+        except Degraded as error:
+            # The ring stays, and with it what there is to say; the next heir, or the next start, reads it again.
+            log.error("loss not stored", extra=kv(code=error.code, detail=error.detail, ring=message.ring))
+            return False
         self._folded.add(message.ring)
-        self.count_lost("records_overwritten", message.lost)
-        if message.damage:
-            self.count_lost("rings_damaged", 1)
-            log.error("ring damaged", extra=kv(ring=Path(message.ring).name, detail=message.damage))
         self.remove(message.ring)
+        return True
+
+    def _note_losses(self, message: ww.Recovered) -> None:
+        if not message.lost and not message.damage:
+            return
+        name = Path(message.ring).name
+        with self._store.transaction():
+            if message.lost:
+                self._store.count_lost("records_overwritten", message.lost)
+            if message.damage:
+                self._store.count_lost("rings_damaged", 1)
+                if message.inferences:
+                    self._store.count_lost("inferences_in_damaged_rings", message.inferences)
+                data = {"ring": name, "detail": message.damage, "inferences": message.inferences}
+                event = wire.Event(at=self._clock.instant(), name="ring", code="ring_damaged", data=data)
+                self._store.append([Entry(kind="event", body=wire.encode(event))])
+        if message.damage:
+            log.error("ring damaged", extra=kv(ring=name, detail=message.damage, inferences=message.inferences))
+            self._on_records()
 
     def remove(self, ring: str) -> None:
         """Removes a ring, unless windows of it wait to be stored."""

@@ -122,7 +122,7 @@ class Serving:
 
         Raises:
             Rejected: with the code that the worker gave, ``runtime_crashed`` when it died, ``start_timeout``.
-            Degraded: ``worker_not_started`` when this device has no process, memory or descriptor left for it.
+            Degraded: ``process_not_started`` when this device has no process, memory or descriptor left for it.
         """
         number = self._next_number()
         rings = {name: self._rings.path(number, name) for name in models}
@@ -294,8 +294,8 @@ class Serving:
                 generation.former.discard(message.ring)
                 self._rings.remove(message.ring)
             case ww.Recovered():
-                generation.recovering.discard(message.ring)
-                self._rings.recovered(message)
+                if self._rings.recovered(message):
+                    generation.recovering.discard(message.ring)
             case ww.Flushed():
                 waiter = self._flushes.get(message.id)
                 if waiter is not None:

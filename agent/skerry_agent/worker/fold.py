@@ -27,7 +27,7 @@ _Floats = npt.NDArray[np.float64]
 _BOUNDS = np.array(h.BOUNDS)
 _BUCKETS = h.MAX_INDEX - h.MIN_INDEX + 1
 _FEW_EDGES = 24
-PARTS = ("total_ns", "queue_ns", "transform_ns", "infer_ns")
+PARTS = r.TIMES
 
 
 class LatencyFold:
@@ -68,7 +68,7 @@ class Fold:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         n = len(plan.features)
-        self._outcomes: _Ints = np.zeros(5, np.int64)
+        self._outcomes: _Ints = np.zeros(r.OUTCOMES, np.int64)
         self._flags: _Ints = np.zeros(3, np.int64)
         self._rows = 0
         self.latency = {part: LatencyFold() for part in PARTS}
@@ -128,7 +128,7 @@ class Fold:
             self._first_ns = int(meta["at_ns"][0])
         self._last_ns = int(meta["at_ns"][-1])
         self.slots += len(meta)
-        self._outcomes += np.bincount(outcome, minlength=5)
+        self._outcomes += np.bincount(outcome, minlength=r.OUTCOMES)
         ok = outcome == r.OK
         all_ok = bool(ok.all())
         answered = meta if all_ok else meta[ok]

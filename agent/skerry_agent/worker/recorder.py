@@ -26,7 +26,7 @@ from skerry_contract import wire
 
 from skerry_agent import workerwire as ww
 from skerry_agent.worker import ring as r
-from skerry_agent.worker.fold import Fold, LatencyFold
+from skerry_agent.worker.fold import CHUNK, Fold, LatencyFold
 from skerry_agent.worker.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,8 @@ class Recorder:
         if rows == 1 and self._direct:
             # The commonest case by far: one row whose bytes are what is stored.
             try:
-                slot = r.pack(r.OK, flags | r.VALUES, 0, 1, total_ns, queue_ns, transform_ns, infer_ns, at_ns)
+                tag = ring.written & r.TAG
+                slot = r.pack(r.OK, flags | r.VALUES, tag, 1, total_ns, queue_ns, transform_ns, infer_ns, at_ns)
                 for name in self._input_names:
                     slot += inputs[name].tobytes()
                 for name in self._output_names:
@@ -128,14 +129,16 @@ class Recorder:
         elif self._width:
             self._some(inputs, outputs, rows, (total_ns, queue_ns, transform_ns, infer_ns, at_ns), flags)
         else:
-            ring.write(r.pack(r.OK, flags, 0, rows, total_ns, queue_ns, transform_ns, infer_ns, at_ns))
+            ring.write(
+                r.pack(r.OK, flags, ring.written & r.TAG, rows, total_ns, queue_ns, transform_ns, infer_ns, at_ns)
+            )
             ring.publish(1)
         if ring.written - self._folded >= self._fold_every:
             self._wrote()
 
     def other(self, outcome: int, total_ns: int, at_ns: int, flags: int = 0) -> None:
         """Counts a request that got no answer: ``ring.INVALID``, ``FAILED`` or ``SHED``."""
-        self.ring.write(r.pack(outcome, flags, 0, 0, total_ns, 0, 0, 0, at_ns))
+        self.ring.write(r.pack(outcome, flags, self.ring.written & r.TAG, 0, total_ns, 0, 0, 0, at_ns))
         self.ring.publish(1)
         if self.ring.written - self._folded >= self._fold_every:
             self._wrote()
@@ -159,10 +162,11 @@ class Recorder:
                 if rows > 1:
                     part = ring.meta[low : low + n]
                     part["outcome"], part["flags"], part["rows"], part["at_ns"] = r.ROW, flags, 0, times[-1]
+                    part["tag"] = np.arange(ring.written + done, ring.written + done + n) & r.TAG
                 done += n
         except (KeyError, ValueError, TypeError, IndexError) as error:
             flags, slots = self._unreadable(flags, error), 1
-        ring.write(r.pack(r.OK, flags, 0, rows, *times))
+        ring.write(r.pack(r.OK, flags, ring.written & r.TAG, rows, *times))
         ring.publish(slots)
 
     def _unreadable(self, flags: int, error: Exception) -> int:
@@ -264,29 +268,45 @@ class Recorder:
 def recover(message: ww.Recover, *, boot_id: str) -> tuple[ww.WindowCut | None, ww.Recovered]:
     """Folds what a dead worker left: its window, if any, and what to say about the ring.
 
-    A record counts when its slots were published, which happens before its reply is sent.
+    A record counts when its slots were published, which happens before its reply is sent. The ring was mapped writable into
+    a process that ran foreign native code: nothing in it is believed beyond what a recorder can have written.
     """
     try:
         ring = r.Ring.open(message.ring, boot_id=boot_id)
-    except r.DamagedRing as error:
-        log.warning("ring not recovered path=%s error=%s", message.ring, error)
-        return None, ww.Recovered(ring=message.ring, upto=message.start, damage=str(error))
-    try:
-        upto = ring.written
-        lost = max(0, upto - ring.capacity - message.start)
-        start = message.start + lost
-        cut = None
-        if start < upto:
-            fold = Fold(ring.header.plan)
-            fold.add_ring(ring, start, upto)
-            first, last = fold.span_ns
-            window = fold.window(ring.header.key, ring.instant(first), ring.instant(last), {})
-            cut = ww.WindowCut(
-                ring=message.ring, start=message.start, upto=upto, body=wire.encode(window), inferences=fold.ok
-            )
-        return cut, ww.Recovered(ring=message.ring, upto=max(upto, message.start), lost=lost)
-    finally:
-        ring.close()
+        try:
+            return _folded(ring, message)
+        finally:
+            ring.close()
+    except Exception as error:
+        detail = str(error) if isinstance(error, r.DamagedRing) else f"{type(error).__name__}: {error}"
+        log.warning("ring not recovered path=%s error=%s", message.ring, detail)
+        inferences = r.most_in(message.ring, message.start, CAPACITY)
+        return None, ww.Recovered(ring=message.ring, upto=message.start, damage=detail, inferences=inferences)
+
+
+def _folded(ring: r.Ring, message: ww.Recover) -> tuple[ww.WindowCut | None, ww.Recovered]:
+    upto = ring.written
+    if not message.start <= upto <= message.start + r.MOST_UNCOMMITTED:
+        raise r.DamagedRing(f"written up to {upto}, committed up to {message.start}")
+    lost = max(0, upto - ring.capacity - message.start)
+    slots, whole = ring.span(message.start + lost, upto)
+    damaged = len(slots) - int(np.count_nonzero(whole))
+    if damaged and lost:
+        raise r.DamagedRing(f"{damaged} of the last {len(slots)} slots are not of their positions")
+    fold = Fold(ring.header.plan)
+    kept = slots[whole]
+    for low in range(0, len(kept), CHUNK):
+        part = kept[low : low + CHUNK]
+        fold.add(ring.meta[part], ring.values[part])
+    cut = None
+    if fold.slots:
+        first, last = fold.span_ns
+        window = fold.window(ring.header.key, ring.instant(first), ring.instant(last), {})
+        cut = ww.WindowCut(
+            ring=message.ring, start=message.start, upto=upto, body=wire.encode(window), inferences=fold.ok
+        )
+    damage = f"{damaged} of {len(slots)} slots are not of their positions" if damaged else ""
+    return cut, ww.Recovered(ring=message.ring, upto=upto, lost=lost, damage=damage, inferences=damaged)
 
 
 def rss_kb() -> int:

@@ -40,11 +40,18 @@ log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None)
 _TIME_ERROR = 5
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"SKRYRING"
 PAGE = 4096
-OK, INVALID, FAILED, SHED, ROW = 0, 1, 2, 3, 4
-"""Outcomes of a slot; ``ROW`` continues the request of the slot before it."""
+OK, INVALID, FAILED, SHED, ROW = 1, 2, 3, 4, 5
+"""Outcomes of a slot; ``ROW`` continues the request of the slot before it. 0 is a slot that was never written."""
+OUTCOMES = 6
+TAG = 0xFFFF
+"""A slot's tag is its position in these bits: it tells a slot of this lap from an older one and from a scribble."""
+MOST_UNCOMMITTED = 1 << 40
+"""No device answers so often between two commits: a position further on is not what a recorder wrote."""
+LONGEST_NS = 1 << 53
+TIMES = ("total_ns", "queue_ns", "transform_ns", "infer_ns")
 RETRY, CACHED, FALLBACK, VALUES = 1, 2, 4, 8
 """Flags; ``VALUES`` says that the slot's values are set."""
 
@@ -52,7 +59,7 @@ META = np.dtype(
     [
         ("outcome", "u1"),
         ("flags", "u1"),
-        ("reserved", "<u2"),
+        ("tag", "<u2"),
         ("rows", "<u4"),
         ("total_ns", "<i8"),
         ("queue_ns", "<i8"),
@@ -147,6 +154,14 @@ class Ring:
         Raises:
             DamagedRing: it cannot be read, or is of another boot than ``boot_id``.
         """
+        ring = cls._map(path)
+        if ring.header.boot_id != boot_id:
+            ring.close()
+            raise DamagedRing("of another boot: its pages may be torn")
+        return ring
+
+    @classmethod
+    def _map(cls, path: str) -> Ring:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -163,11 +178,21 @@ class Ring:
             raise DamagedRing("not a ring of this version")
         try:
             header = msgspec.json.decode(memory[64 : 64 + length], type=Header)
-            if header.boot_id != boot_id:
-                raise DamagedRing("of another boot: its pages may be torn")
+            if header.capacity < 1:
+                raise DamagedRing(f"capacity {header.capacity}")
             return cls(path, header, memory, _up(64 + length))
         except (msgspec.DecodeError, ValueError) as error:
             raise DamagedRing(f"unreadable: {error}") from None
+
+    def span(self, start: int, upto: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """The slots of positions ``[start, upto)``, at most ``capacity`` of them, and which of them a recorder wrote there."""
+        at = np.arange(start, upto, dtype=np.int64)
+        slots = at % self.capacity
+        found = self.meta[slots]
+        written = (found["tag"] == at & TAG) & (found["outcome"] >= OK) & (found["outcome"] <= ROW)
+        for name in TIMES:
+            written &= (found[name] >= 0) & (found[name] < LONGEST_NS)
+        return slots, written
 
     def append(self, slot: bytes) -> None:
         """Writes and publishes one whole slot: ``pack`` and the values' bytes and ``padding``.
@@ -223,6 +248,29 @@ class Ring:
         self.values = np.empty((0, 0), self.header.plan.dtype)
         if remove:
             Path(self.path).unlink(missing_ok=True)
+
+
+def most_in(path: str, start: int, capacity: int) -> int:
+    """How many requests a ring that cannot be folded may hold from position ``start`` on.
+
+    Args:
+        path: of the ring; it may be anything.
+        start: what lies below is committed.
+        capacity: of rings whose header cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            written, _ = struct.unpack("<QQ", file.read(PAGE)[_POSITIONS])
+    except (OSError, struct.error):
+        return 0
+    try:
+        ring = Ring._map(path)
+        first = max(start, min(written, start + MOST_UNCOMMITTED) - ring.capacity)
+        slots, _ = ring.span(first, min(written, first + ring.capacity))
+        # The further rows of a request are none of their own; whatever cannot be told is one.
+        return int(np.count_nonzero(ring.meta["outcome"][slots] != ROW))
+    except (DamagedRing, ValueError, ArithmeticError, LookupError):
+        return int(min(max(0, written - start), capacity))
 
 
 def clock_synchronised() -> bool:

@@ -8,6 +8,8 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -212,6 +214,35 @@ def test_a_clean_stop_folds_and_says_goodbye(serving: Device, server: Server) ->
     wait_for(lambda: server.inferences() == 31, why=f"31 counted, got {server.inferences()}")
     wait_for(lambda: server.states[-1].status == "offline", why="offline")
     assert list((serving.state_dir / "rings").glob("*.ring")) == []
+
+
+def test_what_a_power_cut_took_out_of_a_ring_is_counted_and_reported(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = make_device(fold_interval_s=60)
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    device.infer(20)
+    device.wait_running("1.0.0", "confirmed")
+    assert device.call("POST", "/skerry/v1/flush", {}).body == {"ok": True}
+    device.infer(11)
+    worker = psutil.Process(device.status()["worker"]["pid"])
+    worker.suspend()
+    device.kill()
+    worker.kill()
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, why="its end")
+    # To the next supervisor it looks like a file of the boot before.
+    (ring,) = (device.state_dir / "rings").glob("*.ring")
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "").encode()
+    data = ring.read_bytes()
+    assert boot_id in data
+    ring.write_bytes(data.replace(boot_id, b"0" * 32))
+    device.start()
+    event = wait_for(lambda: server.events("ring"), why="the event")[0]
+    assert (event.code, event.data["inferences"]) == ("ring_damaged", 11)
+    assert device.status()["outbox"]["lost"] == {"rings_damaged": 1, "inferences_in_damaged_rings": 11}
+    assert server.inferences() == 20
 
 
 def test_a_damaged_store_is_moved_aside_and_the_device_serves_on(serving: Device, server: Server) -> None:

@@ -152,7 +152,7 @@ def test_without_a_process_for_a_worker_it_is_tried_again(on_bench: Run) -> None
         bench.program.unlink()
         with pytest.raises(Degraded) as caught:
             await bench.serving.start({"gas": GAS}, timeout_s=TIMEOUT_S)
-        assert caught.value.code == "worker_not_started"
+        assert caught.value.code == "process_not_started"
         os.kill(first.worker.pid, signal.SIGKILL)
         await until(lambda: bench.serving._failures > 2)
         bench.install()

@@ -6,8 +6,10 @@ import fcntl
 import http.client
 import json
 import signal
+import struct
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,8 +151,56 @@ def test_a_damaged_ring_is_reported_and_the_worker_goes_on(rig: Rig, bundle: Pat
     successor = rig.start(rig.served(bundle))
     recovered = rig.recover(successor, str(ring))
     assert recovered.damage
+    assert recovered.inferences == (0 if damage in ("missing", "empty") else 3)
     assert rig.windows == []
     assert ask(rig, 1) == [200]
+
+
+def at(data: bytes, offset: int, changed: bytes) -> bytes:
+    return data[:offset] + changed + data[offset + len(changed) :]
+
+
+SLOTS_AT = 4096
+SCRIBBLES: dict[str, tuple[Callable[[bytes], bytes], int, int]] = {
+    # What native code may do to the ring that is mapped beside it; then how many are still counted, and how many lost.
+    "one slot further": (lambda d: at(d, 16, struct.pack("<Q", 31)), 30, 1),
+    "slots that were never written": (lambda d: at(d, 16, struct.pack("<Q", 8192)), 30, 8162),
+    "a lap that never was": (lambda d: at(d, 16, struct.pack("<Q", 20_000)), 0, 8192),
+    "written for ever": (lambda d: at(d, 16, struct.pack("<Q", 2**64 - 1)), 0, 8192),
+    "less written than committed": (lambda d: at(d, 16, struct.pack("<QQ", 3, 5)), 0, 0),
+    "an outcome that is none": (lambda d: at(d, SLOTS_AT, b"\xff"), 29, 1),
+    "a capacity that is none": (lambda d: d.replace(b'"capacity":8192', b'"capacity":0   '), 0, 30),
+    "latencies out of this world": (lambda d: at(d, SLOTS_AT + 8, b"\xff" * 7 + b"\x7f"), 29, 1),
+}
+
+
+@pytest.mark.parametrize("scribble", SCRIBBLES)
+def test_a_scribbled_ring_makes_no_inference_up_and_what_it_lost_is_bounded(
+    rig: Rig, bundle: Path, scribble: str
+) -> None:
+    change, counted, lost = SCRIBBLES[scribble]
+    worker = rig.start(rig.served(bundle))
+    ask(rig, 30)
+    rig.kill(worker)
+    ring = Path(worker.rings["gas"])
+    ring.write_bytes(change(ring.read_bytes()))
+    if scribble == "less written than committed":
+        rig.positions[str(ring)] = 5
+    successor = rig.start(rig.served(bundle))
+    recovered = rig.recover(successor, str(ring))
+    assert (recovered.damage != "", recovered.lost) == (True, 0)
+    assert (rig.total().ok, recovered.inferences) == (counted, lost)
+    assert ask(rig, 1) == [200]
+
+
+def test_a_ring_of_many_laps_and_long_requests_is_whole_when_its_worker_is_killed(rig: Rig, bundle: Path) -> None:
+    worker = rig.start(rig.served(bundle))
+    for rows in (1, 1000, 1, 1999, 7):
+        assert ask(rig, 9, body(rows)) == [200] * 9
+    rig.kill(worker)
+    successor = rig.start(rig.served(bundle))
+    assert rig.recover(successor, worker.rings["gas"]).damage == ""
+    assert (rig.total().ok, rig.total().rows) == (45, 9 * 3008)
 
 
 def test_rekey_splits_the_windows_exactly_where_it_was_said(rig: Rig, bundle: Path) -> None:

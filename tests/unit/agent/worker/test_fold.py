@@ -128,6 +128,7 @@ def test_rows_fold_to_the_definition(
     the_plan = plan(wide=wide, classes=classes, b_edges=b_edges)
     columns = p if classes <= 32 else np.stack([p.argmax(1), p.max(1)], 1)
     meta = np.zeros(len(rows), r.META)
+    meta["outcome"] = r.OK
     meta["flags"] = r.VALUES
     meta["rows"] = 1
     whole, parts = Fold(the_plan), Fold(the_plan)
