@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import socket
 from collections import deque
@@ -21,6 +22,8 @@ from typing import Any
 import msgspec
 
 from skerry_agent import workerwire as ww
+
+log = logging.getLogger(__name__)
 
 INLINE_BYTES = 64 * 1024
 """Longer messages spill to a memory file; well below the kernel's smallest default send buffer (212,992)."""
@@ -32,7 +35,17 @@ class Spilled(ww.Message, frozen=True, kw_only=True, tag="spilled"):
 
 
 _Any = (
-    ww.ToWorker | ww.Ready | ww.Failed | ww.WindowCut | ww.Rekeyed | ww.Recovered | ww.Health | ww.Drained | ww.Flushed | Spilled
+    ww.ToWorker
+    | ww.Ready
+    | ww.Failed
+    | ww.WindowCut
+    | ww.Rekeyed
+    | ww.Recovered
+    | ww.Health
+    | ww.Cut
+    | ww.Drained
+    | ww.Flushed
+    | Spilled
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
@@ -162,6 +175,12 @@ class Channel:
                 return
             message = _decoder.decode(data)
             if isinstance(message, Spilled):
+                if not fds:
+                    # The kernel drops descriptors that this process may not open, and with this one a whole message, a
+                    # window perhaps. To go on would be to lose it; what it says is still in the ring.
+                    log.error("a message lost its descriptor; giving the channel up")
+                    self._gone()
+                    return
                 message = _decoder.decode(_unspill(fds.pop(0)))
             self._on_message(message, fds[0] if fds else None)
 

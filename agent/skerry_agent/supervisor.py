@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import random
+import resource
 import secrets
 import signal
 import socket
@@ -663,6 +664,18 @@ class Supervisor:
         return Answer(200, {"ok": True, "model": wanted, "version": back.version, "digest": back.digest})
 
 
+def _raise_descriptors() -> None:
+    """As many descriptors as this process may have, and its workers after it: each open connection of an application is one.
+
+    The usual soft limit of 1024 is for programs that use ``select``.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.warning("limit of descriptors not raised", extra=kv(soft=soft, hard=hard, detail=str(error)))
+
+
 def _lock(config: Config) -> int:
     """One agent per state folder. The lock ends with the process, however it ends."""
     descriptor = os.open(config.run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -742,6 +755,7 @@ def _higher(known: dict[str, str], found: dict[str, str]) -> dict[str, str]:
 
 def run(config: Config, environment: Mapping[str, str], **choices: Any) -> int:
     """Runs an agent in this process. Returns the exit code."""
+    _raise_descriptors()
 
     async def main() -> int:
         return await Supervisor(config, environment, **choices).run()

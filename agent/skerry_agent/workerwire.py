@@ -82,6 +82,8 @@ class Conn(Message, frozen=True, kw_only=True, tag="conn"):
 
     Attributes:
         head: bytes already read from it and not yet answered.
+
+    It arrives without a descriptor when the receiver may open no more: the connection is lost then.
     """
 
     head: bytes = b""
@@ -227,6 +229,12 @@ class Health(Message, frozen=True, kw_only=True, tag="health"):
     expected_s: float = 0.0
 
 
+class Cut(Message, frozen=True, kw_only=True, tag="cut"):
+    """Connections of the predecessor that came without their descriptors: this process may open no more. Their clients are cut off."""
+
+    connections: int
+
+
 class Drained(Message, frozen=True, kw_only=True, tag="drained"):
     """No connection and no uncut record is left. ``unpassed``: connections that had to be closed at the deadline."""
 
@@ -240,4 +248,4 @@ class Flushed(Message, frozen=True, kw_only=True, tag="flushed"):
 
 
 ToWorker = Start | Listen | Drain | Conn | Rekey | Committed | Recover | Flush | Stop
-ToSupervisor = Ready | Failed | WindowCut | Rekeyed | Recovered | Health | Conn | Drained | Flushed
+ToSupervisor = Ready | Failed | WindowCut | Rekeyed | Recovered | Health | Conn | Cut | Drained | Flushed

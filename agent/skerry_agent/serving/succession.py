@@ -290,6 +290,10 @@ class Serving:
             case ww.Conn() if fd is not None:
                 self._pass_on(generation, message.head, fd)
                 fd = None
+            case ww.Conn():
+                self._rings.count_lost("connections_cut", 1)
+            case ww.Cut(connections=connections):
+                self._rings.count_lost("connections_cut", connections)
             case ww.Rekeyed():
                 generation.former.discard(message.ring)
                 self._rings.remove(message.ring)

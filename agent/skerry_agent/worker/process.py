@@ -127,7 +127,8 @@ class Worker:
 
     def _adopt(self, fd: int | None, head: bytes) -> None:
         if fd is None:
-            raise RuntimeError("conn without a descriptor")
+            self._channel.send(ww.Cut(connections=1))
+            return
         sock = socket.socket(fileno=fd)
         if self._server is None:
             sock.close()

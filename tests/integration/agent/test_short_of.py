@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
+import socket
 import time
 from collections.abc import Iterator
 
@@ -30,14 +32,83 @@ def short_of_descriptors(device: Device, left: int) -> Iterator[None]:
     assert device.process is not None
     agent = psutil.Process(device.process.pid)
     before = agent.rlimit(psutil.RLIMIT_NOFILE)
-    agent.rlimit(psutil.RLIMIT_NOFILE, (agent.num_fds() + left, before[1]))
+    used = min(agent.num_fds() for _ in range(50) if time.sleep(0.01) is None)
+    agent.rlimit(psutil.RLIMIT_NOFILE, (used + left, before[1]))
     try:
         yield
     finally:
         agent.rlimit(psutil.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.parametrize("left", [0, 3])
+@contextlib.contextmanager
+def idle(device: Device, connections: int) -> Iterator[list[socket.socket]]:
+    """Connections that have asked once and stay open."""
+    with contextlib.ExitStack() as stack:
+        found = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", device.port), 10)) for _ in range(connections)
+        ]
+        assert sum(answers(sock) for sock in found) == connections
+        yield found
+
+
+def answers(sock: socket.socket) -> bool:
+    try:
+        sock.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: d\r\n\r\n")
+        return sock.recv(4096).startswith(b"HTTP/1.1 200")
+    except ConnectionError:
+        return False
+
+
+def test_an_agent_started_with_a_small_soft_limit_keeps_more_connections_than_that_over_a_swap(
+    device: Device, server: Server
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    device.publish(device.bundle("1.0.0"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        device.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    device.wait_running("1.0.0", "trial")
+    device.infer(20)
+    device.wait_running("1.0.0", "confirmed")
+    with idle(device, 300) as sockets:
+        device.publish(device.bundle("1.1.0", seed=1))
+        device.sync()
+        device.wait_running("1.1.0", "trial")
+        assert device.infer(20) == ["1.1.0"] * 20
+        device.wait_running("1.1.0", "confirmed")
+        assert sum(map(answers, sockets)) == 300
+    assert device.status()["outbox"]["lost"] == {}
+
+
+def test_connections_that_a_new_worker_has_no_descriptors_for_are_counted_as_cut(
+    serving: Device, server: Server
+) -> None:
+    assert serving.process is not None
+    agent, old = psutil.Process(serving.process.pid), serving.status()["worker"]["pid"]
+
+    def successor() -> psutil.Process | None:
+        found = [p for p in agent.children() if p.pid != old and "skerry_agent.worker" in " ".join(p.cmdline())]
+        return found[0] if found else None
+
+    with idle(serving, 120) as sockets:
+        serving.publish(serving.bundle("1.1.0", seed=1))
+        serving.sync()
+        new = wait_for(successor, why="the next worker")
+        new.rlimit(psutil.RLIMIT_NOFILE, (64, new.rlimit(psutil.RLIMIT_NOFILE)[1]))
+        serving.wait_running("1.1.0", "trial", "confirmed_on_golden")
+        wait_for(lambda: not psutil.pid_exists(old), why="the end of the old worker")
+        cut = wait_for(lambda: serving.status()["outbox"]["lost"].get("connections_cut"), why="some cut")
+        kept = sum(map(answers, sockets))
+        assert 0 < kept < 120
+        wait_for(
+            lambda: serving.status()["outbox"]["lost"]["connections_cut"] == 120 - kept,
+            why=f"{120 - kept} cut, first {cut}",
+        )
+
+
+@pytest.mark.parametrize("left", [0, 2])
 def test_a_worker_that_died_while_descriptors_were_short_is_replaced_when_there_are_some(
     serving: Device, server: Server, left: int
 ) -> None:

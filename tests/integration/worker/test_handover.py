@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from skerry_agent import workerwire as ww
 
 from tests import models
 from tests.integration.worker.rig import Rig
@@ -144,6 +145,18 @@ def test_a_half_sent_request_goes_with_its_connection_and_is_answered_by_the_suc
         assert second.startswith(b"HTTP/1.1 200 OK")
         assert b'"id":"half"' in second
         assert b'"model_version":"1.1.0"' in second
+
+
+def test_a_connection_that_lost_its_descriptor_is_reported_and_the_worker_serves_on(rig: Rig, tmp_path: Path) -> None:
+    models.build_bundle(tmp_path / "b")
+    worker = rig.start(rig.served(tmp_path / "b"))
+    rig.send(worker, ww.Conn(head=b"GET / HTTP/1.1\r\n"))
+    assert worker.wait_for(ww.Cut).connections == 1
+    sent = body()
+    with socket.create_connection(("127.0.0.1", rig.port), timeout=10) as sock:
+        sock.sendall(head(len(sent)) + sent)
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 OK")
+    assert rig.stop(worker) == 0
 
 
 def test_a_half_sent_body_larger_than_a_datagram_goes_along(rig: Rig, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import INLINE_BYTES, Channel, pair
 
@@ -61,6 +62,25 @@ def talk(act: Callable[[End, End], Awaitable[None]]) -> None:
 async def until(what: Callable[[], bool]) -> None:
     while not what():
         await asyncio.sleep(0.001)
+
+
+def test_a_long_message_that_lost_its_descriptor_ends_the_channel_and_nothing_after_it_is_read() -> None:
+    async def run() -> None:
+        ours, theirs = ww.pair()
+        end = End(ours)
+        # What is left of a spilled message when the receiver may open no more descriptors, and a message behind it.
+        theirs.send(b"\x81\xa1t\xa7spilled")
+        theirs.send(b"\x82\xa1t\xa7flushed\xa2id\x01")
+        await asyncio.wait_for(until(lambda: end.eof == 1), 20)
+        assert end.heard == []
+        assert end.channel.closed
+        # The peer hears of it: a reset for what was not read, then the end.
+        with pytest.raises(ConnectionResetError):
+            theirs.recv(10)
+        assert theirs.recv(10) == b""
+        theirs.close()
+
+    asyncio.run(run())
 
 
 def test_messages_of_every_size_arrive_whole_and_in_order() -> None:
