@@ -66,7 +66,7 @@ async def until(what: Callable[[], bool]) -> None:
 
 def test_a_long_message_that_lost_its_descriptor_ends_the_channel_and_nothing_after_it_is_read() -> None:
     async def run() -> None:
-        ours, theirs = ww.pair()
+        ours, theirs = pair()
         end = End(ours)
         # What is left of a spilled message when the receiver may open no more descriptors, and a message behind it.
         theirs.send(b"\x81\xa1t\xa7spilled")
