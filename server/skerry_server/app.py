@@ -22,7 +22,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine
 
 from skerry_server import __version__, access, ca, clock, device_auth, durable, listener
 from skerry_server.api import (
@@ -50,7 +50,7 @@ from skerry_server.broker.external import Broker, ExternalBroker
 from skerry_server.broker.natsconf import Client
 from skerry_server.config import Address, Settings
 from skerry_server.db import queries
-from skerry_server.db.engine import open_engine, reading, writing
+from skerry_server.db.engine import BUSY_TIMEOUT_MS, can_write, open_engine, reading, writing
 from skerry_server.db.migrations import migrate
 from skerry_server.ingest import Ingest, IngestSettings
 from skerry_server.metadata import make_online_key
@@ -216,6 +216,7 @@ class Server:
         self._stack = contextlib.ExitStack()
         self._http: listener.Listener | None = None
         self._users_lock = threading.Lock()
+        self._wrote_at = 0.0
         self._stack.enter_context(_only_server(data))
         try:
             self._compose(data, settings)
@@ -318,13 +319,19 @@ class Server:
         }
 
     def _database_answers(self) -> bool:
+        """Whether what is to be written could be, lately: a writer that works long is no fault, one that never ends is."""
+        now = time.monotonic()
+        patient = now - self._wrote_at < BUSY_TIMEOUT_MS / 1000
         try:
-            with reading(self._engine) as conn:
-                conn.execute(text("select 1"))
+            if can_write(self._engine, 0.0 if patient else 2.0):
+                self._wrote_at = time.monotonic()
+                return True
         except Exception:
             log.exception("the database does not answer")
             return False
-        return True
+        if not patient:
+            log.error("nothing can be written for_s=%.0f", now - self._wrote_at)
+        return patient
 
     def run(self) -> None:
         """Starts every part, prints the ready line, serves until told to stop, and stops every part again."""

@@ -6,7 +6,10 @@ Owns the writer thread and the order *commit, then acknowledge*. Leaves the sess
 Rules kept here:
 
 * A device is told that a record is held, and the broker that a message is dealt with, only after the commit.
-* The queue is bounded. When it is full the network thread waits, and the broker keeps what it holds for us.
+* The queue is bounded, in messages and in bytes. When it is full the network thread waits, and the broker keeps what it holds
+  for us.
+* Who is behind must not get more work for it: a batch of records that comes again (from the broker or its device) while it
+  still waits here is not queued twice. It is acknowledged with the first copy.
 * A message can be wrong in any way and ingest goes on: what breaks a batch is taken alone, and what breaks alone is
   counted, set aside and acknowledged to the broker, not to its device.
 * While the database fails nothing is acknowledged; the batch waits and is tried again.
@@ -16,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +26,9 @@ from dataclasses import dataclass
 
 from skerry_contract import ids, topics, wire
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
-from skerry_server.db.engine import writing
+from skerry_server.db.engine import is_unavailable, writing
 from skerry_server.intake import Intake, Outcome, TakenEvent
 from skerry_server.mqtt import Message, ServerLink
 
@@ -38,18 +40,21 @@ class IngestSettings:
     """How ingest batches.
 
     Attributes:
-        queue_messages: bound of the queue between network and writer.
+        queue_messages, queue_bytes: bounds of the queue between network and writer; one message is always taken.
         batch_messages: most messages in one transaction.
         linger_s: how long the writer waits for more once it has one message.
         retry_s: pause after the database refused a batch.
         bucket_s: length of the buckets in which profiles are kept, seconds.
+        stuck_s: a batch that is not committed after so long shows in ``healthy``.
     """
 
     queue_messages: int = 5000
+    queue_bytes: int = 64 << 20
     batch_messages: int = 500
     linger_s: float = 0.02
     retry_s: float = 0.5
     bucket_s: float = 300.0
+    stuck_s: float = 30.0
 
 
 @dataclass(slots=True)
@@ -64,6 +69,7 @@ class IngestTotals:
     quarantined: int = 0
     batches: int = 0
     retries: int = 0
+    repeated: int = 0
 
 
 class Ingest:
@@ -92,7 +98,13 @@ class Ingest:
         self._settings = settings or IngestSettings()
         self._now_s = now_s
         self._on_events = on_events
-        self._queue: queue.Queue[Message] = queue.Queue(self._settings.queue_messages)
+        self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._room = threading.Condition()
+        self._queued_bytes = 0
+        # What is received and not yet committed -> its further copies, which wait to be acknowledged. By content, since the
+        # broker tells no number of its own, and of records alone: of states the order counts.
+        self._held: dict[tuple[str, bytes], list[Message]] = {}
+        self._begun_at: float | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._intake = Intake(bucket_ms=max(1, round(self._settings.bucket_s * 1000)))
@@ -100,8 +112,11 @@ class Ingest:
 
     @property
     def healthy(self) -> bool:
-        """Whether the writer runs and the session stands: readiness."""
-        return self._thread is not None and self._thread.is_alive() and self._link.connected
+        """Whether the writer runs, the session stands, and nothing waits for its commit for long: readiness."""
+        if self._thread is None or not self._thread.is_alive() or not self._link.connected:
+            return False
+        begun_at = self._begun_at
+        return begun_at is None or time.monotonic() - begun_at < self._settings.stuck_s
 
     @property
     def waiting(self) -> int:
@@ -125,12 +140,25 @@ class Ingest:
 
     def receive(self, message: Message) -> None:
         """Queues one message; waits while the queue is full. Called by the network thread."""
-        while not self._stopping.is_set():
-            try:
-                self._queue.put(message, timeout=0.5)
+        with self._room:
+            if _repeatable(message) and (message.topic, message.payload) in self._held:
+                self._held[message.topic, message.payload].append(message._replace(payload=b""))
+                self.totals.repeated += 1
                 return
-            except queue.Full:
-                log.warning("ingest queue full waiting=%d", self._queue.qsize())
+            while self._full(len(message.payload)) and not self._stopping.is_set():
+                if not self._room.wait(0.5):
+                    log.warning("ingest queue full waiting=%d bytes=%d", self._queue.qsize(), self._queued_bytes)
+            if self._stopping.is_set():
+                return
+            if _repeatable(message):
+                self._held[message.topic, message.payload] = []
+            self._queued_bytes += len(message.payload)
+            self._queue.put(message)
+
+    def _full(self, more_bytes: int) -> bool:
+        waiting = self._queue.qsize()
+        too_many = waiting >= self._settings.queue_messages
+        return waiting > 0 and (too_many or self._queued_bytes + more_bytes > self._settings.queue_bytes)
 
     def _run(self) -> None:
         while True:
@@ -151,6 +179,9 @@ class Ingest:
                 batch.append(self._queue.get(timeout=max(0.0, deadline - time.monotonic())))
             except queue.Empty:
                 break
+        with self._room:
+            self._queued_bytes -= sum(len(message.payload) for message in batch)
+            self._room.notify()
         return batch
 
     def _take(self, batch: list[Message]) -> None:
@@ -159,6 +190,7 @@ class Ingest:
 
     def _take_some(self, batch: list[Message]) -> int:
         """One transaction of as many as it holds; how many of the messages are dealt with."""
+        self._begun_at = time.monotonic()
         try:
             outcome = self._commit(batch)
         except Exception:
@@ -166,10 +198,13 @@ class Ingest:
                 log.exception("ingest batch failed messages=%d; taking them one by one", len(batch))
                 for message in batch:
                     self._take([message])
+                self._begun_at = None
                 return len(batch)
             log.exception("ingest message failed topic=%s bytes=%d", batch[0].topic, len(batch[0].payload))
             outcome = self._set_aside(batch[0])
+        self._begun_at = None
         if outcome is None:
+            self._let_go(batch)
             return len(batch)
         self._tell(batch[: outcome.taken], outcome)
         return outcome.taken
@@ -181,7 +216,7 @@ class Ingest:
                 with writing(self._engine) as connection:
                     return self._intake.take(connection, batch, now_ms=int(self._now_s() * 1000))
             except DBAPIError as error:
-                if not _of_the_database(error):
+                if not is_unavailable(error):
                     raise
                 self.totals.retries += 1
                 log.error("ingest database failed retry_s=%.1f error=%s", self._settings.retry_s, error.orig)
@@ -197,10 +232,20 @@ class Ingest:
             log.exception("ingest could not set a message aside topic=%s", message.topic)
             return None
 
+    def _let_go(self, batch: list[Message]) -> list[Message]:
+        """Further copies of these messages; from now on a copy is a message of its own."""
+        with self._room:
+            return [
+                copy
+                for message in batch
+                if _repeatable(message)
+                for copy in self._held.pop((message.topic, message.payload), ())
+            ]
+
     def _tell(self, batch: list[Message], outcome: Outcome) -> None:
         for (device, _epoch), ack in outcome.acks.items():
             self._link.publish(topics.ack(ids.DeviceId(device)), wire.encode(ack))
-        for message in batch:
+        for message in [*batch, *self._let_go(batch)]:
             self._link.acknowledge(message)
         totals = self.totals
         totals.batches += 1
@@ -217,9 +262,6 @@ class Ingest:
                 log.exception("the receiver of events failed")
 
 
-def _of_the_database(error: DBAPIError) -> bool:
-    """Whether the database itself fails, and waiting may help, rather than what was to be written."""
-    if not isinstance(error, OperationalError):
-        return bool(error.connection_invalidated)
-    # SQLite says "operational" of a statement it cannot carry out, too; that would fail for ever.
-    return getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR
+def _repeatable(message: Message) -> bool:
+    """Whether a second copy says nothing that the first did not."""
+    return message.topic.endswith("/up")

@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 from skerry_contract import ids, topics, wire
 
-MAX_PENDING_ACKS = 4000
-"""Messages that the broker sends to one subscription before it waits for their acknowledgement: ingest's window."""
+MAX_PENDING_ACKS = 1000
+"""Messages that the broker sends to one subscription before it waits for their acknowledgement: two batches of ingest."""
+ACK_WAIT_S = 1800
+"""When the broker sends again what a *standing* session has not acknowledged. A server that is behind must not get more work
+for it; what a dead session held, its devices send again."""
 MAX_PAYLOAD_BYTES = 2 * wire.MAX_MESSAGE_BYTES
 """Greatest message that the broker takes; ingest refuses and counts what lies between its own limit and this."""
 
@@ -88,7 +91,7 @@ def render(listener: Listener, clients: Iterable[Client]) -> str:
         f"  host: {_text(listener.host)}",
         f"  port: {listener.port}",
         f"  max_ack_pending: {MAX_PENDING_ACKS}",
-        '  ack_wait: "60s"',
+        f'  ack_wait: "{ACK_WAIT_S}s"',
         f"  tls {tls}",
         "}",
         "authorization {",

@@ -9,12 +9,16 @@ writer takes its lock at ``BEGIN IMMEDIATE``, so that it waits at the start inst
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 BUSY_TIMEOUT_MS = 15_000
 _WRITER = {"skerry_writer": True}
@@ -80,3 +84,36 @@ def writing(engine: Engine) -> Iterator[Connection]:
     """
     with engine.connect().execution_options(**_WRITER) as connection, connection.begin():
         yield connection
+
+
+def is_unavailable(error: Exception) -> bool:
+    """Whether the database itself fails, and waiting may help, rather than what was asked of it."""
+    if isinstance(error, PoolTimeout):
+        return True
+    if not isinstance(error, OperationalError):
+        return isinstance(error, DBAPIError) and bool(error.connection_invalidated)
+    # SQLite says "operational" of a statement it cannot carry out, too; that would fail for ever.
+    return getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR
+
+
+def can_write(engine: Engine, wait_s: float) -> bool:
+    """Whether a writing transaction could begin now, waiting so long for its turn. Writes nothing.
+
+    Raises:
+        SQLAlchemyError: the database does not answer at all.
+    """
+    if engine.dialect.name != "sqlite":
+        with reading(engine) as connection:
+            return connection.exec_driver_sql("select not pg_is_in_recovery()").scalar() is True
+    with contextlib.closing(engine.raw_connection()) as raw:
+        cursor = raw.cursor()
+        cursor.execute(f"PRAGMA busy_timeout={int(wait_s * 1000)}")
+        try:
+            cursor.execute("BEGIN IMMEDIATE")
+            cursor.execute("ROLLBACK")
+        except sqlite3.OperationalError:
+            return False
+        finally:
+            cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+            cursor.close()
+    return True

@@ -164,9 +164,13 @@ def test_replayed_messages_are_taken_once(fleet, peers):
     records = tuple(device.pending.values())
     once(fleet, device, 7)
     message = wire.encode_batch(wire.Batch(epoch=device.epoch, records=records))
-    for _ in range(20):
+
+    def replayed():
+        # One that comes while its like still waits is not even looked at.
         device.publish(topics.up("dev-a"), message)
-    peers.until(lambda: fleet.stream("dev-a").duplicates >= 40, "the replays")
+        return fleet.stream("dev-a").duplicates >= 40
+
+    peers.until(replayed, "the replays")
     once(fleet, device, 7)
 
 
@@ -278,6 +282,60 @@ def test_a_locked_database_holds_the_acknowledgement_back(fleet, peers):
         assert device.pending
         assert ingest.healthy
     once(fleet, device, 5)
+
+
+def test_a_server_that_is_behind_does_not_queue_again_what_comes_again(fleet, peers):
+    """The device sends its records every 0.2 s for as long as they are not acknowledged."""
+    ingest = fleet.start_ingest()
+    device = peers(peers.Sender, fleet, "dev-a").open()
+    with writing(fleet.engine):
+        device.count(5, 6)
+        peers.until(lambda: ingest.totals.repeated >= 8, "copies")
+        assert ingest.waiting <= 2
+        assert device.pending
+    once(fleet, device, 11)
+    assert fleet.stream("dev-a").duplicates <= 2
+    # Every copy was acknowledged to the broker: it would keep them otherwise, and its window would fill.
+    ingest.stop()
+    ingest.totals.repeated = 0
+    again = fleet.start_ingest()
+    time.sleep(1)
+    assert (again.totals.messages, again.waiting) == (0, 0)
+
+
+def test_a_queue_bounded_in_bytes_only_slows_things_down(fleet, peers):
+    ingest = fleet.start_ingest(IngestSettings(queue_bytes=1, batch_messages=1))
+    devices = [peers(peers.Sender, fleet, name).open() for name in ("dev-a", "dev-b")]
+    seen = set()
+    with writing(fleet.engine):
+        for ok in range(8):
+            for device in devices:
+                device.count(ok)  # each time another batch
+            time.sleep(0.35)
+            seen.add(ingest.waiting)
+    assert max(seen) == 1, "the network thread waits for its turn"
+    for device in devices:
+        once(fleet, device, sum(range(8)))
+
+
+def test_a_commit_that_does_not_come_shows_in_the_health(fleet, peers):
+    ingest = fleet.start_ingest(IngestSettings(stuck_s=0.5))
+    device = peers(peers.Sender, fleet, "dev-a").open()
+    assert ingest.healthy
+    with writing(fleet.engine):
+        time.sleep(1)
+        assert ingest.healthy, "nothing waits"
+        device.count(5)
+        peers.until(lambda: not ingest.healthy, "the fault")
+    once(fleet, device, 5)
+    peers.until(lambda: ingest.healthy, "well again")
+
+
+def test_the_broker_is_patient_with_a_session_that_stands(fleet):
+    """It sent everything again after 60 s, to a server that was only slow, into the same queue."""
+    text = fleet.broker.config_file.read_text()
+    assert 'ack_wait: "1800s"' in text
+    assert "max_ack_pending: 1000" in text
 
 
 def test_a_message_that_cannot_be_stored_does_not_stop_the_others(fleet, peers):

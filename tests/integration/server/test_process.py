@@ -170,6 +170,27 @@ def test_what_was_committed_and_not_published_goes_out_at_the_next_start(rig: Se
         rig.close()
 
 
+def test_a_database_that_another_process_holds_is_said_and_told_apart_from_a_fault(rig: ServerRig) -> None:
+    rig.start()
+    try:
+        assert rig.ask("GET", "/readyz", token="").status == 200
+        with contextlib.closing(sqlite3.connect(rig.data / "server.db", isolation_level=None)) as holder:
+            holder.execute("BEGIN IMMEDIATE")
+            found = rig.ask("PUT", "/api/v1/groups/press", {})
+            assert (found.status, found.code) == (503, "database_busy"), found.data
+            assert int(found.headers["retry-after"]) > 0
+            ready = rig.wait(
+                "not ready", lambda: (r := rig.ask("GET", "/readyz", token="")).status == 503 and r, timeout_s=30
+            )
+            assert ready.json()["parts"]["database"] is False
+            assert rig.ask("GET", "/api/v1/groups").status == 200, "reads go on"
+            holder.execute("ROLLBACK")
+        assert rig.ask("PUT", "/api/v1/groups/press", {}).status == 200
+        assert rig.ask("GET", "/readyz", token="").status == 200
+    finally:
+        rig.close()
+
+
 def installations(rig: ServerRig, role: str) -> list[dict[str, Any]]:
     rows = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
     assert audit.first_break(rows) is None
