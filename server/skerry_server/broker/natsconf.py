@@ -23,6 +23,8 @@ for it; what a dead session held, its devices send again."""
 MAX_PAYLOAD_BYTES = 2 * wire.MAX_MESSAGE_BYTES
 """Greatest message that the broker takes; ingest refuses and counts what lies between its own limit and this."""
 
+LOG_FILES = 3
+
 _MEMORY_STORE_BYTES = 256 << 20
 
 
@@ -35,6 +37,7 @@ class Listener:
         sync_interval_s: how often the streams are flushed to disk; a power cut may cost what came since, and the devices
             and the server send it again.
         max_store_bytes: bound of the streams; past it the broker refuses what is to be kept.
+        log_file, log_bytes: where the broker writes its log; a full one is put aside, and ``LOG_FILES`` are kept in all.
     """
 
     host: str
@@ -44,6 +47,8 @@ class Listener:
     certificate_file: Path
     key_file: Path
     store_dir: Path
+    log_file: Path
+    log_bytes: int = 8 << 20
     sync_interval_s: int = 60
     max_store_bytes: int = 8 << 30
 
@@ -81,6 +86,9 @@ def render(listener: Listener, clients: Iterable[Client]) -> str:
         f"tls {tls}",
         f"max_payload: {MAX_PAYLOAD_BYTES}",
         "max_connections: 200000",
+        f"log_file: {_text(listener.log_file)}",
+        f"logfile_size_limit: {listener.log_bytes}",
+        f"logfile_max_num: {LOG_FILES}",
         "jetstream {",
         f"  store_dir: {_text(listener.store_dir)}",
         f'  sync_interval: "{listener.sync_interval_s}s"',

@@ -104,6 +104,27 @@ time.sleep(60)
     peers.until(lambda: not alive(pid), "the broker's end")
 
 
+def test_the_log_of_a_device_that_asks_for_more_than_it_may_is_bounded(tmp_path, fleet, peers):
+    certificate, key = fleet.authority.serve()
+    fleet.broker.stop()
+    files = {"ca_file": fleet.authority.pem, "certificate_file": certificate, "key_file": key}
+    fleet.broker = EmbeddedBroker(fleet.folder, **files, devices=["dev-a"], log_bytes=50_000)
+    fleet.broker.start()
+    device = peers(peers.Peer, fleet, "dev-a").open()
+    for _ in range(4000):
+        device.client.publish(topics.up("dev-b"), b"x", qos=0)
+    logs = fleet.folder / "nats"
+    peers.until(lambda: len(list(logs.glob("broker.log*"))) > 1, "a log put aside")
+    time.sleep(1)
+    sizes = [path.stat().st_size for path in logs.glob("broker.*")]
+    assert sum(sizes) <= 4 * 60_000, sizes
+    assert "Publish Violation" in "".join(path.read_text() for path in logs.glob("broker.log*"))
+    # What it says is still found, for the ready line of the next start and for the server's log.
+    pid = fleet.broker.pid
+    os.kill(pid, signal.SIGKILL)
+    peers.until(lambda: fleet.broker.restarts == 1, "a restart")
+
+
 def test_a_port_that_is_taken_is_said(tmp_path, fleet):
     certificate, key = fleet.authority.serve()
     broker = EmbeddedBroker(
