@@ -24,7 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Connection, Engine
 
-from skerry_server import __version__, access, ca, clock, device_auth, durable, listener
+from skerry_server import __version__, access, ca, clock, device_auth, durable, listener, renewal
 from skerry_server.api import (
     access as access_routes,
 )
@@ -235,7 +235,15 @@ class Server:
         now = clock.utc_now()
         last = _last_run(data)
         self._authority = ca.open_ca(data / "ca", now)
-        self._authority.ensure_own([settings.server.public_host, *settings.server.public_names], now)
+        names = (settings.server.public_host, *settings.server.public_names)
+        self._authority.ensure_own(names, now)
+        self._renewal = renewal.Renewal(
+            self._authority,
+            names,
+            clock.utc_now,
+            every_s=settings.server.certificate_check_s,
+            renewed=self._use_certificates,
+        )
         self._engine = open_engine(settings.database_url)
         self._stack.callback(self._engine.dispose)
         migrate(self._engine)
@@ -248,7 +256,7 @@ class Server:
         with reading(self._engine) as conn:
             enrolled = _broker_clients(conn)
         self._broker = self._choose_broker(enrolled, last.get("mqtt_port", 0))
-        self._telemetry = Telemetry(self._engine, self.probe, clock.now_ms)
+        self._telemetry = Telemetry(self._engine, self.probe, clock.now_ms, self._renewal.left_s)
         self._link: ServerLink | None = None
         self._ingest: Ingest | None = None
         self._orchestrator: Orchestrator | None = None
@@ -316,6 +324,7 @@ class Server:
             "broker": self._broker_is_well(),
             "ingest": self._ingest is not None and self._ingest.healthy,
             "orchestrator": ticking and orchestrator is not None and orchestrator.last_tick > 0,
+            "certificates": self._renewal.healthy,
         }
 
     def _database_answers(self) -> bool:
@@ -380,6 +389,13 @@ class Server:
             )
         )
 
+    def _use_certificates(self) -> None:
+        """The listener, the broker and the link's next session show the certificates that lie on disk now."""
+        certificates = self._authority.files
+        if self._http is not None:
+            self._http.use_certificate(str(certificates.server_certificate), str(certificates.server_key))
+        self._broker.reload()
+
     def _refresh_broker_users(self) -> None:
         # Read and told under one lock: of two enrolments at once, the later teller knows both.
         with self._users_lock, reading(self._engine) as conn:
@@ -401,6 +417,8 @@ class Server:
             ws="none",
         )
         self._http = listener.Listener(config, self._patience)
+        self._renewal.start()
+        self._stack.callback(_stop_part, "renewal", self._renewal.stop)
         announcer = threading.Thread(target=self._announce, name="announce", daemon=True)
         announcer.start()
         try:

@@ -8,6 +8,7 @@ so that a broker can tell the present certificate from one of a key that was rep
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import ipaddress
@@ -91,17 +92,29 @@ class FleetCA:
             public_key_sha256=digest,
         )
 
-    def ensure_own(self, names: Iterable[str], now: dt.datetime) -> None:
+    def ensure_own(self, names: Iterable[str], now: dt.datetime) -> bool:
         """Makes the server's two certificates when they are missing, near their end, or lack one of ``names``.
+
+        Returns whether one was made: whoever serves with it must then read it anew.
 
         Args:
             names: host names and addresses under which devices reach this server, besides localhost and loopback.
         """
         wanted = list(dict.fromkeys(["localhost", "127.0.0.1", "::1", *names]))
         sans = [_general_name(name) for name in wanted]
-        self._ensure(self.files.server_certificate, self.files.server_key, "Skerry server", sans, now, server=True)
+        files = self.files
+        made = self._ensure(files.server_certificate, files.server_key, "Skerry server", sans, now, server=True)
         own = [x509.DNSName(ids.SERVER_IDENTITY)]
-        self._ensure(self.files.client_certificate, self.files.client_key, ids.SERVER_IDENTITY, own, now, server=False)
+        made |= self._ensure(files.client_certificate, files.client_key, ids.SERVER_IDENTITY, own, now, server=False)
+        return made
+
+    def ends(self) -> dict[str, dt.datetime]:
+        """When the certificates on disk end, by ``ca``, ``server`` and ``client``; one that cannot be read is left out."""
+        found = {"ca": self._certificate.not_valid_after_utc}
+        for name, path in (("server", self.files.server_certificate), ("client", self.files.client_certificate)):
+            with contextlib.suppress(OSError, ValueError):
+                found[name] = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+        return found
 
     def issue_listener(self, folder: Path, names: Iterable[str], now: dt.datetime) -> None:
         """Writes a broker's certificate and key, new ones, and the CA beside them: ``broker.pem``, ``broker.key``, ``ca.pem``.
@@ -120,13 +133,14 @@ class FleetCA:
 
     def _ensure(
         self, path: Path, key_path: Path, name: str, sans: Sequence[x509.GeneralName], now: dt.datetime, *, server: bool
-    ) -> None:
+    ) -> bool:
         if path.exists() and key_path.exists() and self._still_good(path, key_path, sans, now):
-            return
+            return False
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(name, key.public_key(), now, SERVER_LIFE, sans, server=server)
         write_private(key_path, _key_pem(key))
         write_private(path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+        return True
 
     def _still_good(self, path: Path, key_path: Path, sans: Sequence[x509.GeneralName], now: dt.datetime) -> bool:
         try:

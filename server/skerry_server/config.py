@@ -38,6 +38,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         host: address to listen on; port: 0 for the one used last time, else a free one.
         public_host: name or address under which devices and people reach this server; certificates and answers carry it.
         public_names: further names for the server's certificate.
+        certificate_check_s: how often the server's own certificates are looked at; they are renewed 60 days before their end.
     """
 
     name: str = "skerry"
@@ -45,6 +46,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     port: Port = 0
     public_host: str = "127.0.0.1"
     public_names: tuple[str, ...] = ()
+    certificate_check_s: Seconds = 3600.0
 
 
 class Mqtt(msgspec.Struct, frozen=True, kw_only=True):

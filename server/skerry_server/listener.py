@@ -18,6 +18,7 @@ import contextlib
 import logging
 import resource
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -114,19 +115,28 @@ class Listener(uvicorn.Server):
         self._tasks: list[asyncio.Task[None]] = []
         self._opening: set[asyncio.Task[None]] = set()
         self._left = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.dropped = 0
         """Connections that were ended because they did nothing, or to make room."""
 
     def use_certificate(self, certificate: str, key: str) -> None:
-        """Shows another certificate to whoever connects from now on."""
-        if self.config.ssl is None:
-            raise RuntimeError("the listener has no TLS")
-        self.config.ssl.load_cert_chain(certificate, key)
+        """Shows another certificate to whoever connects from now on. May be called from any thread.
+
+        Raises:
+            OSError, ValueError: the files cannot be used; the one before is still shown.
+        """
+        # A context of its own first: a faulty pair of files must not reach the one that is in use.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        self.config.ssl_certfile, self.config.ssl_keyfile = certificate, key
+        loop, tls = self._loop, self.config.ssl
+        if loop is not None and tls is not None:
+            # By the loop's own thread: no handshake may meet the new certificate with the old key.
+            loop.call_soon_threadsafe(tls.load_cert_chain, certificate, key)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to accept on the sockets."""
         await super().startup(sockets=[])
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         for listening in sockets or []:
             listening.setblocking(False)
             self._tasks.append(loop.create_task(self._accept(listening)))

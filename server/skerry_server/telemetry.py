@@ -24,9 +24,16 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Telemetry:
     """What is measured. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine, probe: Callable[[], dict[str, bool]], now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        probe: Callable[[], dict[str, bool]],
+        now_ms: Callable[[], int],
+        certificates: Callable[[], dict[str, float]],
+    ) -> None:
         """Args:
         probe: whether each part of the server is well, by name.
+        certificates: seconds to the end of each of the server's own certificates, by name.
         """
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -42,7 +49,7 @@ class Telemetry:
             buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
         )
         self.tick_failures = Counter("skerry_orchestrator_tick_failures", "Looks that failed", registry=self.registry)
-        self.registry.register(_Fleet(engine, probe, now_ms))
+        self.registry.register(_Fleet(engine, probe, now_ms, certificates))
 
     def observe_tick(self, seconds: float, well: bool) -> None:
         """Counts one look of the orchestrator."""
@@ -63,8 +70,14 @@ class Telemetry:
 class _Fleet(Collector):
     """Totals read from the database at each scrape."""
 
-    def __init__(self, engine: Engine, probe: Callable[[], dict[str, bool]], now_ms: Callable[[], int]) -> None:
-        self._engine, self._probe, self._now_ms = engine, probe, now_ms
+    def __init__(
+        self,
+        engine: Engine,
+        probe: Callable[[], dict[str, bool]],
+        now_ms: Callable[[], int],
+        certificates: Callable[[], dict[str, float]],
+    ) -> None:
+        self._engine, self._probe, self._now_ms, self._certificates = engine, probe, now_ms, certificates
 
     def collect(self) -> Iterable[Any]:
         build = GaugeMetricFamily("skerry_build_info", "The running version", labels=["version"])
@@ -74,6 +87,10 @@ class _Fleet(Collector):
         for part, up in sorted(self._probe().items()):
             well.add_metric([part], float(up))
         yield well
+        ends = GaugeMetricFamily("skerry_certificate_expires_seconds", "Time left of a certificate", labels=["name"])
+        for name, seconds in sorted(self._certificates().items()):
+            ends.add_metric([name], seconds)
+        yield ends
         with reading(self._engine) as conn:
             yield _counted(
                 "skerry_devices",

@@ -45,7 +45,7 @@ LAYERS = {
     "skerry_server": [
         ("cli __main__", True),
         ("app", False),
-        ("api", True),
+        ("api renewal", True),
         ("orchestrator ingest watch", False),
         ("findings outcomes", False),
         (
