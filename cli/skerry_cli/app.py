@@ -20,6 +20,7 @@ from skerry_cli.commands.session import Session
 from skerry_cli.output import note
 from skerry_cli.profile import Options
 
+INTERRUPTED = 130
 # Some releases of typer bring a click of their own, so the class is found from what typer shows.
 _ClickException: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
@@ -77,6 +78,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     try:
         result = app(arguments, standalone_mode=False, prog_name="skerry")
+        if result == INTERRUPTED:
+            # Some releases of typer turn Ctrl-C into an exit code themselves, without a word.
+            note("skerry: stopped")
         return result if isinstance(result, int) else errors.OK
     except errors.CliError as error:
         note(f"skerry: {error.message}")
@@ -95,7 +99,7 @@ def run(arguments: list[str] | None = None) -> int:
         return errors.USAGE
     except KeyboardInterrupt:
         note("skerry: stopped")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader went away; nothing is left to say, and the interpreter must not try again while it closes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

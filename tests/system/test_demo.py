@@ -79,16 +79,46 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
         text=True,
     )
     try:
-        assert eventually(lambda: list(folder.glob("devices/*/state/run/serving.json")), 60)
+        assert eventually(lambda: list(folder.glob("devices/*/state/run/serving.json")), 120)
+        record = (folder / RECORD).read_text()
+        for more in ((), ("--stop",)):
+            second = subprocess.run([*DEMO, "--dir", str(folder), *more], capture_output=True, text=True, timeout=60)
+            assert second.returncode == 2 and f"a demo runs here (pid {demo.pid})" in second.stderr, second.stderr
+        assert demo.poll() is None
+        assert {entry["pid"] for entry in json.loads(record)["processes"]} <= {
+            entry["pid"] for entry in json.loads((folder / RECORD).read_text())["processes"]
+        }, "the first one's fleet goes on"
         demo.send_signal(signal.SIGINT)
         out, err = demo.communicate(timeout=40)
     finally:
         if demo.poll() is None:
             os.killpg(demo.pid, signal.SIGKILL)
             demo.communicate()
-    assert demo.returncode != 0 and "Traceback" not in err, out + err
+    assert demo.returncode == 130 and "Traceback" not in err, out + err
+    assert "interrupted" in err
     assert eventually(lambda: not left_behind(folder), 5), left_behind(folder)
-    assert not (folder / RECORD).exists()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("error", ["ImportError('numpy: something in C failed')", "SystemError('no result')"])
+def test_a_demo_that_is_interrupted_while_it_imports_says_so(tmp_path: Path, error: str) -> None:
+    """An interrupt in the middle of C code does not arrive as one."""
+    program = f"""
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "skerry_cli.demo.runner":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                raise {error}
+sys.meta_path.insert(0, Finder())
+from skerry_cli.app import main
+main(["demo"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip(), done.stdout) == (130, "skerry: stopped", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_demo_takes_its_fleet_along(tmp_path: Path) -> None:

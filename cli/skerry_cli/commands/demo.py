@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -19,11 +23,36 @@ def demo(
     stop: Annotated[bool, typer.Option("--stop", help="Stop a fleet that was kept.")] = False,
 ) -> None:
     """One server, sixteen devices, real data: train, approve, roll out, survive a lost network and four bad bundles."""
-    try:
-        from skerry_cli.demo import runner
-    except ImportError as error:
-        raise Usage(f"the demo needs the extra parts: pip install 'skerry[demo]' ({error.name} is missing)") from None
+    with _interruptible():
+        try:
+            from skerry_cli.demo import runner
+        except ImportError as error:
+            why = f"{error.name} is missing" if error.name else str(error)
+            raise Usage(f"the demo needs the extra parts: pip install 'skerry[demo]' ({why})") from None
     if stop:
         output.say(f"{runner.stop_kept(folder)} processes were stopped.")
         return
     raise typer.Exit(runner.run_demo(folder, devices=devices, seed=seed, keep=keep))
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C while heavy libraries are imported ends as Ctrl-C: one that comes in the middle of C code may arrive as any error."""
+    interrupted = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if interrupted:
+        raise KeyboardInterrupt
