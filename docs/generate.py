@@ -68,6 +68,8 @@ def http_routes() -> str:
 
 
 def _needs(route: Any) -> str:
+    if route.openapi_extra and "x-needs" in route.openapi_extra:
+        return str(route.openapi_extra["x-needs"])
     hints = route.endpoint.__annotations__
     caller = hints.get("caller") or hints.get("_caller")
     if caller is not None:

@@ -20,6 +20,7 @@ from skerry_server import cli as server_cli
 
 from tests.architecture.source import ROOT, modules
 from tests.golden.formats import STRUCTS
+from tests.integration.server.test_access import COMMANDS, ROLES
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md"), ROOT / "tests/golden/README.md"]
@@ -55,6 +56,23 @@ def test_generated_parts_are_fresh() -> None:
     check = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
     done = subprocess.run(check, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_reference_names_the_role_that_a_route_wants() -> None:
+    """Against the table that a real server is tried with."""
+    rows = re.findall(
+        r"^\| `([A-Z]+) (\S+)` \| ([^|]+) \|", (ROOT / "docs" / "reference" / "http-api.md").read_text(), re.MULTILINE
+    )
+    needs = {(method, re.sub(r"\{\w+\}", "[^/]+", path)): cell.strip() for method, path, cell in rows}
+    for method, path, body, may in COMMANDS:
+        (cell,) = {cell for (m, pattern), cell in needs.items() if m == method and re.fullmatch(pattern, path)}
+        role = cell
+        if "(" in cell:
+            assert isinstance(body, dict)
+            (role,) = [
+                found for found, what in re.findall(r"(\w+) \(([^)]*)\)", cell) if body["role"] in what.split(", ")
+            ]
+        assert may == (set(ROLES) if role == "viewer" else {role, "admin"}), (method, path, cell)
 
 
 def commands_named() -> list[tuple[str, list[str]]]:

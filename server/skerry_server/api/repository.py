@@ -32,7 +32,11 @@ def status(context: Ctx, _caller: Viewer) -> dict[str, Any]:
     return context.publication.status()
 
 
-@router.post("/metadata", summary="Install metadata signed by the operator or the approvers")
+@router.post(
+    "/metadata",
+    summary="Install metadata signed by the operator or the approvers",
+    openapi_extra={"x-needs": "admin (root, targets), approver (catalog)"},
+)
 def install(context: Ctx, caller: Viewer, wanted: SignedMetadata) -> dict[str, Any]:
     """Root and targets need the role admin, the catalog approver. The signature decides; the role only keeps order."""
     require_role(caller, "approver" if wanted.role == "catalog" else "admin")
