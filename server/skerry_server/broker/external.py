@@ -29,6 +29,9 @@ class Broker(Protocol):
     def set_clients(self, clients: Iterable[Client]) -> None:
         """Tells it who may connect, where it is ours to tell."""
 
+    def reload(self) -> None:
+        """Makes it read its certificates again, where they are ours."""
+
 
 class ExternalBroker:
     """See the module. ``port``: for devices."""
@@ -44,3 +47,6 @@ class ExternalBroker:
 
     def set_clients(self, clients: Iterable[Client]) -> None:
         """It knows certificates, and takes no list."""
+
+    def reload(self) -> None:
+        """Whoever runs it renews its certificate."""
