@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from skerry_agent.worker.plan import plan_of
 from skerry_agent.worker.recorder import Recorder
+from skerry_agent.worker.ring import Ring
 from skerry_contract import window as w
 from skerry_contract import wire
 from skerry_runtime.bundle import open_bundle
@@ -36,6 +37,11 @@ class Counted:
             send=lambda cut: self._cuts.append(cut.body),
             later=lambda act: act(),
         )
+
+    @property
+    def ring(self) -> Ring:
+        """What is recorded and not yet overwritten."""
+        return self._recorder.ring
 
     def answer(self, rows: np.ndarray) -> np.ndarray:
         """Asks once per row; returns the predicted classes."""

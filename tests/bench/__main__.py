@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.bench.result import Result
 
-NOT_BENCHMARKS = {"__main__", "http_client", "mlserver_peer", "result"}
+NOT_BENCHMARKS = {"__main__", "gas_windows", "http_client", "mlserver_peer", "result", "whylogs_peer"}
 
 
 def names() -> list[str]:

@@ -71,7 +71,7 @@ def profile_of(window: w.Window, shape: Shape) -> tuple[Profile, int]:
 
 def fitted(profile: Profile, shape: Shape) -> tuple[Profile, int]:
     """The profile without the parts that do not fit the shape, and how many those were."""
-    features = {name: part for name, part in profile.features.items() if _feature_fits(part, shape.features.get(name))}
+    features = _fitting_features(profile.features, shape.features)
     outputs = {name: part for name, part in profile.outputs.items() if _output_fits(part, shape.outputs.get(name))}
     labels = profile.labels
     unfit = len(profile.features) - len(features) + len(profile.outputs) - len(outputs)
@@ -80,8 +80,16 @@ def fitted(profile: Profile, shape: Shape) -> tuple[Profile, int]:
     return Profile(rows=profile.rows, features=features, outputs=outputs, labels=labels), unfit
 
 
-def _feature_fits(part: w.FeatureCounts, bins: int | None) -> bool:
-    return bins == len(part.counts) and sum(part.counts) == part.moments.n and _possible(part.moments)
+def _fitting_features(found: Mapping[str, w.FeatureCounts], bins: Mapping[str, int]) -> Mapping[str, w.FeatureCounts]:
+    # One loop without a call per part: ingest does this for every window. The last condition is Cauchy's and Schwarz's: what
+    # breaks it is no sum of values and their squares.
+    unfit = []
+    for name, part in found.items():
+        moments, counts = part.moments, part.counts
+        n, summed = moments.n, moments.total
+        if bins.get(name) != len(counts) or sum(counts) != n or summed * summed > n * moments.squares:
+            unfit.append(name)
+    return {name: part for name, part in found.items() if name not in unfit} if unfit else found
 
 
 def _output_fits(part: w.OutputCounts, classes: int | None) -> bool:
@@ -96,7 +104,7 @@ def _output_fits(part: w.OutputCounts, classes: int | None) -> bool:
 
 
 def _possible(moments: h.Moments) -> bool:
-    # Cauchy and Schwarz: what breaks it is no sum of values and their squares.
+    # Cauchy and Schwarz, as above: what breaks it is no sum of values and their squares.
     return moments.total**2 <= moments.n * moments.squares
 
 
@@ -122,28 +130,28 @@ def _columns(rows: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(map(sum, zip(*rows, strict=True)))
 
 
-def _moments(parts: list[Any]) -> h.Moments:
+def _moments(parts: Sequence[h.Moments]) -> h.Moments:
     return h.Moments(
-        n=sum(part.moments.n for part in parts),
-        total=sum(part.moments.total for part in parts),
-        squares=sum(part.moments.squares for part in parts),
+        n=sum([part.n for part in parts]),
+        total=sum([part.total for part in parts]),
+        squares=sum([part.squares for part in parts]),
     )
 
 
 def _add_features(parts: list[w.FeatureCounts]) -> w.FeatureCounts:
     return w.FeatureCounts(
-        _columns(part.counts for part in parts),
-        sum(part.null for part in parts),
-        sum(part.outside for part in parts),
-        _moments(parts),
+        _columns([part.counts for part in parts]),
+        sum([part.null for part in parts]),
+        sum([part.outside for part in parts]),
+        _moments([part.moments for part in parts]),
     )
 
 
 def _add_outputs(parts: list[w.OutputCounts]) -> w.OutputCounts:
     return w.OutputCounts(
-        _columns(part.counts for part in parts),
-        _moments(parts),
-        _columns(part.estimated for part in parts if part.estimated),
+        _columns([part.counts for part in parts]),
+        _moments([part.moments for part in parts]),
+        _columns([part.estimated for part in parts if part.estimated]),
     )
 
 
@@ -152,4 +160,4 @@ def _add_labels(parts: list[w.Labels]) -> w.Labels:
         name: sum(getattr(part, name) for part in parts)
         for name in ("matched", "late", "unknown", "duplicate", "conflicting")
     }
-    return w.Labels(confusion=_columns(part.confusion for part in parts if part.confusion), **plain)
+    return w.Labels(confusion=_columns([part.confusion for part in parts if part.confusion]), **plain)

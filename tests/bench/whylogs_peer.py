@@ -1,0 +1,92 @@
+"""whylogs, in its own environment and process: the peer of the window benchmarks. Also datasketches' KLL and ddsketch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ENVIRONMENT = ROOT / ".bench" / "whylogs"
+
+_MEASURE = """
+import json, logging, statistics, sys, time, zlib
+import numpy as np, pandas as pd
+import whylogs as why
+from datasketches import kll_floats_sketch
+from ddsketch import DDSketch
+
+logging.disable(logging.CRITICAL)
+x = np.load(sys.argv[1])
+names = [f"f{i}" for i in range(x.shape[1])]
+blocks = [x[i : i + 500] for i in range(0, len(x), 500)]
+frames = [pd.DataFrame(block, columns=names) for block in blocks]
+clock = time.perf_counter_ns
+why.log(frames[0])  # imports and caches
+sizes, packed, took = [], [], []
+for frame in frames:
+    begin = clock()
+    found = why.log(frame)
+    took.append((clock() - begin) / frame.size)
+    data = found.view().serialize()
+    sizes.append(len(data))
+    packed.append(len(zlib.compress(data, 9)))
+
+
+def per_value(act, columns):
+    begin = clock()
+    for column in columns:
+        act(column)
+    return (clock() - begin) / sum(map(len, columns))
+
+
+columns = [np.ascontiguousarray(column) for column in x.T]
+kll = kll_floats_sketch(200)
+sketch = DDSketch()
+
+
+def one_by_one(values):
+    for value in values:
+        sketch.add(value)
+
+
+print(json.dumps({
+    "bytes": statistics.median(sizes), "packed": statistics.median(packed), "ns": statistics.median(took),
+    "kll_ns": min(per_value(kll.update, columns) for _ in range(5)),
+    "ddsketch_ns": per_value(one_by_one, [column.tolist() for column in columns]),
+}))
+"""
+
+
+def measure(x: np.ndarray) -> dict[str, Any]:
+    """whylogs over blocks of 500 rows: median bytes, the same under zlib -9, and ns per value; KLL and ddsketch in ns per value."""
+    python = _interpreter()
+    with tempfile.TemporaryDirectory(prefix="skerry-bench-") as folder:
+        np.save(Path(folder) / "x.npy", x)
+        command = [str(python), "-c", _MEASURE, str(Path(folder) / "x.npy")]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+    return dict(json.loads(done.stdout))
+
+
+def _interpreter() -> Path:
+    python = ENVIRONMENT / "bin" / "python"
+    if not (ENVIRONMENT / "ready").exists():
+        print("making the environment of whylogs, once", file=sys.stderr)
+        ENVIRONMENT.parent.mkdir(exist_ok=True)
+        subprocess.run(
+            [str(ROOT / ".ci" / "make-venv"), str(ENVIRONMENT)],
+            check=True,
+            env={**os.environ, "PYTHON": sys.executable},
+        )
+        subprocess.run(
+            [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(HERE / "whylogs.txt")], check=True
+        )
+        (ENVIRONMENT / "ready").touch()
+    return python
