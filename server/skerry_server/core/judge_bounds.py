@@ -1,0 +1,85 @@
+"""How large an effect may be, and how large a one would have been seen.
+
+The bound inverts the judge's own test: a ratio is excluded when, with the candidates' foretold events multiplied by it, at most 5 % of the
+reference assignments have a statistic as small as the observed one. The bound is the smallest excluded ratio above the estimate.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from skerry_server.core import judge_residuals as res
+from skerry_server.core.judge_assignments import Assignments, Floats
+from skerry_server.core.judge_values import Kind
+
+CONFIDENCE = 0.95
+POWER_Z = 0.8416
+"""Of the normal distribution at 80 %."""
+LARGEST = 64.0
+_STEPS = 18
+
+
+def excluded(kind: Kind, found: res.Columns, assignments: Assignments, ratio: float) -> bool:
+    """Whether the data exclude, at 95 % and one-sided, that the candidate's true ratio is ``ratio`` or more."""
+    statistics = assignments.sums(res.residuals(kind, found, assignments, ratio).values)
+    as_small = int((statistics <= statistics[assignments.observed]).sum())
+    return as_small <= (1 - CONFIDENCE) * assignments.total + 1e-9
+
+
+def upper_bound(kind: Kind, found: res.Columns, assignments: Assignments, estimate: float) -> float | None:
+    """One-sided 95 % upper bound of the ratio, to about 0.1 %; None when even ``LARGEST`` is not excluded."""
+    low, high = max(estimate, 1 / LARGEST), LARGEST
+    if not excluded(kind, found, assignments, high):
+        return None
+    for _ in range(_STEPS):
+        if high / low < 1.001:
+            break
+        middle = math.sqrt(low * high)
+        if excluded(kind, found, assignments, middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def detectable(
+    kind: Kind, found: res.Columns, assignments: Assignments, present: res.Residuals, statistics: Floats, alpha: float
+) -> float | None:
+    """The smallest true ratio that this much data would find with 80 % chance, were all of alpha spent on this look.
+
+    None when nothing can be told yet, or when it is above ``LARGEST``. A normal approximation around the boundary.
+    """
+    place = int(alpha * assignments.total + 1e-9)
+    if kind == "incidence" or place < 1:
+        return None
+    centre, spread = float(statistics.mean()), float(statistics.std())
+    if spread == 0:
+        return None
+    boundary = float(np.partition(statistics, -place)[-place]) - centre
+    candidate = assignments.candidate
+    if kind == "level":
+        devices = int((candidate & found.seen).sum())
+        change = (boundary + POWER_Z * spread) / devices if devices else math.inf
+        return math.exp(change) if change < math.log(LARGEST) else None
+    prior, k = present.prior, present.common_factor or 0.0
+    if prior is None or k <= 0:
+        return None
+    foretold = k * prior.rate * found.n
+    share = float(foretold[candidate].sum()) / float(foretold.sum())
+
+    def seen(ratio: float) -> bool:
+        # A worse candidate raises the common factor too, by its share.
+        common = foretold * (1 + share * (ratio - 1))
+        gain = (np.where(candidate, foretold * ratio, foretold) - common) / (1 + common * prior.phi)
+        moved = float(gain[candidate].sum())
+        return moved - share * float(gain.sum()) >= boundary + POWER_Z * spread * math.sqrt(ratio)
+
+    low, high = 1.0, LARGEST
+    if not seen(high):
+        return None
+    for _ in range(_STEPS):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if seen(middle) else (middle, high)
+    return high
