@@ -13,7 +13,9 @@ from pathlib import Path
 
 from tests.bench.result import Result
 
-NOT_BENCHMARKS = {"__main__", "gas_windows", "http_client", "mlserver_peer", "result", "whylogs_peer"}
+NOT_BENCHMARKS = {
+    "__main__", "gas_windows", "http_client", "judge_simulation", "mlserver_peer", "result", "whylogs_peer",
+}  # fmt: skip
 
 
 def names() -> list[str]:

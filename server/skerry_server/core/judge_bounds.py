@@ -63,8 +63,8 @@ def detectable(
         devices = int((candidate & found.seen).sum())
         change = (boundary + POWER_Z * spread) / devices if devices else math.inf
         return math.exp(change) if change < math.log(LARGEST) else None
-    prior, k = present.prior, present.common_factor or 0.0
-    if prior is None or k <= 0:
+    prior, k, unsure = present.prior, present.common_factor or 0.0, present.spread
+    if prior is None or unsure is None or k <= 0:
         return None
     foretold = k * prior.rate * found.n
     share = float(foretold[candidate].sum()) / float(foretold.sum())
@@ -72,7 +72,7 @@ def detectable(
     def seen(ratio: float) -> bool:
         # A worse candidate raises the common factor too, by its share.
         common = foretold * (1 + share * (ratio - 1))
-        gain = (np.where(candidate, foretold * ratio, foretold) - common) / (1 + common * prior.phi)
+        gain = (np.where(candidate, foretold * ratio, foretold) - common) / (1 + common * unsure)
         moved = float(gain[candidate].sum())
         return moved - share * float(gain.sum()) >= boundary + POWER_Z * spread * math.sqrt(ratio)
 

@@ -4,7 +4,9 @@
 the moments of the pre-period (Böhning and Kuhnert's form of the estimator for unequal exposures; binomial noise taken off).
 With P_i events in m_i trials before, the device's own rate is r_i = (a + P_i)/(b + m_i) with relative variance phi_i = 1/(a + P_i).
 Since the stage began, X_i of n_i: foretold E_i = r_i n_i; k = sum X / sum E over both arms takes out what is common to all; the
-residual is R_i = (X_i - k E_i)/(1 + k E_i phi_i), the score of a negative binomial, which bounds the weight of one odd device.
+residual is R_i = (X_i - k E_i)/(1 + k E_i (phi_i + tau)), the score of a negative binomial, which bounds the weight of one odd device.
+tau is what rates have moved since, by moments of both arms together: a device's past is then worth less. (The simulations
+find twice the errors more often with it: 84 % instead of 74 % of rollouts where rates move by a log-sd of 1.)
 Without any pre-period every device has the same r, and phi comes from the present, both arms together.
 
 **Levels.** The device's level, minus what a slope common to all devices foretells from its level before, around the medians of its
@@ -97,9 +99,13 @@ class Prior:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Residuals:
-    """One number per unit, whole multiples of one power of two; ``common_factor`` and ``prior`` for rates only."""
+    """One number per unit, whole multiples of one power of two.
+
+    The rest for rates only. ``spread``: relative variance of each unit's foretold events (phi + tau).
+    """
 
     values: Floats
+    spread: Floats | None = None
     common_factor: float | None = None
     prior: Prior | None = None
 
@@ -120,12 +126,23 @@ def rates(found: Columns, candidate: Bools, ratio: float = 1.0) -> Residuals:
     foretold = np.where(candidate, alone * ratio, alone) if ratio != 1 else alone
     everything = float(foretold.sum())
     k = float(found.x.sum()) / everything if everything > 0 else 0.0
-    values = (found.x - k * foretold) / (1 + k * alone * prior.phi)
+    alone, foretold = k * alone, k * foretold
+    spread = prior.phi + _unrest(found.x, foretold, prior.phi)
+    values = (found.x - foretold) / (1 + alone * spread)
     if ratio != 1:
-        # Variance k E (1 + k E phi) with E multiplied: back to that of a control with the same device.
-        scale = np.sqrt((1 + k * alone * prior.phi) / (ratio * (1 + k * foretold * prior.phi)))
+        # Variance E (1 + E spread) with E multiplied: back to that of a control with the same device.
+        scale = np.sqrt((1 + alone * spread) / (ratio * (1 + foretold * spread)))
         values = np.where(candidate, values * scale, values)
-    return Residuals(values=_exact(values), common_factor=k, prior=prior)
+    return Residuals(values=_exact(values), spread=spread, common_factor=k, prior=prior)
+
+
+def _unrest(x: Floats, foretold: Floats, phi: Floats) -> float:
+    """Relative variance of the devices' rates that their prior does not explain: how much they moved since."""
+    square = float((foretold**2).sum())
+    if square <= 0:
+        return 0.0
+    excess = float(((x - foretold) ** 2 - foretold - foretold**2 * phi).sum())
+    return max(0.0, excess / square)
 
 
 def prior_of(found: Columns) -> Prior:

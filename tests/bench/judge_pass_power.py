@@ -1,0 +1,22 @@
+"""How often an identical candidate PASSes by the planned end."""
+
+from __future__ import annotations
+
+from tests.bench import judge_simulation as sim
+from tests.bench.result import Result
+
+RUNS = 300
+
+
+def run(runs: int = RUNS) -> Result:
+    tally = sim.passes(1.0, runs)
+    return Result(
+        bench="judge_pass_power",
+        value=tally.share("errors"),
+        unit="share of rollouts",
+        n=runs,
+        note=(
+            f"margin {sim.MARGIN:g}, {sim.PASS_CELL}; judged on labelled errors {tally.text('errors')}; "
+            f"on all four guardrails together {tally.text('all')}"
+        ),
+    )
