@@ -8,6 +8,12 @@ sums to ``core``.
 any other key, before it entered this (rollout, stage). For a candidate that is the other bundle it ran; for a control, the same
 bundle earlier; the judge measures both by it. *Before* means a lower position (epoch, seq), where a merged record stands at the
 first seq it replaces: no clock decides. A window that comes late but belongs before is added to the ``pre_*`` of rows that exist.
+
+**Guard.** A model that has just been loaded is slower than it will be, and what comes first is seldom like the rest. Where the plan of a
+rollout has a ``judge`` with ``guard_s``, windows that begin within so many seconds of the row's entry, by the same boot's clock, are kept
+beside the sums in ``early``, of both arms, and ``Evidence.compared`` leaves them out. They stand singly and not as a sum, since a window that
+comes late may move the entry to an earlier time: what is no longer within the guard then counts, and order changes nothing. A window of
+more than ``LONG`` guards (one merged during an outage) is never early: little of it lies in the guard.
 """
 
 from __future__ import annotations
@@ -33,6 +39,8 @@ _to_histogram = msgspec.msgpack.Decoder(h.Exponential).decode
 
 SUMS = ("windows", "ok", "invalid", "failed", "shed", "rows", "labelled", "wrong")
 PRE = ("ok", "failed", "labelled", "wrong")
+COMPARED = ("ok", "failed", "shed", "labelled", "wrong")
+LONG = 20
 
 
 class RowKey(NamedTuple):
@@ -47,6 +55,19 @@ class RowKey(NamedTuple):
     stage: int
 
 
+class Early(msgspec.Struct, frozen=True, array_like=True):
+    """A window that lies within the guard: boot and start of it, its sums by ``COMPARED``, its latency."""
+
+    boot_id: str
+    start_ns: int
+    sums: tuple[int, ...]
+    latency: h.Exponential
+
+
+_NONE = _to_bytes(())
+_to_early = msgspec.msgpack.Decoder(tuple[Early, ...]).decode
+
+
 @dataclass(slots=True)
 class _Row:
     stored: bool
@@ -55,6 +76,9 @@ class _Row:
     last_ms: int
     entered_epoch: str
     entered_seq: int
+    entered_boot: str
+    entered_ns: int
+    early: tuple[Early, ...] = ()
     added: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SUMS, 0))
     pre: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PRE, 0))
     fresh: list[h.Exponential] = field(default_factory=list)
@@ -73,11 +97,15 @@ class Arrived(NamedTuple):
     key: w.Key
     sums: dict[str, int]
     latency: h.Exponential
+    start: w.Instant
+    span_ns: int
 
 
 def arrived(device: str, epoch: str, position: int, window: w.Window) -> Arrived:
     """See ``Arrived``."""
-    return Arrived(device, epoch, position, window.key, _sums(window), window.latency.total)
+    start, end = window.start, window.end
+    span_ns = end.boot_ns - start.boot_ns if end.boot_id == start.boot_id else _MOST
+    return Arrived(device, epoch, position, window.key, _sums(window), window.latency.total, start, span_ns)
 
 
 def fold(connection: Connection, items: Sequence[Arrived], now_ms: int) -> None:
@@ -93,6 +121,7 @@ class _Folder:
         self._rows: dict[RowKey, _Row] = {}
         self._by_model: dict[tuple[str, str], list[RowKey]] = {}
         self._stable: dict[str, str] = {}
+        self._guard_ns: dict[str, int] = {}
 
     def fold(self, items: Sequence[Arrived]) -> None:
         self._load(items)
@@ -105,6 +134,8 @@ class _Folder:
             row.touched = True
             if item.epoch == row.entered_epoch and item.position < row.entered_seq:
                 row.entered_seq = item.position
+                row.entered_boot, row.entered_ns = item.start.boot_id, item.start.boot_ns
+            self._guard(row, key, item)
             if self._stable:
                 self._add_to_later(key, item)
         self._store()
@@ -115,29 +146,58 @@ class _Folder:
         models = sorted({item.key.model for item in items})
         named = {item.key.rollout for item in items}
         r = t.rollouts.c
-        query = select(r.id, r.stable).where(r.id.in_(sorted(named - {""})) | r.state.in_(_RUNNING))
-        self._stable = {row.id: row.stable for row in self._connection.execute(query)}
+        query = select(r.id, r.stable, r.plan).where(r.id.in_(sorted(named - {""})) | r.state.in_(_RUNNING))
+        for name, stable, plan in self._connection.execute(query):
+            self._stable[name] = stable
+            guard_s = (plan.get("judge") or {}).get("guard_s") or 0
+            if guard_s:
+                self._guard_ns[name] = int(guard_s * 1e9)
         found = self._connection.execute(
             select(
                 *(e[name] for name in RowKey._fields),
-                *(e.latency, e.first_ms, e.last_ms, e.entered_epoch, e.entered_seq),
+                *(
+                    e.latency,
+                    e.first_ms,
+                    e.last_ms,
+                    e.entered_epoch,
+                    e.entered_seq,
+                    e.entered_boot,
+                    e.entered_ns,
+                    e.early,
+                ),
             ).where(e.device.in_(devices), e.model.in_(models), e.rollout.in_(sorted(named | set(self._stable))))
         )
         for values in found:
-            latency, first_ms, last_ms, epoch, seq = values[7:]
-            self._put(RowKey(*values[:7]), _Row(True, _to_histogram(latency), first_ms, last_ms, epoch, seq))
+            latency, first_ms, last_ms, epoch, seq, boot, ns, early = values[7:]
+            row = _Row(True, _to_histogram(latency), first_ms, last_ms, epoch, seq, boot, ns, _to_early(early or _NONE))
+            self._put(RowKey(*values[:7]), row)
 
     def _put(self, key: RowKey, row: _Row) -> None:
         self._rows[key] = row
         self._by_model.setdefault((key.device, key.model), []).append(key)
 
     def _enter(self, key: RowKey, item: Arrived) -> _Row:
-        row = _Row(False, h.Exponential(), self._now_ms, self._now_ms, item.epoch, item.position)
+        start = item.start
+        row = _Row(
+            False, h.Exponential(), self._now_ms, self._now_ms, item.epoch, item.position, start.boot_id, start.boot_ns
+        )
         stable = self._stable.get(key.rollout, "")
         if stable:
             row.pre = self._counted_before(key, stable)
         self._put(key, row)
         return row
+
+    def _guard(self, row: _Row, key: RowKey, item: Arrived) -> None:
+        guard_ns = self._guard_ns.get(key.rollout, 0)
+        if not guard_ns:
+            return
+        early = row.early
+        if item.span_ns <= LONG * guard_ns:
+            sums = tuple(item.sums[name] for name in COMPARED)
+            early = (*early, Early(item.start.boot_id, item.start.boot_ns, sums, item.latency))
+        row.early = tuple(
+            one for one in early if one.boot_id == row.entered_boot and one.start_ns - row.entered_ns < guard_ns
+        )
 
     def _counted_before(self, key: RowKey, stable: str) -> dict[str, int]:
         e = t.evidence.c
@@ -186,6 +246,9 @@ class _Folder:
             "latency": _to_bytes(latency),
             "last_ms": self._now_ms if row.fresh else row.last_ms,
             "entered_seq": row.entered_seq,
+            "entered_boot": row.entered_boot,
+            "entered_ns": row.entered_ns,
+            "early": _to_bytes(row.early) if row.early else None,
         }
         if key is None:
             values |= {f"add_{name}": n for name, n in row.added.items()}
@@ -205,7 +268,7 @@ _ADD = Many(
             **{f"pre_{name}": _e[f"pre_{name}"] + bindparam(f"add_pre_{name}") for name in PRE},
         )
     ),
-    ("latency", "last_ms", "entered_seq"),
+    ("latency", "last_ms", "entered_seq", "entered_boot", "entered_ns", "early"),
 )
 
 
@@ -261,6 +324,22 @@ def merged(histograms: Iterable[h.Exponential]) -> h.Exponential:
     )
 
 
+def without(whole: h.Exponential, part: h.Exponential) -> h.Exponential:
+    """The whole less a part of it, which must not be finer."""
+    part = h.rescale(part, min(whole.scale, part.scale))
+    whole = h.rescale(whole, part.scale)
+    row = list(whole.counts)
+    for index, n in enumerate(part.counts, part.offset - whole.offset):
+        row[index] -= n
+    return h.Exponential(
+        scale=whole.scale,
+        zero=whole.zero - part.zero,
+        offset=whole.offset,
+        counts=tuple(row),
+        total=max(0, whole.total - part.total),
+    )
+
+
 # --- reading -------------------------------------------------------------------------------------------------------------
 
 
@@ -295,12 +374,38 @@ class Evidence:
     first_ms: int
     last_ms: int
     latency: h.Exponential
+    early: tuple[Early, ...] = ()
+
+    def compared(self) -> Compared:
+        """What the judge compares: all but what lies within the guard."""
+        sums = {name: getattr(self, name) for name in COMPARED}
+        for one in self.early:
+            for name, n in zip(COMPARED, one.sums, strict=True):
+                sums[name] -= n
+        latency = without(self.latency, merged([one.latency for one in self.early])) if self.early else self.latency
+        return Compared(**sums, latency=latency)
+
+
+class Compared(NamedTuple):
+    """Sums by ``COMPARED``, and latency."""
+
+    ok: int
+    failed: int
+    shed: int
+    labelled: int
+    wrong: int
+    latency: h.Exponential
+
+    @property
+    def requests(self) -> int:
+        """Answered, failed or shed."""
+        return self.ok + self.failed + self.shed
 
 
 _READ = (
     *("device", "model", "bundle", "arm", "rollout", "stage", *SUMS),
     *(f"pre_{name}" for name in PRE),
-    *("first_ms", "last_ms", "latency"),
+    *("first_ms", "last_ms", "latency", "early"),
 )
 
 
@@ -334,7 +439,8 @@ def _read(connection: Connection, query: Any) -> list[Evidence]:
     found: dict[tuple[Any, ...], Evidence] = {}
     for values in connection.execute(query.order_by(_e.device, _e.bundle, _e.arm, _e.rollout, _e.stage, _e.variant)):
         fields = dict(zip(_READ, values, strict=True))
-        one = Evidence(**fields | {"latency": _to_histogram(fields["latency"])})
+        fields |= {"latency": _to_histogram(fields["latency"]), "early": _to_early(fields["early"] or _NONE)}
+        one = Evidence(**fields)
         key = (one.device, one.model, one.bundle, one.arm, one.rollout, one.stage)
         found[key] = _together(found[key], one) if key in found else one
     return list(found.values())
@@ -351,4 +457,5 @@ def _together(a: Evidence, b: Evidence) -> Evidence:
         first_ms=first.first_ms,
         last_ms=max(a.last_ms, b.last_ms),
         latency=merged([a.latency, b.latency]),
+        early=a.early + b.early,
     )

@@ -252,6 +252,21 @@ rollout_devices = Table(
     Column("device", String(63), primary_key=True),
     Column("arm", String(10), nullable=False),
     Column("stratum", String(200), nullable=False),
+    Column("online", Boolean, nullable=False, default=True, server_default=text("TRUE")),  # at that moment
+)
+
+looks = Table(
+    "looks",
+    metadata,
+    # What the judge read, what it said, what it kept: enough to say the same again.
+    Column("rollout", String(63), ForeignKey("rollouts.id"), primary_key=True),
+    Column("stage", Integer, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("information", Float, nullable=False),
+    Column("evidence", LargeBinary, nullable=False),  # zlib of MessagePack of core.judge.Look
+    Column("ruling", JSON, nullable=False),
+    Column("memory", LargeBinary, nullable=False),  # zlib of MessagePack of core.judge.Memory
 )
 
 # --- telemetry -------------------------------------------------------------------------------------------------------
@@ -339,6 +354,10 @@ evidence = Table(
     Column("pre_wrong", BigInteger, nullable=False, default=0),
     Column("first_ms", BigInteger, nullable=False),
     Column("last_ms", BigInteger, nullable=False),
+    # Boot and CLOCK_BOOTTIME of the entry, and what was counted within the rollout's guard after it: MessagePack, see evidence.
+    Column("entered_boot", String(32), nullable=False, default="", server_default=text("''")),
+    Column("entered_ns", BigInteger, nullable=False, default=0, server_default=text("0")),
+    Column("early", LargeBinary),
     Index("evidence_by_rollout", "rollout", "stage"),
     Index("evidence_by_bundle", "bundle"),
 )

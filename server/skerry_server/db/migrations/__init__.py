@@ -13,13 +13,14 @@ from collections.abc import Callable
 from sqlalchemy import Connection, Engine, func, insert, inspect, select
 
 from skerry_server.db.engine import writing
-from skerry_server.db.migrations import v0001, v0002, v0003
+from skerry_server.db.migrations import v0001, v0002, v0003, v0004
 from skerry_server.db.tables import schema_version
 
 MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (v0001.NAME, v0001.STATEMENTS),
     (v0002.NAME, v0002.STATEMENTS),
     (v0003.NAME, v0003.STATEMENTS),
+    (v0004.NAME, v0004.STATEMENTS),
 )
 """Name and statements; the first brings version 0 to 1, the next 1 to 2, and so on. What is shipped never changes."""
 

@@ -122,6 +122,28 @@ def test_a_database_of_each_older_version_becomes_the_newest_and_keeps_its_rows(
             assert connection.execute(select(groups.c.name, groups.c.created_ms)).all() == [("g", 7)]
 
 
+def test_a_database_of_the_first_release_keeps_its_rows(tmp_path, monkeypatch, opened):
+    engine = opened(tmp_path / "s.db")
+    with monkeypatch.context() as first:
+        first.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:1])
+        first.setattr(migrations, "NEWEST", 1)
+        migrations.migrate(engine)
+    # As the first release wrote them: without the columns that came later.
+    fill = {"JSON": "{}", "BLOB": b"", "BIGINT": 7, "INTEGER": 0, "FLOAT": 0.5, "BOOLEAN": 1}
+    with writing(engine) as connection:
+        for table in ("groups", "rollouts", "rollout_devices", "evidence"):
+            columns = inspect(connection).get_columns(table)
+            row = {c["name"]: fill.get(str(c["type"]).split("(")[0], "x") for c in columns}
+            names = ", ".join(f'"{name}"' for name in row)
+            connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({', '.join(':' + n for n in row)})"), row)
+    assert migrations.migrate(engine) == 1
+    with reading(engine) as connection:
+        (frozen,) = connection.execute(select(metadata.tables["rollout_devices"])).mappings()
+        (counted,) = connection.execute(select(metadata.tables["evidence"])).mappings()
+    assert (frozen["device"], frozen["online"]) == ("x", True)
+    assert (counted["ok"], counted["entered_boot"], counted["entered_ns"], counted["early"]) == (7, "", 0, None)
+
+
 def test_statements_can_be_said_to_postgresql():
     for _, statements in migrations.MIGRATIONS:
         for statement in statements:

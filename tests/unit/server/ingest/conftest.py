@@ -101,7 +101,7 @@ class Server:
         with writing(self.engine) as connection:
             connection.execute(insert(table), [values])
 
-    def rollout(self, name="r-1", state="running"):
+    def rollout(self, name="r-1", state="running", plan=None):
         self.insert(
             t.rollouts,
             id=name,
@@ -110,7 +110,7 @@ class Server:
             stable=BUNDLE,
             candidate=CANDIDATE,
             salt="0" * 32,
-            plan={},
+            plan=plan or {},
             state=state,
             stage_since_ms=0,
             created_by="t",

@@ -2,7 +2,9 @@
 
 import random
 
+import msgspec
 from skerry_contract import histogram as h
+from skerry_contract import window as w
 from skerry_server import evidence
 from skerry_server.db.engine import reading
 
@@ -100,3 +102,60 @@ def test_an_unknown_rollout_is_counted_without_a_pre_period(server, make):
     server.take(make.up("dev-a", make.record(2, make.window(ok=5, arm="control", rollout="made-up"))))
     found = of_rollout(server, rollout="made-up")["dev-a", "control", 0]
     assert (found.ok, found.pre_ok) == (5, 0)
+
+
+def test_windows_right_after_the_switch_are_not_compared_on_either_arm(server, make):
+    server.rollout(plan={"judge": {"guard_s": 30}})
+    for device, arm, bundle in (("dev-a", "candidate", make.CANDIDATE), ("dev-b", "control", make.BUNDLE)):
+        key = {"bundle": bundle, "arm": arm, "rollout": "r-1"}
+        bodies = [
+            make.window(ok=20, failed=5, latencies=[9_000_000] * 25, confusion=[1, 2, 3, 4], ms=5_000, **key),
+            make.window(ok=20, latencies=[9_000_000] * 20, ms=34_000, **key),
+            make.window(ok=20, failed=1, latencies=[1000] * 21, confusion=[5, 0, 1, 5], ms=35_000, **key),
+            make.window(ok=20, latencies=[1000] * 20, ms=90_000, **key),
+        ]
+        for seq, body in enumerate(bodies, 1):
+            server.take(make.up(device, make.record(seq, body)))
+        found = of_rollout(server)[device, arm, 0]
+        assert (found.ok, found.failed, found.labelled) == (80, 6, 21), "the sums hold everything"
+        now = found.compared()
+        assert (now.ok, now.failed, now.shed, now.labelled, now.wrong) == (40, 1, 0, 11, 1)
+        assert now.latency.total == 41_000
+        assert h.quantile(now.latency, 0.99) < 2000
+
+
+def test_what_is_within_the_guard_does_not_depend_on_the_order_of_arrival(server, make):
+    key = {"bundle": make.CANDIDATE, "arm": "candidate"}
+    spans = [(1, 5_000), (2, 20_000), (3, 33_000), (4, 36_000), (5, 400_000)]
+    seen = set()
+    for n, order in enumerate([(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (2, 4, 0, 3, 1), (3, 0, 4, 1, 2)]):
+        name = f"r-{n}"
+        server.rollout(name, plan={"judge": {"guard_s": 30}})
+        for i in order:
+            seq, ms = spans[i]
+            body = make.window(ok=10**i, ms=ms, rollout=name, **key)
+            server.take(make.up("dev-a", make.record(seq, body), epoch=f"{n}" * 32))
+        seen.add(of_rollout(server, rollout=name)["dev-a", "candidate", 0].compared().ok)
+    assert seen == {11000}
+
+
+def test_another_boot_and_a_long_merged_window_are_compared(server, make):
+    server.rollout(plan={"judge": {"guard_s": 30}})
+    key = {"bundle": make.CANDIDATE, "arm": "candidate", "rollout": "r-1"}
+    first = make.window(ok=1, ms=5_000, **key)
+    rebooted = make.window(ok=10, ms=6_000, **key)
+    rebooted = msgspec.structs.replace(
+        rebooted, start=w.Instant("c" * 32, 1, 6_000, True), end=w.Instant("c" * 32, 2, 6_000, True)
+    )
+    merged = msgspec.structs.replace(make.window(ok=100, ms=7_000, **key), end=make.at(7_000_000))
+    for seq, body in enumerate((first, rebooted, merged), 1):
+        server.take(make.up("dev-a", make.record(seq, body)))
+    assert of_rollout(server)["dev-a", "candidate", 0].compared().ok == 110
+
+
+def test_without_a_guard_everything_is_compared(server, make):
+    server.rollout()
+    body = make.window(ok=7, bundle=make.CANDIDATE, arm="candidate", rollout="r-1")
+    server.take(make.up("dev-a", make.record(1, body)))
+    found = of_rollout(server)["dev-a", "candidate", 0]
+    assert (found.early, found.compared().ok, found.compared().latency) == ((), 7, found.latency)
