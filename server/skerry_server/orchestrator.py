@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Engine, select
 
-from skerry_server import registry, rollouts
+from skerry_server import judging, registry, rollouts
 from skerry_server.config import Rollouts as Pace
 from skerry_server.core import rollout as core
 from skerry_server.db import tables as t
@@ -111,12 +111,26 @@ class Orchestrator:
             row = rollouts.require(conn, rollout)
             value, evidence = rollouts.value(row), rollouts.gather(conn, row)
             listed = registry.require(conn, row["candidate"])["state"] != "retired"
-            decision = (None if listed else withdraw(value, evidence)) or core.decide(value, evidence, now_ms)
+            withdrawn = None if listed else withdraw(value, evidence)
+            judge = value.plan.judge
+            before = None if judge is None else judging.last(conn, rollout, value.stage)
+            look = None
+            running = value.state == "running" and withdrawn is None
+            if judge is not None and running and judging.is_due(judge, before, now_ms):
+                look = judging.take(conn, row, value.plan, before, now_ms=now_ms)
+            newest = look or before
+            decision = withdrawn or core.decide(value, evidence, now_ms, None if newest is None else newest.ruling)
             last = rollouts.last_decision(conn, rollout)
-        if decision.action == "hold" and not _is_news(decision, last):
+        is_news = decision.action != "hold" or _is_news(decision, last)
+        if look is None and not is_news:
             return False
         try:
             with writing(self._engine) as conn:
+                if look is not None:
+                    rollouts.require_version(conn, rollout, row["version"])
+                    judging.keep(conn, rollout, look)
+                if not is_news:
+                    return False
                 rollouts.carry_out(
                     conn,
                     rollout,

@@ -44,6 +44,13 @@ def require(conn: Connection, rollout: str) -> dict[str, Any]:
     return dict(row)
 
 
+def require_version(conn: Connection, rollout: str, version: int) -> None:
+    """Raises ``Conflict`` when the rollout has moved on since that version."""
+    found = require(conn, rollout)["version"]
+    if found != version:
+        raise Conflict("moved_on", f"rollout {rollout!r} has changed since", version=found)
+
+
 def create(
     conn: Connection,
     *,
@@ -164,7 +171,10 @@ def gather(conn: Connection, row: Mapping[str, Any]) -> core.Evidence:
     cut = g.Rollout(
         id=row["id"], stage=row["stage"], candidate=g.Target(digest="", version=""), salt=row["salt"], cuts=row["cuts"]
     )
-    reverted, unable = _reports(conn, row)
+    codes, unable = reports(conn, row)
+    reverted: dict[str, int] = {}
+    for code in codes.values():
+        reverted[code] = reverted.get(code, 0) + 1
     # A resumed stage goes on with what was counted in it, and with who has fallen silent in it. A device that was online when
     # the server or its broker ended sends no will: until it speaks again it counts as online, but not as confirmed.
     entered_ms = row["entered_ms"]
@@ -208,8 +218,8 @@ def gather(conn: Connection, row: Mapping[str, Any]) -> core.Evidence:
     )
 
 
-def _reports(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, int], frozenset[str]]:
-    """What devices of the group said of the candidate in this rollout: reason code -> devices that went back; devices unable."""
+def reports(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, str], frozenset[str]]:
+    """What devices of the group said of the candidate in this rollout: device that went back -> its code; devices unable."""
     c = t.events.c
     mine = select(t.devices.c.id).where(t.devices.c.group == row["group"])
     query = (
@@ -227,10 +237,7 @@ def _reports(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, int], 
             codes[event.device] = event.code
         elif event.code in eligibility.UNABLE:
             unable.add(event.device)
-    reverted: dict[str, int] = {}
-    for code in codes.values():
-        reverted[code] = reverted.get(code, 0) + 1
-    return reverted, frozenset(unable)
+    return codes, frozenset(unable)
 
 
 def _counts(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, int], float | None]:
@@ -264,9 +271,9 @@ def carry_out(
     Raises:
         Conflict: the rollout has moved on since, or has no such transition from its state.
     """
+    if version is not None:
+        require_version(conn, rollout, version)
     row = require(conn, rollout)
-    if version is not None and row["version"] != version:
-        raise Conflict("moved_on", f"rollout {rollout!r} has changed since", version=row["version"])
     try:
         state = core.transition(row["state"], decision.action)
     except core.NotAllowed as error:
@@ -341,7 +348,14 @@ def _enter(
         conn.execute(
             insert(t.rollout_devices),
             [
-                {"rollout": row["id"], "stage": stage, "device": one.device, "arm": arm, "stratum": one.stratum}
+                {
+                    "rollout": row["id"],
+                    "stage": stage,
+                    "device": one.device,
+                    "arm": arm,
+                    "stratum": one.stratum,
+                    "online": one.online,
+                }
                 for one, arm in frozen
             ],
         )

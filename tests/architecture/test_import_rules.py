@@ -49,7 +49,10 @@ LAYERS = {
         ("orchestrator ingest watch", False),
         ("findings outcomes", False),
         (
-            "publication rollouts devices groups registry intake presence quarantine evidence ledger access versions profiles",
+            (
+                "publication judging rollouts devices groups registry intake presence quarantine evidence ledger access "
+                "versions profiles"
+            ),
             True,
         ),
         ("repository metadata trust broker mqtt ca device_auth validation telemetry audit listener", False),

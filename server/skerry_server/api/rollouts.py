@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select, tuple_
 
-from skerry_server import rollouts, versions
+from skerry_server import judging, rollouts, versions
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, page, read_cursor
 from skerry_server.core import rollout as core
 from skerry_server.db import tables as t
@@ -32,6 +32,11 @@ class NewRollout(BaseModel):
         description="max_error_rate, latency_p95_ms, max_invalid_rate, max_reverts, require (trial or golden)",
     )
     stratified: bool = False
+    judge: dict[str, Any] | None = Field(
+        default=None,
+        description="Compares candidates with controls: guardrails, look_s, end_s or end_labels, half_s, min_devices, guard_s, "
+        "silent_s, small_fleet",
+    )
     id: str | None = None
 
 
@@ -45,7 +50,7 @@ class Why(BaseModel):
 
 @router.post("", summary="Make a rollout and start its first stage", status_code=201)
 def create(context: Ctx, caller: Operator, wanted: NewRollout) -> dict[str, Any]:
-    plan = {"stages": wanted.stages, "gates": wanted.gates, "stratified": wanted.stratified}
+    plan = {"stages": wanted.stages, "gates": wanted.gates, "stratified": wanted.stratified, "judge": wanted.judge}
     floors = context.publication.floors()
     with writing(context.engine) as conn:
         row = rollouts.create(
@@ -92,7 +97,9 @@ def get_rollout(context: Ctx, _caller: Viewer, rollout: str) -> dict[str, Any]:
     """`now` is computed for this answer and stored nowhere; stored decisions are under `/decisions`."""
     with reading(context.engine) as conn:
         row = rollouts.require(conn, rollout)
-        found = core.decide(rollouts.value(row), rollouts.gather(conn, row), context.now_ms())
+        look = judging.last(conn, rollout, row["stage"])
+        ruling = None if look is None else look.ruling
+        found = core.decide(rollouts.value(row), rollouts.gather(conn, row), context.now_ms(), ruling)
         frozen = rollouts.arms(conn, rollout, row["stage"])
     now = {"action": found.action, "verdict": found.verdict, "reason": found.reason, "evidence": found.evidence}
     return row | {"now": now, "devices": frozen}
@@ -107,6 +114,30 @@ def decisions(context: Ctx, _caller: Viewer, rollout: str, after: After = None, 
         query = select(t.decisions).where(c.rollout == rollout, c.id > last).order_by(c.id).limit(limit)
         items = [dict(row) for row in conn.execute(query).mappings()]
     return page(items, limit, items[-1]["id"] if items else 0)
+
+
+@router.get("/{rollout}/looks", summary="Every look of the judge with its ruling, oldest first")
+def looks(context: Ctx, _caller: Viewer, rollout: str, after: After = None, limit: Limit = 100) -> dict[str, Any]:
+    last = read_cursor(after, int, int) or (-1, 0)
+    c = t.looks.c
+    with reading(context.engine) as conn:
+        rollouts.require(conn, rollout)
+        query = select(c.stage, c.number, c.at_ms, c.information, c.ruling)
+        query = query.where(c.rollout == rollout, tuple_(c.stage, c.number) > tuple_(*last))
+        items = [dict(row) for row in conn.execute(query.order_by(c.stage, c.number).limit(limit)).mappings()]
+    return page(items, limit, *((items[-1]["stage"], items[-1]["number"]) if items else ()))
+
+
+@router.get("/{rollout}/explain", summary="Recompute the judge's rulings on a stage from stored evidence")
+def explain(
+    context: Ctx, _caller: Viewer, rollout: str, stage: Annotated[int | None, Query(ge=0)] = None
+) -> dict[str, Any]:
+    """`identical` says whether every stored look gives the stored ruling again, byte for byte. Without `stage`: the last judged."""
+    with reading(context.engine) as conn:
+        row = rollouts.require(conn, rollout)
+        wanted = judging.newest_stage(conn, rollout) if stage is None else stage
+        found = judging.explain(conn, row, wanted)
+    return found | {"state": row["state"], "reason": row["reason"]}
 
 
 @router.post("/{rollout}/pause", summary="Stay where it is")

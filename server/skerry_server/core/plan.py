@@ -1,4 +1,4 @@
-"""The plan of a rollout: its stages, and the gates that every stage must keep.
+"""The plan of a rollout: its stages, the gates that every stage must keep, and how it is judged.
 
 A plan is fixed when the rollout is made. Reading one takes builtins (JSON from the API or the database) and names every
 fault it finds at once.
@@ -7,9 +7,11 @@ fault it finds at once.
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from skerry_server.core.judge_plan import Judge, read_judge
+from skerry_server.core.reader import Reader
 
 MAX_STAGES = 20
 Proof = Literal["trial", "golden"]
@@ -43,6 +45,11 @@ class Stage:
     min_seconds: float = 0.0
     max_seconds: float = 86_400.0
 
+    @property
+    def compared(self) -> bool:
+        """Whether devices stay outside, so that there is something to compare with."""
+        return self.share is None or self.share < 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gates:
@@ -65,19 +72,37 @@ class Gates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """See the module. ``stratified``: a stage takes its part of every stratum."""
+    """See the module.
+
+    Attributes:
+        stratified: a stage takes its part of every stratum.
+        judge: candidates are compared with controls, beside the gates; None: the gates alone decide.
+    """
 
     stages: tuple[Stage, ...]
     gates: Gates = Gates()
     stratified: bool = False
+    judge: Judge | None = None
+
+    @property
+    def compared(self) -> int:
+        """How many stages have controls."""
+        return sum(stage.compared for stage in self.stages)
+
+    def is_judged(self, stage: int) -> bool:
+        """Whether the judge rules on a stage: one that has controls, or, where none has, each."""
+        if self.judge is None or stage >= len(self.stages):
+            return False
+        return self.stages[stage].compared or self.compared == 0
 
     def to_builtins(self) -> dict[str, Any]:
         """The JSON form, which ``read_plan`` reads."""
-        return asdict(self) | {"stages": [asdict(stage) for stage in self.stages]}
+        judge = None if self.judge is None else self.judge.to_builtins()
+        return asdict(self) | {"stages": [asdict(stage) for stage in self.stages], "judge": judge}
 
 
 def whole_fleet(plan: Plan) -> Plan:
-    """The plan of a model's first bundle: there is nothing to keep beside it, so one stage holds everyone."""
+    """The plan of a model's first bundle: there is nothing to keep beside it or compare it with, so one stage holds everyone."""
     last = plan.stages[-1]
     only = Stage(
         share=1.0,
@@ -89,43 +114,6 @@ def whole_fleet(plan: Plan) -> Plan:
     return Plan(stages=(only,), gates=plan.gates, stratified=plan.stratified)
 
 
-class _Reader:
-    """Takes fields from a map and remembers what was wrong."""
-
-    def __init__(self, value: object, where: str, faults: list[str]) -> None:
-        self.where = where
-        self.faults = faults
-        self.value: dict[str, Any] = {}
-        if isinstance(value, dict):
-            self.value = dict(value)
-        else:
-            faults.append(f"{where}: wanted an object, got {type(value).__name__}")
-
-    def number(self, name: str, default: float | None, low: float, high: float, *, whole: bool = False) -> float | None:
-        value = self.value.pop(name, default)
-        if value is None and default is None:
-            return None
-        fits = (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and low <= value <= high
-            and math.isfinite(value)
-        )
-        if not fits or (whole and not float(value).is_integer()):
-            kind = "a whole number" if whole else "a number"
-            self.faults.append(f"{self.where}.{name}: wanted {kind} from {low:g} to {high:g}, got {value!r}")
-            return default
-        return float(value)
-
-    def count(self, name: str, default: int | None, low: int, high: int) -> int | None:
-        value = self.number(name, default, low, high, whole=True)
-        return None if value is None else int(value)
-
-    def end(self) -> None:
-        for name in sorted(map(str, self.value)):
-            self.faults.append(f"{self.where}.{name}: no such field")
-
-
 def read_plan(value: object) -> Plan:
     """Reads and checks a plan.
 
@@ -133,12 +121,12 @@ def read_plan(value: object) -> Plan:
         BadPlan: with every fault found.
     """
     faults: list[str] = []
-    reader = _Reader(value, "plan", faults)
+    reader = Reader(value, "plan", faults)
     raw_stages = reader.value.pop("stages", None)
     gates = _read_gates(reader.value.pop("gates", {}), faults)
-    stratified = reader.value.pop("stratified", False)
-    if not isinstance(stratified, bool):
-        faults.append(f"plan.stratified: wanted true or false, got {stratified!r}")
+    stratified = reader.flag("stratified")
+    raw_judge = reader.value.pop("judge", None)
+    judge = None if raw_judge is None else read_judge(raw_judge, faults)
     reader.end()
     stages: tuple[Stage, ...] = ()
     if not isinstance(raw_stages, list | tuple) or not 1 <= len(raw_stages) <= MAX_STAGES:
@@ -149,13 +137,17 @@ def read_plan(value: object) -> Plan:
             same_kind = (a.devices is None) == (b.devices is None)
             if same_kind and (b.devices or b.share or 0) < (a.devices or a.share or 0):
                 faults.append(f"plan.stages[{i}]: a stage must not be smaller than the one before")
+        if judge is not None and not judge.small_fleet and not any(stage.compared for stage in stages):
+            faults.append(
+                "plan.judge: every stage holds everyone, so there is nothing to compare with; set small_fleet"
+            )
     if faults:
         raise BadPlan(faults)
-    return Plan(stages=stages, gates=gates, stratified=bool(stratified))
+    return Plan(stages=stages, gates=gates, stratified=stratified, judge=judge)
 
 
 def _read_stage(raw: object, where: str, faults: list[str]) -> Stage:
-    reader = _Reader(raw, where, faults)
+    reader = Reader(raw, where, faults)
     before = len(faults)
     stage = Stage(
         devices=reader.count("devices", None, 1, 10_000_000),
@@ -180,7 +172,7 @@ def _read_stage(raw: object, where: str, faults: list[str]) -> Stage:
 
 
 def _read_gates(raw: object, faults: list[str]) -> Gates:
-    reader = _Reader(raw, "plan.gates", faults)
+    reader = Reader(raw, "plan.gates", faults)
     require = reader.value.pop("require", "trial")
     if require not in ("trial", "golden"):
         faults.append(f"plan.gates.require: wanted trial or golden, got {require!r}")

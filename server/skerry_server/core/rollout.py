@@ -15,6 +15,9 @@ the bundle when it returns. One that went offline **since** the stage began does
 silence is no evidence for the candidate. Where a plan names ``min_devices``, that number decides how many may be lost.
 
 Completing is a stage of everyone with the last stage's minimums, counted anew: a fleet that falls silent in it does not pass.
+
+Where the plan has a ``judge`` and the stage has controls, the judge's ruling on them is needed beside the gates (``core.judge``): its FAIL
+fails the stage, and only its PASS lets the stage go.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from skerry_server.core.judge_values import Ruling
 from skerry_server.core.plan import Gates, Plan, Stage
 
 State = Literal["draft", "running", "paused", "completing", "completed", "rolling_back", "rolled_back", "aborted"]
@@ -241,13 +245,40 @@ def judge_stage(
     return Finding(verdict="PASS", reason=_kept(gates, evidence, proven, wanted))
 
 
-def decide(rollout: Rollout, evidence: Evidence, now_ms: int) -> Decision:
+def with_ruling(finding: Finding, ruling: Ruling | None, *, small_fleet: bool) -> Finding:
+    """The gates' finding and the judge's ruling together: both must let the stage go.
+
+    Args:
+        small_fleet: a ruling that could not compare may pass.
+    """
+    if finding.verdict == "FAIL":
+        return finding
+    if ruling is None:
+        reason = f"the judge has not looked yet; {finding.reason}"
+        return Finding(verdict="NO_DATA", reason=reason, missing=(*finding.missing, "look"))
+    said = "; ".join(found.reason for found in ruling.findings if found.verdict == ruling.verdict)
+    if ruling.verdict == "FAIL":
+        return Finding(verdict="FAIL", reason=said)
+    if ruling.verdict == "PASS" and ruling.uncontrolled and not small_fleet:
+        reason = f"{said}; without a comparison a stage passes only in a rollout started with --small-fleet"
+        return Finding(verdict="INCONCLUSIVE", reason=reason, missing=(*finding.missing, "small_fleet"))
+    reason = f"{said}; {finding.reason}"
+    if ruling.verdict == "PASS":
+        return Finding(verdict=finding.verdict, reason=reason, missing=finding.missing)
+    verdict: Verdict = "NO_DATA" if "NO_DATA" in (finding.verdict, ruling.verdict) else "INCONCLUSIVE"
+    return Finding(verdict=verdict, reason=reason, missing=(*finding.missing, *ruling.missing))
+
+
+def decide(rollout: Rollout, evidence: Evidence, now_ms: int, ruling: Ruling | None = None) -> Decision:
     """The next move of a rollout, with its reason. Pure: the same values give the same decision.
 
     Args:
         now_ms: the server's clock, milliseconds since 1970, as ``stage_since_ms``.
+        ruling: the judge's last on the stage now running.
     """
     record = evidence.to_builtins()
+    if ruling is not None:
+        record["look"] = {"number": ruling.look, "information": ruling.information, "verdict": ruling.verdict}
     if rollout.state == "rolling_back":
         if evidence.still:
             reason = f"{_devices(evidence.still)} online still answer with the candidate"
@@ -264,6 +295,9 @@ def decide(rollout: Rollout, evidence: Evidence, now_ms: int) -> Decision:
     stage = _completing_stage(rollout.plan) if completing else rollout.plan.stages[rollout.stage]
     elapsed_s = max(0.0, (now_ms - rollout.stage_since_ms) / 1000)
     finding = judge_stage(stage, rollout.plan.gates, evidence, elapsed_s, completing=completing)
+    if rollout.plan.is_judged(rollout.stage):
+        small_fleet = rollout.plan.judge is not None and rollout.plan.judge.small_fleet
+        finding = with_ruling(finding, ruling, small_fleet=small_fleet)
 
     def made(action: Action, reason: str = finding.reason) -> Decision:
         return Decision(action=action, verdict=finding.verdict, reason=reason, evidence=record, missing=finding.missing)

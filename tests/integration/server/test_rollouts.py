@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -41,14 +42,16 @@ def published(server: ServerRig, group: str = GROUP) -> g.GroupDocument:
 class Fleet:
     """Devices that do what the published document says, and count made-up requests under its keys.
 
-    ``quiet`` names devices that are not connected; ``failing`` the share of failed requests of a digest; ``refused`` digests
-    that devices go back from, with the code.
+    ``failing`` is the share of failed requests of a digest; ``wrong`` the share of wrong answers of one whose answers get
+    labels; ``refused`` digests that devices go back from, with the code; ``offline`` devices that are not connected.
     """
 
     def __init__(self, server: ServerRig, folder: Path, n: int) -> None:
         self.server = server
         self.devices = [DeviceRig(server, f"dev-{i:02d}", folder) for i in range(n)]
         self.failing: dict[str, float] = {}
+        self.wrong: dict[str, float] = {}
+        self._chance = random.Random(7)
         self.refused: dict[str, str] = {}
         self.running: dict[str, tuple[str, str]] = {}
         self.keys: dict[str, w.Key] = {}
@@ -83,7 +86,10 @@ class Fleet:
                 self.running[device.id] = (found.digest, found.version)
                 device.report({MODEL: {"digest": found.digest, "version": found.version, "state": "confirmed"}})
             failed = round(requests * self.failing.get(found.digest, 0.0))
-            device.send(("window", _window(key, requests - failed, failed)))
+            wrong = None
+            if found.digest in self.wrong:
+                wrong = sum(self._chance.random() < self.wrong[found.digest] for _ in range(requests))
+            device.send(("window", _window(key, requests - failed, failed, wrong)))
             self.keys[device.id] = key
             self.sent[device.id] = self.sent.get(device.id, 0) + requests
 
@@ -115,12 +121,12 @@ class Fleet:
             device.disconnect()
 
 
-def _window(key: w.Key, ok: int, failed: int) -> bytes:
+def _window(key: w.Key, ok: int, failed: int, wrong: int | None = None) -> bytes:
     at = w.Instant(BOOT, time.time_ns(), time.time_ns() // 1_000_000, True)
     latency = w.Latency(total=h.exponential_of([2_000_000] * (ok + failed)))
-    return wire.encode(
-        w.Window(key=key, start=at, end=at, counts=w.Counts(ok=ok, failed=failed, rows=ok), latency=latency)
-    )
+    labels = w.Labels() if wrong is None else w.Labels(confusion=(ok + failed - wrong, wrong, 0, 0))
+    counts = w.Counts(ok=ok, failed=failed, rows=ok)
+    return wire.encode(w.Window(key=key, start=at, end=at, counts=counts, latency=latency, labels=labels))
 
 
 def start(server: ServerRig, candidate: str, stages: list[dict[str, Any]], **more: Any) -> str:
@@ -600,3 +606,115 @@ def test_a_plan_is_refused_with_every_fault_in_it(rig: ServerRig, maker: Operato
         "gates.p99",
     ):
         assert where in faults, where
+
+
+JUDGE = {
+    "guardrails": {"labelled_errors": {"alpha": 0.04, "margin": 3.0, "min_n": 100}, "trouble": {"alpha": 0.03}},
+    "look_s": 0.3,
+    "end_s": 4,
+    "guard_s": 0.5,
+}
+
+
+def judged(rig: ServerRig, rollout: str) -> dict[str, Any]:
+    return rig.good("GET", f"/api/v1/rollouts/{rollout}/explain")
+
+
+def test_a_candidate_no_worse_than_its_controls_passes_at_the_planned_end_and_the_verdict_can_be_recomputed(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    one = first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    fleet.wrong = {one: 0.15, two: 0.1}
+    for _ in range(10):
+        fleet.follow(40)
+    rollout = start(rig, two, [{"devices": 3, "min_devices": 3}, {"share": 1, "min_devices": 8}], judge=JUDGE)
+    fleet.drive(rollout, {"completed"}, timeout_s=60)
+    made = decisions(rig, rollout)
+    assert [action for action, _ in made] == ["start", "advance", "complete", "finish"]
+    items = rig.good("GET", f"/api/v1/rollouts/{rollout}/looks")["items"]
+    assert [item["number"] for item in items] == list(range(1, len(items) + 1))
+    assert {item["stage"] for item in items} == {0}, "a stage of everyone has nothing to compare with"
+    assert [item["ruling"]["verdict"] for item in items][-1] == "PASS"
+    assert {item["ruling"]["verdict"] for item in items[:-1]} <= {"NO_DATA", "INCONCLUSIVE"}
+    told = judged(rig, rollout)
+    assert (told["identical"], len(told["looks"])) == (True, len(items))
+    finding = told["ruling"]["findings"][0]
+    assert (finding["candidate"]["of"], finding["control"]["of"], finding["assignments"]) == (3, 5, 56)
+    assert finding["upper"] < 3
+    advance = next(
+        item
+        for item in rig.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
+        if item["action"] == "advance"
+    )
+    assert "the 95 % bound" in advance["reason"]
+
+
+def test_a_candidate_whose_answers_are_wrong_is_judged_and_rolled_back_also_on_a_device_that_was_offline_then(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    one = first_version(rig, maker, fleet)
+    bad = maker.publish(MODEL, "1.1.0", seed=1)
+    fleet.wrong = {one: 0.1, bad: 0.6}
+    for _ in range(10):
+        fleet.follow(40)
+    # One of 56 ways may be removed from 45 % of the way on: no verdict before 13 s.
+    judge = JUDGE | {"end_s": 30}
+    rollout = start(rig, bad, [{"devices": 3, "min_devices": 2}, {"share": 1}], judge=judge)
+    while len(fleet.runs(bad)) < 3:
+        fleet.follow()
+    lost = next(device for device in fleet.devices if device.id in fleet.runs(bad))
+    for _ in range(8):
+        fleet.follow()
+        time.sleep(0.1)
+    fleet.offline.add(lost.id)
+    lost.vanish()
+    fleet.drive(rollout, {"rolled_back"}, timeout_s=60)
+    items = rig.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
+    verdict = next(item for item in items if item["action"] == "roll_back")
+    assert verdict["verdict"] == "FAIL"
+    assert verdict["reason"].startswith("labelled_errors: ")
+    assert "of 56 ways" in verdict["reason"]
+    told = judged(rig, rollout)
+    assert told["identical"]
+    assert told["ruling"]["verdict"] == "FAIL"
+    assert told["state"] == "rolled_back"
+    assert fleet.runs(bad) == {lost.id}, "it cannot know yet"
+    lost.birth += 1
+    lost.connect()
+    fleet.offline.clear()
+    fleet.follow()
+    assert fleet.runs(bad) == set()
+    assert fleet.runs(one) == {device.id for device in fleet.devices}
+
+
+def test_without_labels_a_judged_stage_pauses_at_its_deadline(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
+    first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    stages = [{"devices": 3, "max_seconds": 3}, {"share": 1}]
+    rollout = start(rig, two, stages, judge=JUDGE | {"end_s": 1})
+    fleet.drive(rollout, {"paused"})
+    assert decisions(rig, rollout)[-1] == ("pause", "NO_DATA")
+    assert judged(rig, rollout)["looks"][-1]["verdict"] == "NO_DATA"
+
+
+def test_a_fleet_too_small_to_compare_is_promoted_only_where_the_operator_said_so(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    one = first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    fleet.wrong = {one: 0.1, two: 0.1}
+    # One of eight: as many ways as there are devices, fewer than 1/alpha.
+    rails = {"labelled_errors": {"alpha": 0.04, "limit": 0.3, "min_n": 100}}
+    judge = {"guardrails": rails, "look_s": 0.3, "end_s": 2, "min_devices": 1, "guard_s": 0}
+    stages = [{"devices": 1, "max_seconds": 5}, {"share": 1}]
+    rollout = start(rig, two, stages, judge=judge)
+    fleet.drive(rollout, {"paused"})
+    ruling = judged(rig, rollout)["ruling"]
+    assert (ruling["verdict"], ruling["uncontrolled"]) == ("PASS", True)
+    assert "--small-fleet" in rig.good("GET", f"/api/v1/rollouts/{rollout}")["reason"]
+    rig.good("POST", f"/api/v1/rollouts/{rollout}/abort", {"reason": "again, with consent"})
+    rig.wait("the abort", lambda: published(rig).models[MODEL].rollout is None)
+    again = start(rig, two, stages, judge=judge | {"small_fleet": True})
+    fleet.drive(again, {"completed"}, timeout_s=60)
+    assert "uncontrolled" in judged(rig, again)["looks"][-1]["reasons"][0]

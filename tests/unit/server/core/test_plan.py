@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from skerry_server.core import plan as p
+from skerry_server.core.judge_plan import design_of
 
 
 def test_a_plan_survives_the_database() -> None:
@@ -95,3 +96,71 @@ def test_a_models_first_bundle_goes_to_everyone_in_one_stage() -> None:
     )
     only = p.whole_fleet(plan).stages
     assert only == (p.Stage(share=1.0, min_devices=3, min_inferences=9, max_seconds=60),)
+
+
+# --- the judge ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_judge_survives_being_stored() -> None:
+    wanted = p.read_plan(
+        {
+            "stages": [{"devices": 4}, {"share": 1}],
+            "judge": {
+                "guardrails": {"labelled_errors": {"alpha": 0.03, "margin": 1.2, "limit": 0.3}, "trouble": {}},
+                "end_labels": 500,
+                "guard_s": 0,
+                "small_fleet": True,
+            },
+        }
+    )
+    assert p.read_plan(json.loads(json.dumps(wanted.to_builtins()))) == wanted
+    assert wanted.judge is not None
+    assert [rail.name for rail in wanted.judge.guardrails] == ["labelled_errors", "trouble"]
+    assert (wanted.judge.guard_s, wanted.judge.planned) == (0, True)
+    assert wanted.judge.information(9e9, 250) == 0.5
+
+
+def test_without_a_judge_nothing_is_judged() -> None:
+    plan = p.read_plan({"stages": [{"devices": 4}], "judge": None})
+    assert plan.judge is None
+    assert not plan.is_judged(0)
+
+
+def test_the_usual_guardrails_are_wrong_in_four_of_a_hundred_rollouts_at_most() -> None:
+    plan = p.read_plan({"stages": [{"devices": 2}, {"devices": 4}, {"share": 1}], "judge": {"end_s": 60}})
+    assert plan.judge is not None
+    assert sum(rail.alpha for rail in plan.judge.guardrails) == pytest.approx(0.04)
+    assert [plan.is_judged(stage) for stage in range(4)] == [True, True, False, False]
+    design = design_of(plan.judge, rollout="r", stage=0, compared=plan.compared, units=[], limits={"failures": 0.05})
+    assert sum(rail.alpha for rail in design.guardrails) == pytest.approx(0.02), "divided over the stages compared"
+    assert {rail.name: rail.limit for rail in design.guardrails}["failures"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("judge", "where"),
+    [
+        ({"guardrails": {"accuracy": {}}}, "judge.guardrails.accuracy"),
+        ({"guardrails": {}}, "judge.guardrails"),
+        ({"guardrails": {"failures": {"alpha": 0}}}, "failures.alpha"),
+        ({"guardrails": {"failures": {"margin": 1}}}, "failures.margin"),
+        ({"guardrails": {"failures": {"margins": 2}}}, "failures.margins"),
+        ({"guardrails": {"failures": {"alpha": 0.15}, "trouble": {"alpha": 0.15}}}, "alpha adds up"),
+        ({"end_s": 1, "end_labels": 1}, "at most one of"),
+        ({"look_s": 0}, "judge.look_s"),
+        ({"small_fleet": 1}, "judge.small_fleet"),
+        ({"looks": 1}, "judge.looks"),
+        ([], "plan.judge"),
+    ],
+    ids=str,
+)
+def test_a_judge_is_refused_with_the_place_of_each_fault(judge: Any, where: str) -> None:
+    with pytest.raises(p.BadPlan) as refused:
+        p.read_plan({"stages": [{"devices": 4}], "judge": judge})
+    assert len(refused.value.faults) == 1
+    assert where in refused.value.faults[0]
+
+
+def test_a_plan_with_nothing_to_compare_needs_consent() -> None:
+    with pytest.raises(p.BadPlan, match="nothing to compare with"):
+        p.read_plan({"stages": [{"share": 1}], "judge": {}})
+    assert p.read_plan({"stages": [{"share": 1}], "judge": {"small_fleet": True}}).is_judged(0)

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from skerry_server.core import judge as j
 from skerry_server.core import rollout as core
+from skerry_server.core.judge_plan import Judge
 from skerry_server.core.plan import Gates, Plan, Stage
 
 STAGE = Stage(devices=4, min_devices=4, min_inferences=100, min_seconds=10, max_seconds=600)
@@ -320,3 +322,73 @@ def test_the_table_ends_where_it_should() -> None:
     assert {state for state, _ in core.TRANSITIONS} == core.ACTIVE
     with pytest.raises(core.NotAllowed, match="cannot resume; it can do nothing more"):
         core.transition("aborted", "resume")
+
+
+# --- with a judge ------------------------------------------------------------------------------------------------------
+
+JUDGED = Plan(stages=(STAGE, Stage(share=1.0)), judge=Judge(end_s=60))
+
+
+def ruling(verdict: j.Verdict, *, uncontrolled: bool = False) -> j.Ruling:
+    arm = j.Arm(devices=4, of=4, n=100, x=1, value=0.01)
+    found = j.Finding(
+        guardrail="g", kind="rate", verdict=verdict, reason=f"g: {verdict} it is", candidate=arm, control=arm, alpha=0.04, margin=1.5
+    )  # fmt: skip
+    missing = () if verdict in ("PASS", "FAIL") else ("g:planned_end",)
+    return j.Ruling(
+        look=3, information=0.5, verdict=verdict, reasons=(found.reason,), findings=(found,),
+        uncontrolled=uncontrolled, missing=missing,
+    )  # fmt: skip
+
+
+def judged(
+    said: j.Ruling | None, elapsed_s: float = 60, *, stage: int = 0, plan: Plan = JUDGED, **seen: Any
+) -> core.Decision:
+    rollout = core.Rollout(id="r", state="running", stage=stage, stage_since_ms=1_000_000, plan=plan)
+    return core.decide(rollout, core.Evidence(**(GOOD | seen)), 1_000_000 + int(elapsed_s * 1000), said)
+
+
+@pytest.mark.parametrize(
+    ("said", "seen", "wanted"),
+    [
+        (ruling("PASS"), {}, ("advance", "PASS", ())),
+        (ruling("FAIL"), {}, ("roll_back", "FAIL", ())),
+        (ruling("INCONCLUSIVE"), {}, ("hold", "INCONCLUSIVE", ("g:planned_end",))),
+        (ruling("NO_DATA"), {}, ("hold", "NO_DATA", ("g:planned_end",))),
+        (None, {}, ("hold", "NO_DATA", ("look",))),
+        # the gates stay what they are
+        (ruling("PASS"), {"ok": 94, "failed": 6}, ("roll_back", "FAIL", ())),
+        (ruling("PASS"), {"confirmed": 3}, ("hold", "NO_DATA", ("devices",))),
+        (ruling("FAIL"), {"confirmed": 3}, ("roll_back", "FAIL", ())),
+        (ruling("INCONCLUSIVE"), {"confirmed": 3}, ("hold", "NO_DATA", ("devices", "g:planned_end"))),
+        (ruling("PASS", uncontrolled=True), {}, ("hold", "INCONCLUSIVE", ("small_fleet",))),
+        (ruling("FAIL", uncontrolled=True), {}, ("roll_back", "FAIL", ())),
+    ],
+    ids=str,
+)
+def test_a_judged_stage(said: j.Ruling | None, seen: dict[str, Any], wanted: tuple[str, str, tuple[str, ...]]) -> None:
+    found = judged(said, **seen)
+    assert (found.action, found.verdict, found.missing) == wanted
+    if said is not None:
+        assert found.evidence["look"] == {"number": 3, "information": 0.5, "verdict": said.verdict}
+
+
+def test_the_reason_is_the_judges() -> None:
+    assert judged(ruling("FAIL")).reason == "g: FAIL it is"
+    assert judged(ruling("PASS")).reason.startswith("g: PASS it is; 4 devices confirmed")
+    assert "--small-fleet" in judged(ruling("PASS", uncontrolled=True)).reason
+
+
+def test_an_inconclusive_stage_pauses_at_its_deadline_and_is_never_let_go() -> None:
+    for said in (ruling("INCONCLUSIVE"), ruling("NO_DATA"), ruling("PASS", uncontrolled=True), None):
+        assert judged(said, 600).action == "pause"
+
+
+def test_consent_lets_a_small_fleet_pass() -> None:
+    plan = Plan(stages=JUDGED.stages, judge=Judge(end_s=60, small_fleet=True))
+    assert judged(ruling("PASS", uncontrolled=True), plan=plan).action == "advance"
+
+
+def test_a_stage_of_everyone_is_not_judged() -> None:
+    assert judged(None, stage=1).action == "complete"
+    assert judged(ruling("INCONCLUSIVE"), stage=2).action == "finish"

@@ -1,0 +1,296 @@
+"""Looks in the database: reading the evidence of a stage for ``core.judge``, keeping what it said, saying it again.
+
+A look is stored with everything it rests on, in the transaction of the decision that follows from it. The design is not stored: it
+is made from the plan, the frozen list of the stage and the bundle, none of which change; a memory names the design it belongs to.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from skerry_contract import histogram as h
+from skerry_contract import manifest as m
+from sqlalchemy import Connection, func, insert, select
+
+from skerry_server import evidence, rollouts
+from skerry_server.core import judge as j
+from skerry_server.core import judge_plan
+from skerry_server.core import plan as p
+from skerry_server.db import tables as t
+
+SMALLEST_P95 = 20
+"""Requests of a device behind a p95; with fewer it has none."""
+ACCURACY_DROP = 0.05
+"""How far below its validated accuracy a candidate may be where its bundle does not say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """A look, new or stored. ``at_ms``: by the server's clock."""
+
+    stage: int
+    at_ms: int
+    look: j.Look
+    ruling: j.Ruling
+    memory: j.Memory
+
+
+def design(conn: Connection, row: Mapping[str, Any], plan: p.Plan, stage: int) -> j.Design:
+    """The design of a stage that is judged."""
+    judge = plan.judge
+    if judge is None:
+        raise ValueError("the plan has no judge")
+    c = t.rollout_devices.c
+    query = select(c.device, c.stratum, c.arm, c.online).where(c.rollout == row["id"], c.stage == stage)
+    # The salt was chosen so that the first candidates are online: among devices online then, and among the others, any
+    # division was as likely as another, but not across both.
+    units = [
+        j.Unit(
+            device=frozen.device,
+            stratum=f"{'online' if frozen.online else 'offline'} {frozen.stratum}",
+            candidate=frozen.arm == "candidate",
+        )
+        for frozen in conn.execute(query.order_by(c.device))
+    ]
+    return judge_plan.design_of(
+        judge,
+        rollout=row["id"],
+        stage=stage,
+        compared=max(1, plan.compared),
+        units=units,
+        limits=_limits(conn, row, plan.gates),
+    )
+
+
+def _limits(conn: Connection, row: Mapping[str, Any], gates: p.Gates) -> dict[str, float]:
+    packed = conn.execute(select(t.bundles.c.manifest).where(t.bundles.c.digest == row["candidate"])).scalar_one()
+    manifest = m.parse(packed)
+    found: dict[str, float] = {}
+    if manifest.reference is not None and manifest.reference.accuracy is not None:
+        drop = manifest.slo.accuracy_drop if manifest.slo.accuracy_drop is not None else ACCURACY_DROP
+        found["labelled_errors"] = min(1.0, 1 - manifest.reference.accuracy + drop)
+    if gates.max_error_rate is not None:
+        found["failures"] = gates.max_error_rate
+    if gates.latency_p95_ms is not None:
+        found["latency_p95"] = gates.latency_p95_ms
+    return found
+
+
+def last(conn: Connection, rollout: str, stage: int) -> Taken | None:
+    """The newest look at a stage."""
+    c = t.looks.c
+    query = select(t.looks).where(c.rollout == rollout, c.stage == stage).order_by(c.number.desc()).limit(1)
+    row = conn.execute(query).mappings().first()
+    return None if row is None else _taken(dict(row))
+
+
+def newest_stage(conn: Connection, rollout: str) -> int:
+    """The last stage that was looked at; 0 when none was."""
+    return int(
+        conn.execute(
+            select(func.coalesce(func.max(t.looks.c.stage), 0)).where(t.looks.c.rollout == rollout)
+        ).scalar_one()
+    )
+
+
+def all_of(conn: Connection, rollout: str, stage: int) -> list[Taken]:
+    """Every look at a stage, oldest first."""
+    c = t.looks.c
+    query = select(t.looks).where(c.rollout == rollout, c.stage == stage).order_by(c.number)
+    return [_taken(dict(row)) for row in conn.execute(query).mappings()]
+
+
+def is_due(judge: judge_plan.Judge, before: Taken | None, now_ms: int) -> bool:
+    """Whether it is time for the next look."""
+    return before is None or now_ms - before.at_ms >= judge.look_s * 1000
+
+
+def take(conn: Connection, row: Mapping[str, Any], plan: p.Plan, before: Taken | None, *, now_ms: int) -> Taken | None:
+    """The next look at the stage now running; None when the stage is not judged. Reads only.
+
+    Args:
+        before: the look before, None for the first.
+    """
+    stage = int(row["stage"])
+    if plan.judge is None or not plan.is_judged(stage):
+        return None
+    made = design(conn, row, plan, stage)
+    began_ms = _began(conn, row["id"], stage)
+    readings = read(conn, row, plan.judge, made.units, began_ms=began_ms, now_ms=now_ms)
+    labels = _labels(made, readings)
+    look = j.Look(
+        number=before.look.number + 1 if before else 1,
+        information=plan.judge.information((now_ms - began_ms) / 1000, labels),
+        readings={rail.name: readings[rail.name] for rail in made.guardrails},
+    )
+    ruling, memory = j.judge(made, look, before.memory if before else j.Memory())
+    return Taken(stage=stage, at_ms=now_ms, look=look, ruling=ruling, memory=memory)
+
+
+def keep(conn: Connection, rollout: str, taken: Taken) -> None:
+    """Stores a look, in the caller's transaction."""
+    conn.execute(
+        insert(t.looks).values(
+            rollout=rollout,
+            stage=taken.stage,
+            number=taken.look.number,
+            at_ms=taken.at_ms,
+            information=taken.look.information,
+            evidence=_packed(taken.look),
+            ruling=taken.ruling.to_builtins(),
+            memory=_packed(taken.memory),
+        )
+    )
+
+
+def explain(conn: Connection, row: Mapping[str, Any], stage: int) -> dict[str, Any]:
+    """Recomputes every look at a stage from what is stored, and says whether the same comes out, byte for byte."""
+    plan = p.read_plan(row["plan"])
+    stored = all_of(conn, row["id"], stage)
+    if not stored:
+        return {"rollout": row["id"], "stage": stage, "looks": [], "identical": True, "arms": {}, "ruling": None}
+    made = design(conn, row, plan, stage)
+    looks = []
+    for taken, (ruling, memory) in zip(stored, j.replay(made, [one.look for one in stored]), strict=True):
+        same = _bytes(ruling) == _bytes(taken.ruling) and _bytes(memory) == _bytes(taken.memory)
+        looks.append(
+            {
+                "number": taken.look.number,
+                "at_ms": taken.at_ms,
+                "information": taken.look.information,
+                "verdict": taken.ruling.verdict,
+                "reasons": list(taken.ruling.reasons),
+                "identical": same,
+                **({} if same else {"recomputed": ruling.to_builtins()}),
+            }
+        )
+    return {
+        "rollout": row["id"],
+        "stage": stage,
+        "looks": looks,
+        "identical": all(look["identical"] for look in looks),
+        "arms": {
+            "candidate": [unit.device for unit in made.units if unit.candidate],
+            "control": [unit.device for unit in made.units if not unit.candidate],
+        },
+        "ruling": stored[-1].ruling.to_builtins(),
+    }
+
+
+# --- evidence -------------------------------------------------------------------------------------------------------------
+
+
+def read(
+    conn: Connection,
+    row: Mapping[str, Any],
+    judge: judge_plan.Judge,
+    units: Sequence[j.Unit],
+    *,
+    began_ms: int,
+    now_ms: int,
+) -> dict[str, j.Reading]:
+    """One reading per guardrail of what is recorded of a stage, in the order of the units."""
+    stage = int(row["stage"])
+    wanted = {unit.device: unit.candidate for unit in units}
+    bundle = {True: row["candidate"], False: row["stable"]}
+    now: dict[str, evidence.Evidence] = {}
+    for one in evidence.of_rollout(conn, row["id"], stage):
+        inside = wanted.get(one.device)
+        if inside is not None and one.bundle == bundle[inside] and (one.arm == "candidate") == inside:
+            now[one.device] = one
+    past = _past_latency(conn, row, stage)
+    troubled = _troubled(conn, row, judge, stage, began_ms=began_ms, now_ms=now_ms)
+    rows: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in judge_plan.KINDS}
+    for unit in units:
+        own = now.get(unit.device)
+        counts = own.compared() if own else evidence.Compared(0, 0, 0, 0, 0, h.Exponential())
+        pre = (own.pre_labelled, own.pre_wrong) if own else (0, 0)
+        rows["labelled_errors"].append((counts.labelled, counts.wrong, *pre))
+        pre = (own.pre_ok + own.pre_failed, own.pre_failed) if own else (0, 0)
+        rows["failures"].append((counts.requests, counts.failed + counts.shed, *pre))
+        rows["latency_p95"].append((*_level(counts.latency), *_level(past.get(unit.device, h.Exponential()))))
+        online = unit.stratum.startswith("online")
+        rows["trouble"].append((int(online), int(online and unit.device in troubled), 0, 0))
+    found: dict[str, j.Reading] = {}
+    for name, of_units in rows.items():
+        n, x, pre_n, pre_x = (tuple(one[i] for one in of_units) for i in range(4))
+        found[name] = j.Reading(n=n, x=x, pre_n=pre_n, pre_x=pre_x)
+    return found
+
+
+def _past_latency(conn: Connection, row: Mapping[str, Any], stage: int) -> dict[str, h.Exponential]:
+    """Per frozen device the latency it had counted of the stable bundle before the stage."""
+    c, d = t.evidence.c, t.rollout_devices.c
+    frozen = select(d.device).where(d.rollout == row["id"], d.stage == stage)
+    query = select(c.device, c.latency).where(
+        c.device.in_(frozen),
+        c.model == row["model"],
+        c.bundle == row["stable"],
+        (c.rollout != row["id"]) | (c.stage < stage),
+    )
+    parts: dict[str, list[h.Exponential]] = {}
+    for device, packed in conn.execute(query):
+        parts.setdefault(device, []).append(msgspec.msgpack.decode(packed, type=h.Exponential))
+    return {device: evidence.merged(found) for device, found in parts.items()}
+
+
+def _level(latency: h.Exponential) -> tuple[int, int]:
+    requests = latency.zero + sum(latency.counts)
+    p95_ns = h.quantile(latency, 0.95) if requests >= SMALLEST_P95 else None
+    return (requests, j.level_of(p95_ns / 1e6)) if p95_ns else (0, 0)
+
+
+def _troubled(
+    conn: Connection, row: Mapping[str, Any], judge: judge_plan.Judge, stage: int, *, began_ms: int, now_ms: int
+) -> set[str]:
+    """Devices of which a worker crashed in this stage, that went back from the candidate, or that fell silent."""
+    codes, _ = rollouts.reports(conn, row)
+    found = set(codes)
+    c = t.events.c
+    query = select(c.device, c.data).where(c.name == "worker", c.code == "runtime_crashed", c.received_ms >= began_ms)
+    for device, data in conn.execute(query):
+        if row["model"] in ((data or {}).get("models") or {}):
+            found.add(device)
+    d, v = t.rollout_devices.c, t.devices.c
+    frozen = select(d.device).where(d.rollout == row["id"], d.stage == stage)
+    since = now_ms - int(judge.silent_s * 1000)
+    silent = select(v.id).where(v.id.in_(frozen), v.seen_ms.is_(None) | (v.seen_ms < since))
+    return found | set(conn.execute(silent).scalars())
+
+
+def _labels(made: j.Design, readings: Mapping[str, j.Reading]) -> int:
+    return sum(n for unit, n in zip(made.units, readings["labelled_errors"].n, strict=True) if unit.candidate)
+
+
+def _began(conn: Connection, rollout: str, stage: int) -> int:
+    """When a stage began: a pause and what followed it do not count as another beginning."""
+    c = t.decisions.c
+    entered = "start" if stage == 0 else "advance"
+    # An advance is recorded under the stage it leaves.
+    query = select(func.min(c.at_ms)).where(c.rollout == rollout, c.action == entered, c.stage == max(0, stage - 1))
+    return int(conn.execute(query).scalar_one())
+
+
+# --- stored form ------------------------------------------------------------------------------------------------------------
+
+
+def _bytes(value: j.Ruling | j.Memory) -> bytes:
+    return msgspec.json.encode(value.to_builtins(), order="sorted")
+
+
+def _packed(value: j.Look | j.Memory) -> bytes:
+    return zlib.compress(msgspec.msgpack.encode(value))
+
+
+def _taken(row: Mapping[str, Any]) -> Taken:
+    return Taken(
+        stage=row["stage"],
+        at_ms=row["at_ms"],
+        look=msgspec.msgpack.decode(zlib.decompress(row["evidence"]), type=j.Look),
+        ruling=j.Ruling.from_builtins(row["ruling"]),
+        memory=msgspec.msgpack.decode(zlib.decompress(row["memory"]), type=j.Memory),
+    )
