@@ -43,6 +43,23 @@ def start(
     latency_p95_ms: Annotated[
         float | None, typer.Option("--latency-p95-ms", help="Gate: p95 on the device, ms.")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge",
+            help="Compare candidates with controls: end_s=600 (or end_labels=5000), look_s=60, guard_s=30, min_devices=2, ...",
+        ),
+    ] = None,
+    guardrail: Annotated[
+        list[str] | None,
+        typer.Option("--guardrail", help="labelled_errors,alpha=0.02,margin=1.5; repeat. All four when left out."),
+    ] = None,
+    small_fleet: Annotated[
+        bool,
+        typer.Option(
+            "--small-fleet", help="Let a stage pass whose fleet is too small to compare, on absolute limits alone."
+        ),
+    ] = False,
     rollout_id: Annotated[
         str | None, typer.Option("--id", help="The rollout's id; the server chooses one when left out.")
     ] = None,
@@ -50,8 +67,8 @@ def start(
 ) -> None:
     """Starts a rollout of an approved bundle."""
     api = session(context).api
-    if plan is not None and (stage or max_error_rate is not None or latency_p95_ms is not None):
-        raise Usage("--plan holds stages and gates: wanted it alone")
+    if plan is not None and (stage or judge or guardrail or max_error_rate is not None or latency_p95_ms is not None):
+        raise Usage("--plan holds stages, gates and judge: wanted it alone")
     wishes: dict[str, Any]
     if plan is not None:
         wishes = bundle.read_spec(plan)
@@ -59,6 +76,10 @@ def start(
         wishes = {"stages": [parse_stage(text) for text in stage or ["share=1"]]}
         gates = {"max_error_rate": max_error_rate, "latency_p95_ms": latency_p95_ms}
         wishes["gates"] = {name: value for name, value in gates.items() if value is not None}
+        if judge is not None or guardrail:
+            wishes["judge"] = parse_judge(judge or "", guardrail or [])
+    if small_fleet:
+        wishes["judge"] = {**(wishes.get("judge") or {}), "small_fleet": True}
     found = find_bundle(api, candidate)
     body = {**wishes, "group": group, "model": found["model"], "candidate": found["digest"]}
     if rollout_id is not None:
@@ -156,6 +177,79 @@ def show(
 
 
 @app.command()
+def explain(
+    context: typer.Context,
+    rollout: Annotated[str, typer.Argument(help="The rollout's id.")],
+    stage: Annotated[
+        int | None, typer.Option("--stage", help="Counted from 0; the last judged one when left out.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recomputes the judge's verdict on a stage from the stored evidence, and says what it rests on.
+
+    Exit code 1 when what is recomputed differs from what was stored.
+    """
+    wanted = {} if stage is None else {"stage": stage}
+    found = session(context).api.get(f"/api/v1/rollouts/{quote(rollout)}/explain", **wanted)
+    if as_json:
+        output.show_json(found)
+    elif found["ruling"] is None:
+        output.say(f"Stage {found['stage']} of rollout {rollout} was not looked at by the judge.")
+    else:
+        _show_explained(rollout, found)
+    if not found["identical"]:
+        raise Failed(f"rollout {rollout}: the stored evidence gives another ruling than the one stored")
+
+
+def _show_explained(rollout: str, found: dict[str, Any]) -> None:
+    ruling = found["ruling"]
+    output.say(
+        f"Rollout {rollout}, stage {found['stage']}: {ruling['verdict']} at look {ruling['look']} "
+        f"({ruling['information']:.0%} of the way)."
+    )
+    output.show_table(
+        "",
+        ("guardrail", "candidates", "controls", "ratio", "bound", "margin", "detectable", "ways as bad", "verdict"),
+        [
+            (
+                finding["guardrail"],
+                _arm_text(finding, "candidate"),
+                _arm_text(finding, "control"),
+                _number(finding["ratio"]),
+                _number(finding["upper"]),
+                _number(finding["margin"]),
+                _number(finding["detectable_ratio"]),
+                f"{finding['at_least']} of {finding['assignments']}" if finding["at_least"] else "",
+                finding["verdict"],
+            )
+            for finding in ruling["findings"]
+        ],
+    )
+    for reason in ruling["reasons"]:
+        output.say(reason)
+    for look in found["looks"]:
+        output.say(
+            f"{output.when(look['at_ms'])}  look {look['number']}: {look['verdict']} ({look['information']:.0%})"
+        )
+    looks = len(found["looks"])
+    different = [str(look["number"]) for look in found["looks"] if not look["identical"]]
+    said = f"different at look {', '.join(different)}" if different else "identical"
+    output.say(f"recomputed: {said} ({looks} {'look' if looks == 1 else 'looks'})")
+
+
+def _arm_text(finding: dict[str, Any], name: str) -> str:
+    arm = finding[name]
+    if arm["value"] is None:
+        return f"{arm['devices']} of {arm['of']} devices"
+    value = f"{arm['value']:.4g}" if finding["kind"] == "level" else f"{arm['value']:.2%} of {arm['n']}"
+    return f"{value}, {arm['devices']} of {arm['of']} devices"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+@app.command()
 def pause(
     context: typer.Context, rollout: Annotated[str, typer.Argument()], reason: Reason, if_version: IfVersion = None
 ) -> None:
@@ -199,6 +293,38 @@ def parse_stage(text: str) -> dict[str, Any]:
         except ValueError:
             raise Usage(f"--stage {text!r}: {key}: wanted a number, got {value!r}") from None
     return stage
+
+
+def parse_judge(text: str, guardrails: list[str]) -> dict[str, Any]:
+    """Reads ``--judge`` and each ``--guardrail``.
+
+    >>> parse_judge("end_s=600,look_s=60", ["labelled_errors,margin=1.2", "trouble"])
+    {'end_s': 600, 'look_s': 60, 'guardrails': {'labelled_errors': {'margin': 1.2}, 'trouble': {}}}
+
+    Raises:
+        Usage: a value that is no number.
+    """
+    judge: dict[str, Any] = _numbers(f"--judge {text!r}", [part for part in text.split(",") if part])
+    if guardrails:
+        judge["guardrails"] = {}
+        for one in guardrails:
+            name, *parts = one.split(",")
+            judge["guardrails"][name.strip()] = _numbers(f"--guardrail {one!r}", parts)
+    return judge
+
+
+def _numbers(where: str, parts: list[str]) -> dict[str, int | float]:
+    found: dict[str, int | float] = {}
+    for part in parts:
+        key, sep, value = part.strip().partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number, sep = 0.0, ""
+        if not sep:
+            raise Usage(f"{where}: wanted KEY=NUMBER, got {part!r}")
+        found[key] = int(number) if number.is_integer() else number
+    return found
 
 
 def decision_text(decision: dict[str, Any]) -> str:

@@ -44,6 +44,7 @@ def test_a_bundle_goes_from_a_folder_to_a_rollout(cli: Cli, bundle: Path) -> Non
         "rollout", "start", "gas@1.0.0", "--group", "field", "--stage", "share=1,max=60", "--id", "r-1", "--json"
     )
     assert (started.code, started.json()["state"]) == (OK, "running")
+    assert "was not looked at by the judge" in cli("rollout", "explain", "r-1").out
     shown = cli("rollout", "show", "r-1", "--json").json()
     assert shown["decisions"][0]["action"] == "start"
     assert cli("rollout", "pause", "r-1", "--reason", "look", "--if-version", str(shown["version"])).code == OK
@@ -176,6 +177,8 @@ def test_a_server_of_another_ca_is_refused(cli: Cli, tmp_path: Path) -> None:
         (("rollout", "start", "gas@1", "--group", "field"), {}, USAGE, "wanted MAJOR.MINOR.PATCH"),
         (("rollout", "start", "x", "--group", "field", "--stage", "devices=many"), {}, USAGE, "wanted a number"),
         (("rollout", "start", "x", "--group", "field", "--stage", "colour=1"), {}, USAGE, "wanted KEY=NUMBER"),
+        (("rollout", "start", "x", "--group", "field", "--judge", "end_s=soon"), {}, USAGE, "wanted KEY=NUMBER"),
+        (("rollout", "start", "x", "--group", "field", "--guardrail", "trouble,0.1"), {}, USAGE, "wanted KEY=NUMBER"),
         (("group", "create", "field", "--set", "sync_s=soon"), {}, USAGE, "wanted a number"),
         (("group", "create", "Field!"), {}, USAGE, "wanted [a-z0-9]"),
         (("keys", "show", "--dir", "/nonexistent"), {}, USAGE, "finished ceremony"),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from skerry_contract import group as g
 from skerry_contract import histogram as h
@@ -620,6 +626,18 @@ def judged(rig: ServerRig, rollout: str) -> dict[str, Any]:
     return rig.good("GET", f"/api/v1/rollouts/{rollout}/explain")
 
 
+def explain(rig: ServerRig, rollout: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """As a person asks for it."""
+    environment = {"SKERRY_SERVER": rig.url, "SKERRY_TOKEN": rig.token, "SKERRY_CA": str(rig.ca_file)}
+    return subprocess.run(
+        [sys.executable, "-m", "skerry_cli", "rollout", "explain", rollout, *options],
+        env={**os.environ, "SKERRY_CONFIG": "", "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 def test_a_candidate_no_worse_than_its_controls_passes_at_the_planned_end_and_the_verdict_can_be_recomputed(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
@@ -648,6 +666,23 @@ def test_a_candidate_no_worse_than_its_controls_passes_at_the_planned_end_and_th
         if item["action"] == "advance"
     )
     assert "the 95 % bound" in advance["reason"]
+    shown = explain(rig, rollout)
+    assert shown.returncode == 0, shown.stderr
+    assert f"recomputed: identical ({len(items)} looks)" in shown.stdout
+    assert "3 of 3 devices" in shown.stdout
+    assert "5 of 5 devices" in shown.stdout
+    assert json.loads(explain(rig, rollout, "--stage", "0", "--json").stdout)["identical"]
+    assert "was not looked at" in explain(rig, rollout, "--stage", "1").stdout
+    # Who changes what is stored is found out.
+    with sqlite3.connect(rig.data / "server.db") as db:
+        (packed,) = db.execute("SELECT evidence FROM looks ORDER BY number DESC LIMIT 1").fetchone()
+        look = msgspec.msgpack.decode(zlib.decompress(packed))
+        look["readings"]["labelled_errors"]["x"][0] += 1
+        changed = zlib.compress(msgspec.msgpack.encode(look))
+        db.execute("UPDATE looks SET evidence = ? WHERE number = ?", (changed, len(items)))
+    doubted = explain(rig, rollout)
+    assert doubted.returncode == 1
+    assert f"recomputed: different at look {len(items)}" in doubted.stdout
 
 
 def test_a_candidate_whose_answers_are_wrong_is_judged_and_rolled_back_also_on_a_device_that_was_offline_then(
