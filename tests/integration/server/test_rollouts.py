@@ -742,12 +742,16 @@ def test_a_fleet_too_small_to_compare_is_promoted_only_where_the_operator_said_s
     # One of eight: as many ways as there are devices, fewer than 1/alpha.
     rails = {"labelled_errors": {"alpha": 0.04, "limit": 0.3, "min_n": 100}}
     judge = {"guardrails": rails, "look_s": 0.3, "end_s": 2, "min_devices": 1, "guard_s": 0}
-    stages = [{"devices": 1, "max_seconds": 5}, {"share": 1}]
+    stages = [{"devices": 1}, {"share": 1}]
     rollout = start(rig, two, stages, judge=judge)
-    fleet.drive(rollout, {"paused"})
-    ruling = judged(rig, rollout)["ruling"]
+    deadline = time.monotonic() + 60
+    while (ruling := judged(rig, rollout)["ruling"]) is None or ruling["verdict"] in ("NO_DATA", "INCONCLUSIVE"):
+        assert time.monotonic() < deadline, ruling
+        fleet.follow(40)
     assert (ruling["verdict"], ruling["uncontrolled"]) == ("PASS", True)
-    assert "--small-fleet" in rig.good("GET", f"/api/v1/rollouts/{rollout}")["reason"]
+    now = rig.good("GET", f"/api/v1/rollouts/{rollout}")
+    assert (now["state"], now["stage"], now["now"]["verdict"]) == ("running", 0, "INCONCLUSIVE")
+    assert "--small-fleet" in now["now"]["reason"]
     rig.good("POST", f"/api/v1/rollouts/{rollout}/abort", {"reason": "again, with consent"})
     rig.wait("the abort", lambda: published(rig).models[MODEL].rollout is None)
     again = start(rig, two, stages, judge=judge | {"small_fleet": True})
