@@ -119,7 +119,7 @@ def take(conn: Connection, row: Mapping[str, Any], plan: p.Plan, before: Taken |
     if plan.judge is None or not plan.is_judged(stage):
         return None
     made = design(conn, row, plan, stage)
-    began_ms = _began(conn, row["id"], stage)
+    began_ms = row["entered_ms"]
     readings = read(conn, row, plan.judge, made.units, began_ms=began_ms, now_ms=now_ms)
     labels = _labels(made, readings)
     look = j.Look(
@@ -264,15 +264,6 @@ def _troubled(
 
 def _labels(made: j.Design, readings: Mapping[str, j.Reading]) -> int:
     return sum(n for unit, n in zip(made.units, readings["labelled_errors"].n, strict=True) if unit.candidate)
-
-
-def _began(conn: Connection, rollout: str, stage: int) -> int:
-    """When a stage began: a pause and what followed it do not count as another beginning."""
-    c = t.decisions.c
-    entered = "start" if stage == 0 else "advance"
-    # An advance is recorded under the stage it leaves.
-    query = select(func.min(c.at_ms)).where(c.rollout == rollout, c.action == entered, c.stage == max(0, stage - 1))
-    return int(conn.execute(query).scalar_one())
 
 
 # --- stored form ------------------------------------------------------------------------------------------------------------
