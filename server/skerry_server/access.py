@@ -109,6 +109,15 @@ def find_caller(conn: Connection, secret: str, now_ms: int) -> tuple[Caller, boo
     return Caller(name=row["name"], role=row["role"]), due
 
 
+def caller_named(conn: Connection, name: str, now_ms: int) -> Caller | None:
+    """Who the token of that name is, while it is neither revoked nor expired."""
+    c = t.api_tokens.c
+    row = conn.execute(select(c.name, c.role, c.expires_ms).where(c.name == name, c.revoked_ms.is_(None))).first()
+    if row is None or (row.expires_ms or now_ms + 1) <= now_ms:
+        return None
+    return Caller(name=row.name, role=row.role)
+
+
 def note_use(conn: Connection, name: str, now_ms: int) -> None:
     """Remembers when the token was last used."""
     conn.execute(update(t.api_tokens).where(t.api_tokens.c.name == name).values(used_ms=now_ms))

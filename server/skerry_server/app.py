@@ -49,6 +49,8 @@ from skerry_server.broker.embedded import EmbeddedBroker
 from skerry_server.broker.external import Broker, ExternalBroker
 from skerry_server.broker.natsconf import Client
 from skerry_server.config import Address, Settings
+from skerry_server.console import routes as console
+from skerry_server.console.sessions import Sessions
 from skerry_server.db import queries
 from skerry_server.db.engine import BUSY_TIMEOUT_MS, can_write, open_engine, reading, writing
 from skerry_server.db.migrations import migrate
@@ -180,6 +182,7 @@ def create_app(context: Context) -> FastAPI:
         redoc_url=None,
     )
     app.state.context = context
+    app.state.sessions = Sessions()
     for module in (
         access_routes,
         repository,
@@ -195,6 +198,8 @@ def create_app(context: Context) -> FastAPI:
         app.include_router(module.router)
     folder = context.settings.data / "repository"
     app.mount("/repository", files.RepositoryFiles(directory=folder), name="repository")
+    app.include_router(console.router)
+    app.mount("/console/assets", console.assets(), name="assets")
     faults.install(app)
     app.add_middleware(limits.BodyLimit, limits=context.settings.limits)
     app.add_middleware(limits.Timed, telemetry=context.telemetry)

@@ -1,0 +1,79 @@
+"""How the page writes numbers and times. Pure."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage with two digits behind the point.
+
+    >>> percent(0.0123), percent(None)
+    ('1.23%', '-')
+    """
+    return "-" if share is None else f"{share:.2%}"
+
+
+def count(n: int) -> str:
+    """A whole number with thin spaces between thousands."""
+    return f"{n:,}".replace(",", "\N{THIN SPACE}")
+
+
+def milliseconds(value: float | None) -> str:
+    """Three significant digits, and the unit.
+
+    >>> milliseconds(0.4567), milliseconds(12.0), milliseconds(None)
+    ('0.457 ms', '12 ms', '-')
+    """
+    return "-" if value is None else f"{value:.3g} ms"
+
+
+def clock(ms: int) -> str:
+    """Time of day in UTC.
+
+    >>> clock(1_700_000_000_000)
+    '22:13:20'
+    """
+    return _utc(ms).strftime("%H:%M:%S")
+
+
+def moment(ms: int) -> str:
+    """Date and time in UTC, as machines read it.
+
+    >>> moment(1_700_000_000_000)
+    '2023-11-14T22:13:20Z'
+    """
+    return _utc(ms).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def span(ms: int) -> str:
+    """How long, in its two largest units.
+
+    >>> span(5_000), span(90_000), span(3_700_000), span(200_000_000)
+    ('5 s', '1 min 30 s', '1 h 1 min', '2 d 7 h')
+    """
+    left = max(0, ms) // 1000
+    parts = []
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        n, left = divmod(left, size)
+        if n:
+            parts.append(f"{n} {unit}")
+        elif parts:
+            break
+    return " ".join(parts[:2]) or "0 s"
+
+
+def _utc(ms: int) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC)
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "percent": percent,
+    "count": count,
+    "milliseconds": milliseconds,
+    "clock": clock,
+    "moment": moment,
+    "span": span,
+}

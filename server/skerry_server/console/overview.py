@@ -1,0 +1,231 @@
+"""What the page shows, read in one transaction: a value of plain parts that the templates only lay out.
+
+Every list is bounded, so a page of a large fleet costs as much as one of a small fleet: what was left out is said beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from skerry_contract import histogram as h
+from sqlalchemy import Connection, func, select
+
+from skerry_server import evidence, rollouts
+from skerry_server.core import rollout as core
+from skerry_server.db import tables as t
+
+TILES = 500
+"""Devices drawn one by one; of a larger fleet only the first, and the totals."""
+DECISIONS = 12
+EVENTS = 10
+ROLLOUTS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """One device. ``trouble``: why somebody should look at it, or empty."""
+
+    id: str
+    online: bool
+    seen_ms: int | None
+    stratum: str
+    models: tuple[tuple[str, str, str, str], ...]
+    """(model, version, variant, state)."""
+    trouble: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Running:
+    """How many of the devices drawn answer with one version of a model."""
+
+    model: str
+    version: str
+    variant: str
+    online: int
+    devices: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """What one arm of a stage counted. Rates are shares, None without any request or label.
+
+    Attributes:
+        devices: of the list that was frozen when the stage began; reporting: of them, those that counted anything in it.
+        p95_ms: of all requests together.
+    """
+
+    arm: str
+    devices: int
+    reporting: int
+    inferences: int
+    failed: int
+    error_rate: float | None
+    p95_ms: float | None
+    labelled: int
+    wrong: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """A rollout under way, its arms side by side, and what the server thinks of it now."""
+
+    id: str
+    group: str
+    model: str
+    state: str
+    stage: int
+    stages: int
+    since_ms: int
+    stable: str
+    candidate: str
+    verdict: str
+    reason: str
+    sides: tuple[Side, Side]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overview:
+    """See the module. ``at_ms``: the server's clock, milliseconds since 1970."""
+
+    at_ms: int
+    name: str
+    parts: dict[str, bool]
+    enrolled: int
+    online: int
+    tiles: tuple[Tile, ...]
+    running: tuple[Running, ...]
+    rollouts: tuple[Progress, ...]
+    decisions: tuple[dict[str, Any], ...]
+    events: tuple[dict[str, Any], ...]
+
+    @property
+    def left_out(self) -> int:
+        """Devices that are not drawn."""
+        return self.enrolled - len(self.tiles)
+
+
+def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) -> Overview:
+    """Reads the page's content. ``parts``: whether each part of the server is well."""
+    c = t.devices.c
+    enrolled_query = select(func.count(), func.coalesce(func.sum(c.online), 0)).where(c.status == "enrolled")
+    enrolled, online = conn.execute(enrolled_query).one()
+    tiles = _tiles(conn)
+    return Overview(
+        at_ms=now_ms,
+        name=name,
+        parts=parts,
+        enrolled=int(enrolled),
+        online=int(online),
+        tiles=tiles,
+        running=_running(tiles),
+        rollouts=tuple(_progress(conn, now_ms)),
+        decisions=_newest(conn, t.decisions, DECISIONS),
+        events=_newest(conn, t.events, EVENTS, t.events.c.code != ""),
+    )
+
+
+def _tiles(conn: Connection) -> tuple[Tile, ...]:
+    c = t.devices.c
+    columns = (c.id, c.online, c.seen_ms, c.stratum, c.running, c.state)
+    query = select(*columns).where(c.status == "enrolled").order_by(c.id).limit(TILES)
+    return tuple(
+        Tile(
+            id=row.id,
+            online=bool(row.online),
+            seen_ms=row.seen_ms,
+            stratum=row.stratum,
+            models=tuple(
+                (model, one.get("version", "?"), one.get("variant", ""), one.get("state", ""))
+                for model, one in sorted((row.running or {}).items())
+            ),
+            trouble=_trouble(row.running or {}, (row.state or {}).get("update") or {}),
+        )
+        for row in conn.execute(query)
+    )
+
+
+def _trouble(running: Mapping[str, Any], update: Mapping[str, Any]) -> str:
+    stopped = [model for model, one in sorted(running.items()) if one.get("state") == "stopped"]
+    if stopped:
+        return f"{', '.join(stopped)} is stopped"
+    code = str(update.get("code") or "")
+    return f"{update.get('model', '')}: {code}" if code else ""
+
+
+def _running(tiles: Iterable[Tile]) -> tuple[Running, ...]:
+    everyone: Counter[tuple[str, str, str]] = Counter()
+    connected: Counter[tuple[str, str, str]] = Counter()
+    for tile in tiles:
+        for model, version, variant, _state in tile.models:
+            everyone[model, version, variant] += 1
+            connected[model, version, variant] += tile.online
+    return tuple(
+        Running(model=model, version=version, variant=variant, online=connected[model, version, variant], devices=n)
+        for (model, version, variant), n in sorted(everyone.items())
+    )
+
+
+def _progress(conn: Connection, now_ms: int) -> Iterable[Progress]:
+    c = t.rollouts.c
+    ended = ("completed", "rolled_back", "aborted")
+    rows = conn.execute(select(t.rollouts).where(c.state.not_in(ended)).order_by(c.created_ms.desc()).limit(ROLLOUTS))
+    found = [dict(row) for row in rows.mappings()]
+    digests = {row[name] for row in found for name in ("stable", "candidate")}
+    b = t.bundles.c
+    versions = {
+        row.digest: row.version for row in conn.execute(select(b.digest, b.version).where(b.digest.in_(digests)))
+    }
+    for row in found:
+        value = rollouts.value(row)
+        decision = core.decide(value, rollouts.gather(conn, row), now_ms)
+        yield Progress(
+            id=row["id"],
+            group=row["group"],
+            model=row["model"],
+            state=row["state"],
+            stage=row["stage"],
+            stages=len(value.plan.stages),
+            since_ms=row["stage_since_ms"],
+            stable=versions.get(row["stable"], row["stable"][:12]),
+            candidate=versions.get(row["candidate"], row["candidate"][:12]),
+            verdict=decision.verdict,
+            reason=decision.reason,
+            sides=_sides(conn, row),
+        )
+
+
+def _sides(conn: Connection, row: Mapping[str, Any]) -> tuple[Side, Side]:
+    frozen = rollouts.arms(conn, row["id"], row["stage"])
+    counted = evidence.of_rollout(conn, row["id"], row["stage"])
+    return (
+        side("control", len(frozen["control"]), [one for one in counted if one.arm == "control"]),
+        side("candidate", len(frozen["candidate"]), [one for one in counted if one.arm == "candidate"]),
+    )
+
+
+def side(arm: str, devices: int, counted: Sequence[evidence.Evidence]) -> Side:
+    """One arm's sums over what its devices counted."""
+    ok, failed = sum(one.ok for one in counted), sum(one.failed + one.shed for one in counted)
+    labelled, wrong = sum(one.labelled for one in counted), sum(one.wrong for one in counted)
+    p95_ns = h.quantile(evidence.merged(one.latency for one in counted), 0.95)
+    return Side(
+        arm=arm,
+        devices=devices,
+        reporting=len({one.device for one in counted}),
+        inferences=ok + failed,
+        failed=failed,
+        error_rate=failed / (ok + failed) if ok + failed else None,
+        p95_ms=None if p95_ns is None else p95_ns / 1e6,
+        labelled=labelled,
+        wrong=wrong,
+        accuracy=1 - wrong / labelled if labelled else None,
+    )
+
+
+def _newest(conn: Connection, table: Any, limit: int, *where: Any) -> tuple[dict[str, Any], ...]:
+    query = select(table).where(*where).order_by(table.c.id.desc()).limit(limit)
+    return tuple(dict(row) for row in conn.execute(query).mappings())

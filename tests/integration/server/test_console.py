@@ -1,0 +1,120 @@
+"""The page at ``/``: who may see it, what it shows, and that nothing a device says becomes markup."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Iterator
+
+import pytest
+
+from tests.rig_server import Answer, Operator, ServerRig
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+def sign_in(server: ServerRig, token: str, **headers: str) -> Answer:
+    body = urllib.parse.urlencode({"token": token}).encode()
+    return server.ask("POST", "/console/sign-in", token="", data=body, headers=FORM | headers)
+
+
+def cookie_of(answer: Answer) -> str:
+    return answer.headers["set-cookie"].split(";")[0]
+
+
+def look(server: ServerRig, cookie: str, path: str = "/", **headers: str) -> Answer:
+    return server.ask("GET", path, token="", headers={"Cookie": cookie, **headers})
+
+
+@pytest.fixture(scope="module")
+def cookie(server: ServerRig) -> Iterator[str]:
+    token = server.good("POST", "/api/v1/tokens", {"name": "page", "role": "viewer"})["token"]
+    return cookie_of(sign_in(server, token))
+
+
+def test_nothing_is_shown_without_signing_in(server: ServerRig) -> None:
+    front = server.ask("GET", "/", token="")
+    assert (front.status, front.headers["location"]) == (303, "/console/sign-in")
+    assert server.ask("GET", "/console/live", token="").status == 401
+    assert look(server, "skerry_session=guess").status == 303
+    # An API token in the header opens the API, not the page: a browser never sends it.
+    assert server.ask("GET", "/").status == 303
+    form = server.ask("GET", "/console/sign-in", token="")
+    assert b'type="password"' in form.data
+
+
+def test_a_wrong_token_is_refused_and_not_repeated(server: ServerRig) -> None:
+    for token in ("", "skt_wrong<script>", "x" * 5000):
+        found = sign_in(server, token)
+        assert found.status == 401
+        assert "set-cookie" not in found.headers
+        assert b"<script>" not in found.data
+        assert b"unknown, expired or revoked" in found.data
+    assert server.ask("POST", "/console/sign-in", token="", data=b"\xff&&=%zz", headers=FORM).status == 401
+
+
+def test_the_cookie_is_kept_from_scripts_and_other_sites(server: ServerRig) -> None:
+    found = sign_in(server, server.token)
+    assert found.status == 303
+    said = found.headers["set-cookie"].lower()
+    assert all(word in said for word in ("httponly", "secure", "samesite=strict", "path=/"))
+    assert "max-age" not in said
+    assert server.token not in said
+
+
+def test_another_site_cannot_sign_somebody_in(server: ServerRig) -> None:
+    found = sign_in(server, server.token, **{"Sec-Fetch-Site": "cross-site"})
+    assert (found.status, found.code) == (403, "other_site")
+
+
+def test_the_page_admits_no_foreign_script_and_is_not_kept(server: ServerRig, cookie: str) -> None:
+    page = look(server, cookie)
+    assert page.status == 200
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "unsafe" not in page.headers["content-security-policy"]
+    assert page.headers["cache-control"] == "no-store"
+    assert page.headers["x-frame-options"] == "DENY"
+    assert b"style=" not in page.data
+    for asset in (b"/console/assets/console.js", b"/console/assets/console.css"):
+        assert asset in page.data
+        assert server.ask("GET", asset.decode(), token="").status == 200
+
+
+def test_what_has_not_changed_is_not_sent_again(server: ServerRig, cookie: str) -> None:
+    first = look(server, cookie, "/console/live")
+    again = look(server, cookie, "/console/live", **{"If-None-Match": first.headers["etag"]})
+    assert (again.status, again.data) == (304, b"")
+
+
+def test_a_session_ends_with_signing_out_and_with_its_token(server: ServerRig) -> None:
+    token = server.good("POST", "/api/v1/tokens", {"name": "brief-page", "role": "viewer"})["token"]
+    one, two = cookie_of(sign_in(server, token)), cookie_of(sign_in(server, token))
+    assert one != two
+    assert server.ask("POST", "/console/sign-out", token="", headers={"Cookie": one}).status == 303
+    assert look(server, one).status == 303
+    assert look(server, two).status == 200
+    assert server.ask("DELETE", "/api/v1/tokens/brief-page").status == 204
+    assert look(server, two).status == 303
+    assert look(server, two, "/console/live").status == 401
+
+
+def test_rollout_devices_and_decisions_are_on_the_page_and_escaped(
+    server: ServerRig, operator: Operator, cookie: str
+) -> None:
+    server.good("PUT", "/api/v1/groups/page", {"settings": {}})
+    digest = operator.publish("page-model", "1.0.0")
+    wanted = {
+        "group": "page",
+        "model": "page-model",
+        "candidate": digest,
+        "id": "page-rollout",
+        "stages": [{"share": 1.0, "min_devices": 1}],
+    }
+    server.good("POST", "/api/v1/rollouts", wanted)
+    server.good("POST", "/api/v1/rollouts/page-rollout/pause", {"reason": "<img src=x onerror=alert(1)> & wait"})
+    page = look(server, cookie).data.decode()
+    assert "page-rollout" in page
+    assert "page-model" in page
+    assert "candidate" in page
+    assert "control" in page
+    assert "&lt;img src=x onerror=alert(1)&gt; &amp; wait" in page
+    assert "<img" not in page
