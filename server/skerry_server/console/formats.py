@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections.abc import Callable
 from typing import Any
 
@@ -65,8 +65,8 @@ def span(ms: int) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
-def _utc(ms: int) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC)
+def _utc(ms: int) -> dt.datetime:
+    return dt.datetime.fromtimestamp(ms / 1000, dt.UTC)
 
 
 FILTERS: dict[str, Callable[..., Any]] = {
