@@ -38,14 +38,14 @@ LAYERS = {
         ("cli __main__", True),
         ("supervisor", False),
         ("serving updating restoring reporting upload facts", True),
-        ("link store slots workers errand control notify", False),
+        ("link store slots workers leftovers errand control notify", False),
         ("config clock logs migrations channel workerwire errors", True),
         ("core", True),
     ],
     "skerry_server": [
         ("cli __main__", True),
         ("app", False),
-        ("api renewal", True),
+        ("api renewal console", True),
         ("orchestrator ingest watch", False),
         ("findings outcomes", False),
         (

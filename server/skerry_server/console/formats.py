@@ -30,6 +30,15 @@ def milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g} ms"
 
 
+def number(value: float | None) -> str:
+    """Two significant digits behind the point.
+
+    >>> number(0.12345), number(None)
+    ('0.12', '-')
+    """
+    return "-" if value is None else f"{value:.2f}"
+
+
 def clock(ms: int) -> str:
     """Time of day in UTC.
 
@@ -73,6 +82,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "percent": percent,
     "count": count,
     "milliseconds": milliseconds,
+    "number": number,
     "clock": clock,
     "moment": moment,
     "span": span,

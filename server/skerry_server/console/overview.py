@@ -13,7 +13,7 @@ from typing import Any
 from skerry_contract import histogram as h
 from sqlalchemy import Connection, func, select
 
-from skerry_server import evidence, rollouts
+from skerry_server import evidence, findings, outcomes, rollouts
 from skerry_server.core import rollout as core
 from skerry_server.db import tables as t
 
@@ -22,6 +22,8 @@ TILES = 500
 DECISIONS = 12
 EVENTS = 10
 ROLLOUTS = 10
+BUNDLES = 20
+"""Of drift and of accuracy, in the order of model and digest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +101,8 @@ class Overview:
     tiles: tuple[Tile, ...]
     running: tuple[Running, ...]
     rollouts: tuple[Progress, ...]
+    drift: tuple[dict[str, Any], ...]
+    accuracy: tuple[dict[str, Any], ...]
     decisions: tuple[dict[str, Any], ...]
     events: tuple[dict[str, Any], ...]
 
@@ -123,6 +127,8 @@ def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) 
         tiles=tiles,
         running=_running(tiles),
         rollouts=tuple(_progress(conn, now_ms)),
+        drift=tuple(findings.evaluations_page(conn, model=None, after=None, limit=BUNDLES)),
+        accuracy=tuple(outcomes.accuracy_page(conn, model=None, from_ms=0, upto_ms=1 << 53, after=None, limit=BUNDLES)),
         decisions=_newest(conn, t.decisions, DECISIONS),
         events=_newest(conn, t.events, EVENTS, t.events.c.code != ""),
     )
