@@ -58,6 +58,8 @@ def store(connection: Connection, bundle: str, model: str, evaluation: core.Eval
         "at_ms": now_ms,
         "verdict": evaluation.verdict,
         "reason": evaluation.reason,
+        **{name: getattr(evaluation, name) for name in ("n", "from_ms", "to_ms", "spans")},
+        "subjects": len(evaluation.subjects),
         "evaluation": plain(evaluation),
     }
     entered = queries.upsert(connection, t.drift_evaluations).values(bundle=bundle, **row)
@@ -160,7 +162,7 @@ def evaluations_page(
     """The last look at each bundle by (model, bundle), with the bundle's version and its open findings."""
     e, b = t.drift_evaluations.c, t.bundles.c
     query = (
-        select(e.model, e.bundle, b.version, e.at_ms, e.verdict, e.reason, e.evaluation)
+        select(*(column for column in e if column.name != "evaluation"), b.version)
         .select_from(t.drift_evaluations.outerjoin(t.bundles, b.digest == e.bundle))
         .order_by(e.model, e.bundle)
         .limit(limit)
@@ -172,9 +174,6 @@ def evaluations_page(
     items = [dict(row) for row in connection.execute(query).mappings()]
     open_ones = findings(connection, [item["bundle"] for item in items], closed=False)
     for item in items:
-        whole = item.pop("evaluation")
-        item |= {name: whole[name] for name in ("n", "from_ms", "to_ms", "spans")}
-        item["subjects"] = len(whole["subjects"])
         item["findings"] = [one for one in open_ones if one["bundle"] == item["bundle"]]
     return items
 

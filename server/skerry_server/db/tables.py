@@ -408,7 +408,12 @@ drift_evaluations = Table(
     Column("at_ms", BigInteger, nullable=False),
     Column("verdict", String(20), nullable=False),  # DRIFT STEADY NO_DATA
     Column("reason", Text, nullable=False),
-    Column("evaluation", JSON, nullable=False),
+    Column("n", BigInteger, nullable=False),
+    Column("from_ms", BigInteger),
+    Column("to_ms", BigInteger),
+    Column("spans", Integer, nullable=False),
+    Column("subjects", Integer, nullable=False),
+    Column("evaluation", JSON, nullable=False),  # last: lists do without it
     Index("drift_evaluations_by_model", "model", "bundle"),
 )
 

@@ -50,6 +50,11 @@ CREATE TABLE drift_evaluations (
     at_ms BIGINT NOT NULL,
     verdict VARCHAR(20) NOT NULL,
     reason TEXT NOT NULL,
+    n BIGINT NOT NULL,
+    from_ms BIGINT,
+    to_ms BIGINT,
+    spans INTEGER NOT NULL,
+    subjects INTEGER NOT NULL,
     evaluation JSON NOT NULL,
     PRIMARY KEY (bundle)
 )
