@@ -123,11 +123,13 @@ class Rollouts(msgspec.Struct, frozen=True, kw_only=True):
         tick_s: how often it looks at the evidence.
         seen_s: a device that was heard of within this span may be counted on when a stage is cut.
         resign_s: how often expiring metadata is looked for.
+        speak_s: after this server has come to its broker, devices that have not spoken within that time are offline.
     """
 
     tick_s: Annotated[float, msgspec.Meta(ge=0.05, le=3600)] = 2.0
     seen_s: Seconds = 86_400.0
     resign_s: Seconds = 60.0
+    speak_s: Seconds = 120.0
 
 
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True):

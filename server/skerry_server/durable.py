@@ -6,10 +6,12 @@ the callers.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,10 +61,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def drop_unfinished(folder: Path) -> None:
-    """Deletes what a crash left half written directly in ``folder``."""
+def drop_unfinished(folder: Path, *, older_than_s: float = 0.0) -> None:
+    """Deletes what a crash left half written directly in ``folder``, unless it was written to within ``older_than_s``."""
     for scratch in folder.glob(f"{SCRATCH_PREFIX}*"):
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if not older_than_s or time.time() - scratch.stat().st_mtime > older_than_s:
+                scratch.unlink()
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from typing import Any
 
 from sqlalchemy import Engine, select
 
-from skerry_server import judging, registry, rollouts
+from skerry_server import judging, presence, registry, rollouts
 from skerry_server.config import Rollouts as Pace
 from skerry_server.core import rollout as core
+from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading, writing
 from skerry_server.errors import Conflict
@@ -54,6 +55,7 @@ class Orchestrator:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._resign_at = 0.0
+        self._expired_session_ms = 0
         self.last_tick = 0.0
         """Monotonic time of the last tick that went well; 0 before the first."""
 
@@ -88,8 +90,22 @@ class Orchestrator:
             self._due.wait(self._pace.tick_s)
             self._due.clear()
 
+    def _expire(self) -> None:
+        """Once per session with the broker, when every device that lives has spoken: the silent ones are offline."""
+        now_ms = self._now_ms()
+        with reading(self._engine) as conn:
+            since_ms = queries.server_session_since(conn)
+        if since_ms in (0, self._expired_session_ms) or now_ms - since_ms < self._pace.speak_s * 1000:
+            return
+        with writing(self._engine) as conn:
+            gone = presence.expire(conn, before_ms=since_ms, now_ms=now_ms)
+        self._expired_session_ms = since_ms
+        if gone:
+            log.warning("devices not heard of since the broker came back devices=%s", gone)
+
     def tick(self) -> int:
         """One look at everything; returns how many decisions were stored."""
+        self._expire()
         with reading(self._engine) as conn:
             query = select(t.rollouts.c.id).where(t.rollouts.c.state.in_(MOVING)).order_by(t.rollouts.c.created_ms)
             moving = list(conn.execute(query).scalars())

@@ -117,6 +117,20 @@ class Presence:
         _SEEN.run(connection, seen)
 
 
+def expire(connection: Connection, *, before_ms: int, now_ms: int) -> int:
+    """Devices that count as online and were last heard of before ``before_ms`` are offline; returns how many.
+
+    For what died while nobody could take its will: the server or its broker was down with it. The birth goes one back, since
+    such a device never said that it left: a state of its present session still counts when it comes late.
+    """
+    gone = (
+        update(t.devices)
+        .where(t.devices.c.online, (t.devices.c.seen_ms < before_ms) | t.devices.c.seen_ms.is_(None))
+        .values(online=False, gone_ms=now_ms, birth=t.devices.c.birth - 1)
+    )
+    return int(connection.execute(gone).rowcount)
+
+
 _d = t.devices.c
 _AT = _d.id == bindparam("at")
 # The columns to set are the names of the parameters.

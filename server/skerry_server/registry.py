@@ -72,17 +72,20 @@ def missing(conn: Connection, manifest: m.Manifest) -> list[str]:
 
 
 def expected_size(conn: Connection, sha256: str) -> int:
-    """The size that a draft lists for this file.
+    """The size that a bundle lists for this file.
+
+    Any bundle that may still run counts: what was lost from this server's disk can be sent again.
 
     Raises:
-        NotFound: no draft lists it: the manifest comes first.
+        NotFound: none lists it: the manifest comes first.
     """
-    for manifest in conn.execute(select(t.bundles.c.manifest).where(t.bundles.c.state == "draft")).scalars():
+    query = select(t.bundles.c.manifest).where(t.bundles.c.state != "retired")
+    for manifest in conn.execute(query).scalars():
         if sha256.encode() in manifest:
             for file in m.parse(manifest).files():
                 if file.sha256 == sha256:
                     return file.size
-    raise NotFound("draft that lists the file", sha256)
+    raise NotFound("bundle that lists the file", sha256)
 
 
 def note_blob(conn: Connection, *, sha256: str, size: int, actor: str, now_ms: int) -> None:

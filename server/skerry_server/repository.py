@@ -16,6 +16,7 @@ Left to others: who may call (the API), what a group document says (the orchestr
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +38,9 @@ __all__ = ["CatalogEntry", "Repository", "RepositoryRefused"]
 
 MAX_BLOB_BYTES = 1 << 40
 
+_UPLOAD_S = 3600.0
+"""An unfinished upload that nobody has written to for so long was cut off."""
+
 
 class Repository:
     """See the module.
@@ -56,8 +60,9 @@ class Repository:
             durable.make_folder(root_dir / part)
         with self._writing():
             for folder, _, _ in os.walk(root_dir):
-                if Path(folder).relative_to(root_dir).parts[:1] != ("blobs",):
-                    durable.drop_unfinished(Path(folder))
+                # Another process may be taking an upload; none pauses for hours.
+                blobs = Path(folder).relative_to(root_dir).parts[:1] == ("blobs",)
+                durable.drop_unfinished(Path(folder), older_than_s=_UPLOAD_S if blobs else 0.0)
 
     # --- the offline roles ---
 
@@ -193,6 +198,23 @@ class Repository:
             return (self._dir / layout.blob(sha256)).stat().st_size
         except FileNotFoundError:
             return None
+
+    def drop_damaged_blobs(self, sizes: Mapping[str, int]) -> list[str]:
+        """Removes stored blobs that are not what their names say, so that they are asked for again; returns them, sorted.
+
+        Args:
+            sizes: sha256 -> bytes, as a manifest lists them.
+        """
+        damaged = []
+        for sha256, size in sorted(sizes.items()):
+            path = self._dir / layout.blob(sha256)
+            if self.blob_size(sha256) == size:
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+                        continue
+            path.unlink(missing_ok=True)
+            damaged.append(sha256)
+        return damaged
 
     # --- the online roles ---
 

@@ -242,7 +242,15 @@ def reports(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, str], f
 
 def _counts(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, int], float | None]:
     c = t.evidence.c
-    where = (c.rollout == row["id"], c.stage == row["stage"], c.arm == "candidate", c.bundle == row["candidate"])
+    # A window says by itself which rollout it belongs to: only the group's own devices are believed.
+    mine = select(t.devices.c.id).where(t.devices.c.group == row["group"], t.devices.c.status == "enrolled")
+    where = (
+        c.rollout == row["id"],
+        c.stage == row["stage"],
+        c.arm == "candidate",
+        c.bundle == row["candidate"],
+        c.device.in_(mine),
+    )
     sums = select(*(func.coalesce(func.sum(c[name]), 0) for name in ("ok", "invalid", "failed", "shed"))).where(*where)
     ok, invalid, failed, shed = conn.execute(sums).one()
     latency = h.Exponential()
@@ -301,6 +309,9 @@ def carry_out(
         changes["cuts"] = cuts.grow(row["cuts"], _EVERYONE)
     elif decision.action in ("resume", "complete", "roll_back"):
         changes["stage_since_ms"] = now_ms
+        if decision.action == "resume":
+            # A canary may have been revoked, or nobody was there to be cut when the stage began: cuts only grow.
+            _, changes["cuts"] = _place(conn, row, plan, row["stage"], now_ms=now_ms, seen_s=seen_s)
     if state in ("completed", "rolled_back", "aborted"):
         changes["ended_ms"] = now_ms
     where = (t.group_models.c.group == row["group"], t.group_models.c.model == row["model"])
@@ -329,14 +340,7 @@ def _enter(
     conn: Connection, row: Mapping[str, Any], plan: p.Plan, stage: int, *, now_ms: int, seen_s: float
 ) -> dict[str, Any]:
     """Cuts the stage and freezes the list of devices that the judge will compare."""
-    bundle = conn.execute(select(t.bundles.c.manifest).where(t.bundles.c.digest == row["candidate"])).scalar_one()
-    known = eligible(
-        conn, group=row["group"], model=row["model"], manifest=m.parse(bundle), now_ms=now_ms, seen_s=seen_s
-    )
-    spec = plan.stages[stage]
-    placed = cuts.plan_cuts(
-        known, row["salt"], devices=spec.devices, share=spec.share, stratified=plan.stratified, old=row["cuts"]
-    )
+    known, placed = _place(conn, row, plan, stage, now_ms=now_ms, seen_s=seen_s)
     cut = g.Rollout(id=row["id"], stage=stage, candidate=g.Target(digest="", version=""), salt=row["salt"], cuts=placed)
     salt = bytes.fromhex(row["salt"])
     arms = [(one, g.is_candidate(cut, one.device, one.stratum)) for one in known]
@@ -360,6 +364,21 @@ def _enter(
             ],
         )
     return {"stage": stage, "stage_since_ms": now_ms, "entered_ms": now_ms, "cuts": placed}
+
+
+def _place(
+    conn: Connection, row: Mapping[str, Any], plan: p.Plan, stage: int, *, now_ms: int, seen_s: float
+) -> tuple[list[cuts.Eligible], dict[str, str]]:
+    """The devices that a stage may count on now, and the cuts that give it its part of them."""
+    bundle = conn.execute(select(t.bundles.c.manifest).where(t.bundles.c.digest == row["candidate"])).scalar_one()
+    known = eligible(
+        conn, group=row["group"], model=row["model"], manifest=m.parse(bundle), now_ms=now_ms, seen_s=seen_s
+    )
+    spec = plan.stages[stage]
+    placed = cuts.plan_cuts(
+        known, row["salt"], devices=spec.devices, share=spec.share, stratified=plan.stratified, old=row["cuts"]
+    )
+    return known, placed
 
 
 def command(

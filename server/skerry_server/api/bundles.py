@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from skerry_contract import ids
 from skerry_contract import manifest as m
-from sqlalchemy import select, tuple_
+from sqlalchemy import Connection, select, tuple_
 
 from skerry_server import registry
 from skerry_server.api.context import After, Ctx, Engineer, Limit, Operator, RawBody, Viewer, page, read_cursor
@@ -23,6 +23,7 @@ from skerry_server.validation import Outcome
 
 router = APIRouter(prefix="/api/v1", tags=["bundles"])
 _PIECE_BYTES = 1 << 20
+_OF_THE_DISK = frozenset({"hash_mismatch", "size_mismatch", "file_missing", "model_damaged"})
 Again = Annotated[bool, Query(description="Also a bundle that was rejected")]
 
 
@@ -53,7 +54,7 @@ def push(
     except binascii.Error:
         raise Invalid("bad_request", "header X-Skerry-Signature: wanted base64") from None
     with writing(context.engine) as conn:
-        return registry.push(
+        pushed = registry.push(
             conn,
             manifest=body,
             signature=signature,
@@ -61,9 +62,16 @@ def push(
             submitter=caller.name,
             now_ms=context.now_ms(),
         )
+        return pushed | {"missing": _missing(context, conn, m.parse(body))}
 
 
-@router.put("/blobs/{sha256}", summary="Upload one file that a draft lists")
+def _missing(context: Ctx, conn: Connection, manifest: m.Manifest) -> list[str]:
+    """The files that are not here: never sent, or lost from this server's disk since."""
+    lost = {file.sha256 for file in manifest.files() if context.repository.blob_size(file.sha256) != file.size}
+    return sorted(lost | set(registry.missing(conn, manifest)))
+
+
+@router.put("/blobs/{sha256}", summary="Upload one file that a bundle lists")
 async def put_blob(context: Ctx, caller: Engineer, sha256: str, request: Request) -> dict[str, Any]:
     """The raw bytes, streamed; size and sha256 are checked against the draft."""
     ids.sha256_hex(sha256)
@@ -90,7 +98,8 @@ async def put_blob(context: Ctx, caller: Engineer, sha256: str, request: Request
 
 def _size_to_take(context: Ctx, sha256: str) -> int | None:
     with reading(context.engine) as conn:
-        if conn.execute(select(t.blobs.c.sha256).where(t.blobs.c.sha256 == sha256)).first():
+        held = conn.execute(select(t.blobs.c.size).where(t.blobs.c.sha256 == sha256)).scalar()
+        if held is not None and context.repository.blob_size(sha256) == held:
             return None
         return registry.expected_size(conn, sha256)
 
@@ -113,11 +122,19 @@ async def validate(context: Ctx, caller: Engineer, digest: str, again: Again = F
 def _validate(context: Ctx, actor: str, digest: str, again: bool) -> dict[str, Any]:
     with reading(context.engine) as conn:
         row = registry.require(conn, digest)
-        lacking = registry.missing(conn, m.parse(row["manifest"]))
+        lacking = _missing(context, conn, m.parse(row["manifest"]))
     if row["state"] == "draft" or (again and row["state"] == "rejected"):
         if lacking:
             raise Conflict("incomplete", f"{len(lacking)} files of the bundle are not here yet", missing=lacking)
         outcome = context.validator.validate(digest, row["manifest"], row["signature"])
+        if outcome.code in _OF_THE_DISK:
+            files = {file.sha256: file.size for file in m.parse(row["manifest"]).files()}
+            damaged = context.repository.drop_damaged_blobs(files)
+            if damaged:
+                # What was sent had the right sha256: this server's disk changed it, and nothing is said about the bundle.
+                raise Conflict(
+                    "incomplete", f"{len(damaged)} files were damaged on this server's disk", missing=damaged
+                )
         _note_outcome(context, digest, row["state"], outcome, actor)
         with reading(context.engine) as conn:
             row = registry.require(conn, digest)
@@ -166,7 +183,7 @@ def get_bundle(context: Ctx, _caller: Viewer, digest: str) -> dict[str, Any]:
     with reading(context.engine) as conn:
         row = registry.require(conn, digest)
         return _shape(row) | {
-            "missing": registry.missing(conn, m.parse(row["manifest"])),
+            "missing": _missing(context, conn, m.parse(row["manifest"])),
             "used_by": registry.users(conn, digest),
         }
 

@@ -191,6 +191,36 @@ def test_a_database_that_another_process_holds_is_said_and_told_apart_from_a_fau
         rig.close()
 
 
+def test_a_device_that_died_with_the_server_is_offline_once_the_others_have_spoken(tmp_path: Path) -> None:
+    rig = ServerRig(tmp_path / "server", {"ROLLOUT_SPEAK_S": "3"}).start()
+    try:
+        rig.good("PUT", "/api/v1/groups/press", {})
+        lives, dies = (DeviceRig(rig, name, tmp_path) for name in ("dev-lives", "dev-dies"))
+        for device in (lives, dies):
+            device.enrol()
+            device.connect()
+            device.report()
+
+        def online() -> list[str]:
+            return [row["id"] for row in rig.good("GET", "/api/v1/devices?online=true")["items"]]
+
+        rig.wait("both online", lambda: online() == ["dev-dies", "dev-lives"])
+        rig.kill()
+        lives.disconnect()
+        dies.disconnect()
+        rig.start()
+        assert "dev-dies" in online(), "nobody took its will"
+        lives.connect()
+        lives.report()
+        rig.wait("the dead one offline", lambda: online() == ["dev-lives"], timeout_s=40)
+        # It was only slow: its state counts, also in the session that it had before.
+        dies.connect()
+        dies.report()
+        rig.wait("both online again", lambda: online() == ["dev-dies", "dev-lives"])
+    finally:
+        rig.close()
+
+
 def installations(rig: ServerRig, role: str) -> list[dict[str, Any]]:
     rows = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
     assert audit.first_break(rows) is None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from skerry_contract import layout
 
 from tests import models
 from tests.rig_server import Answer, Operator, ServerRig
@@ -95,6 +96,26 @@ def test_a_bundle_that_fails_in_the_child_is_rejected_with_its_reason_and_the_se
     assert found["validation"]["code"] == code
     assert code in found["reason"]
     assert server.ask("GET", "/readyz", token="").status == 200
+
+
+def test_a_file_lost_or_damaged_on_the_servers_disk_is_asked_for_again(server: ServerRig, tmp_path: Path) -> None:
+    digest = models.build_bundle(tmp_path / "b", "disk", "1.0.0")
+    push(server, tmp_path / "b")
+    upload(server, tmp_path / "b")
+    largest = max(blobs_of(tmp_path / "b").items(), key=lambda item: len(item[1]))[0]
+    stored = server.data / "repository" / layout.blob(largest)
+    kept = stored.read_bytes()
+    stored.unlink()
+    assert push(server, tmp_path / "b").json()["missing"] == [largest]
+    assert server.ask("POST", f"/api/v1/bundles/{digest}/validate").code == "incomplete"
+    upload(server, tmp_path / "b")
+    assert stored.read_bytes() == kept
+    stored.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    found = server.ask("POST", f"/api/v1/bundles/{digest}/validate")
+    assert (found.status, found.code) == (409, "incomplete"), found.data
+    assert found.json()["error"]["details"]["missing"] == [largest]
+    upload(server, tmp_path / "b")
+    assert server.good("POST", f"/api/v1/bundles/{digest}/validate")["state"] == "validated"
 
 
 def test_a_bundle_rejected_for_want_of_time_can_be_validated_again(tmp_path: Path) -> None:

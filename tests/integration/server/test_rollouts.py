@@ -383,6 +383,25 @@ def test_a_silent_canary_that_is_pinned_or_revoked_is_waited_for_no_longer(
     assert found["state"] == "completed"
 
 
+def test_a_resumed_stage_gets_another_canary_for_the_one_that_was_revoked(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    rollout = start(rig, two, [{"devices": 2, "min_devices": 2, "min_inferences": 10, "max_seconds": 2}, {"share": 1}])
+    path = f"/api/v1/rollouts/{rollout}"
+    before = set(rig.good("GET", path)["devices"]["candidate"])
+    revoked = next(device for device in fleet.devices if device.id in before)
+    fleet.offline.add(revoked.id)
+    rig.good("POST", f"/api/v1/devices/{revoked.id}/revoke", {"reason": "fell into the water"})
+    rig.wait("a pause", lambda: rig.good("GET", path)["state"] == "paused", timeout_s=40)
+    assert "1 of 2 devices" in rig.good("GET", path)["reason"] or "0 of 2 devices" in rig.good("GET", path)["reason"]
+    rig.good("POST", f"{path}/resume", {"reason": "another one will do"})
+    assert rig.good("GET", path)["now"]["evidence"]["candidates"] == 2
+    found = fleet.drive(rollout, {"completed"})
+    assert found["state"] == "completed"
+
+
 def _of_stage(document: g.GroupDocument, stage: int) -> g.GroupDocument | None:
     part = document.models[MODEL].rollout
     return document if part is not None and part.stage == stage else None
@@ -449,7 +468,12 @@ def test_what_others_say_of_the_bundle_moves_no_rollout(
     crashed(fleet.devices[0], rollout="r-another")
     crashed(fleet.devices[1])
     crashed(fleet.devices[2], rollout="")
+    # It also counts under the rollout's key: enough to pass the stage, and to fail it.
+    key = w.Key(MODEL, two, "onnx-fp32", "candidate", rollout, 0)
+    stranger.send(("window", _window(key, 500_000, 500_000)))
     rig.wait("all taken", lambda: all(d.acked == d.seq for d in (stranger, *fleet.devices[:3])))
+    evidence = rig.good("GET", f"/api/v1/rollouts/{rollout}")["now"]["evidence"]
+    assert (evidence["inferences"], evidence["failed"]) == (0, 0)
     assert rig.good("GET", f"/api/v1/rollouts/{rollout}")["now"]["evidence"]["reverted"] == {}
     fleet.drive(rollout, {"completed"})
     stranger.disconnect()
