@@ -126,7 +126,10 @@ def close(connection: Connection, held: RowMapping, reason: str, *, now_ms: int)
 
 
 def close_unserved(connection: Connection, bundle: str, *, now_ms: int) -> int:
-    """Ends every finding of a bundle that nothing names any more; returns how many."""
+    """Ends every finding of a bundle that nothing names any more, and says so as its last look; returns how many."""
+    e = t.drift_evaluations.c
+    said = {"verdict": "NO_DATA", "reason": NOT_SERVED, "at_ms": now_ms}
+    connection.execute(update(t.drift_evaluations).where(e.bundle == bundle, e.reason != NOT_SERVED).values(**said))
     rows = connection.execute(select(t.drift_findings).where(_f.bundle == bundle, _f.closed_ms.is_(None))).mappings()
     held = list(rows)
     for row in held:

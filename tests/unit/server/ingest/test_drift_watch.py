@@ -136,6 +136,9 @@ def test_silence_closes_nothing_and_the_end_of_service_closes_all(fleet):
         connection.execute(delete(t.group_models))
     assert fleet.watch.tick() == 2
     assert {one["closed_because"] for one in fleet.findings()} == {findings.NOT_SERVED}
+    with reading(fleet.server.engine) as connection:
+        (item,) = findings.evaluations_page(connection, model="gas", after=None, limit=10)
+    assert (item["verdict"], item["reason"], item["findings"]) == ("NO_DATA", findings.NOT_SERVED, [])
 
 
 def test_windows_that_come_late_are_looked_at_in_their_time(fleet):
