@@ -3,10 +3,12 @@
 Only the server's time is ours to turn, and the network ours to spoil.
 """
 
+import contextlib
 import datetime as dt
 import hashlib
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -44,12 +46,17 @@ class Clock:
 
 
 class Site:
-    """An HTTPS server for one folder and a small device API; ``spoils`` by path prefix breaks answers."""
+    """An HTTPS server for one folder and a small device API; ``spoils`` by path prefix breaks answers.
+
+    A spoil that keeps its client waiting waits for ``over``, so that no thread and no connection outlives the test.
+    """
 
     def __init__(self, folder: Path, authority: ca.FleetCA, first_url: str = "") -> None:
         self.folder = folder
         self.authority = authority
         self.spoils: dict[str, Spoil] = {}
+        self.over = threading.Event()
+        self.connections: list[socket.socket] = []
         self.asked: list[str] = []
         self.ranges: list[str] = []
         self.tokens: dict[str, str] = {}  # secret -> device id
@@ -72,7 +79,13 @@ class Site:
                 pass
 
         class Server(ThreadingHTTPServer):
-            daemon_threads = True
+            # ``server_close`` waits for them.
+            daemon_threads = False
+
+            def get_request(self) -> tuple[socket.socket, Any]:
+                found = super().get_request()
+                site.connections.append(found[0])
+                return found
 
             def handle_error(self, *_: object) -> None:
                 pass  # clients that are killed in the middle are part of the tests
@@ -85,8 +98,14 @@ class Site:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def close(self) -> None:
+        self.over.set()
         self.server.shutdown()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self.server.server_close()
+        for connection in self.connections:
+            connection.close()
 
     def get(self, handler: BaseHTTPRequestHandler) -> None:
         path = handler.path.partition("?")[0]

@@ -80,7 +80,7 @@ def test_slow_blob_is_given_up_in_bounded_time_and_what_came_is_kept(fleet, devi
 
 def test_silent_connections_are_bounded(fleet, device, big):
     tries = []
-    fleet.site.spoils["/repository/blobs/"] = lambda _h, _d: tries.append(1) or time.sleep(2) or True
+    fleet.site.spoils["/repository/blobs/"] = lambda _h, _d: tries.append(1) or fleet.site.over.wait(2) or True
     answer = device.error("fetch", **fetch(big, limits={"gap_s": 0.3, "idle_attempts": 3}))
     assert answer == ("transient", "timeout")
     assert len(tries) == 3

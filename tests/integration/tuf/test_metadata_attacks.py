@@ -212,7 +212,7 @@ def test_slow_metadata_ends_at_the_errands_time(fleet, device, gas):
 
 
 def test_silent_peer_ends_at_the_gap(fleet, device, gas):
-    fleet.site.spoils["/repository/metadata/timestamp.json"] = lambda _h, _d: time.sleep(30) or True
+    fleet.site.spoils["/repository/metadata/timestamp.json"] = lambda _h, _d: fleet.site.over.wait(30) or True
     assert device.error("sync", group="line-1", limits={"gap_s": 0.5}) == ("transient", "timeout")
 
 
