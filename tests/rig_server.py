@@ -72,7 +72,7 @@ class ServerRig:
 
     def init(self) -> dict[str, Any]:
         command = [sys.executable, "-m", "skerry_server", "init", "--data", str(self.data)]
-        found = subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=60)
+        found = subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=300)
         return json.loads(found.stdout)
 
     def start(self, *options: str) -> ServerRig:
