@@ -541,8 +541,10 @@ def test_a_server_killed_again_and_again_in_a_rollout_ends_it_once_and_right(
     stages = [{"devices": n, "min_devices": n, "min_inferences": 40 * n} for n in (1, 2, 3, 5)]
     rollout = start(rig, two, [*stages, {"share": 1, "min_devices": 8}])
     ports = (rig.url, rig.mqtt)
-    generations = [published(rig).generation]
-    cuts = [int(published(rig).models[MODEL].rollout.cuts["*"])]  # type: ignore[union-attr]
+    # The answer comes before the publication.
+    first = rig.wait("the first stage's document", lambda: _of_stage(published(rig), 0))
+    generations = [first.generation]
+    cuts = [int(first.models[MODEL].rollout.cuts["*"])]
     for round_ in range(4):
         # Killed at another moment each time: while records are on their way and a decision is near.
         stopper = threading.Timer(0.2 + 0.23 * round_, rig.kill)
