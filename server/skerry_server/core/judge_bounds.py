@@ -1,7 +1,7 @@
 """How large an effect may be, and how large a one would have been seen.
 
-The bound inverts the judge's own test: a ratio is excluded when, with the candidates' foretold events multiplied by it, at most so few of the
-reference assignments have a statistic as small as the observed one. The bound is the smallest excluded ratio above the estimate.
+The bound inverts the judge's own test: a ratio is excluded when, with the candidates' foretold events multiplied by it, hardly any
+reference assignment has a statistic as small as the observed one. The bound is the smallest excluded ratio above the estimate.
 Unlike the test for FAIL, this is no exact statement, since a ratio other than 1 moves the spread of residuals too; where events are few their
 residuals are a lattice on which the moved ones would stand out by themselves. So a rate must also be excluded by the
 conditional binomial test of the arms' sums (Przyborowski and Wilenski 1940). And since the inverted test is a little too ready to exclude (1,200
