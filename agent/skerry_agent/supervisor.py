@@ -123,6 +123,7 @@ class Supervisor:
             batch_bytes=config.limits.upload_kib * 1024, ack_s=config.timing.ack_s,
         )  # fmt: skip
         self._server: wire.ServerState | None = None
+        self._birth = 0
         self._stop = asyncio.Event()
         self._sync_asked = asyncio.Event()
         self._sync_due_s: float | None = None
@@ -169,7 +170,7 @@ class Supervisor:
         await self._boot()
         self._link = Link(
             self._identity, context=None if self._plain_mqtt else lambda: tls_context(self._identity),
-            next_birth=lambda: self._store.count_up("birth"), will=reporting.will, on_happening=self._happened,
+            next_birth=self._next_birth, will=reporting.will, on_happening=self._happened,
             draw=self._draw, keepalive_s=self._config.mqtt.keepalive_s,
             backoff_scale=self._config.timing.backoff_scale,
         )  # fmt: skip
@@ -256,6 +257,15 @@ class Supervisor:
 
     # --- the link ----------------------------------------------------------------------------------------------------
 
+    def _next_birth(self) -> int:
+        try:
+            self._birth = self._store.count_up("birth", self._birth)
+        except Degraded as error:
+            # A full disk must not end the link. Should the number come again after a restart, ``_own_state`` goes past it.
+            log.error("birth not stored", extra=kv(code=error.code, detail=error.detail))
+            self._birth = max(self._birth, int(self._store.get("birth", 0))) + 1
+        return self._birth
+
     def _happened(self, happening: Happening) -> None:
         match happening:
             case Up():
@@ -295,7 +305,7 @@ class Supervisor:
         if seen.birth > self._link.birth:
             # Another life of this device was further on (a restored backup): go past it, so that its will cannot win.
             log.warning("a later birth is retained", extra=kv(seen=seen.birth, ours=self._link.birth))
-            self._store.put("birth", seen.birth)
+            self._birth = seen.birth
             self._link.reconnect()
         elif seen.birth < self._link.birth or seen.status == "offline":
             self._report()

@@ -27,6 +27,7 @@ from skerry_agent.store import Entry, RingAt, Store
 
 log = logging.getLogger(__name__)
 
+_BUSY_S = 1.0
 _RING_POSITIONS = struct.Struct("<QQ")
 _RING_POSITIONS_AT = 16
 """Where a ring says how far it was written and, as far as its worker heard, committed."""
@@ -56,6 +57,7 @@ class Rings:
         self._on_fault = on_fault
         self._unstored: deque[tuple[Generation, ww.WindowCut]] = deque()
         self._folded: set[str] = set()
+        self._retry_at_s = 0.0
         folder.mkdir(exist_ok=True, mode=0o700)
 
     def path(self, generation: int, model: str, serial: int = 0) -> str:
@@ -71,8 +73,8 @@ class Rings:
     def commit(self, generation: Generation, cut: ww.WindowCut) -> None:
         """Stores a window and tells its worker; keeps it for later when there is no room."""
         if self._unstored:
+            # In their order, at the next try: while the store is held, every try holds up the loop a little.
             self._unstored.append((generation, cut))
-            self.retry()
             return
         try:
             self._store_window(generation, cut)
@@ -95,12 +97,17 @@ class Rings:
         generation.worker.send(ww.Committed(ring=cut.ring, upto=cut.upto))
 
     def retry(self) -> None:
-        """Tries again what could not be stored."""
+        """Tries again what could not be stored; a store that another program holds, once a second."""
+        if self._clock.boot_s() < self._retry_at_s:
+            return
         try:
             while self._unstored:
                 try:
                     self._store_window(*self._unstored[0])
-                except Degraded:
+                except Degraded as error:
+                    if error.code == "store_busy":
+                        self._retry_at_s = self._clock.boot_s() + _BUSY_S
+                        return
                     self._store.compact(self._clock.instant())
                     return
                 self._unstored.popleft()

@@ -17,6 +17,7 @@ import msgspec
 from skerry_agent.errors import Degraded
 from skerry_agent.migrations import migrate
 
+_BUSY_MS = 250
 _INCREMENTAL = 2
 """SQLite's number for ``PRAGMA auto_vacuum = INCREMENTAL``."""
 
@@ -136,6 +137,8 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA cache_size = -1024")
         migrate(connection)
+        # Opening may wait; in the supervisor's loop a lock must not hold up links and workers. What is refused waits its turn.
+        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
     except BaseException:
         # Left to the collector it would hold the file that is about to be moved aside, and its locks.
         connection.close()

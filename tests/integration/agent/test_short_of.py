@@ -1,4 +1,4 @@
-"""A device that is short of descriptors for a while serves on, and is whole again afterwards."""
+"""A device that is short of descriptors, or of its store, for a while serves on, and is whole again afterwards."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import resource
 import signal
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
 
 import psutil
 import pytest
 
-from tests.integration.agent.rig import Device, Load, Server, wait_for
+from tests.integration.agent.rig import Broker, Device, Load, Server, wait_for
 
 
 @pytest.fixture
@@ -143,3 +144,27 @@ def test_an_answer_that_nobody_foresaw_ends_no_sync_for_good(serving: Device, se
     serving.publish(serving.bundle("1.1.0", seed=1))
     serving.sync()
     serving.wait_running("1.1.0", "trial", "confirmed")
+
+
+def test_a_store_that_another_program_holds_ends_neither_link_nor_serving_and_loses_nothing(
+    serving: Device, server: Server, broker: Broker
+) -> None:
+    with Load(serving, clients=2) as load:
+        wait_for(lambda: serving.status()["link"]["server_online"], why="the link")
+        before = serving.status()["link"]["birth"]
+        with contextlib.closing(sqlite3.connect(serving.state_dir / "state.db", isolation_level=None)) as other:
+            wait_for(lambda: other.execute("BEGIN IMMEDIATE") is not None, why="the lock")
+            broker.stop(kill=True)
+            broker.start()
+            wait_for(
+                lambda: (link := serving.status()["link"])["connected"] and link["birth"] > before, why="a new session"
+            )
+            other.execute("ROLLBACK")
+        time.sleep(0.5)
+    assert load.failed == []
+    made = load.ok + 20
+    wait_for(
+        lambda: server.inferences() >= made, why=f"{made} counted, got {server.inferences()}: {serving.log()[-2000:]}"
+    )
+    assert server.inferences() == made
+    assert serving.status()["outbox"]["lost"] == {}
