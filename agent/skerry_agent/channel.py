@@ -41,6 +41,7 @@ _Any = (
     | ww.WindowCut
     | ww.Rekeyed
     | ww.Recovered
+    | ww.BookClosed
     | ww.Health
     | ww.Cut
     | ww.Drained

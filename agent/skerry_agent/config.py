@@ -8,6 +8,7 @@ without a section). All faults are reported together; an unknown key is a fault.
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from skerry_contract.manifest import Runtime
 from skerry_agent.errors import BadConfig, Degraded
 
 ENVIRONMENT_PREFIX = "SKERRY_AGENT_"
+MOST_PATH_BYTES = 107
+"""``sun_path`` of unix(7), less its terminating zero."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +52,32 @@ class Mqtt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Serving:
-    """Where applications ask. ``port`` 0 takes a free one; ``run/serving.json`` says which."""
+    """Where applications ask. ``port`` 0 takes a free one; ``run/serving.json`` says which.
+
+    Attributes:
+        socket: path of a unix socket that answers as well; empty for none.
+        socket_mode: of its file, octal digits: who may connect.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0
+    socket: str = ""
+    socket_mode: str = "0660"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labels:
+    """Late labels.
+
+    Attributes:
+        max_age_s: a label that comes later after its prediction is counted as late; 0: no labels are taken.
+        predictions: remembered per window key (model, bundle, arm, rollout, stage), 18 bytes each on disk.
+        former_keys: keys under which nothing is counted any more and labels are still taken.
+    """
+
+    max_age_s: float = 86400.0
+    predictions: int = 65536
+    former_keys: int = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +162,7 @@ class Config:
     repository: Repository = field(default_factory=Repository)
     mqtt: Mqtt = field(default_factory=Mqtt)
     serving: Serving = field(default_factory=Serving)
+    labels: Labels = field(default_factory=Labels)
     limits: Limits = field(default_factory=Limits)
     device: Device = field(default_factory=Device)
     timing: Timing = field(default_factory=Timing)
@@ -153,12 +179,13 @@ class Config:
         return self.state_dir / "run"
 
 
-_SECTIONS = ("server", "repository", "mqtt", "serving", "limits", "device", "timing", "log")
+_SECTIONS = ("server", "repository", "mqtt", "serving", "labels", "limits", "device", "timing", "log")
 _POSITIVE = {
     "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "timing.health_interval_s",
     "timing.drain_s", "timing.ack_s", "timing.backoff_scale", "timing.courier_s", "mqtt.keepalive_s",
+    "labels.predictions", "labels.former_keys",
 }  # fmt: skip
-_NOT_NEGATIVE = {"limits.disk_reserve_mb", "limits.memory_reserve_mb", "timing.fold_interval_s"}
+_NOT_NEGATIVE = {"limits.disk_reserve_mb", "limits.memory_reserve_mb", "timing.fold_interval_s", "labels.max_age_s"}
 
 
 def load(path: Path, environment: Mapping[str, str]) -> Config:
@@ -251,6 +278,10 @@ def _fault(key: str, value: Any) -> str | None:
             return f"wanted some of {', '.join(known)}, got {', '.join(map(repr, wrong))}"
         if len(set(value)) != len(value):
             return f"wanted each runtime once, got {', '.join(value)}"
+    if key == "serving.socket" and value and not (value.startswith("/") and len(value.encode()) <= MOST_PATH_BYTES):
+        return f"wanted an absolute path of at most {MOST_PATH_BYTES} bytes, got {value!r}"
+    if key == "serving.socket_mode" and re.fullmatch("0?[0-7]{3}", value) is None:
+        return f"wanted octal digits as 0660, got {value!r}"
     if key == "log.level" and value not in ("debug", "info", "warning", "error"):
         return f"wanted debug, info, warning or error, got {value!r}"
     return None

@@ -21,6 +21,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,7 +29,7 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 from skerry_contract import group, ids, topics, wire
 from skerry_contract.errors import ContractError
 
-from skerry_agent import facts, reporting
+from skerry_agent import facts, local_socket, reporting
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, identity
 from skerry_agent.control import Answer, ControlServer
@@ -39,6 +40,7 @@ from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
+from skerry_agent.local_socket import LocalSocket
 from skerry_agent.logs import kv
 from skerry_agent.notify import Notify
 from skerry_agent.restoring import Restoring
@@ -106,8 +108,14 @@ class Supervisor:
         self._notify = Notify(environment)
         roll = Roll(config.run_dir / "workers.json", self._clock.boot_id)
         self._listener = _bind(config, roll, self._clock)
+        self._local = _bind_local(config, roll, self._clock)
+        listeners = [self._listener] if self._local is None else [self._listener, self._local.socket]
+        host, port = self._listener.getsockname()[:2]
+        self._address: dict[str, Any] = {"host": host, "port": port}
+        if self._local is not None:
+            self._address["socket"] = str(self._local.path)
         self._serving = Serving(
-            config, self._store, self._slots, self._clock, self._listener, roll, on_health=self._health, on_crash=self._crash,
+            config, self._store, self._slots, self._clock, listeners, roll, on_health=self._health, on_crash=self._crash,
             on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
@@ -148,8 +156,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         _write(self._config.run_dir / "supervisor.pid", f"{os.getpid()}\n".encode())
-        host, port = self._listener.getsockname()[:2]
-        _write(self._config.run_dir / "serving.json", msgspec.json.encode({"host": host, "port": port}))
+        _write(self._config.run_dir / "serving.json", msgspec.json.encode(self._address))
         control = ControlServer(
             self._config.run_dir / "control.sock",
             {
@@ -178,7 +185,7 @@ class Supervisor:
         self._link.start()
         tasks = [loop.create_task(self._sync_loop(), name="sync"), loop.create_task(self._tick_loop(), name="tick")]
         self._notify.tell("READY=1")
-        log.info("agent up", extra=kv(device=self._identity.device, host=host, port=port, epoch=self._store.epoch))
+        log.info("agent up", extra=kv(device=self._identity.device, **self._address, epoch=self._store.epoch))
         stopped = loop.create_task(self._stop.wait())
         done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
         self._notify.tell("STOPPING=1")
@@ -191,6 +198,8 @@ class Supervisor:
         await self._link.stop()
         await control.stop()
         self._listener.close()
+        if self._local is not None:
+            self._local.close()
         self._store.close()
         for task in done:
             if task is not stopped and not task.cancelled() and task.exception() is not None:
@@ -631,7 +640,6 @@ class Supervisor:
         pending, pending_bytes = self._store.pending()
         serving = self._serving
         health = serving.current.health if serving.current is not None else None
-        host, port = self._listener.getsockname()[:2]
         counts = msgspec.to_builtins(health.models) if health is not None else {}
         return reporting.Snapshot(
             device=self._identity.device, group=self._group, birth=self._link.birth if self._link else 0,
@@ -642,7 +650,7 @@ class Supervisor:
             lost=self._store.lost(), linked=bool(self._link and self._link.connected),
             server_online=self._server is not None and self._server.status == "online", pending=pending,
             pending_bytes=pending_bytes, pending_inferences=self._store.pending_inferences(),
-            serving={"host": host, "port": port, "inflight": health.inflight if health else 0},
+            serving={**self._address, "inflight": health.inflight if health else 0},
             sync=dict(self._sync_status), counts=counts, rss_mb=psutil.Process().memory_info().rss / 1e6,
             worker_pid=serving.current.worker.pid if serving.answering() and serving.current else 0,
             worker_rss_mb=health.rss_mb if health else 0.0, uptime_s=self._clock.boot_s() - self._started_s,
@@ -734,6 +742,31 @@ def _bind_behind(sock: socket.socket, host: str, port: int, roll: Roll, clock: C
         except OSError as error:
             waited_s = clock.boot_s() - began_s
             if error.errno != errno.EADDRINUSE or not former or waited_s > _FORMER_S + _KILLED_S:
+                raise
+        if waited_s > _FORMER_S and not ended:
+            roll.end_former()
+            ended = True
+        time.sleep(0.02)
+
+
+def _bind_local(config: Config, roll: Roll, clock: Clock) -> LocalSocket | None:
+    """The unix socket beside the address, once a worker of a former life has given it up; None where none is wanted.
+
+    Raises:
+        Degraded: ``address_in_use``.
+    """
+    serving = config.serving
+    if not serving.socket:
+        return None
+    began_s, ended = clock.boot_s(), False
+    while True:
+        # Asked first, as above.
+        former = roll.former()
+        try:
+            return local_socket.bind(Path(serving.socket), int(serving.socket_mode, 8))
+        except Degraded:
+            waited_s = clock.boot_s() - began_s
+            if not former or waited_s > _FORMER_S + _KILLED_S:
                 raise
         if waited_s > _FORMER_S and not ended:
             roll.end_former()

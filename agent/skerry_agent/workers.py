@@ -77,18 +77,18 @@ class Worker:
 
 
 async def spawn(
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
     on_message: Callable[[Any, int | None], None],
     *,
     command: Sequence[str] = WORKER,
 ) -> Worker:
-    """Starts a worker process with its end of a channel and the listening socket.
+    """Starts a worker process with its end of a channel and the listening sockets.
 
     Raises:
         Degraded: ``process_not_started``: no descriptor, memory or process to be had.
     """
     try:
-        return await _spawn(listener, on_message, command)
+        return await _spawn(listeners, on_message, command)
     except (OSError, RuntimeError) as error:
         # RuntimeError: asyncio may need a thread to wait for the process.
         raise Degraded(
@@ -97,17 +97,17 @@ async def spawn(
 
 
 async def _spawn(
-    listener: socket.socket, on_message: Callable[[Any, int | None], None], command: Sequence[str]
+    listeners: Sequence[socket.socket], on_message: Callable[[Any, int | None], None], command: Sequence[str]
 ) -> Worker:
     ours, theirs = pair()
+    listening = [str(listener.fileno()) for listener in listeners]
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
             "--control-fd",
             str(theirs.fileno()),
-            "--listen-fd",
-            str(listener.fileno()),
-            pass_fds=(theirs.fileno(), listener.fileno()),
+            *(part for number in listening for part in ("--listen-fd", number)),
+            pass_fds=(theirs.fileno(), *map(int, listening)),
             stdin=asyncio.subprocess.DEVNULL,
         )
     except BaseException:

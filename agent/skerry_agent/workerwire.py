@@ -6,7 +6,7 @@ Lifecycle of a worker::
 
     start -> ready | failed          models loaded and proved; nothing is accepted before ``ready``
     listen                           accept; ``conn`` from the predecessor may already have come
-    rekey* committed* flush*         in any order, any number
+    rekey* committed* flush* recover* adopt_book*    in any order, any number
     drain -> conn* window* drained   every connection passed on, every record folded; the worker then exits by itself
     stop, EOF or SIGTERM             finish what is in flight, send what can be sent, exit
 
@@ -55,6 +55,9 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
         max_inflight: requests in work at once; more are shed with 503.
         inline_below_us: requests expected to take less are answered on the event loop's thread.
         boot_id: 32 hex digits of the kernel's boot.
+        label_age_s: labels that come later than this are late; 0: no labels are taken.
+        label_predictions: remembered per window key.
+        label_books: former keys that are kept for labels.
     """
 
     generation: int
@@ -65,10 +68,19 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
     max_inflight: int = 64
     inline_below_us: float = 1000.0
     boot_id: str = ""
+    label_age_s: float = 86400.0
+    label_predictions: int = 65536
+    label_books: int = 16
 
 
 class Listen(Message, frozen=True, kw_only=True, tag="listen"):
-    """Begin to accept on the listening socket."""
+    """Begin to accept on the listening socket.
+
+    Attributes:
+        books: label books of others; each will come by ``adopt_book`` once nobody writes it any more.
+    """
+
+    books: tuple[str, ...] = ()
 
 
 class Drain(Message, frozen=True, kw_only=True, tag="drain"):
@@ -100,7 +112,7 @@ class Rekey(Message, frozen=True, kw_only=True, tag="rekey"):
 
 
 class Committed(Message, frozen=True, kw_only=True, tag="committed"):
-    """The store holds every window of ``ring`` below position ``upto``."""
+    """The store holds every window of ``ring``, a ring or a label book, below position ``upto``."""
 
     ring: str
     upto: int
@@ -110,6 +122,16 @@ class Recover(Message, frozen=True, kw_only=True, tag="recover"):
     """Fold what a dead worker left in ``ring`` from position ``start`` on. Answer: ``window`` if any, then ``recovered``."""
 
     ring: str
+    start: int = msgspec.field(name="from")
+
+
+class AdoptBook(Message, frozen=True, kw_only=True, tag="adopt_book"):
+    """Take over a label book that nobody writes any more; the store holds it up to ``start``. In the end: ``book_closed``.
+
+    The ring beside it, if there still is one, was given by ``recover`` before.
+    """
+
+    book: str
     start: int = msgspec.field(name="from")
 
 
@@ -165,7 +187,7 @@ class Failed(Message, frozen=True, kw_only=True, tag="failed"):
 
 
 class WindowCut(Message, frozen=True, kw_only=True, tag="window"):
-    """The window of positions ``[start, upto)`` of a ring; each range is sent once.
+    """The window of positions ``[start, upto)`` of a ring or a label book; each range is sent once.
 
     Attributes:
         body: ``wire.encode`` of the Window.
@@ -185,6 +207,13 @@ class Rekeyed(Message, frozen=True, kw_only=True, tag="rekeyed"):
     model: str
     ring: str
     upto: int
+
+
+class BookClosed(Message, frozen=True, kw_only=True, tag="book_closed"):
+    """No label can come for this book any more; all its windows were sent. ``damage``: why it could not be read."""
+
+    book: str
+    damage: str = ""
 
 
 class Recovered(Message, frozen=True, kw_only=True, tag="recovered"):
@@ -247,5 +276,5 @@ class Flushed(Message, frozen=True, kw_only=True, tag="flushed"):
     id: int
 
 
-ToWorker = Start | Listen | Drain | Conn | Rekey | Committed | Recover | Flush | Stop
-ToSupervisor = Ready | Failed | WindowCut | Rekeyed | Recovered | Health | Conn | Cut | Drained | Flushed
+ToWorker = Start | Listen | Drain | Conn | Rekey | Committed | Recover | AdoptBook | Flush | Stop
+ToSupervisor = Ready | Failed | WindowCut | Rekeyed | Recovered | BookClosed | Health | Conn | Cut | Drained | Flushed

@@ -38,7 +38,7 @@ LAYERS = {
         ("cli __main__", True),
         ("supervisor", False),
         ("serving updating restoring reporting upload facts", True),
-        ("link store slots workers leftovers errand control notify", False),
+        ("link store slots workers leftovers errand control notify local_socket", False),
         ("config clock logs migrations channel workerwire errors", True),
         ("core", True),
     ],

@@ -17,7 +17,7 @@ class Generation:
     """One worker and what it serves.
 
     Attributes:
-        rings: model -> ring it counts in now; former: rings it gave up by a rekey.
+        rings: model -> ring it counts in now; former: rings it gave up by a rekey; books: label books it writes.
         health: counts since it listens; None before the first report.
         silent_s: since the last report; see ``core.liveness``.
         hung: why it was killed as hung; empty when it was not.
@@ -31,6 +31,7 @@ class Generation:
     ready: asyncio.Future[ww.Ready]
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     former: set[str] = field(default_factory=set)
+    books: set[str] = field(default_factory=set)
     recovering: set[str] = field(default_factory=set)
     health: ww.Health | None = None
     silent_s: float = 0.0
@@ -68,6 +69,9 @@ def start_message(generation: Generation, slots: Slots, config: Config, *, windo
         health_interval_s=config.timing.health_interval_s,
         max_inflight=config.limits.max_inflight,
         boot_id=boot_id,
+        label_age_s=config.labels.max_age_s,
+        label_predictions=config.labels.predictions,
+        label_books=config.labels.former_keys,
     )
 
 

@@ -1,8 +1,9 @@
-"""Recorder rings and the windows cut from them: what is committed, what waits for room, what a dead worker left.
+"""Rings and label books and the windows cut from them: what is committed, what waits for room, what a dead worker left.
 
 Every window goes to the store with its ring position in one transaction, and only then the worker may reuse the slots. A window
-that cannot be stored waits here, and in its ring, for the next try. A ring's file goes when all of it is committed. A ring whose
-lock is held is still written, by a worker of a supervisor that was killed, and waits.
+that cannot be stored waits here, and in its ring, for the next try. A ring's file goes when all of it is committed,
+a label book's when its worker says that no label can come for it any more. Whatever is locked is still written, by a worker of
+a supervisor that was killed, and waits.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from skerry_agent.store import Entry, RingAt, Store
 log = logging.getLogger(__name__)
 
 _BUSY_S = 1.0
+_RING_SUFFIX, _BOOK_SUFFIX = ".ring", ".labels"
 _RING_POSITIONS = struct.Struct("<QQ")
 _RING_POSITIONS_AT = 16
-"""Where a ring says how far it was written and, as far as its worker heard, committed."""
+"""Where a ring or a label book says how far it was written and, as far as its worker heard, committed."""
 
 
 class Rings:
@@ -66,7 +68,7 @@ class Rings:
 
     def highest(self) -> int:
         """The highest generation that a ring is, or was, named for."""
-        names = [path.name for path in self._folder.glob("*.ring")] + [Path(ring).name for ring in self._store.rings()]
+        names = [path.name for path in self._folder.glob("*-*")] + [Path(ring).name for ring in self._store.rings()]
         numbers = [name.partition("-")[0] for name in names]
         return max((int(number) for number in numbers if number.isdigit()), default=0)
 
@@ -128,10 +130,39 @@ class Rings:
                 continue
             if ring in self._folded:
                 continue
-            # What waits to be stored was folded already: the heir goes on behind it.
-            waiting = max((cut.upto for _, cut in self._unstored if cut.ring == ring), default=0)
-            found.append((ring, max(waiting, self._positions(path)[1])))
+            found.append((ring, self._continued(path)))
         return found
+
+    def books(self, *, without: Collection[str]) -> tuple[str, ...]:
+        """Label books but those of ``without``, whoever writes them."""
+        return tuple(str(path) for path in sorted(self._folder.glob(f"*{_BOOK_SUFFIX}")) if str(path) not in without)
+
+    def books_left_behind(self, owned: Collection[str], *, recovering: Collection[str]) -> list[tuple[str, int]]:
+        """Label books that no living worker writes: (book, position from which it is to be folded).
+
+        A book comes after its ring, out of which it is filled.
+
+        Args:
+            owned: books of living workers.
+            recovering: rings that were given to the worker for which the books are.
+        """
+        found = []
+        for book in self.books(without=owned):
+            if book in self._folded:
+                # Closed, and only kept for windows that waited.
+                self.remove(book)
+                continue
+            path = Path(book)
+            ring = path.with_suffix(_RING_SUFFIX)
+            if _locked(path) or (ring.exists() and str(ring) not in recovering and str(ring) not in self._folded):
+                continue
+            found.append((book, self._continued(path)))
+        return found
+
+    def _continued(self, path: Path) -> int:
+        # What waits to be stored was folded already: the heir goes on behind it.
+        waiting = max((cut.upto for _, cut in self._unstored if cut.ring == str(path)), default=0)
+        return max(waiting, self._positions(path)[1])
 
     def _positions(self, path: Path) -> tuple[int, int]:
         """(written, committed) of a ring; (-1, 0) when it cannot be read."""
@@ -184,8 +215,16 @@ class Rings:
             log.error("ring damaged", extra=kv(ring=name, detail=message.damage, inferences=message.inferences))
             self._on_records()
 
+    def book_closed(self, message: ww.BookClosed) -> None:
+        """No label can come for a book any more: counts it when labels in it were lost, and removes it."""
+        if message.damage and not self.spent(message.book):
+            self.count_lost("label_books_damaged", 1)
+            log.error("label book damaged", extra=kv(book=Path(message.book).name, detail=message.damage))
+        self._folded.add(message.book)
+        self.remove(message.book)
+
     def remove(self, ring: str) -> None:
-        """Removes a ring, unless windows of it wait to be stored."""
+        """Removes a ring or a book, unless windows of it wait to be stored."""
         if self._owes(ring):
             return
         # The file first: a position without a ring is harmless, a ring without a position is counted again.
@@ -206,8 +245,13 @@ class Rings:
             log.error("loss not counted", extra=kv(cause=cause, n=n, code=error.code, detail=error.detail))
 
 
+def book_of(ring: str) -> str:
+    """The label book beside a ring."""
+    return str(Path(ring).with_suffix(_BOOK_SUFFIX))
+
+
 def _locked(path: Path) -> bool:
-    """Whether a worker that is not ours still writes the ring."""
+    """Whether a worker that is not ours still writes the ring or book."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

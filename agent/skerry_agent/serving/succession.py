@@ -8,7 +8,6 @@ that a dead worker left are folded by the next living one.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import socket
@@ -29,7 +28,7 @@ from skerry_agent.errors import AgentError, Degraded, Rejected
 from skerry_agent.leftovers import Roll
 from skerry_agent.logs import kv
 from skerry_agent.serving.generation import Generation, counts_of, exit_words, start_message
-from skerry_agent.serving.rings import Rings
+from skerry_agent.serving.rings import Rings, book_of
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Store
 from skerry_agent.workers import WORKER, spawn
@@ -62,7 +61,7 @@ class Serving:
         store: Store,
         slots: Slots,
         clock: Clock,
-        listener: socket.socket,
+        listeners: Sequence[socket.socket],
         roll: Roll,
         *,
         on_health: Callable[[Generation], None],
@@ -76,7 +75,7 @@ class Serving:
         self._store = store
         self._slots = slots
         self._clock = clock
-        self._listener = listener
+        self._listeners = listeners
         self._roll = roll
         self._on_health = on_health
         self._on_crash = on_crash
@@ -131,10 +130,11 @@ class Serving:
         ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         holder: list[Generation] = []
         worker = await spawn(
-            self._listener, lambda message, fd: self._take(holder[0], message, fd), command=self._worker_command
+            self._listeners, lambda message, fd: self._take(holder[0], message, fd), command=self._worker_command
         )
         self._roll.add(worker.pid)
         generation = Generation(number=number, models=dict(models), rings=rings, worker=worker, ready=ready)
+        generation.books.update(map(book_of, rings.values()))
         holder.append(generation)
         self._alive.append(generation)
         self._background(self._watch(generation))
@@ -180,8 +180,9 @@ class Serving:
         elif old is None:
             self.before = {}
         # Bound since the start, and refusing until now: nobody is left waiting for a first bundle.
-        self._listener.listen(_BACKLOG)
-        new.worker.send(ww.Listen())
+        for listener in self._listeners:
+            listener.listen(_BACKLOG)
+        new.worker.send(ww.Listen(books=self._rings.books(without=new.books)))
         new.listening_s = self._clock.boot_s()
         new.silent_s = 0.0
         self.current = new
@@ -239,6 +240,7 @@ class Serving:
         ring = self._rings.path(generation.number, model, serial)
         generation.former.add(old)
         generation.rings[model] = ring
+        generation.books.add(book_of(ring))
         generation.models[model] = msgspec.structs.replace(
             generation.models[model], arm=arm, rollout=rollout, stage=stage
         )
@@ -300,6 +302,9 @@ class Serving:
             case ww.Recovered():
                 if self._rings.recovered(message):
                     generation.recovering.discard(message.ring)
+            case ww.BookClosed():
+                generation.books.discard(message.book)
+                self._rings.book_closed(message)
             case ww.Flushed():
                 waiter = self._flushes.get(message.id)
                 if waiter is not None:
@@ -428,6 +433,11 @@ class Serving:
             generation.recovering.add(ring)
             generation.worker.send(ww.Recover(ring=ring, start=start))
             log.info("ring left behind", extra=kv(ring=Path(ring).name, folded_by=generation.number))
+        # Behind the rings: what a dead worker had not yet taken into its book is in there.
+        written = {book for other in self._alive for book in other.books}
+        for book, start in self._rings.books_left_behind(written, recovering=generation.recovering):
+            generation.books.add(book)
+            generation.worker.send(ww.AdoptBook(book=book, start=start))
 
     def _background(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
@@ -439,27 +449,6 @@ class Serving:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background work failed", exc_info=error)
-
-
-def _locked(path: Path) -> bool:
-    """Whether a worker that is not ours still writes the ring."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        # Not now: out of descriptors, most likely. What is not folded yet is not lost.
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        # A file system without locks.
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _life(generation: Generation) -> liveness.Life:

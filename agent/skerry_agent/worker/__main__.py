@@ -1,4 +1,4 @@
-"""``python -m skerry_agent.worker --control-fd N --listen-fd M``: started by the supervisor, of no use by hand."""
+"""``python -m skerry_agent.worker --control-fd N --listen-fd M [--listen-fd ...]``: started by the supervisor, of no use by hand."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from skerry_agent.worker.process import Worker
 
 
 def main() -> int:
-    """Runs a worker on the two inherited descriptors; the exit status."""
+    """Runs a worker on the inherited descriptors; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m skerry_agent.worker", description=__doc__)
     parser.add_argument("--control-fd", type=int, required=True, help="AF_UNIX SOCK_SEQPACKET socket to the supervisor")
-    parser.add_argument("--listen-fd", type=int, required=True, help="listening socket")
+    parser.add_argument("--listen-fd", type=int, action="append", required=True, help="listening socket")
     options = parser.parse_args()
     logging.basicConfig(
         level=os.environ.get("SKERRY_LOG_LEVEL", "INFO"),
@@ -27,8 +27,8 @@ def main() -> int:
 
     async def serve() -> int:
         control = socket.socket(fileno=options.control_fd)
-        listener = socket.socket(fileno=options.listen_fd)
-        return await Worker(control, listener).run()
+        listeners = [socket.socket(fileno=number) for number in options.listen_fd]
+        return await Worker(control, listeners).run()
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(serve())

@@ -72,6 +72,7 @@ def load_generation(
                 boot_id=start.boot_id,
                 send=send,
                 later=later,
+                predictions=start.label_predictions if start.label_age_s > 0 else 0,
             )
         except BundleFault as error:
             code = _CODES.get(error.code, error.code)

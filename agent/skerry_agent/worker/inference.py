@@ -24,6 +24,7 @@ from skerry_runtime.tensors import Tensors
 
 from skerry_agent.worker import http1, oip
 from skerry_agent.worker import ring as r
+from skerry_agent.worker.feedback import digest_of
 from skerry_agent.worker.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -177,18 +178,26 @@ def _reply(
     outputs = result.outputs
     if rows > 1:
         model.learn(rows, (result.transform_ns + result.infer_ns) / 1e3)
+    recorder = model.recorder
+    prediction, extra, ident = b"", b"", 0
+    if recorder.prediction_prefix:
+        # Where the record will be, made here and now: nothing else runs between this and ``recorder.ok``.
+        prediction = b"%b%x" % (recorder.prediction_prefix, recorder.ring.written)
+        extra = b"Skerry-Prediction-Id: %b\r\n" % prediction
+        if asked.id:
+            ident = digest_of(asked.id)
     try:
-        body, json_length = oip.build_response(model.name, model.version, asked, outputs)
+        body, json_length = oip.build_response(model.name, model.version, asked, outputs, prediction)
     except BadInput as error:
         return _refuse(model, head, start, flags, error)
     if json_length < 0:
-        reply = http1.reply(200, body, close=not head.keep_alive)
+        reply = http1.reply(200, body, close=not head.keep_alive, extra=extra)
     else:
-        extra = b"Inference-Header-Content-Length: %d\r\n" % json_length
+        extra += b"Inference-Header-Content-Length: %d\r\n" % json_length
         reply = http1.reply(200, body, close=not head.keep_alive, content_type=b"application/octet-stream", extra=extra)
     now = monotonic_ns()
-    model.recorder.ok(
-        asked.inputs, outputs, rows, now - start, queue_ns, result.transform_ns, result.infer_ns, now, flags
+    recorder.ok(
+        asked.inputs, outputs, rows, now - start, queue_ns, result.transform_ns, result.infer_ns, now, flags, ident
     )
     return reply
 

@@ -73,11 +73,16 @@ class _BinaryOutput(msgspec.Struct):
     parameters: dict[str, int]
 
 
-class _Response(msgspec.Struct):
+class _Prediction(msgspec.Struct):
+    prediction_id: str
+
+
+class _Response(msgspec.Struct, omit_defaults=True):
     model_name: str
     model_version: str
     id: str
     outputs: list[_Output | _BinaryOutput]
+    parameters: _Prediction | None = None
 
 
 _request = msgspec.json.Decoder(_Request)
@@ -129,8 +134,16 @@ def parse_request(body: bytes, json_length: int = -1) -> InferRequest:
     return InferRequest(request.id or "", inputs, wanted, binary)
 
 
-def build_response(model: str, version: str, request: InferRequest, outputs: dict[str, Array]) -> tuple[bytes, int]:
+def build_response(
+    model: str, version: str, request: InferRequest, outputs: dict[str, Array], prediction: bytes = b""
+) -> tuple[bytes, int]:
     """The body of the answer, and the length of its JSON part when binary tensors follow, else -1.
+
+    Args:
+        model, version: to be echoed.
+        request: what was asked.
+        outputs: all that the model gave.
+        prediction: id for late labels; empty for none.
 
     Raises:
         BadInput: an output was asked for that the model does not have.
@@ -153,7 +166,8 @@ def build_response(model: str, version: str, request: InferRequest, outputs: dic
             # msgspec writes NaN and infinities as null; only text needs more than that.
             values = tensors.to_json(array) if array.dtype.kind in "OSU" else array.ravel().tolist()
             described.append(_Output(name, datatype, array.shape, values))
-    head = _encoder.encode(_Response(model, version, request.id, described))
+    parameters = _Prediction(prediction.decode()) if prediction else None
+    head = _encoder.encode(_Response(model, version, request.id, described, parameters))
     return (b"".join([head, *raw]), len(head)) if raw else (head, -1)
 
 

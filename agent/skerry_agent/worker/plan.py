@@ -35,12 +35,14 @@ class OutputColumn(msgspec.Struct, frozen=True, kw_only=True):
     """One classifier output of ``classes`` probabilities.
 
     Attributes:
+        labels: names of the classes.
         knots_x, knots_y: calibration as a piecewise linear map from confidence to probability of being right;
             empty when the manifest has none.
     """
 
     name: str
     classes: int
+    labels: tuple[str, ...] = ()
     knots_x: tuple[float, ...] = ()
     knots_y: tuple[float, ...] = ()
 
@@ -131,7 +133,7 @@ def plan_of(manifest: m.Manifest) -> Plan:
             for f in watched
         ),
         outputs=tuple(
-            OutputColumn(name=tensor.name, classes=len(tensor.labels), **_knots(manifest, tensor))
+            OutputColumn(name=tensor.name, classes=len(tensor.labels), labels=tensor.labels, **_knots(manifest, tensor))
             for tensor in classifiers
         ),
         slices=tuple(

@@ -14,10 +14,11 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel
+from skerry_agent.worker.feedback import Feedback, Rules
 from skerry_agent.worker.generation import CannotServe, key_of, load_generation
 from skerry_agent.worker.handover import Handover
 from skerry_agent.worker.inference import InferenceService, Model
@@ -35,9 +36,9 @@ _POLL_S = 0.005
 class Worker:
     """One worker process. Make it inside the running event loop, then await ``run``."""
 
-    def __init__(self, control: socket.socket, listener: socket.socket) -> None:
+    def __init__(self, control: socket.socket, listeners: Sequence[socket.socket]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._listener = listener
+        self._listeners = listeners
         self._over = asyncio.Event()
         self._status = 0
         self._models: dict[str, Model] = {}
@@ -45,6 +46,7 @@ class Worker:
         self._start: ww.Start | None = None
         self._service: InferenceService | None = None
         self._server: Server | None = None
+        self._feedback: Feedback | None = None
         self._since = time.monotonic()
         self._ending: asyncio.Task[None] | None = None
         self._channel = Channel(control, self._on_message, self._on_eof)
@@ -68,8 +70,8 @@ class Worker:
                 return
             case ww.Start():
                 self._load(message)
-            case ww.Listen():
-                self._listen()
+            case ww.Listen(books=books):
+                self._listen(books)
             case ww.Drain(deadline_s=deadline_s):
                 self._end(self._drain(deadline_s))
             case ww.Rekey():
@@ -77,6 +79,11 @@ class Worker:
             case ww.Committed(ring=ring, upto=upto):
                 for model in self._models.values():
                     model.recorder.committed(ring, upto)
+                if self._feedback is not None:
+                    self._feedback.committed(ring, upto)
+            case ww.AdoptBook(book=book, start=start):
+                if self._feedback is not None:
+                    self._feedback.adopt(book, start)
             case ww.Recover():
                 cut, recovered = recover(message, boot_id=self._start.boot_id if self._start else "")
                 if cut is not None:
@@ -111,7 +118,14 @@ class Worker:
         self._service = InferenceService(
             self._loop, max_inflight=start.max_inflight, inline_below_us=start.inline_below_us
         )
-        self._server = Server(Routes(self._models, self._service))
+        self._feedback = Feedback(
+            {name: model.recorder for name, model in self._models.items()},
+            Rules(max_age_s=start.label_age_s, books=start.label_books),
+            boot_id=start.boot_id,
+            send=self._channel.send,
+            loop=self._loop,
+        )
+        self._server = Server(Routes(self._models, self._service, self._feedback))
         # What was loaded stays for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -119,11 +133,13 @@ class Worker:
         self._every(start.fold_interval_s or start.window_s, self._cut)
         self._every(start.health_interval_s, self._report)
 
-    def _listen(self) -> None:
-        if self._server is None:
+    def _listen(self, books: tuple[str, ...]) -> None:
+        if self._server is None or self._feedback is None:
             raise RuntimeError("listen before ready")
+        self._feedback.expect(books)
         self._since = time.monotonic()
-        self._server.listen(self._listener)
+        for listener in self._listeners:
+            self._server.listen(listener)
 
     def _adopt(self, fd: int | None, head: bytes) -> None:
         if fd is None:
@@ -137,9 +153,11 @@ class Worker:
 
     def _rekey(self, message: ww.Rekey) -> None:
         recorder = self._models[message.model].recorder
-        old = recorder.ring.path
+        old, book = recorder.ring.path, recorder.book
         key = key_of(self._served[message.model], arm=message.arm, rollout=message.rollout, stage=message.stage)
         upto = recorder.rekey(key, message.ring)
+        if book is not None and self._feedback is not None:
+            self._feedback.keep(book)
         self._channel.send(ww.Rekeyed(model=message.model, ring=old, upto=upto))
 
     # --- timers -----------------------------------------------------------------------------------------------------
@@ -156,6 +174,8 @@ class Worker:
     def _cut(self) -> None:
         for model in self._models.values():
             model.recorder.cut()
+        if self._feedback is not None:
+            self._feedback.cut()
 
     def _report(self) -> None:
         since_s = time.monotonic() - self._since
@@ -185,6 +205,8 @@ class Worker:
 
     async def _drain(self, deadline_s: float) -> None:
         unpassed = 0
+        if self._feedback is not None:
+            self._feedback.leave()
         if self._server is not None:
             handover = Handover(self._server, self._channel)
             unpassed = await handover.run(deadline_s)
@@ -196,6 +218,8 @@ class Worker:
 
     async def _finish(self) -> None:
         server = self._server
+        if self._feedback is not None:
+            self._feedback.leave()
         if server is not None:
             server.stop_accepting()
             end = self._loop.time() + FINISH_S

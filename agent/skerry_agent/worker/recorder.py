@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ from skerry_contract import window as w
 from skerry_contract import wire
 
 from skerry_agent import workerwire as ww
+from skerry_agent.worker import book as b
+from skerry_agent.worker import mapped
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.fold import CHUNK, Fold, LatencyFold
 from skerry_agent.worker.plan import Plan
@@ -46,6 +49,11 @@ class Recorder:
     Args:
         later: runs a function soon, after the reply at hand (``loop.call_soon``).
         send: takes ``WindowCut`` messages to the supervisor.
+        predictions: how many are remembered for late labels, in a book beside the ring; 0 for none.
+
+    Attributes:
+        book: of the ring; None when nothing can be labelled.
+        prediction_prefix: with the position in hexadecimal digits after it, the id of a prediction; empty without a book.
     """
 
     def __init__(
@@ -58,8 +66,13 @@ class Recorder:
         send: Callable[[ww.WindowCut], None],
         later: Callable[[Callable[[], None]], object],
         capacity: int = CAPACITY,
+        predictions: int = 0,
     ) -> None:
         self.plan = plan
+        self._labelled = b.labelled_output(plan) if predictions else None
+        self._predictions = max(predictions, capacity)
+        self.book: b.Book | None = None
+        self.prediction_prefix = b""
         self._width = plan.width
         self._direct = plan.direct
         self._input_names = tuple(dict.fromkeys(f.input for f in plan.features))
@@ -79,6 +92,18 @@ class Recorder:
         header = r.Header(key=key, plan=self.plan, capacity=self._capacity, boot_id=self._boot_id)
         self.key = key
         self.ring = r.Ring.create(path, header)
+        if self._labelled is not None:
+            token = secrets.token_hex(5)
+            about = b.Header(
+                key=key,
+                token=token,
+                output=self._labelled,
+                capacity=self._predictions,
+                records=b.RECORDS,
+                boot_id=self._boot_id,
+            )
+            self.book = b.Book.create(book_path(path), about)
+            self.prediction_prefix = f"{key.model}-{token}-".encode()
         self._fold = Fold(self.plan)
         self._folded = self._cut = 0
         self._folding = False
@@ -98,6 +123,7 @@ class Recorder:
         infer_ns: int,
         at_ns: int,
         flags: int = 0,
+        ident: int = 0,
     ) -> None:
         """Counts an answered request; call before its reply is sent.
 
@@ -111,13 +137,14 @@ class Recorder:
             infer_ns: of it, in the runtime.
             at_ns: monotonic clock now.
             flags: ``ring.RETRY``, ``CACHED``, ``FALLBACK``.
+            ident: digest of the client's own id, 0 for none.
         """
         ring = self.ring
         if rows == 1 and self._direct:
             # The commonest case by far: one row whose bytes are what is stored.
             try:
                 tag = ring.written & r.TAG
-                slot = r.pack(r.OK, flags | r.VALUES, tag, 1, total_ns, queue_ns, transform_ns, infer_ns, at_ns)
+                slot = r.pack(r.OK, flags | r.VALUES, tag, 1, total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident)
                 for name in self._input_names:
                     slot += inputs[name].tobytes()
                 for name in self._output_names:
@@ -125,20 +152,19 @@ class Recorder:
                 ring.append(slot + ring.padding)
             except (KeyError, IndexError):
                 # Not of the shape that the manifest says.
-                self._some(inputs, outputs, 1, (total_ns, queue_ns, transform_ns, infer_ns, at_ns), flags)
+                self._some(inputs, outputs, 1, (total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident), flags)
         elif self._width:
-            self._some(inputs, outputs, rows, (total_ns, queue_ns, transform_ns, infer_ns, at_ns), flags)
+            self._some(inputs, outputs, rows, (total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident), flags)
         else:
-            ring.write(
-                r.pack(r.OK, flags, ring.written & r.TAG, rows, total_ns, queue_ns, transform_ns, infer_ns, at_ns)
-            )
+            tag = ring.written & r.TAG
+            ring.write(r.pack(r.OK, flags, tag, rows, total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident))
             ring.publish(1)
         if ring.written - self._folded >= self._fold_every:
             self._wrote()
 
     def other(self, outcome: int, total_ns: int, at_ns: int, flags: int = 0) -> None:
         """Counts a request that got no answer: ``ring.INVALID``, ``FAILED`` or ``SHED``."""
-        self.ring.write(r.pack(outcome, flags, self.ring.written & r.TAG, 0, total_ns, 0, 0, 0, at_ns))
+        self.ring.write(r.pack(outcome, flags, self.ring.written & r.TAG, 0, total_ns, 0, 0, 0, at_ns, 0))
         self.ring.publish(1)
         if self.ring.written - self._folded >= self._fold_every:
             self._wrote()
@@ -161,7 +187,8 @@ class Recorder:
                     copy.many(slots_now, rows_now, outputs[copy.name])
                 if rows > 1:
                     part = ring.meta[low : low + n]
-                    part["outcome"], part["flags"], part["rows"], part["at_ns"] = r.ROW, flags, 0, times[-1]
+                    part["outcome"], part["flags"], part["rows"] = r.ROW, flags, 0
+                    part["at_ns"], part["ident"] = times[-2:]
                     part["tag"] = np.arange(ring.written + done, ring.written + done + n) & r.TAG
                 done += n
         except (KeyError, ValueError, TypeError, IndexError) as error:
@@ -194,6 +221,8 @@ class Recorder:
     def fold(self) -> None:
         """Folds every record written so far into the window under way."""
         if self._folded < self.ring.written:
+            if self.book is not None:
+                self.book.fill(self.ring, self.ring.written)
             self._fold.add_ring(self.ring, self._folded, self.ring.written)
             self._folded = self.ring.written
 
@@ -217,10 +246,10 @@ class Recorder:
         self._fold = Fold(self.plan)
 
     def rekey(self, key: w.Key, path: str) -> int:
-        """Cuts the old key's last window and counts under the new key, in a new ring.
+        """Cuts the old key's last window and counts under the new key, in a new ring with a new book.
 
         Returns:
-            The old ring's last position.
+            The old ring's last position. The old book is the caller's, who took it from ``book`` before.
         """
         self.cut()
         upto = self.ring.written
@@ -274,25 +303,26 @@ def recover(message: ww.Recover, *, boot_id: str) -> tuple[ww.WindowCut | None, 
     try:
         ring = r.Ring.open(message.ring, boot_id=boot_id)
         try:
-            return _folded(ring, message)
+            return _folded(ring, message, boot_id)
         finally:
             ring.close()
     except Exception as error:
-        detail = str(error) if isinstance(error, r.DamagedRing) else f"{type(error).__name__}: {error}"
+        detail = str(error) if isinstance(error, mapped.Damaged) else f"{type(error).__name__}: {error}"
         log.warning("ring not recovered path=%s error=%s", message.ring, detail)
         inferences = r.most_in(message.ring, message.start, CAPACITY)
         return None, ww.Recovered(ring=message.ring, upto=message.start, damage=detail, inferences=inferences)
 
 
-def _folded(ring: r.Ring, message: ww.Recover) -> tuple[ww.WindowCut | None, ww.Recovered]:
+def _folded(ring: r.Ring, message: ww.Recover, boot_id: str) -> tuple[ww.WindowCut | None, ww.Recovered]:
     upto = ring.written
     if not message.start <= upto <= message.start + r.MOST_UNCOMMITTED:
-        raise r.DamagedRing(f"written up to {upto}, committed up to {message.start}")
+        raise mapped.Damaged(f"written up to {upto}, committed up to {message.start}")
     lost = max(0, upto - ring.capacity - message.start)
     slots, whole = ring.span(message.start + lost, upto)
     damaged = len(slots) - int(np.count_nonzero(whole))
     if damaged and lost:
-        raise r.DamagedRing(f"{damaged} of the last {len(slots)} slots are not of their positions")
+        raise mapped.Damaged(f"{damaged} of the last {len(slots)} slots are not of their positions")
+    _fill_book(ring, boot_id)
     fold = Fold(ring.header.plan)
     kept = slots[whole]
     for low in range(0, len(kept), CHUNK):
@@ -307,6 +337,34 @@ def _folded(ring: r.Ring, message: ww.Recover) -> tuple[ww.WindowCut | None, ww.
         )
     damage = f"{damaged} of {len(slots)} slots are not of their positions" if damaged else ""
     return cut, ww.Recovered(ring=message.ring, upto=upto, lost=lost, damage=damage, inferences=damaged)
+
+
+def book_path(ring: str) -> str:
+    """Where the book of a ring is."""
+    return str(Path(ring).with_suffix(b.SUFFIX))
+
+
+def _fill_book(ring: r.Ring, boot_id: str) -> None:
+    """Takes what a dead worker had answered and not yet folded into its book, before the ring goes."""
+    path = book_path(ring.path)
+    if not Path(path).exists():
+        return
+    try:
+        book = b.Book.open(path, boot_id=boot_id)
+    except mapped.Locked:
+        # Its worker lives, and had filled it before it gave up the ring.
+        return
+    except mapped.Damaged as error:
+        # Whoever takes the book over says so.
+        log.warning("label book not filled path=%s error=%s", path, error)
+        return
+    try:
+        book.fill(ring, ring.written, believe=False)
+    except Exception:
+        # The inferences count all the same.
+        log.exception("label book not filled path=%s", path)
+    finally:
+        book.close()
 
 
 def rss_kb() -> int:

@@ -1,4 +1,4 @@
-"""The paths of the Open Inference Protocol v2 (REST), and what each answers.
+"""The paths of the Open Inference Protocol v2 (REST) and of Skerry's own, and what each answers.
 
 Every error is ``{"error": "..."}``. A model of the generation is always loaded and proved, so ready means known.
 """
@@ -13,6 +13,7 @@ from skerry_contract import __version__
 from skerry_contract import manifest as m
 
 from skerry_agent.worker import http1, oip
+from skerry_agent.worker.feedback import Feedback
 from skerry_agent.worker.inference import Done, InferenceService, Model
 
 EXTENSIONS = ("binary_tensor_data",)
@@ -23,9 +24,10 @@ _Json = dict[str, object]
 class Routes:
     """Dispatches requests to the models of one generation."""
 
-    def __init__(self, models: dict[str, Model], service: InferenceService) -> None:
+    def __init__(self, models: dict[str, Model], service: InferenceService, feedback: Feedback) -> None:
         self._models = models
         self._service = service
+        self._feedback = feedback
         self._infer_paths: dict[bytes, Model] = {}
 
     def handle(self, request: http1.Request, done: Done) -> bytes | None:
@@ -45,6 +47,9 @@ class Routes:
     def _dispatch(self, request: http1.Request, done: Done) -> bytes | None:
         head = request.head
         parts = _split(head.path)
+        if parts == ["skerry", "v1", "feedback"]:
+            _require_body(head)
+            return self._feedback.answer(request, done)
         if parts[:1] != ["v2"]:
             raise _Status(404, f"no such path: {_shown(head.path)}")
         match parts[1:]:
@@ -73,10 +78,7 @@ class Routes:
             case ["ready"]:
                 return _get(head, lambda: {"name": name, "ready": True})
             case ["infer"]:
-                if head.method != "POST":
-                    raise _Status(405, f"{head.method}: wanted POST", allow=b"POST")
-                if not head.has_length:
-                    raise _Status(411, "wanted Content-Length or chunks")
+                _require_body(head)
                 if len(self._infer_paths) < _CACHED_PATHS:
                     self._infer_paths[head.path] = model
                 return self._service.answer(model, request, done)
@@ -88,6 +90,13 @@ class _Status(Exception):
         self.status = status
         self.message = message
         self.allow = allow
+
+
+def _require_body(head: http1.Head) -> None:
+    if head.method != "POST":
+        raise _Status(405, f"{head.method}: wanted POST", allow=b"POST")
+    if not head.has_length:
+        raise _Status(411, "wanted Content-Length or chunks")
 
 
 def _get(head: http1.Head, answer: Callable[[], _Json]) -> bytes:

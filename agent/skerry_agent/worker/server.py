@@ -38,7 +38,7 @@ class Handler(Protocol):
 
 
 class Server:
-    """All connections of a worker, and the listening socket.
+    """All connections of a worker, and the listening sockets.
 
     Attributes:
         connections: open ones.
@@ -53,7 +53,7 @@ class Server:
         self.on_boundary: Callable[[Connection], None] | None = None
         self._partial_s = partial_s
         self._loop = asyncio.get_running_loop()
-        self._listener: socket.socket | None = None
+        self._listeners: list[socket.socket] = []
         self._joining: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -65,16 +65,17 @@ class Server:
     def listen(self, listener: socket.socket) -> None:
         """Begins to accept. The socket is shared with other processes; each connection goes to one of them."""
         listener.setblocking(False)
-        self._listener = listener
-        self._loop.add_reader(listener.fileno(), self._accept)
-        self._sweep()
+        self._listeners.append(listener)
+        self._loop.add_reader(listener.fileno(), self._accept, listener)
+        if self._sweeper is None:
+            self._sweep()
 
     def stop_accepting(self) -> None:
-        """Gives up the own copy of the listening socket; what waits in its backlog is the other processes'."""
-        if self._listener is not None:
-            self._loop.remove_reader(self._listener.fileno())
-            self._listener.close()
-            self._listener = None
+        """Gives up the own copies of the listening sockets; what waits in their backlogs is the other processes'."""
+        for listener in self._listeners:
+            self._loop.remove_reader(listener.fileno())
+            listener.close()
+        self._listeners.clear()
 
     def adopt(self, sock: socket.socket, head: bytes = b"") -> None:
         """Serves an accepted connection, of which ``head`` was already read."""
@@ -102,25 +103,25 @@ class Server:
             log.debug("connection not set up error=%s", error)
             sock.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(64):
-            if self._listener is None:
+            if listener not in self._listeners:
                 return
             try:
-                sock, _address = self._listener.accept()
+                sock, _address = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
                 # Out of descriptors or memory: the backlog waits, and so do we, instead of spinning on it.
                 log.warning("cannot accept error=%s", error)
-                self._loop.remove_reader(self._listener.fileno())
-                self._loop.call_later(0.2, self._accept_again)
+                self._loop.remove_reader(listener.fileno())
+                self._loop.call_later(0.2, self._accept_again, listener)
                 return
             self.adopt(sock)
 
-    def _accept_again(self) -> None:
-        if self._listener is not None:
-            self._loop.add_reader(self._listener.fileno(), self._accept)
+    def _accept_again(self, listener: socket.socket) -> None:
+        if listener in self._listeners:
+            self._loop.add_reader(listener.fileno(), self._accept, listener)
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -209,6 +210,10 @@ class Connection(asyncio.Protocol):
 
     def _serve(self) -> None:
         server = self._server
+        if server.on_boundary is not None and self._buffer:
+            # Leaving: what has not begun is the successor's, who knows what happened since.
+            server.on_boundary(self)
+            return
         for _ in range(TURN):
             buffer = self._buffer
             if buffer[:2] == b"\r\n":

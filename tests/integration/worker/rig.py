@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel, pair
 from skerry_contract import window as w
@@ -35,6 +36,7 @@ class Worker:
     def __init__(self, process: subprocess.Popen[bytes], rings: dict[str, str]) -> None:
         self.process = process
         self.rings = rings
+        self.books = {str(Path(ring).with_suffix(".labels")) for ring in rings.values()}
         self.channel: Channel
         self.heard: list[Any] = []
         self.changed = threading.Condition()
@@ -60,10 +62,15 @@ class Worker:
 class Rig:
     """A supervisor for tests. Use as a context manager. ``python``: the interpreter that runs the workers."""
 
-    def __init__(self, folder: Path, python: str = sys.executable) -> None:
+    def __init__(self, folder: Path, python: str = sys.executable, *, unix: Path | None = None) -> None:
         self.folder = folder
         self.python = python
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.listeners = [self.listener]
+        if unix is not None:
+            self.listeners.append(socket.socket(socket.AF_UNIX))
+            self.listeners[1].bind(str(unix))
+            self.listeners[1].listen(256)
         self.port: int = self.listener.getsockname()[1]
         self.windows: list[tuple[ww.WindowCut, w.Window]] = []
         self.positions: dict[str, int] = defaultdict(int)
@@ -88,7 +95,8 @@ class Rig:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self.listener.close()
+        for listener in self.listeners:
+            listener.close()
 
     # --- workers ----------------------------------------------------------------------------------------------------
 
@@ -117,8 +125,14 @@ class Rig:
         """Starts a worker and sends ``start``; does not wait for ``ready``."""
         ours, theirs = pair()
         process = subprocess.Popen(
-            [self.python, *WORKER, "--control-fd", str(theirs.fileno()), "--listen-fd", str(self.listener.fileno())],
-            pass_fds=(theirs.fileno(), self.listener.fileno()),
+            [
+                self.python,
+                *WORKER,
+                "--control-fd",
+                str(theirs.fileno()),
+                *(f"--listen-fd={s.fileno()}" for s in self.listeners),
+            ],
+            pass_fds=(theirs.fileno(), *(s.fileno() for s in self.listeners)),
             env=self.environment,
         )
         theirs.close()
@@ -139,7 +153,8 @@ class Rig:
         """Starts a worker and lets it listen."""
         worker = self.spawn(*served, **options)
         worker.wait_for(ww.Ready)
-        self.send(worker, ww.Listen())
+        others = sorted({str(path) for path in self.folder.glob("*.labels")} - worker.books)
+        self.send(worker, ww.Listen(books=tuple(others)))
         return worker
 
     def send(self, worker: Worker, message: ww.Message) -> None:
@@ -156,7 +171,18 @@ class Rig:
         self.send(old, ww.Drain(deadline_s=deadline_s))
         drained: ww.Drained = old.wait_for(ww.Drained)
         assert old.process.wait(TIMEOUT_S) == 0
+        self.adopt_all(old, new)
         return drained
+
+    def adopt_all(self, old: Worker, new: Worker) -> None:
+        """Gives the label books of a worker that is gone to a living one."""
+        with old.changed:
+            assert old.changed.wait_for(lambda: old.gone, TIMEOUT_S)
+        for book in sorted(old.books):
+            if Path(book).exists():
+                new.books.add(book)
+                self.send(new, ww.AdoptBook(book=book, start=self.positions[book]))
+        old.books.clear()
 
     def kill(self, worker: Worker) -> None:
         """SIGKILL, and everything it had said is taken in."""
@@ -187,6 +213,16 @@ class Rig:
         recovered: ww.Recovered = worker.wait_for(ww.Recovered, where=lambda m: m.ring == ring)
         return recovered
 
+    def labels(self, *, where: Callable[[w.Key], bool] = lambda _: True) -> w.Labels:
+        """The sum of all committed windows' labels."""
+        moment = w.Instant("", 0, 0, False)
+        key = w.Key("", "", "", "none", "", 0)
+        found = w.Window(key=key, start=moment, end=moment)
+        for _, window in self.windows:
+            if where(window.key):
+                found = w.merge(found, msgspec.structs.replace(window, key=key, features={}, outputs={}, slices={}))
+        return found.labels
+
     def total(self, *, where: Callable[[w.Key], bool] = lambda _: True) -> w.Counts:
         """The sum of all committed windows' counts."""
         found = w.Counts()
@@ -209,6 +245,9 @@ class Rig:
             if self.successor is not None:
                 self.successor.channel.send(message, fd)
             os.close(fd)
+        if isinstance(message, ww.BookClosed):
+            worker.books.discard(message.book)
+            Path(message.book).unlink(missing_ok=True)
         if isinstance(message, ww.WindowCut):
             if message.start != self.positions[message.ring]:
                 self.gaps.append(message)
