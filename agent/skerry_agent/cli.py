@@ -1,4 +1,4 @@
-"""``skerry-agent``: run the agent, ask it, enrol the device, go back to the previous bundle.
+"""``skerry-agent``: run the agent, ask it, enrol the device, examine it, go back to the previous bundle.
 
 Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 3 refused for safety.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
 import sys
@@ -75,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     sync = command("sync", _sync, "look for updates now")
     sync.add_argument("--pardon", action="store_true", help="try bundles again that used up their attempts")
     sync.add_argument("--json", action="store_true")
+    doctor = command("doctor", _doctor, "check this device, whether or not the agent runs")
+    doctor.add_argument("--json", action="store_true")
     table = command("lifecycle", _lifecycle, "the table of an update's states")
     table.add_argument("--print", action="store_true", dest="show", required=True)
     return parser
@@ -174,6 +177,23 @@ def _revert(options: argparse.Namespace) -> int:
 
 def _sync(options: argparse.Namespace) -> int:
     return _ordered(options, "/skerry/v1/sync", {"pardon": options.pardon}, "looking; {pardoned} bundles pardoned")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    # Only this command needs what it looks at.
+    from skerry_agent.doctor.examination import examine
+
+    findings = []
+    for finding in examine(options.config, os.environ):
+        findings.append(finding)
+        if not options.json:
+            print(f"{finding.verdict:<5} {finding.check}: {finding.detail}", flush=True)
+            if finding.advice:
+                print(f"        {finding.advice}", flush=True)
+    well = all(finding.verdict != "fail" for finding in findings)
+    if options.json:
+        print(json.dumps({"ok": well, "findings": [dataclasses.asdict(finding) for finding in findings]}))
+    return OK if well else FAILED
 
 
 def _lifecycle(_options: argparse.Namespace) -> int:

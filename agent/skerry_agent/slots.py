@@ -76,15 +76,12 @@ class Slots:
     def _read(self) -> dict[str, Pointers]:
         path = self.root / _POINTERS
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=_File)
-        except FileNotFoundError:
-            return {}
+            return read_pointers(self.root)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             # Renames are atomic, so only the medium or a hand can have done this. The slots themselves are whole.
             self.damage = f"{path}: {error}"
             path.replace(path.with_name(_POINTERS + ".damaged"))
             return {}
-        return dict(found.models)
 
     def _write(self, model: str, pointers: Pointers) -> None:
         models = {**self._models, model: pointers}
@@ -319,6 +316,18 @@ class Slots:
     def size_bytes(self) -> int:
         """What all bundles take, staging included."""
         return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+
+
+def read_pointers(root: Path) -> dict[str, Pointers]:
+    """The pointer file of a folder of slots; empty when there is none yet.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError: it is damaged.
+    """
+    try:
+        return dict(msgspec.json.decode((root / _POINTERS).read_bytes(), type=_File).models)
+    except FileNotFoundError:
+        return {}
 
 
 def _sha256(path: Path) -> str:

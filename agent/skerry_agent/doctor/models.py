@@ -1,0 +1,156 @@
+"""What is served: slots on disk, a runtime that builds an interpreter, a worker that answers."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from skerry_agent import facts
+from skerry_agent.doctor.finding import NET_S, Finding, Patient
+from skerry_agent.slots import Slots, read_pointers
+
+_INTERPRETER_S = 120.0
+_INTERPRETER = """
+import sys
+from skerry_runtime import proof
+from skerry_runtime.bundle import open_bundle
+from skerry_runtime.runner import load
+path, digest, variant = sys.argv[1:]
+found = proof.prove(load(open_bundle(path, digest=digest, variants=[variant]), variant))
+print(found.detail or f"{found.passed} of {found.cases} golden cases passed")
+sys.exit(0 if found.ok else 1)
+"""
+
+
+def check_slots(patient: Patient) -> Iterator[Finding]:
+    """Whether every bundle that a pointer names is whole on disk."""
+    root = patient.config.state_dir / "slots"
+    named = read_pointers(patient.config.state_dir / "slots")
+    if not named:
+        yield Finding(check="slots", verdict="ok", detail="no bundle yet")
+        return
+    # Reads only: the folder is there, and its pointer file was just read.
+    slots = Slots(root)
+    wrong: list[str] = []
+    right: list[str] = []
+    for model, pointers in sorted(named.items()):
+        for role in ("confirmed", "active", "previous"):
+            slot = getattr(pointers, role)
+            if slot is not None:
+                said = f"{role} {model} {slot.version} ({slot.digest[:12]})"
+                (right if slots.whole(slot.digest, slot.variant) else wrong).append(said)
+    if wrong:
+        vital = any(not said.startswith("previous") for said in wrong)
+        yield Finding(
+            check="slots",
+            verdict="fail" if vital else "warn",
+            detail=f"not whole on disk: {', '.join(wrong)}",
+            advice="skerry-agent sync --pardon fetches what the group wants again; look at the disk's health",
+        )
+    else:
+        yield Finding(check="slots", verdict="ok", detail=", ".join(right))
+
+
+def check_worker(patient: Patient) -> Iterator[Finding]:
+    """Whether the worker answers, on each of its addresses."""
+    status = patient.status
+    if status is None:
+        return
+    if not status["running"]:
+        yield Finding(
+            check="worker",
+            verdict="warn",
+            detail="nothing is served yet",
+            advice="skerry-agent status says what the last sync and update came to",
+        )
+        return
+    serving = status["serving"]
+    tcp = http.client.HTTPConnection(serving["host"], serving["port"], timeout=NET_S)
+    yield _ready(tcp, f"http://{serving['host']}:{serving['port']}")
+    if serving.get("socket"):
+        local = http.client.HTTPConnection("localhost", timeout=NET_S)
+        local.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        local.sock.settimeout(NET_S)
+        try:
+            local.sock.connect(serving["socket"])
+        except OSError as error:
+            yield _not_ready(serving["socket"], str(error))
+            return
+        yield _ready(local, serving["socket"])
+
+
+def _ready(connection: http.client.HTTPConnection, where: str) -> Finding:
+    begin = time.monotonic()
+    try:
+        connection.request("GET", "/v2/health/ready")
+        answer = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return _not_ready(where, str(error) or type(error).__name__)
+    finally:
+        connection.close()
+    if answer != 200:
+        return _not_ready(where, f"status {answer}")
+    return Finding(check="worker", verdict="ok", detail=f"{where} ready in {(time.monotonic() - begin) * 1e3:.1f} ms")
+
+
+def _not_ready(where: str, why: str) -> Finding:
+    return Finding(
+        check="worker",
+        verdict="fail",
+        detail=f"{where}: {why}",
+        advice="the agent starts a worker that died again by itself; its log says why it dies",
+    )
+
+
+def check_runtime(patient: Patient) -> Iterator[Finding]:
+    """Whether a runtime builds and proves what should serve, in a child process."""
+    installed = facts.runtimes()
+    if not installed:
+        yield Finding(
+            check="runtime",
+            verdict="fail",
+            detail="no model runtime is installed",
+            advice="install skerry-agent with one of the extras onnx, litert, tflite",
+        )
+        return
+    said = ", ".join(f"{name} {version}" for name, version in sorted(installed.items()))
+    named = read_pointers(patient.config.state_dir / "slots")
+    chosen = [(name, p.active or p.confirmed) for name, p in sorted(named.items())]
+    if not any(slot for _, slot in chosen):
+        yield Finding(check="runtime", verdict="ok", detail=f"{said}; no bundle here to build an interpreter from")
+    for name, slot in chosen:
+        if slot is not None:
+            path = patient.config.state_dir / "slots" / slot.digest
+            yield _built(f"{name} {slot.version}", (str(path), slot.digest, slot.variant))
+
+
+def _built(what: str, arguments: tuple[str, ...]) -> Finding:
+    try:
+        child = subprocess.run(  # noqa: PLW1510 - its status is looked at
+            [sys.executable, "-P", "-c", _INTERPRETER, *arguments],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=_INTERPRETER_S,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(
+            check="runtime",
+            verdict="fail",
+            detail=f"{what}: no answer within {_INTERPRETER_S:g} s",
+            advice="look at the device's load and memory",
+        )
+    words = (child.stdout if child.returncode in (0, 1) and child.stdout else child.stderr).decode(errors="replace")
+    last = (words.strip().splitlines() or [f"ended with {child.returncode}"])[-1]
+    if child.returncode == 0:
+        return Finding(check="runtime", verdict="ok", detail=f"{what}: {last}")
+    how = f"died of signal {-child.returncode}: {last}" if child.returncode < 0 else last
+    return Finding(
+        check="runtime",
+        verdict="fail",
+        detail=f"{what}: {how}",
+        advice="skerry-agent revert, and reinstall the runtime if another bundle fails too",
+    )

@@ -1,0 +1,86 @@
+"""The other side: the server over TLS, the broker over mutual TLS."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+import urllib.parse
+from collections.abc import Iterator
+
+from skerry_agent.doctor.finding import NET_S, Finding, Patient
+from skerry_agent.link import tls_context
+
+_REFUSAL_S = 1.0
+"""A broker that does not want the certificate says so after the handshake, within a round trip."""
+
+
+def check_server(patient: Patient) -> Iterator[Finding]:
+    """Whether the server answers under a certificate of the fleet's CA."""
+    found = patient.identity
+    if found is None:
+        return
+    url = urllib.parse.urlsplit(found.server_url)
+    host, port = url.hostname or "", url.port or 443
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(found.fleet_ca)
+    connection = http.client.HTTPSConnection(host, port, timeout=NET_S, context=context)
+    try:
+        connection.request("GET", f"{url.path}/healthz")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        yield _unreachable("server", f"{host}:{port}", error)
+        return
+    finally:
+        connection.close()
+    if status == 200:
+        yield Finding(check="server", verdict="ok", detail=f"{found.server_url} answers, by the fleet's CA")
+    else:
+        yield Finding(
+            check="server",
+            verdict="fail",
+            detail=f"{found.server_url}/healthz: {status}",
+            advice="see the server's log, or the proxy's in front of it",
+        )
+
+
+def check_broker(patient: Patient) -> Iterator[Finding]:
+    """Whether the broker takes the device's certificate."""
+    found = patient.identity
+    if found is None:
+        return
+    where = f"{found.mqtt_host}:{found.mqtt_port}"
+    try:
+        with (
+            socket.create_connection((found.mqtt_host, found.mqtt_port), NET_S) as raw,
+            tls_context(found).wrap_socket(raw, server_hostname=found.mqtt_host) as secured,
+        ):
+            # No MQTT: a session under the device's name would end the agent's own. In TLS 1.3 the refusal of a client
+            # certificate comes after the handshake; a broker that is content waits for us to speak.
+            secured.settimeout(_REFUSAL_S)
+            try:
+                content = secured.recv(1) != b""
+            except TimeoutError:
+                content = True
+    except (OSError, ValueError) as error:
+        yield _unreachable("broker", where, error)
+        return
+    if content:
+        yield Finding(check="broker", verdict="ok", detail=f"{where} takes the device's certificate")
+    else:
+        yield Finding(
+            check="broker", verdict="fail", detail=f"{where} closed the connection", advice="see the broker's log"
+        )
+
+
+def _unreachable(check: str, where: str, error: Exception) -> Finding:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        advice = "the other side shows a certificate that the fleet's CA did not sign, or the clock is wrong"
+    elif isinstance(error, ssl.SSLError):
+        advice = "it refuses the device's certificate: renewed, revoked or expired; ask the operator"
+    elif isinstance(error, socket.gaierror):
+        advice = "look at the name service (resolvectl) and the address in the configuration"
+    else:
+        advice = "look at the network, the firewall, and whether it runs; models go on without it"
+    return Finding(check=check, verdict="fail", detail=f"{where}: {error}", advice=advice)
