@@ -14,7 +14,8 @@ from pathlib import Path
 from tests.bench.result import Result
 
 NOT_BENCHMARKS = {
-    "__main__", "gas_windows", "http_client", "judge_simulation", "mlserver_peer", "result", "whylogs_peer",
+    "__main__", "gas_windows", "http_client", "image_bundle", "judge_simulation", "mlserver_grpc_client", "mlserver_peer",
+    "result", "whylogs_peer",
 }  # fmt: skip
 
 

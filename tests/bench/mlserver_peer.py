@@ -71,7 +71,7 @@ class MLServer:
         python = interpreter()
         folder.mkdir()
         ports = _free_ports(3)
-        self.port = ports[0]
+        self.port, self.grpc_port = ports[:2]
         settings = {
             "host": "127.0.0.1", "http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2],
             "parallel_workers": 0, "use_structured_logging": False, "debug": False,
@@ -110,6 +110,34 @@ class MLServer:
             self._process.kill()
             self._process.wait()
         self._log.close()
+
+
+class GrpcClient:
+    """Asks a running MLServer for ``gas`` over gRPC with a raw tensor ``x``. Use as a context manager.
+
+    MLServer's REST side takes JSON only: gRPC is where it takes tensors as they are.
+    """
+
+    def __init__(self, port: int, file: Path, shape: tuple[int, ...]) -> None:
+        command = [str(interpreter()), str(HERE / "mlserver_grpc_client.py"), str(port), str(file), json.dumps(shape)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer: list[float] = []
+
+    def block(self, n: int) -> list[float]:
+        """Milliseconds of each of ``n`` requests; ``answer`` is the last one's tensor."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{n}\n")
+        self._process.stdin.flush()
+        told = json.loads(self._process.stdout.readline())
+        self.answer = told["answer"]
+        return list(told["took"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
 
 
 def _free_ports(n: int) -> list[int]:
