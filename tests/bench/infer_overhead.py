@@ -55,6 +55,7 @@ def _measure(folder: Path, *, transforms: bool) -> dict[str, float]:
         boot_id="0" * 32,
         send=lambda cut: recorder.committed(cut.ring, cut.upto),
         later=lambda act: act(),
+        predictions=65536,
     )
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

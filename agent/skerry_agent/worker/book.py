@@ -202,7 +202,8 @@ class Book:
         part = values[:, at : at + output.width]
         if output.raw:
             predicted = part.argmax(1)
-            confidence = part.max(1)
+            # The first largest, or a NaN where there is one: cheaper than asking for the largest again.
+            confidence = part[np.arange(len(part)), predicted]
         else:
             confidence = part[:, 1]
             predicted = np.nan_to_num(part[:, 0]).astype(np.int64)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import resource
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,7 +92,7 @@ class Recorder:
         self.key = key
         self.ring = r.Ring.create(path, header)
         if self._labelled is not None:
-            token = secrets.token_hex(5)
+            token = os.urandom(5).hex()
             about = b.Header(
                 key=key,
                 token=token,
