@@ -36,7 +36,7 @@ PURE = {
 LAYERS = {
     "skerry_agent": [
         ("cli __main__", True),
-        ("supervisor", False),
+        ("supervisor doctor", False),
         ("serving updating restoring reporting upload facts", True),
         ("link store slots workers leftovers errand control notify local_socket", False),
         ("config clock logs migrations channel workerwire errors", True),

@@ -108,13 +108,13 @@ def _not_ready(where: str, why: str) -> Finding:
 
 def check_runtime(patient: Patient) -> Iterator[Finding]:
     """Whether a runtime builds and proves what should serve, in a child process."""
-    installed = facts.runtimes()
+    installed = facts.runtimes(patient.config)
     if not installed:
         yield Finding(
             check="runtime",
             verdict="fail",
-            detail="no model runtime is installed",
-            advice="install skerry-agent with one of the extras onnx, litert, tflite",
+            detail="no model runtime that the configuration allows is installed",
+            advice="install skerry-agent with one of the extras onnx, litert, tflite, or change device.runtimes",
         )
         return
     said = ", ".join(f"{name} {version}" for name, version in sorted(installed.items()))

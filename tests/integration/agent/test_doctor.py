@@ -131,7 +131,7 @@ def test_a_crashing_runtime_kills_its_child_and_not_the_examination(stopped: Dev
     folder = stopped.folder / "broken"
     (folder / "numpy").mkdir(parents=True)
     (folder / "numpy" / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
-    found = examine(stopped, PYTHONPATH=str(folder))
+    found = examine(stopped, PYTHONPATH=os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
     assert verdict(found, "runtime") == ("fail", "gas 1.0.0: died of signal 11: ended with -11")
     assert verdict(found, "slots")[0] == "ok"
 
