@@ -114,6 +114,56 @@ def test_kill_9_of_the_worker_and_then_of_the_agent_between_predictions_and_labe
     assert device.status()["outbox"]["lost"] == {}
 
 
+def test_labels_for_a_worker_that_hangs_and_outlives_its_agent_wait_for_its_end_and_count_once(
+    running: tuple[Device, str], server: Server
+) -> None:
+    device, digest = running
+    connection = http.client.HTTPConnection("127.0.0.1", device.port, timeout=20)
+    ids = [predict(connection)[0] for _ in range(10)]
+    assert label(connection, *ids[:4]) == ["matched"] * 4
+    pid = worker_pid(device)
+    os.kill(pid, signal.SIGSTOP)
+    device.kill()
+    # Elsewhere: at the old address the next agent would end the worker before it serves itself.
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    device.config.write_text(f"{device.config.read_text()}[serving]\nport = {port}\n")
+    device.start()
+    wait_for(lambda: device.running()[0] == "1.0.0", why="the model")
+    books = {path.name for path in (device.state_dir / "rings").glob("*.labels")}
+    connection = http.client.HTTPConnection("127.0.0.1", device.port, timeout=30)
+    assert label(connection, *ids) == ["duplicate"] * 4 + ["matched"] * 6
+    assert not Path(f"/proc/{pid}").exists() or "Z" in state_of(pid)
+    assert len(books) == 2
+    wait_for(lambda: matched(server, digest) == 10, why="the labels")
+    time.sleep(0.5)
+    assert matched(server, digest) == 10
+    assert sum(w.labels.duplicate for w in server.windows()) == 4
+    assert server.inferences() == 25 + 10
+    assert device.status()["outbox"]["lost"] == {}
+
+
+def test_the_unix_socket_of_a_worker_that_hangs_and_outlives_its_agent_is_taken_over(
+    device: Device, short_folder: Path
+) -> None:
+    path = short_folder / "a.sock"
+    device.config.write_text(device.config.read_text() + f'[serving]\nsocket = "{path}"\n')
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    device.infer(25)
+    device.wait_running("1.0.0")
+    pid = worker_pid(device)
+    os.kill(pid, signal.SIGSTOP)
+    device.kill()
+    device.config.write_text(device.config.read_text().replace("[serving]\n", "[serving]\nport = 0\n"))
+    (device.state_dir / "run" / "serving.json").unlink()
+    device.start()
+    wait_for(lambda: device.running()[0] == "1.0.0", why="the model")
+    assert predict(UnixConnection(path))[1] == "1.0.0"
+    assert not Path(f"/proc/{pid}").exists() or "Z" in state_of(pid)
+
+
 def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import json
 import random
+import signal
+import struct
 import threading
 import time
 from collections import Counter
@@ -18,7 +21,7 @@ from skerry_agent import workerwire as ww
 from skerry_contract import window as w
 
 from tests import models
-from tests.integration.worker.rig import Rig
+from tests.integration.worker.rig import Rig, Worker
 
 CLASSES = models.labels(3)
 
@@ -214,6 +217,15 @@ def test_kill_9_between_prediction_and_label_forgets_no_prediction(rig: Rig, bun
     assert rig.total(where=lambda key: key.stage == 1).ok == 31
 
 
+def kill_behind(worker: Worker, answered: list[str], n: int, more_s: float) -> None:
+    """Kills once ``n`` were answered and a moment more has passed, wherever that falls."""
+    end = time.monotonic() + 120
+    while len(answered) < n and time.monotonic() < end:
+        time.sleep(0.001)
+    time.sleep(more_s)
+    worker.process.kill()
+
+
 def test_kill_9_at_random_moments_counts_each_answered_label_once(rig: Rig, bundle: Path) -> None:
     rng = random.Random(4)
     told: Counter[str] = Counter()
@@ -222,7 +234,9 @@ def test_kill_9_at_random_moments_counts_each_answered_label_once(rig: Rig, bund
     worker = rig.start(rig.served(bundle), fold_interval_s=0.02)
     for _ in range(6):
         app = App(rig.port)
-        killer = threading.Timer(rng.uniform(0.1, 0.4), worker.process.kill)
+        killer = threading.Thread(
+            target=kill_behind, args=(worker, pending, len(pending) + rng.randrange(10, 60), rng.uniform(0, 0.02))
+        )
         killer.start()
         sent: list[str] = []
         with contextlib.suppress(OSError, http.client.HTTPException):
@@ -456,3 +470,87 @@ def test_labels_of_many_classes_are_matched_and_have_no_matrix(rig: Rig, tmp_pat
     assert app.label({"id": prediction, "label": "class-1099"}) == ["matched"]
     rig.stop(worker)
     assert rig.labels() == w.Labels(matched=1)
+
+
+def locked(path: str) -> bool:
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_book_is_locked_by_whoever_takes_its_labels_and_by_nobody_after_that(rig: Rig, bundle: Path) -> None:
+    worker = rig.start(rig.served(bundle))
+    (book,) = worker.books
+    assert locked(book)
+    rig.send(worker, ww.Rekey(model="gas", ring=rig.ring_path()))
+    worker.wait_for(ww.Rekeyed)
+    # The ring was given up, and labels still come for what it held.
+    assert (locked(worker.rings["gas"]), locked(book)) == (False, True)
+    rig.kill(worker)
+    assert not locked(book)
+    successor = rig.start(rig.served(bundle))
+    rig.send(successor, ww.AdoptBook(book=book, start=0))
+    rig.flush(successor)
+    assert locked(book)
+    rig.kill(successor)
+    assert not locked(book)
+
+
+def test_the_book_of_a_worker_that_outlives_its_supervisor_is_taken_over_only_when_that_worker_is_gone(
+    rig: Rig, bundle: Path
+) -> None:
+    worker = rig.start(rig.served(bundle))
+    predictions = [App(rig.port).infer(one_row(i))[0] for i in range(10)]
+    assert App(rig.port).label(*({"id": one, "label": 1} for one in predictions[:4])) == ["matched"] * 4
+    (book,) = worker.books
+    # It hangs, and with it its hold on the book; the next one is told to take the book all the same.
+    worker.process.send_signal(signal.SIGSTOP)
+    successor = rig.start(rig.served(bundle))
+    rig.send(successor, ww.AdoptBook(book=book, start=0))
+    rig.flush(successor)
+    assert rig.labels() == w.Labels()
+    assert not [m for m in successor.heard if isinstance(m, ww.BookClosed)]
+    rig.kill(worker)
+    rig.recover(successor, worker.rings["gas"])
+    assert App(rig.port).label(*({"id": one, "label": 1} for one in predictions)) == ["duplicate"] * 4 + ["matched"] * 6
+    rig.stop(successor)
+    assert (rig.labels().matched, rig.labels().duplicate) == (10, 4)
+
+
+BOOK_SCRIBBLES = {
+    "written for ever": (16, struct.pack("<Q", 2**64 - 1)),
+    "less written than committed": (16, struct.pack("<Q", 1)),
+}
+
+
+@pytest.mark.parametrize("scribble", BOOK_SCRIBBLES)
+def test_a_scribbled_book_is_reported_and_counts_nothing(rig: Rig, bundle: Path, scribble: str) -> None:
+    offset, changed = BOOK_SCRIBBLES[scribble]
+    worker = rig.start(rig.served(bundle))
+    one = App(rig.port).infer(one_row(0))[0]
+    assert App(rig.port).label({"id": one, "label": 1}) == ["matched"]
+    rig.kill(worker)
+    (book,) = worker.books
+    data = Path(book).read_bytes()
+    Path(book).write_bytes(data[:offset] + changed + data[offset + len(changed) :])
+    successor = rig.start(rig.served(bundle))
+    rig.send(successor, ww.AdoptBook(book=book, start=2))
+    assert successor.wait_for(ww.BookClosed).damage
+    assert rig.labels() == w.Labels()
+    assert App(rig.port).label({"id": one, "label": 1}) == ["unknown"]
+
+
+def test_a_slot_that_was_scribbled_on_is_no_prediction_of_the_book_beside_it(rig: Rig, bundle: Path) -> None:
+    worker = rig.start(rig.served(bundle))
+    predictions = [App(rig.port).infer(one_row(i))[0] for i in range(3)]
+    rig.kill(worker)
+    ring = Path(worker.rings["gas"])
+    data = ring.read_bytes()
+    ring.write_bytes(data[:4096] + b"\xff" + data[4097:])
+    successor = rig.start(rig.served(bundle))
+    assert rig.recover(successor, str(ring)).damage
+    rig.adopt_all(worker, successor)
+    assert App(rig.port).label(*({"id": one, "label": 1} for one in predictions)) == ["unknown", "matched", "matched"]
