@@ -20,6 +20,8 @@ from skerry_agent.clock import Clock
 from skerry_agent.core import effects as e
 from skerry_agent.errand import Errands
 from skerry_agent.errors import Degraded
+from skerry_agent.leftovers import Roll
+from skerry_agent.restoring import Restoring
 from skerry_agent.serving import Generation, Serving
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import open_store
@@ -48,8 +50,9 @@ class Bench:
         self.faults: list[Degraded] = []
         self.program = folder / "worker"
         self.install()
+        roll = Roll(folder / "run" / "workers.json", self.clock.boot_id)
         self.serving = Serving(
-            self.config, self.store, self.slots, self.clock, self.listener, on_health=lambda _: None,
+            self.config, self.store, self.slots, self.clock, [self.listener], roll, on_health=lambda _: None,
             on_crash=lambda generation, _code: not self.updating.crashed(generation, "killed"), on_records=lambda: None,
             on_fault=self.faults.append, draw=lambda: 0.5, worker_command=(str(self.program), str(folder)),
         )  # fmt: skip
@@ -59,7 +62,8 @@ class Bench:
         )  # fmt: skip
         refuses = (sys.executable, "-c", 'print(\'{"error": {"kind": "rejected", "code": "expired", "detail": "x"}}\')')
         self.updating = Updating(
-            self.config, who, self.store, self.slots, self.serving, Errands(refuses), self.clock, facts.runtimes(),
+            self.config, who, self.store, self.slots, self.serving, Errands(refuses), self.clock,
+            facts.runtimes(self.config), Restoring(self.slots, self.serving, on_damage=lambda *_: None),
             errand_input=dict, on_change=lambda _code, _data: None, on_rest=lambda: None, on_fault=self.faults.append,
             draw=lambda: 0.5,
         )  # fmt: skip
