@@ -100,6 +100,9 @@ class InferenceService:
             rows = _rows(asked.inputs, model.recorder.max_rows)
         except BadInput as error:
             return _refuse(model, head, start, flags, error)
+        except Exception as error:
+            # A bug of ours. The client gets its answer and the request is counted, like one that the runtime failed.
+            return _fail(model, head, start, flags, error)
         if model.expected_us(rows) < self._inline_below_us:
             try:
                 result = model.infer(asked.inputs)
@@ -190,6 +193,8 @@ def _reply(
         body, json_length = oip.build_response(model.name, model.version, asked, outputs, prediction)
     except BadInput as error:
         return _refuse(model, head, start, flags, error)
+    except Exception as error:
+        return _fail(model, head, start, flags, error)
     if json_length < 0:
         reply = http1.reply(200, body, close=not head.keep_alive, extra=extra)
     else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -20,6 +20,8 @@ from skerry_runtime import tensors
 from skerry_runtime.errors import BadInput, Violation
 from skerry_runtime.tensors import Array
 
+MOST_TENSORS = 1024
+"""Inputs, and outputs asked for, of one request: above what any model has, and little enough to be looked at one by one."""
 _FLOAT_CODES = {"FP32": "f", "FP64": "d"}
 
 
@@ -53,10 +55,10 @@ class _Wanted(msgspec.Struct):
 
 
 class _Request(msgspec.Struct):
-    inputs: list[_Input]
+    inputs: Annotated[list[_Input], msgspec.Meta(max_length=MOST_TENSORS)]
     id: str | None = ""
     parameters: dict[str, Any] | None = None
-    outputs: list[_Wanted] | None = None
+    outputs: Annotated[list[_Wanted], msgspec.Meta(max_length=MOST_TENSORS)] | None = None
 
 
 class _Output(msgspec.Struct):
@@ -108,7 +110,7 @@ def parse_request(body: bytes, json_length: int = -1) -> InferRequest:
         request = _request.decode(text)
     except msgspec.ValidationError as error:
         raise _bad("request", "something else", f"an inference request: {error}") from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         request, loose = _with_bare_nan(text, error)
     at = len(text)
     inputs: dict[str, Array] = {}
@@ -131,6 +133,9 @@ def parse_request(body: bytes, json_length: int = -1) -> InferRequest:
     parameters = request.parameters
     binary = parameters is not None and parameters.get("binary_data_output") is True
     wanted = tuple(_wanted(output, binary) for output in request.outputs) if request.outputs else None
+    if wanted is not None and len(dict(wanted)) != len(wanted):
+        names = [name for name, _ in wanted]
+        raise _bad(next(name for name in names if names.count(name) > 1), "it twice", "every output once")
     return InferRequest(request.id or "", inputs, wanted, binary)
 
 
@@ -198,7 +203,7 @@ def _from_json(tensor: _Input) -> Array:
         raise _bad(f"{tensor.name}.data", "nothing", "a list, or binary data")
     try:
         data = msgspec.json.decode(tensor.data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _bad(f"{tensor.name}.data", "something else", f"JSON: {error}") from None
     return tensors.from_json(tensor.name, tensor.datatype, tensor.shape, data)
 

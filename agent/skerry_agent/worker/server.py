@@ -217,8 +217,11 @@ class Connection(asyncio.Protocol):
         for _ in range(TURN):
             buffer = self._buffer
             if buffer[:2] == b"\r\n":
-                # RFC 9112, 2.2: an empty line before a request is ignored.
-                self._drop(2)
+                # RFC 9112, 2.2: empty lines before a request are ignored. All at once: dropping copies what is behind them.
+                empty = 2
+                while buffer[empty : empty + 2] == b"\r\n":
+                    empty += 2
+                self._drop(empty)
                 continue
             if not buffer:
                 server.partial.pop(self, None)
@@ -237,7 +240,12 @@ class Connection(asyncio.Protocol):
                 server.partial.pop(self, None)
             self._keep_alive = found.head.keep_alive
             self.busy = True
-            reply = server.handler.handle(found, self._done)
+            try:
+                reply = server.handler.handle(found, self._done)
+            except Exception:
+                log.exception("request failed method=%s", found.head.method)
+                self._keep_alive = False
+                reply = http1.reply(500, oip.error_body("the worker failed; its log says more"), close=True)
             if reply is None:
                 return
             self.busy = False

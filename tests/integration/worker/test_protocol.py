@@ -133,6 +133,45 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
 ]
 
 
+def test_bytes_that_are_no_text_get_400_are_counted_and_the_connection_lives(rig: Rig, bundle: Path) -> None:
+    worker = rig.start(rig.served(bundle))
+    bodies = [
+        b'{"inputs":[{"name":"\xff\xfe","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}',
+        b'{"inputs":[{"name":"x","shape":[1,4],"datatype":"FP32","data":["\xff",2,3,4]}]}',
+        b'{"inputs":[{"name":"x","shape":[1],"datatype":"BYTES","data":["\xc3\x28"]}]}',
+    ]
+    connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
+    for body in bodies:
+        connection.request("POST", INFER, body)
+        response = connection.getresponse()
+        assert response.status == 400, body
+        assert json.loads(response.read())["error"]
+    connection.request("GET", "/v2/health/live")
+    assert connection.getresponse().status == 200
+    connection.close()
+    rig.flush(worker)
+    assert rig.total().invalid == len(bodies)
+
+
+def test_outputs_named_again_and_again_are_refused_at_once(rig: Rig, bundle: Path) -> None:
+    rig.start(rig.served(bundle))
+    x, _ = models.rows(1)
+    twice = {"inputs": [tensor(x)], "outputs": [{"name": "probabilities"}] * 2}
+    status, answer = ask(rig, "POST", INFER, twice)
+    assert (status, answer["error"].startswith("probabilities")) == (400, True), answer
+    many = {"inputs": [tensor(x)], "outputs": [{"name": "probabilities"}] * 200_000}
+    status, answer = ask(rig, "POST", INFER, many)
+    assert status == 400
+    assert "1024" in answer["error"]
+
+
+def test_empty_lines_before_a_request_cost_nothing(rig: Rig, bundle: Path) -> None:
+    rig.start(rig.served(bundle))
+    with socket.create_connection(("127.0.0.1", rig.port), timeout=30) as client:
+        client.sendall(b"\r\n" * 100_000 + b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+
+
 def test_wrong_tensors_get_400_that_names_field_got_and_wanted_and_the_worker_lives(rig: Rig, bundle: Path) -> None:
     worker = rig.start(rig.served(bundle))
     for what, changes, words in REFUSED:
