@@ -24,7 +24,7 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=1500 $(ARGS)
 
 test-tflite: $(VENV)/.ready-dev $(TFLITE)/.ready
 	$(BIN)/python -m pytest -rs tests/integration/worker/test_tflite_runtime.py $(ARGS)

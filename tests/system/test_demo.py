@@ -44,7 +44,7 @@ def eventually(condition: Callable[[], object], timeout_s: float) -> bool:
 def test_the_demo_loses_nothing_refuses_what_it_must_and_cleans_up(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     done = subprocess.run(
-        [*DEMO, "--dir", str(folder), "--devices", "6"], capture_output=True, text=True, timeout=400, cwd=tmp_path
+        [*DEMO, "--dir", str(folder), "--devices", "6"], capture_output=True, text=True, timeout=1200, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((folder / "summary.json").read_text())
@@ -82,14 +82,14 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
         assert eventually(lambda: list(folder.glob("devices/*/state/run/serving.json")), 120)
         record = (folder / RECORD).read_text()
         for more in ((), ("--stop",)):
-            second = subprocess.run([*DEMO, "--dir", str(folder), *more], capture_output=True, text=True, timeout=60)
+            second = subprocess.run([*DEMO, "--dir", str(folder), *more], capture_output=True, text=True, timeout=120)
             assert second.returncode == 2 and f"a demo runs here (pid {demo.pid})" in second.stderr, second.stderr
         assert demo.poll() is None
         assert {entry["pid"] for entry in json.loads(record)["processes"]} <= {
             entry["pid"] for entry in json.loads((folder / RECORD).read_text())["processes"]
         }, "the first one's fleet goes on"
         demo.send_signal(signal.SIGINT)
-        out, err = demo.communicate(timeout=40)
+        out, err = demo.communicate(timeout=90)
     finally:
         if demo.poll() is None:
             os.killpg(demo.pid, signal.SIGKILL)
@@ -116,7 +116,7 @@ sys.meta_path.insert(0, Finder())
 from skerry_cli.app import main
 main(["demo"])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip(), done.stdout) == (130, "skerry: stopped", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -136,7 +136,7 @@ def test_a_killed_demo_takes_its_fleet_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [("--devices", "2"), ("--dir", ".")])
 def test_a_demo_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path, arguments: tuple[str, str]) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    done = subprocess.run([*DEMO, *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run([*DEMO, *arguments], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 2
     assert "wanted" in done.stderr or "not a demo's folder" in done.stderr
     assert (tmp_path / "mine.txt").read_text() == "keep"

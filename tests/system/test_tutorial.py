@@ -39,7 +39,7 @@ def test_the_commands_of_the_first_tutorial_do_what_they_say(tmp_path: Path) -> 
         start_new_session=True,
     )
     try:
-        said, _ = shell.communicate(timeout=220)
+        said, _ = shell.communicate(timeout=900)
     except subprocess.TimeoutExpired:
         pytest.fail(f"not done in time; last words: {_tail(tmp_path)}")
     finally:
