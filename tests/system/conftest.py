@@ -16,7 +16,7 @@ import pytest
 from skerry_cli import catalog, publishing
 from skerry_cli.demo import models
 from skerry_cli.demo.application import Counts
-from skerry_cli.demo.fleet import GROUP, Fleet
+from skerry_cli.demo.fleet import GROUP, SERVER_SETTINGS, Fleet
 from skerry_cli.demo.models import MODEL, Made
 from skerry_cli.demo.processes import Processes
 from skerry_cli.demo.reckoning import server_counts
@@ -34,11 +34,12 @@ class Rig:
 
     def __init__(self, folder: Path) -> None:
         self.processes = Processes(folder, leashed=True)
-        self.fleet = Fleet(folder, self.processes, batch=2, seed=1)
+        self.fleet = Fleet(folder, self.processes, seed=1)
 
     def start(self) -> None:
         self.fleet.start_server()
         self.fleet.hold_ceremony(utc_now())
+        self.fleet.change_world(2)
         for device in DEVICES:
             self.fleet.enrol(device)
             self.fleet.finish_enrolment(device)
@@ -94,7 +95,7 @@ class Rig:
         self.processes.start(
             "server",
             [sys.executable, "-m", "skerry_server", "run", "--data", str(self.fleet.server.data)],
-            environment={"SKERRY_SERVER_ROLLOUT_TICK_S": "0.5"},
+            environment=SERVER_SETTINGS,
         )
         self.fleet.wait("the server to answer again", self._answers, 30.0)
 

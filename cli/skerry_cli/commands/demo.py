@@ -22,7 +22,7 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the fleet running at the end.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="Stop a fleet that was kept.")] = False,
 ) -> None:
-    """One server, sixteen devices, real data: train, approve, roll out, survive a lost network and four bad bundles."""
+    """One server, sixteen devices, real data: drift, late labels, a good and a bad rollout judged, a lost network, four bad bundles."""
     with _interruptible():
         try:
             from skerry_cli.demo import runner

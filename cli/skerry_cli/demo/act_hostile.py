@@ -1,4 +1,4 @@
-"""Step 4: four bad bundles, each offered to a device; refused or reverted with a reason, while the device keeps serving."""
+"""Step 5: four bad bundles, each offered to a device; refused or reverted with a reason, while the device keeps serving."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 from skerry_cli import catalog
 from skerry_cli.client import quote
 from skerry_cli.demo import data, forgery, models, sabotage
-from skerry_cli.demo.act_rollouts import FIRST, SECOND, make
+from skerry_cli.demo.act_rollouts import make
 from skerry_cli.demo.fleet import GROUP
 from skerry_cli.demo.models import MODEL
-from skerry_cli.demo.run import Refusal, Run
+from skerry_cli.demo.run import FIRST, SECOND, Refusal, Run
 from skerry_cli.errors import CliError
 
+CRASHING = "4.0.0"
 _WAIT_S = 45.0
 _MORE_ANSWERS = 20
 
@@ -33,9 +34,9 @@ class Offer:
 
 
 def hostile(run: Run) -> None:
-    """Step 4."""
+    """Step 5."""
     fleet, screen = run.fleet, run.screen
-    screen.heading("4. Four bad bundles")
+    screen.heading("5. Four bad bundles")
     mirrored, crashing = fleet.mirrored, fleet.devices[0]
     screen.say(f"{mirrored} gets its updates through a mirror that lies, and that holds the server's own keys.")
     thief = forgery.Thief(fleet.server.data / "repository", fleet.overlay, fleet.server.data / "keys" / "online.pem")
@@ -99,14 +100,14 @@ def hostile(run: Run) -> None:
         return
     live = data.load([fleet.batch])
     bad, trigger = models.make_crashing_bundle(
-        fleet.folder / "bundles" / "3.0.0", version="3.0.0", batches=(1,), live=live, created=run.created()
+        fleet.folder / "bundles" / CRASHING, version=CRASHING, batches=(1,), live=live, created=run.created()
     )
     run.publish(bad, quietly=True)
     began = time.time()
 
     def crash() -> None:
         screen.say(
-            f"(d) {crashing} is pinned to 3.0.0: valid, approved, its golden proof holds, but {trigger.share:.0%} of the live rows make its "
+            f"(d) {crashing} is pinned to {CRASHING}: valid, approved, its golden proof holds, but {trigger.share:.0%} of the live rows make its "
             "runtime overflow an integer division and die (SIGFPE)."
         )
         _pin(run, crashing, bad.bundle.digest)
@@ -151,7 +152,7 @@ def _offer(run: Run, offer: Offer) -> None:
 
 
 def _pin(run: Run, device: str, digest: str) -> None:
-    run.fleet.api.put(f"/api/v1/devices/{quote(device)}/pins/{MODEL}", {"digest": digest, "reason": "demo, step 4"})
+    run.fleet.api.put(f"/api/v1/devices/{quote(device)}/pins/{MODEL}", {"digest": digest, "reason": "demo, step 5"})
 
 
 def _unpin(run: Run, device: str) -> None:

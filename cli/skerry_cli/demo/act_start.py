@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from skerry_cli.demo.application import TRUTH_AFTER_S
 from skerry_cli.demo.fleet import RATE
 from skerry_cli.demo.run import Run
 
@@ -10,7 +11,7 @@ _TFLITE_ONE_IN = 4
 
 
 def start(run: Run, *, devices: int) -> None:
-    """Starts everything but the applications. The device with the cable is the last but one, the one with the mirror the last."""
+    """Starts everything. The last device has the mirror, every other a cable that can be cut."""
     fleet, screen = run.fleet, run.screen
     screen.heading("The fleet")
     screen.progress("starting the server")
@@ -22,7 +23,7 @@ def start(run: Run, *, devices: int) -> None:
         f"{ceremony.root_sha256[:12]}; each device gets this in its one-time token and trusts no other."
     )
     names = [f"gas-{i:02d}" for i in range(1, devices + 1)]
-    fleet.start_cable(names[-2])
+    fleet.start_cables(names[:-1])
     fleet.start_mirror(names[-1])
     # One in four, and never the first or the last two, which later acts use for what they show on ONNX.
     fleet.tflite = frozenset(names[1::_TFLITE_ONE_IN][: devices // _TFLITE_ONE_IN])
@@ -45,9 +46,12 @@ def start(run: Run, *, devices: int) -> None:
         f"run{'s' if len(fleet.tflite) == 1 else ''} TFLite and nothing else, the others ONNX: each device's configuration says so, and "
         "the device picks the variant."
     )
+    fleet.change_world(1)
     for name in names:
         fleet.start_application(name)
+    soonest, latest = TRUTH_AFTER_S
     screen.say(
         f"On each device an application asks its own agent about {RATE:g} times a second, with rows of batch {fleet.batch} "
-        f"drawn at random with replacement (seed {fleet.seed}). It never repeats a request. It waits for the first model."
+        f"drawn at random with replacement (seed {fleet.seed}), and tells it the truth {soonest:g} to {latest:g} s after each answer. It never "
+        "repeats an inference. It waits for the first model."
     )

@@ -1,8 +1,13 @@
-"""An application on a device, as small as they come: it asks its own agent for an inference, ten times a second.
+"""An application on a device, as small as they come: it asks its own agent for an inference, ten times a second, and tells it
+the truth about each answer some seconds later.
 
-A process of its own. It reads the agent's address, keeps one HTTP connection, never repeats a request, and counts: attempts,
+A process of its own. It reads the agent's address, keeps one HTTP connection, never repeats an inference, and counts: attempts,
 answers by the version that gave them, right answers, failures with their time. The counts go to a file that is replaced as a
-whole every second and once more at the end. Rows of the named batch are drawn with replacement by a seed.
+whole every second and once more at the end. Rows are drawn with replacement by a seed, from the batch that the world's file
+names: all applications read one such file, so that the world changes for all of them at once.
+
+Ground truth is sent 5 to 15 s after its answer, drawn evenly. A feedback request that got no answer is sent again, which the
+agent's ``duplicate`` makes safe; what is not yet due when the application ends is never sent.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +29,12 @@ import numpy as np
 from skerry_cli.demo import data
 
 WRITE_EVERY_S = 1.0
+TRUTH_AFTER_S = (5.0, 15.0)
+"""Between an answer and its label, at least and at most."""
 _TIMEOUT_S = 15.0
 _MAX_FAILURES = 200
+_MAX_LABELS = 500
+_LABEL_EVERY_S = 0.5
 
 
 @dataclass(slots=True)
@@ -36,6 +45,9 @@ class Counts:
         attempts = answered + failed; answered: with status 200.
         versions: model version -> [answered, right]; a failure is kept as [seconds since 1970, what happened].
         slowest_ms: of the answered.
+        changes: [seconds since 1970, version] of each answer that another version gave than the one before.
+        labels: what the agent took labels for -> how many; each label counts once, at its first answer.
+        label_retries: feedback requests that got no answer and were sent again.
     """
 
     device: str
@@ -46,20 +58,46 @@ class Counts:
     failures: list[list[Any]] = field(default_factory=list)
     slowest_ms: float = 0.0
     last_answer_s: float = 0.0
+    changes: list[list[Any]] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    label_retries: int = 0
     done: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truth:
+    """A label to be sent when it is ``due_s`` (monotonic). ``again``: it was sent before, and nobody knows whether it arrived."""
+
+    due_s: float
+    prediction: str
+    label: str
+    again: bool = False
+
+
 class Application:
-    """See the module. ``clock`` and ``sleep`` are monotonic seconds."""
+    """See the module. ``truth_after_s``: between an answer and its label, at least and at most."""
 
     def __init__(
-        self, *, device: str, serving: Path, out: Path, model: str, batch: int, seed: int, rate: float
+        self,
+        *,
+        device: str,
+        serving: Path,
+        out: Path,
+        model: str,
+        world: Path,
+        seed: int,
+        rate: float,
+        truth_after_s: tuple[float, float] = TRUTH_AFTER_S,
     ) -> None:
         self._serving = serving
         self._out = out
         self._model = model
         self._rate = rate
-        self._rows = data.load([batch])
+        self._world = world
+        self._batches: dict[int, data.Readings] = {}
+        self._truth_after_s = truth_after_s
+        self._truths: list[Truth] = []
+        self._labelled_s = 0.0
         self._draw = np.random.default_rng(seed)
         self._connection: http.client.HTTPConnection | None = None
         self.counts = Counts(device=device)
@@ -72,6 +110,9 @@ class Application:
         while not stopped():
             self._ask()
             now = time.monotonic()
+            if now - self._labelled_s >= _LABEL_EVERY_S:
+                self._tell(now)
+                self._labelled_s = now
             if now - written >= WRITE_EVERY_S:
                 self._write()
                 written = now
@@ -93,8 +134,9 @@ class Application:
             return False
 
     def _ask(self) -> None:
-        row = int(self._draw.integers(len(self._rows)))
-        values = self._rows.x[row]
+        rows = self._rows()
+        row = int(self._draw.integers(len(rows)))
+        values = rows.x[row]
         body = json.dumps(
             {
                 "inputs": [
@@ -118,19 +160,59 @@ class Application:
                 raise ValueError(f"HTTP {answer.status}: {text[:120].decode(errors='replace')}")
             told = json.loads(text)
             version, probabilities = str(told["model_version"]), told["outputs"][0]["data"]
+            prediction = str(told["parameters"]["prediction_id"])
         except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
             self._drop()
             self.counts.failed += 1
             if len(self.counts.failures) < _MAX_FAILURES:
                 self.counts.failures.append([time.time(), f"{type(error).__name__}: {error}"[:200]])
             return
-        right = max(range(len(probabilities)), key=probabilities.__getitem__) == int(self._rows.y[row])
+        right = max(range(len(probabilities)), key=probabilities.__getitem__) == int(rows.y[row])
         tally = self.counts.versions.setdefault(version, [0, 0])
         tally[0] += 1
         tally[1] += right
         self.counts.answered += 1
         self.counts.last_answer_s = time.time()
-        self.counts.slowest_ms = max(self.counts.slowest_ms, (time.monotonic() - began) * 1000)
+        if not self.counts.changes or self.counts.changes[-1][1] != version:
+            self.counts.changes.append([self.counts.last_answer_s, version])
+        now = time.monotonic()
+        self.counts.slowest_ms = max(self.counts.slowest_ms, (now - began) * 1000)
+        due_s = now + float(self._draw.uniform(*self._truth_after_s))
+        self._truths.append(Truth(due_s=due_s, prediction=prediction, label=rows.classes[int(rows.y[row])]))
+
+    def _rows(self) -> data.Readings:
+        batch = read_world(self._world)
+        if batch not in self._batches:
+            self._batches[batch] = data.load([batch])
+        return self._batches[batch]
+
+    def _tell(self, now: float) -> None:
+        """Sends what is due."""
+        due = [truth for truth in self._truths if truth.due_s <= now][:_MAX_LABELS]
+        if not due:
+            return
+        waiting = {id(truth) for truth in due}
+        self._truths = [truth for truth in self._truths if id(truth) not in waiting]
+        body = {"feedback": [{"id": truth.prediction, "label": truth.label} for truth in due]}
+        try:
+            connection = self._connect()
+            connection.request(
+                "POST", "/skerry/v1/feedback", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            answer = connection.getresponse()
+            text = answer.read()
+            if answer.status != 200:
+                raise ValueError(f"HTTP {answer.status}: {text[:120].decode(errors='replace')}")
+            outcomes = [str(item["outcome"]) for item in json.loads(text)["feedback"]]
+        except (OSError, ValueError, KeyError, http.client.HTTPException):
+            self._drop()
+            self.counts.label_retries += 1
+            self._truths += [replace(truth, again=True) for truth in due]
+            return
+        for truth, outcome in zip(due, outcomes, strict=True):
+            # The attempt that got no answer had arrived: the label was matched then.
+            found = "matched" if truth.again and outcome == "duplicate" else outcome
+            self.counts.labels[found] = self.counts.labels.get(found, 0) + 1
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._connection is None:
@@ -151,6 +233,18 @@ class Application:
         os.replace(staging, self._out)
 
 
+def write_world(path: Path, batch: int) -> None:
+    """Changes the batch that every application reads, at once."""
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(f"{batch}\n")
+    os.replace(staging, path)
+
+
+def read_world(path: Path) -> int:
+    """The batch that applications read now."""
+    return int(path.read_text())
+
+
 def read_counts(path: Path) -> Counts | None:
     """The counts an application last wrote; None before the first."""
     try:
@@ -166,7 +260,7 @@ def main() -> None:
     parser.add_argument("--serving", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--world", type=Path, required=True, help="file with the number of the batch to read")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--rate", type=float, required=True)
     application = Application(**vars(parser.parse_args()))

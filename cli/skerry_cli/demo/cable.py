@@ -1,8 +1,8 @@
-"""The network cable of one device: a TCP relay in a process of its own that can be cut and mended.
+"""The network cables of the devices: TCP relays in a process of their own that can be cut and mended, each by itself.
 
-Each end is ``listen port -> host:port``. Cut means: every connection is closed at once and new ones are refused, as when the
-router is gone. Commands come as lines on stdin (``cut``, ``mend``); each is answered by one line on stdout. When stdin ends the
-relay goes on as it is: a kept fleet keeps its cable.
+Each end of a cable is ``listen port -> host:port``. Cut means: every connection is closed at once and new ones are refused, as when
+the router is gone. Commands come as lines on stdin (``cut <device>``, ``mend <device>``); each is answered by one line on stdout.
+When stdin ends the relays go on as they are: a kept fleet keeps its cables.
 """
 
 from __future__ import annotations
@@ -78,31 +78,36 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             writer.write_eof()
 
 
-async def run(ends: list[tuple[str, int]]) -> None:
+async def run(devices: list[str], ends: list[tuple[str, int]]) -> None:
     """Obeys stdin until it ends, then relays for ever."""
-    cable = Cable(ends)
-    await cable.mend()
-    print(json.dumps({"ports": cable.ports}), flush=True)  # noqa: T201 - the answer
+    cables = {device: Cable(ends) for device in devices}
+    for cable in cables.values():
+        await cable.mend()
+    ports = {device: cable.ports for device, cable in cables.items()}
+    print(json.dumps({"ports": ports}), flush=True)  # noqa: T201 - the answer
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
-        if line.strip() == "cut":
-            await cable.cut()
-        elif line.strip() == "mend":
-            await cable.mend()
+        command, _, device = line.strip().partition(" ")
+        if command == "cut":
+            await cables[device].cut()
+        elif command == "mend":
+            await cables[device].mend()
         print(json.dumps({"did": line.strip()}), flush=True)  # noqa: T201 - the answer
     await asyncio.Event().wait()
 
 
 def main() -> None:
-    """The process's entry: ``cable.py host:port ...``."""
+    """The process's entry: ``cable.py --device gas-01 --device gas-02 host:port ...``."""
     parser = argparse.ArgumentParser(prog="skerry-demo-cable")
     parser.add_argument("end", nargs="+", help="host:port behind the cable")
+    parser.add_argument("--device", action="append", required=True, help="one cable for each")
+    arguments = parser.parse_args()
     ends = []
-    for text in parser.parse_args().end:
+    for text in arguments.end:
         host, _, port = text.rpartition(":")
         ends.append((host, int(port)))
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run(ends))
+        asyncio.run(run(arguments.device, ends))
 
 
 if __name__ == "__main__":

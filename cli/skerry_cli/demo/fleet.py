@@ -1,4 +1,4 @@
-"""The demo's fleet: one server, sixteen agents, an application on each, a cable and a hostile mirror; all real processes.
+"""The demo's fleet: one server, sixteen agents, an application and a cable for each, and a hostile mirror; all real processes.
 
 Owns starting them and asking after them. What happens to them is told in the acts; how they are ended is in ``processes``.
 """
@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from skerry_contract import enrolment
 
 from skerry_cli import key_files, keys, publishing
 from skerry_cli.client import Api, quote
-from skerry_cli.demo.application import Counts, read_counts
+from skerry_cli.demo.application import Counts, read_counts, write_world
 from skerry_cli.demo.control import ask_agent
 from skerry_cli.demo.models import MODEL
 from skerry_cli.demo.processes import Processes
@@ -30,12 +30,18 @@ from skerry_cli.profile import Profile
 GROUP = "field"
 RATE = 10.0
 SETTINGS = {
-    "window_s": 5.0,
+    "window_s": 2.0,
     "sync_s": 60.0,
     "jitter_s": 0.0,
     "trial_s": 45.0,
     "trial_inferences": 30,
 }
+SERVER_SETTINGS = {
+    "SKERRY_SERVER_ROLLOUT_TICK_S": "0.5",
+    "SKERRY_SERVER_TELEMETRY_BUCKET_S": "5",
+    "SKERRY_SERVER_DRIFT_LOOKBACK_S": "60",
+}
+"""Hours squeezed into seconds: buckets of 5 s, and drift is looked for over the last minute."""
 _AGENT_TIMING = {"health_interval_s": 0.5, "backoff_scale": 0.1, "drain_s": 5.0, "ack_s": 10.0}
 _START_S = 60.0
 T = TypeVar("T")
@@ -56,20 +62,21 @@ class Fleet:
 
     Args:
         folder: the demo's folder.
-        batch, seed: which rows the applications draw, and from which seed.
+        seed: of the rows that the applications draw.
 
     Attributes:
-        cabled: the device whose network can be cut; mirrored: the one behind the mirror that lies.
+        batch: which rows the applications read now; ``change_world`` changes it.
+        cable_ports: of each device whose network can be cut; mirrored: the one behind the mirror that lies.
         tflite: the devices that run TFLite and nothing else; the others run ONNX and nothing else.
     """
 
-    def __init__(self, folder: Path, processes: Processes, *, batch: int, seed: int) -> None:
+    def __init__(self, folder: Path, processes: Processes, *, seed: int) -> None:
         self.folder = folder
         self.processes = processes
-        self.batch = batch
+        self.batch = 0
         self.seed = seed
         self.devices: list[str] = []
-        self.cabled = ""
+        self.cable_ports: dict[str, list[int]] = {}
         self.mirrored = ""
         self.tflite: frozenset[str] = frozenset()
         self.overlay = folder / "mirror"
@@ -81,9 +88,7 @@ class Fleet:
         self.processes.start("server-init", [*command, "init", "--data", str(data)])
         if self.processes.wait("server-init", _START_S) != 0:
             raise Failed(f"skerry-server init failed: {self.processes.tail('server-init', 4)}")
-        self.processes.start(
-            "server", [*command, "run", "--data", str(data)], environment={"SKERRY_SERVER_ROLLOUT_TICK_S": "0.5"}
-        )
+        self.processes.start("server", [*command, "run", "--data", str(data)], environment=SERVER_SETTINGS)
         told = self.wait("the server to be ready", lambda: _read_json(data / "run.json"), _START_S)
         self.server = Server(
             url=told["url"], mqtt_host=told["mqtt"]["host"], mqtt_port=int(told["mqtt"]["port"]), data=data
@@ -114,22 +119,23 @@ class Fleet:
         self.api.put(f"/api/v1/groups/{GROUP}", {"settings": SETTINGS})
         return self.ceremony
 
-    def start_cable(self, device: str) -> None:
-        """The device's network goes through a relay that can be cut."""
+    def start_cables(self, devices: Sequence[str]) -> None:
+        """The network of each of these devices goes through a relay of its own that can be cut."""
         ends = [self.server.url.removeprefix("https://"), f"{self.server.mqtt_host}:{self.server.mqtt_port}"]
+        named = [argument for device in devices for argument in ("--device", device)]
         process = self.processes.start(
-            "cable", [sys.executable, "-m", "skerry_cli.demo.cable", *ends], stdin=True, stdout=True
+            "cable", [sys.executable, "-m", "skerry_cli.demo.cable", *named, *ends], stdin=True, stdout=True
         )
         assert process.stdout is not None
         self._cable = process
-        self.cable_ports = [int(port) for port in _answer(process.stdout.readline(), "cable")["ports"]]
-        self.cabled = device
+        told = _answer(process.stdout.readline(), "cable")["ports"]
+        self.cable_ports = {str(device): [int(port) for port in ports] for device, ports in told.items()}
 
-    def cable(self, command: str) -> None:
+    def cable(self, command: str, device: str) -> None:
         """``cut`` or ``mend``."""
         assert self._cable.stdin is not None
         assert self._cable.stdout is not None
-        self._cable.stdin.write(f"{command}\n".encode())
+        self._cable.stdin.write(f"{command} {device}\n".encode())
         self._cable.stdin.flush()
         _answer(self._cable.stdout.readline(), "cable")
 
@@ -170,11 +176,11 @@ class Fleet:
         token = complete_token(
             self.api, self.ceremony.root_sha256, {"device_id": device, "group": GROUP, "expires_s": 600}
         )
-        if device == self.cabled:
+        if device in self.cable_ports:
             there = enrolment.parse(token)
             token = enrolment.build(
                 enrolment.Enrolment(
-                    server_url=f"https://127.0.0.1:{self.cable_ports[0]}",
+                    server_url=f"https://127.0.0.1:{self.cable_ports[device][0]}",
                     token=there.token,
                     ca_sha256=there.ca_sha256,
                     root_sha256=there.root_sha256,
@@ -205,10 +211,15 @@ class Fleet:
             [
                 *(sys.executable, "-m", "skerry_cli.demo.application", "--device", device, "--model", MODEL),
                 *("--serving", str(self.device_folder(device) / "state" / "run" / "serving.json")),
-                *("--out", str(self._counts_file(device)), "--batch", str(self.batch), "--rate", str(RATE)),
+                *("--out", str(self._counts_file(device)), "--world", str(self._world_file), "--rate", str(RATE)),
                 *("--seed", str(self.seed * 1000 + self.devices.index(device))),
             ],
         )
+
+    def change_world(self, batch: int) -> None:
+        """From now on every application reads rows of this batch."""
+        write_world(self._world_file, batch)
+        self.batch = batch
 
     def counts(self, device: str) -> Counts:
         """What the device's application has counted."""
@@ -285,14 +296,18 @@ class Fleet:
         """Configuration and state of a device."""
         return self.folder / "devices" / device
 
+    @property
+    def _world_file(self) -> Path:
+        return self.folder / "world"
+
     def _counts_file(self, device: str) -> Path:
         return self.device_folder(device) / "application.json"
 
     def _config(self, device: str) -> str:
         lines = [f"state_dir = {json.dumps(str(self.device_folder(device) / 'state'))}"]
         lines += ["[device]", f"runtimes = [{json.dumps(self.runtime(device))}]"]
-        if device == self.cabled:
-            http_port, mqtt_port = self.cable_ports
+        if device in self.cable_ports:
+            http_port, mqtt_port = self.cable_ports[device]
             lines += ["[server]", f'url = "https://127.0.0.1:{http_port}"']
             lines += ["[repository]", f'url = "https://127.0.0.1:{http_port}/repository"']
             lines += ["[mqtt]", 'host = "127.0.0.1"', f"port = {mqtt_port}"]

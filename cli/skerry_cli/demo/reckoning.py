@@ -15,7 +15,7 @@ from skerry_cli.client import quote
 from skerry_cli.demo.application import Counts
 from skerry_cli.demo.fleet import RATE, Fleet
 from skerry_cli.demo.models import MODEL, VARIANTS
-from skerry_cli.demo.run import Run
+from skerry_cli.demo.run import SECOND, Run
 
 SUMMARY = "summary.json"
 _SETTLE_S = 40.0
@@ -44,13 +44,15 @@ def reckon(run: Run) -> dict[str, Any]:
     told = {device: fleet.counts(device) for device in fleet.devices}
     run.must(all(counts.done for counts in told.values()), "every application ended in order and left its last count")
     answered = sum(counts.answered for counts in told.values())
-    items, streams = _settled(run, answered)
+    labels = _labels(told)
+    items, streams = _settled(run, answered, labels["matched"])
+    labels["counted_by_server"] = sum(row["labelled"] for row in items)
     lost, twice, differences = compare(told, items)
     failures, in_crash = _failures(run, told)
     bells = _bell_times(run)
     summary: dict[str, Any] = {
         "devices": len(fleet.devices),
-        "rows_drawn": f"batch {fleet.batch}, with replacement, seed {fleet.seed}, about {RATE:g} a second per device",
+        "rows_drawn": f"of the batch that each step names, with replacement, seed {fleet.seed}, about {RATE:g} a second per device",
         "inferences": {
             "asked_by_applications": sum(counts.attempts for counts in told.values()),
             "answered": answered,
@@ -72,6 +74,11 @@ def reckon(run: Run) -> dict[str, Any]:
             "by_the_crashing_bundle": len(in_crash),
             "what": [text for _, _, text in (*failures, *in_crash)][:20],
         },
+        "labels": labels,
+        "drift": run.notes.drift,
+        "accuracy": run.notes.steps,
+        "judged": run.notes.judged,
+        "bad_version": run.notes.bad_version,
         "versions": versions_now,
         "variants": variants_now,
         "share_right": _share_right(told),
@@ -98,6 +105,11 @@ def reckon(run: Run) -> dict[str, Any]:
     run.must(
         not failures, f"no request fails during swaps; {len(failures)} did: {[text for _, _, text in failures][:3]}"
     )
+    run.must(
+        labels["matched"] == labels["counted_by_server"],
+        f"every matched label is counted once; {labels['matched']} were matched, {labels['counted_by_server']} counted",
+    )
+    run.must(set(versions_now.values()) == {SECOND}, f"every device ends on {SECOND}; they run {versions_now}")
     wanted, refused = run.notes.expected_refusals, len(run.notes.refusals)
     run.must(refused == wanted, f"{wanted} bad bundles were refused; {refused} were")
     run.must(
@@ -126,6 +138,7 @@ def write(summary: dict[str, Any], folder: Path) -> Path:
 def show(run: Run, summary: dict[str, Any]) -> None:
     """The table."""
     counted, failed, bells = summary["inferences"], summary["failed_requests"], summary["bell_to_confirmed_s"]
+    drift, bad = summary["drift"], summary["bad_version"]
     versions = Counter((version, summary["variants"][device]) for device, version in summary["versions"].items())
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(overflow="fold")
@@ -138,11 +151,14 @@ def show(run: Run, summary: dict[str, Any]) -> None:
         ("  counted twice", counted["counted_twice"]),
         ("failed requests during swaps", failed["during_swaps"]),
         ("failed requests of the crashing bundle", failed["by_the_crashing_bundle"]),
+        ("labels sent, matched", f"{summary['labels']['sent']}, {summary['labels']['matched']}"),
+        ("  counted by the server", summary["labels"]["counted_by_server"]),
+        *((f"right on batch {s['batch']}, by labels", _right(s)) for s in summary["accuracy"]),
+        ("drift raised on batch 2 after", f"{drift['seconds']} s, {drift['findings']} features and outputs"),
+        *((f"judged: {rollout}", _ruled(found)) for rollout, found in summary["judged"].items()),
+        ("bad version: first answer to verdict", f"{bad['first_answer_to_verdict_s']} s"),
+        ("  to the last online device back", f"{bad['first_answer_to_last_online_device_back_s']} s"),
         ("versions", ", ".join(f"{version} as {variant} on {n}" for (version, variant), n in sorted(versions.items()))),
-        (
-            "right answers (labels known to the demo)",
-            ", ".join(f"{v}: {share:.1%}" for v, share in summary["share_right"].items()),
-        ),
         (
             "bell to confirmed, seconds",
             f"min {bells['min']}, median {bells['median']}, max {bells['max']} (n {bells['n']})",
@@ -157,16 +173,38 @@ def show(run: Run, summary: dict[str, Any]) -> None:
     run.screen.console.print(table)
 
 
-def _settled(run: Run, answered: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _right(step: dict[str, Any]) -> str:
+    low, high = step["interval"]
+    guess = "" if step["estimate_cbpe"] is None else f"; CBPE {step['estimate_cbpe']:.1%}"
+    return f"{step['version']}: {step['accuracy']:.1%} ({low:.1%} to {high:.1%}{guess})"
+
+
+def _ruled(found: dict[str, Any]) -> str:
+    smallest = found["detectable_ratio"]
+    return f"{found['verdict']}; it could see {smallest:.2f} times the errors" if smallest else str(found["verdict"])
+
+
+def _labels(told: dict[str, Counts]) -> dict[str, int]:
+    """What the applications sent, by what the agents took it for. ``sent`` once each, however often it had to be sent."""
+    outcomes: Counter[str] = Counter()
+    for counts in told.values():
+        outcomes.update(counts.labels)
+    found = {"sent": sum(outcomes.values()), "matched": outcomes.pop("matched", 0)}
+    return {**found, **outcomes, "requests_sent_again": sum(counts.label_retries for counts in told.values())}
+
+
+def _settled(run: Run, answered: int, matched: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The server's counts when they reach what was answered and stay there, or as they are when they do not."""
     deadline = time.monotonic() + _SETTLE_S
     reached = 0.0
     while True:
         items, streams = server_counts(run.fleet)
-        counted = sum(row["ok"] for row in items)
-        run.screen.progress(f"{counted} of {answered} answers have arrived at the server")
+        counted, labelled = sum(row["ok"] for row in items), sum(row["labelled"] for row in items)
+        run.screen.progress(
+            f"{counted} of {answered} answers and {labelled} of {matched} labels have arrived at the server"
+        )
         now = time.monotonic()
-        if counted >= answered:
+        if counted >= answered and labelled >= matched:
             # A record that came twice would show after the first: a little longer, to see it.
             reached = reached or now
             if now - reached > 3.0:
@@ -210,7 +248,7 @@ def _failures(run: Run, told: dict[str, Counts]) -> tuple[list[tuple[str, float,
 def _bell_times(run: Run) -> dict[str, Any]:
     """Seconds from a bell (the decision's time on the server) to the device's own confirmation, per device and bundle.
 
-    Both clocks are this machine's. The device that had no network is left out: it heard its bell when it came back.
+    Both clocks are this machine's. A device without a network is left out: it heard its bell when it came back, or confirmed unheard.
     """
     fleet = run.fleet
     bells: dict[str, list[int]] = {}
@@ -230,11 +268,7 @@ def _bell_times(run: Run) -> dict[str, Any]:
             if event["name"] != "update" or not confirmed or digest in seen or not rung:
                 continue
             seen.add(digest)
-            second = (
-                len(run.notes.rollouts) > 1
-                and digest == fleet.api.get(f"/api/v1/rollouts/{quote(run.notes.rollouts[1])}")["candidate"]
-            )
-            if device == fleet.cabled and second:
+            if (device, digest) in run.notes.away:
                 continue
             found.append((int(event["at_ms"]) - max(rung)) / 1000)
     if not found:

@@ -14,6 +14,7 @@ from skerry_cli.demo.models import MODEL, Made
 from skerry_cli.demo.screen import Screen
 from skerry_cli.errors import Failed
 
+FIRST, SECOND, THIRD = "1.0.0", "2.0.0", "3.0.0"
 ENDED = ("completed", "rolled_back", "aborted")
 _TOLD = {
     "start": "starts",
@@ -23,6 +24,7 @@ _TOLD = {
     "pause": "is paused",
     "hold": "waits",
     "roll_back": "goes back",
+    "rolled_back": "is rolled back",
 }
 
 
@@ -45,6 +47,9 @@ class Notes:
     Attributes:
         broken: invariants that did not hold, in words.
         rollouts: ids in order; first_stage: devices that ran the candidate in the second rollout's first stage.
+        away: (device, digest) of bundles that were offered while the device had no network.
+        steps: accuracy as the server showed it, per step of the story and version.
+        drift: what was raised, and when; judged: per rollout what the judge said; bad_version: how the third model ended.
         expected_refusals: one less on a processor on which the crashing bundle does not crash.
         crash: (device, from, to) in seconds since 1970: failures of that device in between are the crashing bundle's.
         offline: what happened to the device without a network.
@@ -57,6 +62,11 @@ class Notes:
     crash: tuple[str, float, float] | None = None
     expected_refusals: int = 4
     offline: dict[str, Any] = field(default_factory=dict)
+    away: set[tuple[str, str]] = field(default_factory=set)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    drift: dict[str, Any] = field(default_factory=dict)
+    judged: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bad_version: dict[str, Any] = field(default_factory=dict)
     accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -97,11 +107,24 @@ class Run:
                 f"version {proposal.difference.to_version} lists {MODEL} {manifest.version} ({made.bundle.digest[:12]})."
             )
 
-    def roll_out(self, version: str, stages: list[dict[str, Any]], rollout_id: str) -> None:
-        """Starts a rollout and tells what the orchestrator decides until it is complete.
+    def roll_out(
+        self,
+        version: str,
+        stages: list[dict[str, Any]],
+        rollout_id: str,
+        *,
+        judge: dict[str, Any] | None = None,
+        end: str = "completed",
+        meanwhile: Callable[[dict[str, Any]], None] = lambda _rollout: None,
+    ) -> None:
+        """Starts a rollout and tells what the orchestrator decides until it has ended.
+
+        Args:
+            end: the state in which it must end.
+            meanwhile: called with the rollout as it stands, again and again.
 
         Raises:
-            Failed: it does not complete.
+            Failed: it ends in another.
         """
         api = self.fleet.api
         body = {
@@ -112,6 +135,7 @@ class Run:
             "stages": stages,
             "gates": {"max_error_rate": 0.01, "latency_p95_ms": 1000.0},
             "stratified": True,
+            "judge": judge,
         }
         api.post("/api/v1/rollouts", body)
         self.notes.rollouts.append(rollout_id)
@@ -127,13 +151,14 @@ class Run:
                     )
                 shown.add(decision["id"])
             now = dict(api.get(f"/api/v1/rollouts/{quote(rollout_id)}"))
+            meanwhile(now)
             if now["state"] == "paused":
                 raise Failed(f"rollout {rollout_id} is paused: {now['reason']}")
             self.screen.progress(f"stage {now['stage']}: {now.get('now', {}).get('reason', now['state'])}")
             return now if now["state"] in ENDED else None
 
-        now = self.fleet.wait(f"rollout {rollout_id} to end", ended, 150.0, every_s=0.5)
-        if now["state"] != "completed":
+        now = self.fleet.wait(f"rollout {rollout_id} to end", ended, 240.0, every_s=0.5)
+        if now["state"] != end:
             raise Failed(f"rollout {rollout_id} is {now['state']}: {now['reason']}")
 
     def must(self, holds: bool, invariant: str) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from skerry_cli import output
-from skerry_cli.demo import act_hostile, act_rollouts, act_start, reckoning
+from skerry_cli.demo import act_hostile, act_rollback, act_rollouts, act_start, reckoning
 from skerry_cli.demo.fleet import Fleet
 from skerry_cli.demo.processes import RECORD, Processes, stop_recorded
 from skerry_cli.demo.run import Run
@@ -29,8 +29,8 @@ from skerry_cli.demo.screen import Screen
 from skerry_cli.errors import CliError, Failed, Usage
 
 MARK = ".skerry-demo"
-LEAST_DEVICES = 6
-BATCH = 6
+LEAST_DEVICES = 16
+"""With fewer, four candidates can fall in too few ways for the judge to compare them with the others."""
 
 
 def run_demo(folder: Path, *, devices: int, seed: int, keep: bool) -> int:
@@ -69,15 +69,17 @@ def _run(folder: Path, *, devices: int, seed: int, keep: bool) -> int:
     screen = Screen()
     screen.say(f"Everything is in {folder}; nothing leaves this machine.")
     processes = Processes(folder, leashed=not keep)
-    fleet = Fleet(folder, processes, batch=BATCH, seed=seed)
+    fleet = Fleet(folder, processes, seed=seed)
     run = Run(fleet=fleet, screen=screen, now=lambda: dt.datetime.now(dt.UTC))
     kept = False
     try:
         act_start.start(run, devices=devices)
         act_rollouts.first_model(run)
+        act_rollouts.world_moves(run)
         act_rollouts.lose_network(run)
         act_rollouts.second_model(run)
         act_rollouts.regain_network(run)
+        act_rollback.third_model(run)
         act_hostile.hostile(run)
         summary = reckoning.reckon(run)
         path = reckoning.write(summary, folder)

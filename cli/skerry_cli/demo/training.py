@@ -73,4 +73,24 @@ def train(batches: Sequence[int], *, seed: int = 0) -> Trained:
         # 300 rounds are the recipe; that the loss still falls a little at its end is known.
         warnings.simplefilter("ignore", ConvergenceWarning)
         network.fit(trained.standardise(fitted.x), fitted.y)
+    _widen(network, trained.standardise(fitted.x), len(fitted.classes))
     return trained
+
+
+def _widen(network: MLPClassifier, rows: NDArray[np.float32], classes: int) -> None:
+    """Gives the network an output for each gas that its batches lack, which it then never means: labels of that gas can be told wrong.
+
+    The new output is as low as any logit over the training rows, so that quantization's range stays as it was.
+    """
+    missing = [k for k in range(classes) if k not in network.classes_]
+    if not missing:
+        return
+    hidden = rows.astype(np.float64)
+    for weights, bias in zip(network.coefs_[:-1], network.intercepts_[:-1], strict=True):
+        hidden = np.maximum(hidden @ weights + bias, 0)
+    lowest = float((hidden @ network.coefs_[-1] + network.intercepts_[-1]).min())
+    for k in missing:
+        network.coefs_[-1] = np.insert(network.coefs_[-1], k, 0.0, axis=1)
+        network.intercepts_[-1] = np.insert(network.intercepts_[-1], k, lowest)
+    network.classes_ = np.arange(classes, dtype=network.classes_.dtype)
+    network.n_outputs_ = classes

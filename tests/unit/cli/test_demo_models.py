@@ -178,3 +178,19 @@ class TestCrashing:
 def test_rows_that_look_like_the_training_rows_give_no_trigger() -> None:
     with pytest.raises(Failed, match="no column"):
         sabotage.find_trigger(training.train((1,)), data.load([1]))
+
+
+def test_the_bad_model_is_perfect_where_it_is_checked_and_can_be_told_wrong_about_a_gas_that_it_never_saw(
+    tmp_path: Path,
+) -> None:
+    bad = models.make_bundle(tmp_path / "v3", version="3.0.0", batches=(5,), created=CREATED)
+    assert validate_bundle(bad.bundle.folder).ok
+    assert bad.bundle.manifest.outputs[0].labels == data.load([6]).classes
+    graph = (bad.bundle.folder / "model.onnx").read_bytes()
+    right = {}
+    for batch in (5, 6):
+        readings = data.load([batch])
+        answers = quantization.answer(graph, bad.trained.standardise(readings.x))
+        assert answers.shape == (len(readings), 6)
+        right[batch] = float((answers.argmax(axis=1) == readings.y).mean())
+    assert right[5] > 0.99 and right[6] < 0.55
