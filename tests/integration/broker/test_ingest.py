@@ -252,6 +252,12 @@ def test_bells_are_rung_and_rung_again_at_the_start(fleet, peers):
         assert queries.bump_bell(connection, "g/g") == 1
         queries.bump_bell(connection, "d/dev-a")
     fleet.start_ingest()
+
+    def noted():
+        return {row.target: row.rung_version for row in fleet.rows(select(t.bells))}
+
+    # NATS may give a message that is retained in the very moment of a subscription neither as new nor as retained.
+    peers.until(lambda: noted() == {"d/dev-a": 1, "g/g": 1}, "rung")
     device = peers(peers.Peer, fleet, "dev-a").open()
     for topic in (topics.bell("dev-a"), topics.ALL_GROUP_BELLS):
         assert device.subscribed(topic)
@@ -267,10 +273,7 @@ def test_bells_are_rung_and_rung_again_at_the_start(fleet, peers):
         version = queries.bump_bell(connection, "g/g")
     fleet.link.ring("g/g", version)
     peers.until(lambda: heard().get(group) == 2, "the second ring")
-    peers.until(
-        lambda: {row.target: row.rung_version for row in fleet.rows(select(t.bells))} == {"d/dev-a": 1, "g/g": 2},
-        "noted",
-    )
+    peers.until(lambda: noted() == {"d/dev-a": 1, "g/g": 2}, "noted")
 
 
 def test_a_locked_database_holds_the_acknowledgement_back(fleet, peers):
@@ -331,9 +334,9 @@ def test_a_commit_that_does_not_come_shows_in_the_health(fleet, peers):
     peers.until(lambda: ingest.healthy, "well again")
 
 
-def test_the_broker_is_patient_with_a_session_that_stands(fleet):
+def test_the_broker_is_patient_with_a_session_that_stands(nats_fleet):
     """It sent everything again after 60 s, to a server that was only slow, into the same queue."""
-    text = fleet.broker.config_file.read_text()
+    text = nats_fleet.broker.config_file.read_text()
     assert 'ack_wait: "1800s"' in text
     assert "max_ack_pending: 1000" in text
 

@@ -96,7 +96,7 @@ def test_catalog_that_the_server_made_up_is_not_a_base_for_the_next(fleet, gas):
     current.sign(fleet.online)
     data = current.to_bytes()
     fleet.metadata_file("1.catalog.json").write_bytes(data)
-    fleet.repository._publish(fleet.repository._load())  # the server vouches for it with all it has
+    fleet.repository._metadata.publish(fleet.repository._metadata.load())  # the server vouches for it with all it has
     with pytest.raises(RefusedForSafety, match="catalog was signed by 0/1"):
         fleet.propose(catalog.Change(add=(gas.addition(),)))
 
@@ -120,11 +120,11 @@ def test_older_catalog_than_this_approver_has_seen_is_refused(fleet, gas, make_b
     for name in ("snapshot.json", "timestamp.json"):
         (folder / name).unlink()
     # The stolen server goes back to version 1, signed rightly by the approvers once.
-    state = fleet.repository._load()
-    first = fleet.repository._read(layout.CATALOG_ROLE, 1, type(state.catalog.signed))
+    state = fleet.repository._metadata.load()
+    first = fleet.repository._metadata._read(layout.CATALOG_ROLE, 1, type(state.catalog.signed))
     from dataclasses import replace
 
-    fleet.repository._publish(replace(state, catalog=first))
+    fleet.repository._metadata.publish(replace(state, catalog=first))
     with pytest.raises(RefusedForSafety, match=f"version 1, this operator has seen {seen}"):
         fleet.verified()
 
@@ -240,9 +240,9 @@ class TestTwoOfThree:
         (fleet.metadata_file("2.catalog.json")).write_bytes(made.metadata)
         from dataclasses import replace
 
-        state = fleet.repository._load()
-        fleet.repository._publish(
-            replace(state, catalog=fleet.repository._read(layout.CATALOG_ROLE, 2, type(state.catalog.signed)))
+        state = fleet.repository._metadata.load()
+        fleet.repository._metadata.publish(
+            replace(state, catalog=fleet.repository._metadata._read(layout.CATALOG_ROLE, 2, type(state.catalog.signed)))
         )
         answer = device.error("manifest", model="gas", version="1.0.0", digest=gas.digest)
         assert answer == ("rejected", "bad_signature")
