@@ -12,7 +12,7 @@ from skerry_cli.demo.act_rollouts import CANARIES, JUDGE, make
 from skerry_cli.demo.run import SECOND, THIRD, Run
 
 ROLLOUT = "third-model"
-_END_LABELS = 800
+_END_LABELS = 1000
 _BACK_S = 60.0
 
 
@@ -26,6 +26,9 @@ def third_model(run: Run) -> None:
     made = make(run, THIRD, (5,))
     screen.say("On batch 5, where it was checked, it is right nearly always. Nobody has checked it on batch 6.")
     run.publish(made)
+    # Also what the judge holds each device's errors against: its own past in this world.
+    insight.wait_until(run, moved + insight.SETTLED_S, "labels of batch 5 still come")
+    insight.accuracy(run, "4", SECOND, batch=fleet.batch, since_s=moved + insight.SETTLED_S)
     offline: dict[str, Any] = {}
 
     def cut(rollout: dict[str, Any]) -> None:
@@ -75,7 +78,6 @@ def third_model(run: Run) -> None:
     if offline:
         _returns(run, offline, decided)
     _only_candidates(run, candidates)
-    insight.accuracy(run, "4", SECOND, batch=fleet.batch, since_s=moved + insight.SETTLED_S)
     insight.accuracy(run, "4", THIRD, batch=fleet.batch)
 
 

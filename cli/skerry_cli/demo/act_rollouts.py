@@ -14,8 +14,8 @@ from skerry_cli.demo.run import FIRST, SECOND, Run
 CANARIES = 4
 JUDGE: dict[str, Any] = {
     "guardrails": {
-        "labelled_errors": {"alpha": 0.03, "margin": 1.5, "min_n": 200},
-        "trouble": {"alpha": 0.01},
+        "labelled_errors": {"alpha": 0.035, "margin": 1.5, "min_n": 200},
+        "trouble": {"alpha": 0.005},
     },
     "look_s": 1.0,
     "guard_s": 3.0,
