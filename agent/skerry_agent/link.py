@@ -229,6 +229,9 @@ class Link:
             post(self._take, client, message.topic, message.payload)
 
         client.on_connect, client.on_disconnect, client.on_message = on_connect, on_disconnect, on_message
+        # Only that this is set matters: without it paho, whose own thread we do not use, writes in the thread that publishes while the
+        # network's reads, and two threads inside one TLS connection corrupt the heap. So a publish only wakes the network's thread.
+        client.on_socket_register_write = lambda *_: None
 
         def network() -> None:
             try:
