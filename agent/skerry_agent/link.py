@@ -229,14 +229,16 @@ class Link:
             post(self._take, client, message.topic, message.payload)
 
         client.on_connect, client.on_disconnect, client.on_message = on_connect, on_disconnect, on_message
-        # Only that this is set matters: without it paho, whose own thread we do not use, writes in the thread that publishes while the
-        # network's reads, and two threads inside one TLS connection corrupt the heap. So a publish only wakes the network's thread.
+        # Only that this is set matters: without it paho, whose own thread we do not use, writes in the thread that publishes
+        # while the network's reads, and two threads inside one TLS connection corrupt the heap.
         client.on_socket_register_write = lambda *_: None
 
         def network() -> None:
             try:
                 client.connect(self._identity.mqtt_host, self._identity.mqtt_port, keepalive=self._keepalive_s)
-                client.loop_forever()
+                # Not loop_forever: a publish wakes this one, and would wait there for the end of the time-out.
+                while client.loop(timeout=1.0) == mqtt.MQTT_ERR_SUCCESS:
+                    pass
                 post(end, "broker", "closed")
             except (OSError, ssl.SSLError, ValueError) as error:
                 post(end, "broker", str(error))
@@ -250,6 +252,8 @@ class Link:
             self._client = None
             client.disconnect()
             await asyncio.to_thread(thread.join, 2.0)
+            # Without its callbacks the client is freed here and now, and closes its descriptors.
+            client.on_connect = client.on_disconnect = client.on_message = client.on_socket_register_write = None
 
     def _take(self, client: mqtt.Client, topic: str, payload: bytes) -> None:
         if client is not self._client or self._leaving:

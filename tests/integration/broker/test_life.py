@@ -109,7 +109,7 @@ def test_the_log_of_a_device_that_asks_for_more_than_it_may_is_bounded(tmp_path,
     certificate, key = fleet.authority.serve()
     fleet.broker.stop()
     files = {"ca_file": fleet.authority.pem, "certificate_file": certificate, "key_file": key}
-    fleet.broker = EmbeddedBroker(fleet.folder, **files, devices=["dev-a"], log_bytes=50_000)
+    fleet.broker = EmbeddedBroker(fleet.folder, **files, clients=[Client("dev-a")], log_bytes=50_000)
     fleet.broker.start()
     device = peers(peers.Peer, fleet, "dev-a").open()
     for _ in range(4000):
