@@ -1,6 +1,6 @@
 """The whole server composed: database, CA, repository, broker child, ingest, orchestrator, API; one process, one folder.
 
-``initialise`` makes the folder; ``Server`` opens it. A server that was killed at any point starts again from its folder: the
+``folder.initialise`` makes the folder; ``Server`` opens it. A server that was killed at any point starts again from its folder: the
 database and the repository on disk are the truth, ports are kept in ``run.json`` so that devices find it again, and the
 kernel ends the broker with its parent.
 """
@@ -8,7 +8,6 @@ kernel ends the broker with its parent.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -16,15 +15,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
-from skerry_server import __version__, access, ca, clock, device_auth, durable, listener, renewal
+from skerry_server import __version__, ca, clock, device_auth, durable, listener, renewal
 from skerry_server.api import (
     access as access_routes,
 )
@@ -52,8 +51,9 @@ from skerry_server.config import Address, Settings
 from skerry_server.console import routes as console
 from skerry_server.console.sessions import Sessions
 from skerry_server.db import queries
-from skerry_server.db.engine import BUSY_TIMEOUT_MS, can_write, open_engine, reading, writing
+from skerry_server.db.engine import BUSY_TIMEOUT_MS, can_write, open_engine, reading
 from skerry_server.db.migrations import migrate
+from skerry_server.folder import only_server, require_initialised
 from skerry_server.ingest import Ingest, IngestSettings
 from skerry_server.metadata import make_online_key
 from skerry_server.mqtt import Endpoint, ServerLink
@@ -66,7 +66,6 @@ from skerry_server.watch import DriftWatch
 
 log = logging.getLogger(__name__)
 
-ADMIN_TOKEN = "admin.token"  # noqa: S105 - a file name
 RUN_FILE = "run.json"
 TAGS = [
     {"name": "server", "description": "Who this server is."},
@@ -85,89 +84,6 @@ TAGS = [
     {"name": "device", "description": "What devices call; requests are signed with the device's key."},
     {"name": "health", "description": "For machines that watch this server."},
 ]
-
-
-class NotInitialised(Exception):
-    """The folder holds no server."""
-
-
-class AlreadyRunning(Exception):
-    """Another server runs in this folder."""
-
-
-def initialise(settings: Settings) -> dict[str, Any]:
-    """Makes what a new server needs: folder, CA, online key, database, admin token. Again is fine: what is there stays.
-
-    Returns:
-        Where the parts are, and the CA's fingerprint; no secrets.
-    """
-    data = settings.data
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _only_server(data):
-        now = clock.utc_now()
-        authority = ca.open_ca(data / "ca", now)
-        authority.ensure_own([settings.server.public_host, *settings.server.public_names], now)
-        make_online_key(data / "keys" / "online.pem", data / "keys" / "online.pub.json")
-        engine = open_engine(settings.database_url)
-        try:
-            migrate(engine)
-            _ensure_admin(engine, data / ADMIN_TOKEN)
-        finally:
-            engine.dispose()
-    return {
-        "data": str(data),
-        "ca": str(authority.files.ca),
-        "ca_sha256": authority.sha256,
-        "online_keys": str(data / "keys" / "online.pub.json"),
-        "admin_token": str(data / ADMIN_TOKEN),
-    }
-
-
-def issue_broker_certificate(settings: Settings, folder: Path, names: list[str]) -> dict[str, Any]:
-    """Writes certificate and key of an external broker, signed by the fleet's CA, into ``folder``. A running server is no hindrance.
-
-    Raises:
-        NotInitialised: ``initialise`` was never run here.
-    """
-    _require_initialised(settings.data)
-    authority = ca.open_ca(settings.data / "ca", clock.utc_now())
-    authority.issue_listener(folder, names, clock.utc_now())
-    files = {"ca": "ca.pem", "certificate": "broker.pem", "key": "broker.key"}
-    return {what: str(folder / name) for what, name in files.items()}
-
-
-def _require_initialised(data: Path) -> None:
-    if not (data / "ca" / "ca.pem").exists():
-        raise NotInitialised(f"{data} holds no server; run: skerry-server init --data {data}")
-
-
-def _ensure_admin(engine: Engine, path: Path) -> None:
-    if path.exists():
-        return
-    name = "admin"
-    with writing(engine) as conn:
-        taken = {row["name"] for row in access.list_tokens(conn)}
-        number = 1
-        while name in taken:
-            # A crash between the row and the file, or a lost file: the old token stays valid until it is revoked.
-            number += 1
-            name = f"admin-{number}"
-        secret = access.create_token(conn, name=name, role="admin", now_ms=clock.now_ms(), actor="system:init")
-        ca.write_private(path, secret.encode() + b"\n")
-
-
-@contextlib.contextmanager
-def _only_server(data: Path) -> Iterator[None]:
-    """Holds the folder's lock. The kernel frees it when this process ends, however it ends."""
-    descriptor = os.open(data / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyRunning(f"another server runs in {data}") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def create_app(context: Context) -> FastAPI:
@@ -217,12 +133,12 @@ class Server:
         """
         self._settings = settings
         self._data = data = settings.data
-        _require_initialised(data)
+        require_initialised(data)
         self._stack = contextlib.ExitStack()
         self._http: listener.Listener | None = None
         self._users_lock = threading.Lock()
         self._wrote_at = 0.0
-        self._stack.enter_context(_only_server(data))
+        self._stack.enter_context(only_server(data))
         try:
             self._compose(data, settings)
         except BaseException:

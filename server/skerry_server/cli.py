@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     asked = parser().parse_args(arguments)
     _log_to_stderr(asked.log_level, asked.log_json)
-    # The imports are heavy: `--help` and wrong usage answer without them.
-    from skerry_server import app, config
+    # The imports are heavy: `--help` and wrong usage answer without them, and only `run` needs the application.
+    from skerry_server import config, folder
     from skerry_server.db.engine import open_engine
     from skerry_server.db.migrations import NEWEST, NewerDatabase, migrate
 
@@ -86,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = config.load(asked.data, os.environ, overrides)
         if asked.command == "init":
-            _say(app.initialise(settings))
+            _say(folder.initialise(settings))
         elif asked.command == "broker-certificate":
-            _say(app.issue_broker_certificate(settings, asked.out, asked.name))
+            _say(folder.issue_broker_certificate(settings, asked.out, asked.name))
         elif asked.command == "migrate":
             engine = open_engine(settings.database_url)
             found = migrate(engine)
@@ -96,11 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say({"from": found, "to": NEWEST})
         else:
             _end_on_signals()
+            from skerry_server import app
+
             app.Server(settings).run()
     except BadSettings as error:
         sys.stderr.write("\n  ".join(["the configuration cannot be used:", *error.faults]) + "\n")
         return USAGE
-    except (app.NotInitialised, app.AlreadyRunning, NewerDatabase, OSError, ValueError) as error:
+    except (folder.NotInitialised, folder.AlreadyRunning, NewerDatabase, OSError, ValueError) as error:
         sys.stderr.write(f"skerry-server: {error}\n")
         return FAILED
     return OK

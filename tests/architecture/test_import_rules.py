@@ -46,7 +46,7 @@ LAYERS = {
         ("cli __main__", True),
         ("app", False),
         ("api renewal console", True),
-        ("orchestrator ingest watch", False),
+        ("folder orchestrator ingest watch", False),
         ("findings outcomes", False),
         (
             (
