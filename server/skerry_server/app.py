@@ -98,7 +98,7 @@ def create_app(context: Context) -> FastAPI:
         redoc_url=None,
     )
     app.state.context = context
-    app.state.sessions = Sessions()
+    app.state.sessions = Sessions(context.settings.data / "sessions.json")
     for module in (
         access_routes,
         repository,

@@ -55,7 +55,7 @@ class Rig:
         self.fleet.approver.change(catalog.Change(add=(addition,)), now=utc_now(), folder=made.bundle.folder)
         return made
 
-    def start_rollout(self, rollout: str, made: Made, stages: list[dict[str, Any]]) -> None:
+    def start_rollout(self, rollout: str, made: Made, stages: list[dict[str, Any]], **more: Any) -> None:
         body = {
             "id": rollout,
             "group": GROUP,
@@ -63,6 +63,7 @@ class Rig:
             "candidate": made.bundle.digest,
             "stages": stages,
             "gates": {"max_error_rate": 0.5, "latency_p95_ms": 5000.0},
+            **more,
         }
         self.fleet.api.post("/api/v1/rollouts", body)
 

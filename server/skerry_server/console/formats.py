@@ -48,6 +48,16 @@ def clock(ms: int) -> str:
     return _utc(ms).strftime("%H:%M:%S")
 
 
+def when(ms: int, now_ms: int) -> str:
+    """Time of day in UTC, and the day before it unless that is today's.
+
+    >>> when(1_700_000_000_000, 1_700_000_001_000), when(1_700_000_000_000, 1_700_100_000_000)
+    ('22:13:20', '14 Nov 22:13:20')
+    """
+    then, now = _utc(ms), _utc(now_ms)
+    return then.strftime("%H:%M:%S" if then.date() == now.date() else "%-d %b %H:%M:%S")
+
+
 def moment(ms: int) -> str:
     """Date and time in UTC, as machines read it.
 
@@ -84,6 +94,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "milliseconds": milliseconds,
     "number": number,
     "clock": clock,
+    "when": when,
     "moment": moment,
     "span": span,
 }

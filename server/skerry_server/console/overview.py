@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from skerry_contract import histogram as h
-from sqlalchemy import Connection, func, select
+from skerry_contract import ids
+from sqlalchemy import Connection, Integer, cast, func, select
 
-from skerry_server import evidence, findings, outcomes, rollouts
+from skerry_server import evidence, findings, judging, outcomes, rollouts
 from skerry_server.core import rollout as core
 from skerry_server.db import tables as t
 
 TILES = 500
 """Devices drawn one by one; of a larger fleet only the first, and the totals."""
 DECISIONS = 12
+"""Those that moved a rollout: a decision to hold is taken many times a minute and would push them off the page."""
 EVENTS = 10
 ROLLOUTS = 10
 BUNDLES = 20
-"""Of drift and of accuracy, in the order of model and digest."""
+"""Of drift and of accuracy, the first in the order of model and digest; drawn by model, the newest version first."""
+FINDINGS = 5
+"""Of drift, drawn per bundle: the strongest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +119,9 @@ class Overview:
 def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) -> Overview:
     """Reads the page's content. ``parts``: whether each part of the server is well."""
     c = t.devices.c
-    enrolled_query = select(func.count(), func.coalesce(func.sum(c.online), 0)).where(c.status == "enrolled")
+    enrolled_query = select(func.count(), func.coalesce(func.sum(cast(c.online, Integer)), 0)).where(
+        c.status == "enrolled"
+    )
     enrolled, online = conn.execute(enrolled_query).one()
     tiles = _tiles(conn)
     return Overview(
@@ -127,9 +133,13 @@ def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) 
         tiles=tiles,
         running=_running(tiles),
         rollouts=tuple(_progress(conn, now_ms)),
-        drift=tuple(findings.evaluations_page(conn, model=None, after=None, limit=BUNDLES)),
-        accuracy=tuple(outcomes.accuracy_page(conn, model=None, from_ms=0, upto_ms=1 << 53, after=None, limit=BUNDLES)),
-        decisions=_newest(conn, t.decisions, DECISIONS),
+        drift=_by_version(
+            _strongest_first(one) for one in findings.evaluations_page(conn, model=None, after=None, limit=BUNDLES)
+        ),
+        accuracy=_by_version(
+            outcomes.accuracy_page(conn, model=None, from_ms=0, upto_ms=1 << 53, after=None, limit=BUNDLES)
+        ),
+        decisions=_newest(conn, t.decisions, DECISIONS, t.decisions.c.action != "hold"),
         events=_newest(conn, t.events, EVENTS, t.events.c.code != ""),
     )
 
@@ -187,7 +197,8 @@ def _progress(conn: Connection, now_ms: int) -> Iterable[Progress]:
     }
     for row in found:
         value = rollouts.value(row)
-        decision = core.decide(value, rollouts.gather(conn, row), now_ms)
+        look = judging.last(conn, row["id"], row["stage"])
+        decision = core.decide(value, rollouts.gather(conn, row), now_ms, None if look is None else look.ruling)
         yield Progress(
             id=row["id"],
             group=row["group"],
@@ -230,6 +241,18 @@ def side(arm: str, devices: int, counted: Sequence[evidence.Evidence]) -> Side:
         wrong=wrong,
         accuracy=1 - wrong / labelled if labelled else None,
     )
+
+
+def _by_version(items: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    newest_first = sorted(items, key=lambda one: ids.version_key(one["version"]), reverse=True)
+    return tuple(sorted(newest_first, key=lambda one: str(one["model"])))
+
+
+def _strongest_first(evaluation: dict[str, Any]) -> dict[str, Any]:
+    def effect(finding: Mapping[str, Any]) -> float:
+        return float((finding["numbers"].get("now") or {}).get("psi_corrected") or 0.0)
+
+    return evaluation | {"findings": sorted(evaluation["findings"], key=effect, reverse=True)}
 
 
 def _newest(conn: Connection, table: Any, limit: int, *where: Any) -> tuple[dict[str, Any], ...]:

@@ -26,6 +26,7 @@ from skerry_server.errors import Forbidden, Unauthenticated
 
 _HERE = Path(__file__).parent
 COOKIE = "skerry_session"
+WRONG_TOKEN = "This API token is unknown, expired or revoked. Paste all of it, from skt_ on."  # noqa: S105 - words, no secret
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
@@ -50,6 +51,7 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= formats.FILTERS
+    environment.globals["findings_drawn"] = overview.FINDINGS
     return environment
 
 
@@ -137,8 +139,8 @@ def sign_in(context: Ctx, request: Request, body: RawBody) -> Response:
     try:
         with reading(context.engine) as conn:
             caller, due = access.find_caller(conn, token.strip(), now_ms)
-    except Unauthenticated as error:
-        return _page("sign_in.html", status=401, name=context.settings.server.name, fault=error.message)
+    except Unauthenticated:
+        return _page("sign_in.html", status=401, name=context.settings.server.name, fault=WRONG_TOKEN)
     if due:
         with writing(context.engine) as conn:
             access.note_use(conn, caller.name, now_ms)

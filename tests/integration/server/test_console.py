@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.rig_server import Answer, Operator, ServerRig
+from tests.rig_server import Answer, DeviceRig, Operator, ServerRig
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
@@ -118,3 +119,37 @@ def test_rollout_devices_and_decisions_are_on_the_page_and_escaped(
     assert "control" in page
     assert "&lt;img src=x onerror=alert(1)&gt; &amp; wait" in page
     assert "<img" not in page
+
+
+def test_every_device_online_is_counted(server: ServerRig, cookie: str, tmp_path: Path) -> None:
+    devices = [DeviceRig(server, f"counted-{n}", tmp_path) for n in range(3)]
+    for device in devices:
+        device.enrol()
+    try:
+        for device in devices[:2]:
+            device.connect().report()
+        server.wait("two of them online", lambda: b"<b>2</b> of 3 devices online" in look(server, cookie).data)
+    finally:
+        for device in devices:
+            device.disconnect()
+
+
+def test_a_hold_is_said_once_with_the_rollout_and_pushes_no_decision_off_the_page(
+    server: ServerRig, operator: Operator, cookie: str
+) -> None:
+    server.good("PUT", "/api/v1/groups/waiting", {"settings": {}})
+    digest = operator.publish("waiting-model", "1.0.0")
+    wish = {"id": "waiting", "group": "waiting", "model": "waiting-model", "candidate": digest}
+    server.good("POST", "/api/v1/rollouts", wish | {"stages": [{"share": 1.0, "min_devices": 1}]})
+
+    def held() -> bool:
+        items = server.good("GET", "/api/v1/rollouts/waiting/decisions")["items"]
+        return any(one["action"] == "hold" for one in items)
+
+    server.wait("a hold", held)
+    page = look(server, cookie).data.decode()
+    decisions = page[page.index('id="decisions"') :]
+    assert "started by token:admin" in decisions
+    assert ">hold<" not in decisions
+    (shown,) = [part for part in page.split('<article class="rollout">')[1:] if "<h3>waiting " in part]
+    assert shown.count("0 of 1 devices confirmed") == 1

@@ -4,7 +4,32 @@
 const EVERY_MS = 2000;
 const live = document.getElementById("live");
 const stale = document.getElementById("stale");
+const heard = document.getElementById("heard");
 let tag = "";
+
+// Only sections that changed are replaced: what somebody reads, selects or has scrolled elsewhere stays as it is.
+function place(html) {
+  const fresh = document.createElement("template");
+  fresh.innerHTML = html; // Rendered and escaped by the server; the policy admits no script in it.
+  const parts = [...fresh.content.children];
+  const held = [...live.children];
+  if (parts.length !== held.length) {
+    live.replaceChildren(...parts);
+    return;
+  }
+  held.forEach((old, i) => {
+    if (old.isEqualNode(parts[i])) return;
+    const left = old.scrollLeft;
+    old.replaceWith(parts[i]);
+    parts[i].scrollLeft = left;
+  });
+}
+
+function say(isOld) {
+  const text = isOld ? `No answer from the server since ${heard.textContent} UTC: what you see is old.` : "";
+  if (stale.textContent !== text) stale.textContent = text;
+  live.classList.toggle("old", isOld);
+}
 
 async function look() {
   try {
@@ -17,11 +42,14 @@ async function look() {
     if (answer.status === 200) {
       const html = await answer.text();
       tag = answer.headers.get("ETag") || "";
-      live.innerHTML = html; // Rendered and escaped by the server; the policy admits no script in it.
+      place(html);
     }
-    stale.hidden = answer.ok || answer.status === 304;
+    const answered = answer.ok || answer.status === 304;
+    const date = new Date(answer.headers.get("Date"));
+    if (answered && !Number.isNaN(date.valueOf())) heard.textContent = date.toISOString().slice(11, 19);
+    say(!answered);
   } catch {
-    stale.hidden = false;
+    say(true);
   }
   setTimeout(look, EVERY_MS);
 }
