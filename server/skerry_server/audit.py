@@ -73,6 +73,15 @@ def last(conn: Connection, subject: str) -> dict[str, Any] | None:
     return None if row is None else dict(row)
 
 
+def about(conn: Connection, subject: str, *, action: str = "", limit: int) -> list[dict[str, Any]]:
+    """The newest rows about a thing, newest first; only of one action when it is named."""
+    c = t.audit.c
+    query = select(t.audit).where(c.subject == subject[:200]).order_by(c.id.desc()).limit(limit)
+    if action:
+        query = query.where(c.action == action)
+    return [dict(row) for row in conn.execute(query).mappings()]
+
+
 def first_break(all_rows: Iterable[Mapping[str, Any]]) -> int | None:
     """The id of the first row whose chain does not follow from the row before; None when all do.
 

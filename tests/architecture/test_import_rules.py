@@ -47,7 +47,7 @@ LAYERS = {
         ("app", False),
         ("api renewal console", True),
         ("folder orchestrator ingest watch", False),
-        ("findings outcomes", False),
+        ("findings outcomes why", False),
         (
             (
                 "publication judging rollouts devices groups registry intake presence quarantine evidence ledger access "

@@ -65,6 +65,61 @@ def show(context: typer.Context, device: Device, as_json: AsJson = False) -> Non
 
 
 @app.command()
+def why(context: typer.Context, device: Device, as_json: AsJson = False) -> None:
+    """Says why a device runs what it runs, and why not what it should: the assignment, its last word, what it waits for, the evidence."""
+    found = session(context).api.get(f"/api/v1/devices/{quote(device)}/why")
+    if as_json:
+        output.show_json(found)
+        return
+    where = "online" if found["online"] else "offline"
+    heard = f"last heard of {output.when(found['seen_ms'])}" if found["seen_ms"] else "never heard of"
+    status = "" if found["status"] == "enrolled" else f"{found['status']}, "
+    output.say(f"{device} in group {found['group']}: {status}{where}, {heard}")
+    for one in found["models"]:
+        output.say("")
+        output.say(f"{one['model']}: {one['state'].replace('_', ' ')}")
+        for name, text in (
+            ("should run", one["assignment"]),
+            ("runs", _runs(one["running"])),
+            ("because", one["because"]),
+            ("waits for", one["waits_for"] or "nothing"),
+            ("evidence", _evidence(one["evidence"])),
+        ):
+            output.say(f"  {name + ':':<12}{text}")
+    if not found["models"]:
+        output.say(f"Group {found['group']} runs no model, and the device reported none.")
+    output.say("")
+    output.say(f"how far behind: {_behind(found['behind'])}")
+
+
+def _runs(running: dict[str, Any] | None) -> str:
+    if not running:
+        return "nothing of it"
+    standing = str(running["state"]).replace("_", " ")
+    return f"{running['version']} ({running['variant'] or 'variant not named'}, {standing}), {output.short(running['digest'])}"
+
+
+def _evidence(evidence: dict[str, list[int]]) -> str:
+    parts = [f"{kind} {', '.join(map(str, ids))}" for kind, ids in evidence.items() if ids]
+    return "; ".join(parts) or "none recorded"
+
+
+def _behind(behind: dict[str, Any]) -> str:
+    document, records = behind["group_document"], behind["records"]
+    parts = [f"group document {document['device']} of {document['server']}"]
+    late = {role: one for role, one in behind["metadata"].items() if (one["device"] or 0) < one["server"]}
+    parts += [f"{role} {one['device'] or 'never'} of {one['server']}" for role, one in late.items()]
+    if records["reported"] is not None:
+        # A device tells its newest record with its state, which it does not send with every record.
+        parts.append(
+            f"records {records['committed'] or 0} of {max(records['reported'], records['committed'] or 0)} committed"
+        )
+    parts += [f"lost by {cause}: {n}" for cause, n in sorted(behind["lost"].items())]
+    parts += [f"messages refused as {cause}: {n}" for cause, n in sorted(behind["refused_messages"].items())]
+    return "; ".join(parts)
+
+
+@app.command()
 def token(
     context: typer.Context,
     group: Annotated[str, typer.Option("--group", help="The group that the device joins.")],

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
-from skerry_server import devices
+from skerry_server import devices, why
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, cursor, page, read_cursor
 from skerry_server.db import queries
 from skerry_server.db import tables as t
@@ -107,6 +107,15 @@ def get_device(context: Ctx, _caller: Viewer, device: str) -> dict[str, Any]:
     return _shape(row) | {"state": row["state"], "pins": pinned, "refused_messages": counters}
 
 
+@router.get("/devices/{device}/why", summary="Why a device runs what it runs, and why not what it should")
+def device_why(context: Ctx, _caller: Viewer, device: str) -> dict[str, Any]:
+    """Per model a stable `state`, its reason in words, what it waits for next, and the ids of the records that this rests on."""
+    roles = {role: int(found["version"]) for role, found in context.publication.status().items()}
+    seen_s = context.settings.rollout.seen_s
+    with reading(context.engine) as conn:
+        return why.explain(conn, device, roles=roles, now_ms=context.now_ms(), seen_s=seen_s)
+
+
 @router.get("/devices/{device}/events", summary="What a device reported, oldest first")
 def device_events(
     context: Ctx, _caller: Viewer, device: str, after: After = None, limit: Limit = 100
@@ -164,10 +173,10 @@ def set_membership(context: Ctx, caller: Operator, device: str, wanted: Membersh
 
 
 @router.post("/devices/{device}/revoke", summary="End a device's rights for good")
-def revoke(context: Ctx, caller: Operator, device: str, why: Revocation) -> dict[str, Any]:
+def revoke(context: Ctx, caller: Operator, device: str, wish: Revocation) -> dict[str, Any]:
     """Its certificate and key are refused from now on, and the broker cuts it off."""
     with writing(context.engine) as conn:
-        devices.revoke(conn, device=device, reason=why.reason, actor=caller.actor, now_ms=context.now_ms())
+        devices.revoke(conn, device=device, reason=wish.reason, actor=caller.actor, now_ms=context.now_ms())
     context.refresh_broker_users()
     context.wake()
     return {"device": device, "status": "revoked"}

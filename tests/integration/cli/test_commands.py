@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from skerry_contract import canonical, enrolment
+from skerry_contract import canonical, enrolment, wire
+from skerry_contract import window as w
 
 from tests import models
 from tests.integration.cli.conftest import Cli
-from tests.rig_server import ServerRig
+from tests.rig_server import DeviceRig, ServerRig
 
 OK, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 
@@ -287,3 +288,48 @@ def test_two_approvers_sign_one_after_the_other(cli: Cli, tmp_path: Path) -> Non
         assert two("approve", "--cosign", proposal, "--as", "ada", "--yes").code == REFUSED
     finally:
         second.close()
+
+
+def test_a_device_is_asked_why(cli: Cli, server: ServerRig, tmp_path: Path) -> None:
+    assert cli("group", "create", "asked").code == OK
+    device = DeviceRig(server, "asked-1", tmp_path, group="asked")
+    device.enrol()
+    nothing = cli("device", "why", "asked-1")
+    assert nothing.code == OK, nothing.err
+    assert "asked-1 in group asked: offline, never heard of" in nothing.out
+    assert "Group asked runs no model" in nothing.out
+
+    folder = tmp_path / "wind"
+    digest = models.build_bundle(folder, model="wind", version="1.0.0")
+    assert cli("push", folder).code == OK
+    assert cli("approve", digest, "--yes", "--from", folder).code == OK
+    server.good("PUT", "/api/v1/groups/asked/models/wind", {"stable": digest})
+    device.connect()
+    try:
+        device.report()
+        data = {"model": "wind", "digest": digest, "state": "idle", "failed_in": "verify", "detail": "[bold]model.onnx"}
+        event = wire.Event(at=w.Instant("b" * 32, 1, 1, True), name="update", code="hash_mismatch", data=data)
+        device.send(("event", wire.encode(event)))
+        server.wait("its word", lambda: "refused" in cli("device", "why", "asked-1").out)
+        found = cli("device", "why", "asked-1", "--json").json()
+        (one,) = found["models"]
+        assert (one["state"], one["assigned"]["version"], one["running"]) == ("refused", "1.0.0", None)
+        told = cli("device", "why", "asked-1")
+        assert told.code == OK
+        lines = [line.strip() for line in told.out.splitlines()]
+        assert "wind: refused" in lines
+        assert "should run: wind 1.0.0: what group asked runs" in lines
+        assert "runs:       nothing of it" in lines
+        # What a device says is text, never markup of the terminal.
+        assert any("hash_mismatch: a file differs" in line and "([bold]model.onnx)" in line for line in lines)
+        assert any(
+            line.startswith("evidence:   audit ") and f"events {one['failure']['event']}" in line for line in lines
+        )
+        assert any(line.startswith("how far behind: group document 0 of 2") for line in lines)
+    finally:
+        device.disconnect()
+
+    unknown = cli("device", "why", "nobody")
+    assert unknown.code == USAGE and "not_found" in unknown.err and "nobody" in unknown.err, unknown.err
+    assert cli("device", "show", "nobody").code == unknown.code
+    assert cli("device", "why").code == USAGE

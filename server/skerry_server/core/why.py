@@ -1,0 +1,328 @@
+"""Why a device runs what it runs, and why not what it should. Pure: recorded facts -> an answer in words, with a stable state.
+
+The assignment is what ``skerry_contract.group.assign`` gives, the definition that the device itself follows. The rules below stand in
+the order in which they are asked: the first that holds is the answer, so that a device which refused a bundle and then lost its
+network is ``refused`` and not ``offline``. What a device has not said is not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from skerry_contract import group as g
+
+from skerry_server.core import eligibility
+
+State = Literal[
+    "as_assigned",
+    "waiting_for_stage",
+    "on_trial",
+    "updating",
+    "due",
+    "retrying",
+    "offline",
+    "unfit",
+    "refused",
+    "reverted",
+    "stopped",
+    "unassigned",
+    "revoked",
+]
+
+MEANINGS: dict[str, str] = {
+    "unreachable": "server or repository does not answer",
+    "timeout": "a step took longer than it may",
+    "interrupted": "the agent was restarted while it fetched; it begins again",
+    "withdrawn": "the group no longer gives this bundle to this device",
+    "expired": "metadata is past its date; what serves goes on serving",
+    "rollback": "metadata went back to an older version",
+    "bad_signature": "signatures do not hold, or too few",
+    "malformed_metadata": "metadata that TUF cannot read",
+    "hash_mismatch": "a file differs from the digest that was signed",
+    "size_mismatch": "a file is shorter or longer than signed",
+    "not_in_catalog": "no approver signed this bundle",
+    "malformed_manifest": "the manifest breaks the contract",
+    "below_floor": "the version is below the signed floor",
+    "no_variant": "no variant for this architecture and runtime",
+    "agent_too_old": "group document or manifest requires what this agent lacks",
+    "runtime_missing": "the variant's runtime is not installed",
+    "not_enough_disk": "the bundle needs more than is free",
+    "not_enough_memory": "the bundle needs more than is free",
+    "storage_failed": "this device could not write",
+    "model_damaged": "the runtime refuses the model file",
+    "operator_unknown": "the runtime lacks an operator",
+    "golden_failed": "golden cases came out otherwise on this runtime and CPU",
+    "runtime_crashed": "the worker died while it loaded or proved",
+    "start_timeout": "the worker was not ready in time",
+    "trial_crashed": "the worker died, or hung and was killed, while it served on trial",
+    "trial_errors": "too many requests failed on trial",
+    "trial_slow": "far slower than what ran before, or than the bundle's own limit",
+    "reverted_by_operator": "a person ordered it at the device",
+    "crash_loop": "the confirmed bundle's worker died five times within ten minutes; the bundle before it came back",
+    "attempts_exhausted": "it failed too often; `skerry-agent sync --pardon` tries again",
+}
+"""The words of docs/reference/reason-codes.md for the codes of updates."""
+
+UNDER_WAY: frozenset[str] = frozenset({"fetch", "verify", "stage", "prove", "trial", "revert"})
+"""States of the agent's lifecycle in which an update is not at rest."""
+_CONFIRMED = ("confirmed", "confirmed_on_golden")
+_SERVED = ("trial", *_CONFIRMED)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """The last thing that a device reported against the bundle that it should run.
+
+    Attributes:
+        event: id of its row; at_ms: when the server received it.
+        failed_in: the state of the device's lifecycle in which it failed; empty when it did not say.
+    """
+
+    event: int
+    at_ms: int
+    code: str
+    detail: str
+    failed_in: str
+
+    @property
+    def went_back(self) -> bool:
+        """Whether the bundle had already answered requests."""
+        return self.failed_in in _SERVED or self.code in (
+            "trial_crashed",
+            "trial_errors",
+            "trial_slow",
+            "reverted_by_operator",
+            "crash_loop",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """The rollout that a model of the group is in, or was in last.
+
+    Attributes:
+        version, candidate: of its candidate; reason: of its last move; held: of its newest decision to hold, while it runs.
+        stage, stages: the one now running, from 0; all of them. ``stage == stages``: it is completing.
+        joins: the stage that will take this device as the fleet is now, ``stages`` for the end, None when that is not known or it is in.
+        share, cut: where the device's hash and its stratum's cut lie, 0 to 1.
+    """
+
+    id: str
+    state: str
+    candidate: str
+    version: str
+    stage: int
+    stages: int
+    reason: str
+    held: str
+    joins: int | None
+    share: float
+    cut: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """What is known of one model on the device.
+
+    Attributes:
+        running, update: as the device reported them.
+        wants: runtimes and architectures of the assigned bundle's variants, in words; fits: whether one fits what the device reported.
+        pinned_by: who pinned it, when and why, in words.
+    """
+
+    name: str
+    assigned: g.Assignment | None
+    running: Mapping[str, Any]
+    update: Mapping[str, Any]
+    failure: Failure | None
+    course: Course | None
+    wants: str
+    fits: bool
+    pinned_by: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What is known of the device.
+
+    Attributes:
+        generation: of the group document that it obeys; published: of the group's own.
+        lacks: what the group document requires and the agent does not understand.
+        revoked: by whom and why, empty while it is enrolled.
+        since: since when it is offline, in words; runtimes: as it reported them, in words.
+    """
+
+    id: str
+    group: str
+    online: bool
+    since: str
+    generation: int
+    published: int
+    lacks: tuple[str, ...]
+    revoked: str
+    runtimes: str
+    settings: g.Settings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """``because``: why it is so; ``assignment``: why it should run what it should; ``waits_for``: what comes next, empty for nothing."""
+
+    state: State
+    because: str
+    assignment: str
+    waits_for: str
+
+
+def explain(device: Device, model: Model) -> Answer:
+    """See the module."""
+    assignment = _assignment(device, model)
+
+    def answer(state: State, because: str, waits_for: str = "") -> Answer:
+        return Answer(state=state, because=because, assignment=assignment, waits_for=waits_for)
+
+    if device.revoked:
+        return answer(
+            "revoked",
+            f"the device was revoked {device.revoked}: the server hears and tells it nothing; it goes on serving {_runs(model)}",
+            "nothing: a revoked id never comes back; enrol the device under another",
+        )
+    assigned = model.assigned
+    if assigned is None:
+        return answer(
+            "unassigned",
+            f"group {device.group} gives it no bundle of {model.name}; it last reported {_runs(model)}",
+            f"a first bundle of {model.name} in group {device.group}" if not model.running else "",
+        )
+    if model.running.get("digest") == assigned.digest:
+        return _runs_it(device, model, assigned, answer)
+    return _does_not(device, model, assigned, answer)
+
+
+def _runs_it(device: Device, model: Model, assigned: g.Assignment, answer: Callable[..., Answer]) -> Answer:
+    standing = str(model.running.get("state", ""))
+    if standing == "stopped":
+        return answer(
+            "stopped", "no worker answers requests on the device now", "the agent to bring a worker up; see its log"
+        )
+    if standing == "trial":
+        return answer("on_trial", "it serves on trial and is not confirmed yet", _trial(device))
+    course = model.course
+    waiting = course is not None and course.id == assigned.rollout and assigned.arm == "control"
+    if course is not None and waiting:
+        where = f"{course.share:.1%} of the way through the rollout's order of devices, and the stage ends at {course.cut:.1%}"
+        return answer(
+            "waiting_for_stage",
+            f"rollout {course.id} has not reached it: it stands {where}",
+            _next_stage(course),
+        )
+    return answer("as_assigned", f"it runs what it should, {standing.replace('_', ' ')}")
+
+
+def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Callable[..., Answer]) -> Answer:
+    runs = f"it runs {_runs(model)} instead"
+    failure = model.failure
+    if device.lacks:
+        because = f"agent_too_old: {MEANINGS['agent_too_old']} ({', '.join(device.lacks)}); {runs}"
+        return answer("unfit", because, "a newer agent on the device")
+    if failure is not None and failure.code in eligibility.UNABLE:
+        return answer("unfit", f"{_said(failure)}; {runs}", _unfit(model))
+    if failure is not None and failure.code not in eligibility.ELSEWHERE:
+        if failure.went_back:
+            return answer("reverted", f"it went back: {_said(failure)}; {runs}", _after(failure))
+        return answer("refused", f"it refused it: {_said(failure)}; {runs}", _after(failure))
+    if not model.fits:
+        because = f"no variant fits: the bundle is for {model.wants}, the device has {device.runtimes}; {runs}"
+        return answer("unfit", because, _unfit(model))
+    if not device.online:
+        return answer(
+            "offline",
+            f"it is offline {device.since}; {runs}",
+            f"the device to connect: it then takes {model.name} {assigned.version} by itself",
+        )
+    update = model.update
+    if update.get("digest") == assigned.digest and update.get("state") in UNDER_WAY:
+        state, attempt = str(update["state"]), int(update.get("attempt") or 1)
+        waits = _trial(device) if state == "trial" else f"the update to leave {state!r}"
+        return answer("updating", f"an update is under way, in {state!r}, attempt {attempt}; {runs}", waits)
+    if failure is not None:
+        return answer(
+            "retrying",
+            f"the last try did not get through: {_said(failure)}; {runs}",
+            "its next try, after a growing pause",
+        )
+    if device.generation < device.published:
+        because = f"it has not read the group's newest document: it obeys generation {device.generation} of {device.published}; {runs}"
+    else:
+        because = f"it has read the group's document and has not reported a try yet; {runs}"
+    return answer("due", because, _next_look(device))
+
+
+def _runs(model: Model) -> str:
+    version, variant = model.running.get("version"), model.running.get("variant")
+    if not version:
+        return f"no {model.name}"
+    return f"{model.name} {version}" + (f" ({variant})" if variant else "")
+
+
+def _assignment(device: Device, model: Model) -> str:
+    assigned, course = model.assigned, model.course
+    if device.revoked:
+        return "none: the device is revoked"
+    if assigned is None:
+        return f"none: group {device.group} does not run {model.name}"
+    what = f"{model.name} {assigned.version}"
+    if assigned.reason == "pin":
+        return f"{what}: pinned on this device{model.pinned_by}, whatever its group runs"
+    if course is not None and course.id == assigned.rollout and assigned.arm == "candidate":
+        stage = "completing" if course.stage >= course.stages else f"stage {course.stage + 1} of {course.stages}"
+        return f"{what}: candidate of rollout {course.id} ({course.state.replace('_', ' ')}, {stage})"
+    if course is not None and course.id == assigned.rollout:
+        return f"{what}: what group {device.group} runs; rollout {course.id} of {course.version} keeps it as a control"
+    back = ""
+    if course is not None and course.state in ("rolling_back", "rolled_back", "aborted"):
+        ended = {"aborted": "was aborted", "rolled_back": "went back", "rolling_back": "goes back"}[course.state]
+        back = f"; rollout {course.id} of {course.version} {ended}: {course.reason}"
+    elif course is not None and course.state == "completed" and course.candidate == assigned.digest:
+        back = f"; rollout {course.id} brought it"
+    return f"{what}: what group {device.group} runs{back}"
+
+
+def _said(failure: Failure) -> str:
+    meaning = MEANINGS.get(failure.code, "a code that this server does not know")
+    return f"{failure.code}: {meaning}" + (f" ({failure.detail})" if failure.detail else "")
+
+
+def _after(failure: Failure) -> str:
+    if failure.code in ("not_in_catalog", "below_floor"):
+        return "another bundle, or a catalog that lists this one and a floor that admits it; it looks again by itself"
+    return "another bundle; it tries this one again a few times at most, then not before `skerry-agent sync --pardon` on the device"
+
+
+def _unfit(model: Model) -> str:
+    return f"a bundle with a variant that this device can run, or a device that can run {model.wants or 'this one'}"
+
+
+def _trial(device: Device) -> str:
+    settings = device.settings
+    return f"{settings.trial_inferences} inferences on trial, or the end of its {settings.trial_s:g} s"
+
+
+def _next_look(device: Device) -> str:
+    within = device.settings.sync_s + device.settings.jitter_s
+    return f"the device to look, at the bell or within {within:g} s"
+
+
+def _next_stage(course: Course) -> str:
+    if course.state == "paused":
+        return f"a person: the rollout is paused, because: {course.reason}"
+    if course.joins is None:
+        stage = "a later stage of the rollout"
+    elif course.joins >= course.stages:
+        stage = "the end of the rollout, when everyone is taken"
+    else:
+        stage = f"stage {course.joins + 1} of {course.stages}, as the fleet is now"
+    held = f"; stage {course.stage + 1} is held: {course.held}" if course.held else ""
+    return stage + held
