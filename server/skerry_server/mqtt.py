@@ -249,10 +249,16 @@ class _Session:
     def ring(self, topic: str, target: str, version: int) -> None:
         """Publishes one bell and remembers which PUBACK says that it is out."""
         payload = wire.encode(wire.Bell(version=version))
+        # No lock of ours is held here: paho takes its own to publish, and holds the same one while it calls ``_on_publish``.
+        info = self.client.publish(topic, payload, qos=1, retain=True)
+        if info.rc != paho.MQTT_ERR_SUCCESS:
+            return
         with self._bells_lock:
-            info = self.client.publish(topic, payload, qos=1, retain=True)
-            if info.rc == paho.MQTT_ERR_SUCCESS:
-                self._bells[info.mid] = (target, version)
+            self._bells[info.mid] = (target, version)
+        if info.is_published():
+            # Its PUBACK may have come before it was written down. One that comes in this very moment is missed: the bell
+            # is then rung once more (``publication.RING_AGAIN_MS``), which says nothing new.
+            self._on_publish(self.client, None, info.mid, None, None)
 
     def _state(self, status: Any) -> bytes:
         return wire.encode(wire.ServerState(status=status, birth=self.birth))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zlib
 
@@ -274,6 +275,29 @@ def test_bells_are_rung_and_rung_again_at_the_start(fleet, peers):
     fleet.link.ring("g/g", version)
     peers.until(lambda: heard().get(group) == 2, "the second ring")
     peers.until(lambda: noted() == {"d/dev-a": 1, "g/g": 2}, "noted")
+
+
+def test_bells_rung_while_the_broker_confirms_others_hold_nothing_up(nats_fleet, peers):
+    """The client confirms with its own lock held, and takes that lock to publish: no lock of ours may lie across both."""
+    fleet = nats_fleet
+    fleet.start_ingest()
+    with writing(fleet.engine) as connection:
+        version = queries.bump_bell(connection, "g/g")
+    rung = []
+
+    def ring():
+        for _ in range(3000):
+            fleet.link.ring("g/g", version)
+        rung.append(threading.get_ident())
+
+    ringers = [threading.Thread(target=ring, daemon=True) for _ in range(2)]
+    for ringer in ringers:
+        ringer.start()
+    peers.until(lambda: len(rung) == len(ringers), "every bell given to the client", 60.0)
+    device = peers(peers.Sender, fleet, "dev-a").open()
+    device.count(5)
+    once(fleet, device, 5)
+    peers.until(lambda: {row.rung_version for row in fleet.rows(select(t.bells))} == {version}, "noted")
 
 
 def test_a_locked_database_holds_the_acknowledgement_back(fleet, peers):
