@@ -14,9 +14,10 @@ from skerry_contract import ids
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, func, select
 
-from skerry_server import audit, devices, groups, rollouts
+from skerry_server import audit, devices, groups, judging, rollouts
 from skerry_server.core import cuts, eligibility
 from skerry_server.core import plan as p
+from skerry_server.core import rollout as moves
 from skerry_server.core import why as core
 from skerry_server.db import queries
 from skerry_server.db import tables as t
@@ -199,7 +200,6 @@ def _course(conn: Connection, row: Mapping[str, Any], model: str, *, now_ms: int
         return None
     rollout = dict(found)
     plan = p.read_plan(rollout["plan"])
-    last = rollouts.last_decision(conn, rollout["id"])
     part = _cut(rollout, rollout["cuts"])
     salt = bytes.fromhex(rollout["salt"])
     return core.Course(
@@ -210,11 +210,21 @@ def _course(conn: Connection, row: Mapping[str, Any], model: str, *, now_ms: int
         stage=rollout["stage"],
         stages=len(plan.stages),
         reason=rollout["reason"],
-        held=last["reason"] if last is not None and last["action"] == "hold" else "",
+        held=_held(conn, rollout, now_ms),
         joins=_joins(conn, rollout, plan, row, now_ms=now_ms, seen_s=seen_s),
         share=g.hash64(salt, row["id"]) / g.EVERYONE,
         cut=g.cut_for(part, row["stratum"]) / g.EVERYONE,
     )
+
+
+def _held(conn: Connection, rollout: Mapping[str, Any], now_ms: int) -> str:
+    """What holds the stage that runs, as it stands now: a stored decision keeps the numbers of its time."""
+    if rollout["state"] not in ("running", "completing"):
+        return ""
+    look = judging.last(conn, rollout["id"], rollout["stage"])
+    evidence = rollouts.gather(conn, rollout)
+    decision = moves.decide(rollouts.value(rollout), evidence, now_ms, None if look is None else look.ruling)
+    return decision.reason if decision.action == "hold" else ""
 
 
 def _cut(rollout: Mapping[str, Any], placed: Mapping[str, str]) -> g.Rollout:

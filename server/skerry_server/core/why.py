@@ -103,7 +103,7 @@ class Course:
     """The rollout that a model of the group is in, or was in last.
 
     Attributes:
-        version, candidate: of its candidate; reason: of its last move; held: of its newest decision to hold, while it runs.
+        version, candidate: of its candidate; reason: of its last move; held: why its stage does not end now, empty when nothing holds it.
         stage, stages: the one now running, from 0; all of them. ``stage == stages``: it is completing.
         joins: the stage that will take this device as the fleet is now, ``stages`` for the end, None when that is not known or it is in.
         share, cut: where the device's hash and its stratum's cut lie, 0 to 1.
