@@ -215,9 +215,12 @@ def read(
         rows["latency_p95"].append((*_level(counts.latency), *_level(past.get(unit.device, h.Exponential()))))
         online = unit.stratum.startswith("online")
         rows["trouble"].append((int(online), int(online and unit.device in troubled), 0, 0))
+    pastless = {rail.name for rail in judge.guardrails if not rail.past}
     found: dict[str, j.Reading] = {}
     for name, of_units in rows.items():
         n, x, pre_n, pre_x = (tuple(one[i] for one in of_units) for i in range(4))
+        if name in pastless:
+            pre_n = pre_x = (0,) * len(of_units)
         found[name] = j.Reading(n=n, x=x, pre_n=pre_n, pre_x=pre_x)
     return found
 

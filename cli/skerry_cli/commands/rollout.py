@@ -300,29 +300,34 @@ def parse_judge(text: str, guardrails: list[str]) -> dict[str, Any]:
 
     >>> parse_judge("end_s=600,look_s=60", ["labelled_errors,margin=1.2", "trouble"])
     {'end_s': 600, 'look_s': 60, 'guardrails': {'labelled_errors': {'margin': 1.2}, 'trouble': {}}}
+    >>> parse_judge("", ["labelled_errors,past=false"])
+    {'guardrails': {'labelled_errors': {'past': False}}}
 
     Raises:
-        Usage: a value that is no number.
+        Usage: a value that is neither a number nor true or false.
     """
-    judge: dict[str, Any] = _numbers(f"--judge {text!r}", [part for part in text.split(",") if part])
+    judge: dict[str, Any] = _values(f"--judge {text!r}", [part for part in text.split(",") if part])
     if guardrails:
         judge["guardrails"] = {}
         for one in guardrails:
             name, *parts = one.split(",")
-            judge["guardrails"][name.strip()] = _numbers(f"--guardrail {one!r}", parts)
+            judge["guardrails"][name.strip()] = _values(f"--guardrail {one!r}", parts)
     return judge
 
 
-def _numbers(where: str, parts: list[str]) -> dict[str, int | float]:
-    found: dict[str, int | float] = {}
+def _values(where: str, parts: list[str]) -> dict[str, bool | int | float]:
+    found: dict[str, bool | int | float] = {}
     for part in parts:
         key, sep, value = part.strip().partition("=")
+        if value in ("true", "false"):
+            found[key] = value == "true"
+            continue
         try:
             number = float(value)
         except ValueError:
             number, sep = 0.0, ""
         if not sep:
-            raise Usage(f"{where}: wanted KEY=NUMBER, got {part!r}")
+            raise Usage(f"{where}: wanted KEY=NUMBER (or true, false), got {part!r}")
         found[key] = int(number) if number.is_integer() else number
     return found
 

@@ -29,6 +29,8 @@ class Rail:
     """One guardrail of a plan. ``alpha`` is for the whole rollout; the rest as in ``judge_values.Guardrail``.
 
     ``limit`` None: labelled errors are held to the validated figure, failures and p95 to the plan's gates, where there are such.
+    ``past``: whether each device is held against its own past. Without it devices are compared as they are now: for a stage that
+    begins just after the world moved, when the pasts of devices come from different worlds.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Rail:
     margin: float
     limit: float | None = None
     min_n: int = 0
+    past: bool = True
 
 
 DEFAULTS = (
@@ -139,6 +142,7 @@ def _read_rails(raw: object, faults: list[str]) -> tuple[Rail, ...]:
             margin=reader.number("margin", of.margin, 0 if incidence else 1.001, 1 if incidence else 100) or 0.0,
             limit=reader.number("limit", None, 0, 1 if KINDS[name] != "level" else 3_600_000),
             min_n=reader.count("min_n", of.min_n, 0, 10**12) or 0,
+            past=reader.flag("past", of.past),
         )
         reader.end()
         found.append(rail)

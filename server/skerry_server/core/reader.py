@@ -40,12 +40,13 @@ class Reader:
         value = self.number(name, default, low, high, whole=True)
         return None if value is None else int(value)
 
-    def flag(self, name: str) -> bool:
-        """True or false; false where it is missing."""
-        value = self.value.pop(name, False)
-        if not isinstance(value, bool):
-            self.faults.append(f"{self.where}.{name}: wanted true or false, got {value!r}")
-        return value is True
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false; the default where it is missing or wrong."""
+        value = self.value.pop(name, default)
+        if isinstance(value, bool):
+            return value
+        self.faults.append(f"{self.where}.{name}: wanted true or false, got {value!r}")
+        return default
 
     def end(self) -> None:
         """Every field that is left is a fault."""

@@ -664,6 +664,32 @@ def explain(rig: ServerRig, rollout: str, *options: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.parametrize("past", [True, False])
+def test_devices_are_held_against_their_past_unless_the_plan_says_that_the_world_moved(
+    rig: ServerRig, maker: Operator, fleet: Fleet, past: bool
+) -> None:
+    one = first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    fleet.wrong = {one: 0.05}
+    for _ in range(5):
+        fleet.follow(40)
+    fleet.wrong = {one: 0.4, two: 0.4}
+    rails = {**JUDGE["guardrails"], "labelled_errors": {"alpha": 0.04, "min_n": 100, "past": past}}
+    judge = {**JUDGE, "guardrails": rails, "end_s": 600}
+    rollout = start(rig, two, [{"devices": 3, "min_devices": 3}, {"share": 1, "min_devices": 8}], judge=judge)
+    deadline = time.monotonic() + 40
+    foretold = None
+    while foretold is None:
+        assert time.monotonic() < deadline, "no look compared anything"
+        fleet.follow()
+        time.sleep(0.1)
+        looks = rig.good("GET", f"/api/v1/rollouts/{rollout}/looks?limit=1000")["items"]
+        found = [item["ruling"]["findings"][0] for item in looks if item["ruling"]["verdict"] == "INCONCLUSIVE"]
+        foretold = found[-1]["prior_mean"] if found else None
+    assert (foretold < 0.15) == past, foretold
+    assert past or foretold > 0.25, foretold
+
+
 def test_a_candidate_no_worse_than_its_controls_passes_at_the_planned_end_and_the_verdict_can_be_recomputed(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
