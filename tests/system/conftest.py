@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +32,25 @@ def utc_now() -> dt.datetime:
 class Rig:
     """A small fleet and what tests do to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, devices: Sequence[str] = DEVICES, *, tflite: Sequence[str] = ()) -> None:
+        self.devices = tuple(devices)
         self.processes = Processes(folder, leashed=True)
         self.fleet = Fleet(folder, self.processes, seed=1)
+        self.fleet.tflite = frozenset(tflite)
 
-    def start(self) -> None:
+    def start(self, *, world: int = 2) -> None:
         self.fleet.start_server()
         self.fleet.hold_ceremony(utc_now())
-        self.fleet.change_world(2)
-        for device in DEVICES:
+        self.fleet.change_world(world)
+        for device in self.devices:
             self.fleet.enrol(device)
+        for device in self.devices:
             self.fleet.finish_enrolment(device)
 
-    def publish(self, version: str, batches: tuple[int, ...]) -> Made:
+    def publish(self, version: str, batches: tuple[int, ...], seed: int = 0) -> Made:
         """Trains, builds, pushes, approves."""
         made = models.make_bundle(
-            self.fleet.folder / version, version=version, batches=batches, created="2026-01-01T00:00:00Z"
+            self.fleet.folder / version, version=version, batches=batches, created="2026-01-01T00:00:00Z", seed=seed
         )
         pushed = publishing.push(self.fleet.api, made.bundle)
         assert pushed.state == "validated", pushed
@@ -70,7 +73,7 @@ class Rig:
     def wait_for_version(self, version: str, timeout_s: float = 90.0) -> None:
         def confirmed() -> bool:
             items = self.fleet.listed()
-            told = [self.fleet.running(items[device]) for device in DEVICES]
+            told = [self.fleet.running(items[device]) for device in self.devices]
             return all(v == version and state.startswith("confirmed") for v, state in told)
 
         self.fleet.wait(f"every device to run {version}", confirmed, timeout_s)
@@ -93,12 +96,16 @@ class Rig:
         self.processes.stop([name])
 
     def restart_server(self) -> None:
+        self.start_server_again()
+        self.fleet.wait("the server to answer again", self._answers, 30.0)
+
+    def start_server_again(self) -> None:
+        """On the data of the one that ended; returns at once."""
         self.processes.start(
             "server",
             [sys.executable, "-m", "skerry_server", "run", "--data", str(self.fleet.server.data)],
             environment=SERVER_SETTINGS,
         )
-        self.fleet.wait("the server to answer again", self._answers, 30.0)
 
     def _answers(self) -> bool:
         try:
@@ -117,20 +124,20 @@ class Rig:
 
     def reckon(self, timeout_s: float = 60.0) -> dict[str, tuple[Counts, int]]:
         """Stops the applications; per device what its application counted and what the server counted in the end."""
-        self.fleet.processes.stop(f"app-{device}" for device in DEVICES)
-        told = {device: self.fleet.counts(device) for device in DEVICES}
+        self.fleet.processes.stop(f"app-{device}" for device in self.devices)
+        told = {device: self.fleet.counts(device) for device in self.devices}
         assert all(counts.done for counts in told.values())
         deadline = time.monotonic() + timeout_s
         steady = 0
         before: dict[str, int] = {}
         while time.monotonic() < deadline and steady < 8:
             items, _ = server_counts(self.fleet)
-            counted = {device: sum(row["ok"] for row in items if row["device"] == device) for device in DEVICES}
-            enough = all(counted[device] >= told[device].answered for device in DEVICES)
+            counted = {device: sum(row["ok"] for row in items if row["device"] == device) for device in self.devices}
+            enough = all(counted[device] >= told[device].answered for device in self.devices)
             steady = steady + 1 if enough and counted == before else 0
             before = counted
             time.sleep(0.5)
-        return {device: (told[device], before[device]) for device in DEVICES}
+        return {device: (told[device], before[device]) for device in self.devices}
 
 
 @pytest.fixture

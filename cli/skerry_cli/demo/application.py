@@ -4,9 +4,10 @@ the truth about each answer some seconds later.
 A process of its own. It reads the agent's address, keeps one HTTP connection, never repeats an inference, and counts: attempts,
 answers by the version that gave them, right answers, failures with their time. The counts go to a file that is replaced as a
 whole every second and once more at the end. Rows are drawn with replacement by a seed, from the batch that the world's file
-names: all applications read one such file, so that the world changes for all of them at once.
+names: all applications read one such file, so that the world changes for all of them at once. Of batch 0 there are no rows: nobody
+asks, and labels are sent as they become due.
 
-Ground truth is sent 5 to 15 s after its answer, drawn evenly. A feedback request that got no answer is sent again, which the
+Ground truth is sent 5 to 15 s after its answer (or as ``--truth-after`` says), drawn evenly. A feedback request that got no answer is sent again, which the
 agent's ``duplicate`` makes safe; what is not yet due when the application ends is never sent.
 """
 
@@ -48,6 +49,9 @@ class Counts:
         changes: [seconds since 1970, version] of each answer that another version gave than the one before.
         labels: what the agent took labels for -> how many; each label counts once, at its first answer.
         label_retries: feedback requests that got no answer and were sent again.
+        labels_due: labels that wait for their time or for an answer.
+        failed_by: error's name -> failures.
+        batch: what it reads as it writes this, 0: it asks nothing.
     """
 
     device: str
@@ -61,6 +65,9 @@ class Counts:
     changes: list[list[Any]] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     label_retries: int = 0
+    labels_due: int = 0
+    failed_by: dict[str, int] = field(default_factory=dict)
+    batch: int = -1
     done: bool = False
 
 
@@ -108,7 +115,9 @@ class Application:
             time.sleep(0.3)
         due, written = time.monotonic(), 0.0
         while not stopped():
-            self._ask()
+            self.counts.batch = read_world(self._world)
+            if self.counts.batch:
+                self._ask(self._rows(self.counts.batch))
             now = time.monotonic()
             if now - self._labelled_s >= _LABEL_EVERY_S:
                 self._tell(now)
@@ -133,8 +142,7 @@ class Application:
             self._drop()
             return False
 
-    def _ask(self) -> None:
-        rows = self._rows()
+    def _ask(self, rows: data.Readings) -> None:
         row = int(self._draw.integers(len(rows)))
         values = rows.x[row]
         body = json.dumps(
@@ -164,8 +172,10 @@ class Application:
         except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
             self._drop()
             self.counts.failed += 1
+            name = type(error).__name__
+            self.counts.failed_by[name] = self.counts.failed_by.get(name, 0) + 1
             if len(self.counts.failures) < _MAX_FAILURES:
-                self.counts.failures.append([time.time(), f"{type(error).__name__}: {error}"[:200]])
+                self.counts.failures.append([time.time(), f"{name}: {error}"[:200]])
             return
         right = max(range(len(probabilities)), key=probabilities.__getitem__) == int(rows.y[row])
         tally = self.counts.versions.setdefault(version, [0, 0])
@@ -180,8 +190,7 @@ class Application:
         due_s = now + float(self._draw.uniform(*self._truth_after_s))
         self._truths.append(Truth(due_s=due_s, prediction=prediction, label=rows.classes[int(rows.y[row])]))
 
-    def _rows(self) -> data.Readings:
-        batch = read_world(self._world)
+    def _rows(self, batch: int) -> data.Readings:
         if batch not in self._batches:
             self._batches[batch] = data.load([batch])
         return self._batches[batch]
@@ -228,6 +237,7 @@ class Application:
         self._connection = None
 
     def _write(self) -> None:
+        self.counts.labels_due = len(self._truths)
         staging = self._out.with_name(f".{self._out.name}")
         staging.write_text(json.dumps(asdict(self.counts)))
         os.replace(staging, self._out)
@@ -263,6 +273,7 @@ def main() -> None:
     parser.add_argument("--world", type=Path, required=True, help="file with the number of the batch to read")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--rate", type=float, required=True)
+    parser.add_argument("--truth-after", type=float, nargs=2, dest="truth_after_s", default=TRUTH_AFTER_S)
     application = Application(**vars(parser.parse_args()))
     ended: list[int] = []
     # The request under way is finished and counted before the process ends.

@@ -19,7 +19,7 @@ from skerry_contract import enrolment
 
 from skerry_cli import key_files, keys, publishing
 from skerry_cli.client import Api, quote
-from skerry_cli.demo.application import Counts, read_counts, write_world
+from skerry_cli.demo.application import TRUTH_AFTER_S, Counts, read_counts, write_world
 from skerry_cli.demo.control import ask_agent
 from skerry_cli.demo.models import MODEL
 from skerry_cli.demo.processes import Processes
@@ -68,6 +68,7 @@ class Fleet:
         batch: which rows the applications read now; ``change_world`` changes it.
         cable_ports: of each device whose network can be cut; mirrored: the one behind the mirror that lies.
         tflite: the devices that run TFLite and nothing else; the others run ONNX and nothing else.
+        truth_after_s: between an answer and its label, at least and at most.
     """
 
     def __init__(self, folder: Path, processes: Processes, *, seed: int) -> None:
@@ -79,6 +80,7 @@ class Fleet:
         self.cable_ports: dict[str, list[int]] = {}
         self.mirrored = ""
         self.tflite: frozenset[str] = frozenset()
+        self.truth_after_s = TRUTH_AFTER_S
         self.overlay = folder / "mirror"
 
     def start_server(self) -> Server:
@@ -213,6 +215,7 @@ class Fleet:
                 *("--serving", str(self.device_folder(device) / "state" / "run" / "serving.json")),
                 *("--out", str(self._counts_file(device)), "--world", str(self._world_file), "--rate", str(RATE)),
                 *("--seed", str(self.seed * 1000 + self.devices.index(device))),
+                *("--truth-after", *map(str, self.truth_after_s)),
             ],
         )
 
