@@ -32,7 +32,9 @@ from tests.system.conftest import Rig
 
 Kind = Literal["server", "broker", "supervisor", "worker", "courier"]
 Sort = Literal["plain", "judged", "bad"]
+Tally = Counter[tuple[str, ...]]
 KINDS: tuple[Kind, ...] = ("server", "broker", "supervisor", "worker", "courier")
+ERRANDS = ("sync", "manifest", "fetch")
 SORTS: tuple[Sort, ...] = ("plain", "judged", "bad", "plain")
 ENDS = {"plain": "completed", "judged": "completed", "bad": "rolled_back"}
 DEVICES, TFLITE = ("gas-1", "gas-2", "gas-3", "gas-4"), ("gas-4",)
@@ -42,8 +44,8 @@ WORLD, ANOTHER_WORLD = 1, 5
 """What applications read and good versions were trained on; what the bad one was trained on: it is right one time in five."""
 MARK = "TEST_KILLS_FLEET"
 """Environment variable by which every process of the fleet is known."""
-ROUND_S = 150.0
-SETTLE_S = 60.0
+STAGE_S, ROUND_S = 240.0, 300.0
+SETTLE_S = 120.0
 FEW_CRASHES = lifecycle.CRASHES - 1
 """Kills of one device's worker within ``lifecycle.CRASHES_WITHIN_S``: one more, and it goes back by itself, which is its right."""
 _BROKEN = ("ConnectionResetError", "RemoteDisconnected", "BrokenPipeError", "IncompleteRead", "ConnectionAbortedError")
@@ -59,6 +61,7 @@ class Kill:
         device: of supervisor, worker, courier.
         wait_s: of a courier how long after it was first seen; of server and supervisor how long until they are started again.
         which: in [0, 1), of several workers.
+        errand: of a courier; any will do once the rollout has ended.
     """
 
     kind: Kind
@@ -66,6 +69,7 @@ class Kill:
     device: str
     wait_s: float
     which: float
+    errand: str = ""
 
 
 @dataclass(kw_only=True)
@@ -114,16 +118,18 @@ def drawn_kills(seed: int, number: int) -> list[Kill]:
     block = list(KINDS)
     random.Random(f"{seed}:kinds:{number // len(block)}").shuffle(block)
     kinds = [block[number % len(block)], *(draw.choice(KINDS) for _ in range(draw.randint(1, 4)))]
-    kills = [
-        Kill(
-            kind=kind,
-            at=round(draw.random(), 3),
-            device=draw.choice(DEVICES) if kind in ("supervisor", "worker", "courier") else "",
-            wait_s=round(draw.uniform(0.0, 1.0 if kind == "courier" else 2.5), 2),
-            which=draw.random(),
-        )
-        for kind in kinds
-    ]
+    kills = []
+    for kind in kinds:
+        at, device, which = draw.random(), draw.choice(DEVICES), draw.random()
+        if kind == "courier":
+            errand = draw.choice(ERRANDS)
+            # What belongs to the update itself is over early.
+            at = at if errand == "sync" else at / 3
+            kill = Kill(kind=kind, at=at, device=device, wait_s=draw.uniform(0.0, 0.6), which=which, errand=errand)
+        else:
+            own = device if kind in ("supervisor", "worker") else ""
+            kill = Kill(kind=kind, at=at, device=own, wait_s=draw.uniform(0.0, 2.5), which=which)
+        kills.append(kill)
     return sorted(kills, key=lambda kill: kill.at)
 
 
@@ -216,10 +222,10 @@ class Totals:
     seconds: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
+        span = f"{min(self.seconds):.0f} to {max(self.seconds):.0f} s each, {sum(self.seconds):.0f} s in all"
         cut_off = f"{self.broken} cut off by a kill, of which {self.cut_off_and_counted} had been counted"
         lines = [
-            f"rounds: {sum(self.rounds.values())} ({_told(self.rounds)}), {min(self.seconds):.0f} to {max(self.seconds):.0f} s each, "
-            f"{sum(self.seconds):.0f} s in all",
+            f"rounds: {sum(self.rounds.values())} ({_told(self.rounds)}), {span}",
             f"kills: {sum(self.kills.values())} ({_told(self.kills)})",
             f"hit: {_told(self.hit)}",
             f"requests: {self.attempts} asked, {self.answered} answered, {self.counted} counted",
@@ -229,23 +235,62 @@ class Totals:
         ]
         return "\n".join(lines)
 
+    def add(self, told: Tally, here: Tally) -> None:
+        """One device's part of a round, once it was held against the server's."""
+        answered, failed = sum_of(told, "answered"), sum_of(told, "failed")
+        self.attempts += answered + failed
+        self.answered += answered
+        self.counted += sum_of(here, "ok")
+        self.cut_off_and_counted += sum_of(here, "ok") - answered
+        self.refused += told["failed", _REFUSED]
+        self.broken += failed - told["failed", _REFUSED]
+        self.labels += told["label", "matched"]
+        self.labelled += sum_of(here, "labelled")
+        self.labels_sent_again += told["labels sent again",]
+
 
 def _told(counts: Counter[str]) -> str:
     return ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
 
 
-def tally(counts: Counts) -> Counter[tuple[str, ...]]:
+def tally(counts: Counts) -> Tally:
     """What an application counted, as numbers that can be taken from one another."""
-    found: Counter[tuple[str, ...]] = Counter({("labels sent again",): counts.label_retries})
+    found: Tally = Counter({("labels sent again",): counts.label_retries})
     found.update({("answered", version): n for version, (n, _) in counts.versions.items()})
     found.update({("failed", name): n for name, n in counts.failed_by.items()})
     found.update({("label", outcome): n for outcome, n in counts.labels.items()})
     return found
 
 
-def sum_of(counts: Counter[tuple[str, ...]], *first: str) -> int:
+def sum_of(counts: Tally, *first: str) -> int:
     """Sum over all keys that begin so."""
     return sum(n for key, n in counts.items() if key[: len(first)] == first)
+
+
+def hold_against(told: Tally, here: Tally, kills: Counter[str]) -> None:
+    """One device, one round: nothing lost, nothing doubled, and no request failed that a kill does not account for.
+
+    Args:
+        told: by the application, as ``tally`` gives it; here: what the server counted, by (name, version).
+        kills: of the device's parts.
+    """
+    what = f"the application tells {dict(told)}, the server counted {dict(+here)}, kills {dict(kills)}"
+    lost = {
+        key[1]: n - here["ok", key[1]] for key, n in told.items() if key[0] == "answered" and here["ok", key[1]] < n
+    }
+    assert not lost, f"lost answers, by version: {lost}; {what}"
+    refused, broken = told["failed", _REFUSED], sum(told["failed", name] for name in _BROKEN)
+    assert refused + broken == sum_of(told, "failed"), f"failures of another kind; {what}"
+    # A kill takes one request with it, the one in work: the application has one connection. A supervisor takes its worker.
+    # With it goes the socket that listened, and with that one a connection that nobody had taken up.
+    assert broken <= kills["worker"] + 2 * kills["supervisor"], f"more requests were cut off than kills can; {what}"
+    assert refused == 0 or kills["supervisor"], f"refused although the supervisor lived; {what}"
+    surplus = sum_of(here, "ok") - sum_of(told, "answered")
+    assert surplus <= broken, f"counted twice: {surplus} more than answered, {broken} may; {what}"
+    assert not any(sum_of(here, name) for name in ("invalid", "failed", "shed")), f"not answered well; {what}"
+    matched = told["label", "matched"]
+    assert sum_of(told, "label") == matched, f"a label was not taken for what it was; {what}"
+    assert matched == sum_of(here, "labelled"), f"labels lost or doubled; {what}"
 
 
 class Field:
@@ -259,8 +304,8 @@ class Field:
         self.bundles: dict[str, Made] = {}
         self.stable = GOOD[0]
         self.totals = Totals()
-        self.counted: Counter[tuple[str, ...]] = Counter()
-        self.told: dict[str, Counter[tuple[str, ...]]] = {}
+        self.counted: Tally = Counter()
+        self.told: dict[str, Tally] = {}
         self.took_s: dict[Sort, float] = {"plain": 8.0, "judged": 16.0, "bad": 10.0}
         self.crashes: dict[str, list[float]] = {device: [] for device in rig.devices}
 
@@ -272,14 +317,14 @@ class Field:
         settings = {**SETTINGS, "window_s": 1.0, "trial_inferences": 10, "max_kib_s": 100}
         fleet.api.put(f"/api/v1/groups/{GROUP}", {"settings": settings})
         self.bundles[self.stable] = rig.publish(self.stable, (WORLD,), seed=1)
-        rig.start_rollout("first", self.bundles[self.stable], [{"share": 1.0, "max_seconds": 120}])
+        rig.start_rollout("first", self.bundles[self.stable], [{"share": 1.0, "max_seconds": STAGE_S}])
         for device in rig.devices:
             fleet.start_application(device)
         for number, version in enumerate(GOOD[1:], 2):
             self.bundles[version] = rig.publish(version, (WORLD,), seed=number)
         self.bundles[BAD] = rig.publish(BAD, (ANOTHER_WORLD,))
-        rig.wait_for_version(self.stable)
-        fleet.wait("the first rollout to end", lambda: self.ended("first") == "completed", 60.0)
+        rig.wait_for_version(self.stable, SETTLE_S)
+        fleet.wait("the first rollout to end", lambda: self.ended("first") == "completed", SETTLE_S)
         self.ports = {device: fleet.status_address(device) for device in rig.devices}
         self.own = json.loads((fleet.server.data / "run.json").read_bytes())
         self.epochs = self.streams()
@@ -325,16 +370,15 @@ class Field:
         """Runs one round and checks it. Returns a line for the log."""
         sort, kills = drawn_sort(self.seed, number), drawn_kills(self.seed, number)
         candidate = BAD if sort == "bad" else GOOD[(GOOD.index(self.stable) + 1) % len(GOOD)]
-        began = time.monotonic()
+        began, before = time.monotonic(), self.totals.answered
         self.fleet.change_world(WORLD)
         one = Round(self, number, sort, candidate, kills)
-        told = ""
         try:
             one.run()
             if sort != "bad":
                 self.stable = candidate
             self.reached(self.stable)
-            told = self.settle({device: one.kills_on(device) for device in self.rig.devices})
+            self.settle({device: one.kills_on(device) for device in self.rig.devices})
             self.nothing_stale()
         except BaseException:
             print(
@@ -347,7 +391,7 @@ class Field:
         self.totals.pardons += one.pardons
         took_s = time.monotonic() - began
         self.totals.seconds.append(took_s)
-        return f"round {number}: {sort} {candidate}, {took_s:.1f} s, {told}; {one.story()}"
+        return f"round {number}: {sort} {candidate}, {took_s:.1f} s, {self.totals.answered - before} answers, each counted; {one.story()}"
 
     def reached(self, version: str) -> None:
         """Everyone runs the version: by what the server heard, by what the agent says, and by what its application is told."""
@@ -367,7 +411,7 @@ class Field:
 
         self.fleet.wait(f"every device to end on {version}", there, SETTLE_S)
 
-    def settle(self, kills: dict[str, Counter[str]]) -> str:
+    def settle(self, kills: dict[str, Counter[str]]) -> None:
         """Lets the applications pause and holds what they counted in this round against the server, device by device."""
         fleet, rig = self.fleet, self.rig
         fleet.change_world(0)
@@ -384,11 +428,11 @@ class Field:
         for device in rig.devices:
             assert self.tell(device, "flush"), f"{device} does not answer"
         deadline = time.monotonic() + SETTLE_S
-        before: Counter[tuple[str, ...]] = Counter()
+        before: Tally = Counter()
         steady = 0
         while steady < 3 and time.monotonic() < deadline:
             items, streams = server_counts(fleet)
-            now: Counter[tuple[str, ...]] = Counter()
+            now: Tally = Counter()
             for row in items:
                 for name in ("ok", "invalid", "failed", "shed", "labelled"):
                     now[row["device"], name, row["version"]] += row[name]
@@ -403,46 +447,16 @@ class Field:
             time.sleep(0.2)
         for device in rig.devices:
             here = Counter({key[1:]: n - self.counted[key] for key, n in before.items() if key[0] == device})
-            self._reckon(device, told[device] - self.told.get(device, Counter()), here, kills.get(device, Counter()))
+            mine = told[device] - self.told.get(device, Counter())
+            try:
+                hold_against(mine, here, kills.get(device, Counter()))
+            except AssertionError as error:
+                raise AssertionError(f"{device}: {error}") from error
+            self.totals.add(mine, here)
         assert all(row["conflicts"] == row["tombstoned"] == 0 for row in streams), streams
         found = {(row["device"], row["epoch"]) for row in streams}
         assert found == self.epochs, f"a device began its outbox anew: {found - self.epochs}"
-        answered = sum(sum_of(told[device] - self.told.get(device, Counter()), "answered") for device in rig.devices)
-        counted = sum(sum_of(before - self.counted, device, "ok") for device in rig.devices)
         self.counted, self.told = before, told
-        return f"{answered} answered, {counted} counted"
-
-    def _reckon(
-        self, device: str, told: Counter[tuple[str, ...]], here: Counter[tuple[str, ...]], kills: Counter[str]
-    ) -> None:
-        """One device, one round: nothing lost, nothing doubled, and no request failed that a kill does not account for."""
-        what = f"{device}: the application tells {dict(told)}, the server counted {dict(+here)}, kills {dict(kills)}"
-        lost = {key[1]: n for key, n in told.items() if key[0] == "answered" and here["ok", key[1]] < n}
-        assert not lost, f"lost answers of {lost}; {what}"
-        answered, counted = sum_of(told, "answered"), sum_of(here, "ok")
-        failed, refused = sum_of(told, "failed"), told["failed", _REFUSED]
-        broken = sum(told["failed", name] for name in _BROKEN)
-        assert refused + broken == failed, f"failures of another kind; {what}"
-        # A kill takes one request with it, the one in work: the application has one connection. A supervisor takes its worker.
-        # With it goes the socket that listened, and with that one a connection that nobody had taken up.
-        assert broken <= kills["worker"] + 2 * kills["supervisor"], f"more requests were cut off than kills can; {what}"
-        assert refused == 0 or kills["supervisor"], f"refused although the supervisor lived; {what}"
-        surplus = counted - answered
-        assert surplus <= broken, f"counted twice: {surplus} more than answered, {broken} may; {what}"
-        assert not any(sum_of(here, name) for name in ("invalid", "failed", "shed")), what
-        labels, matched, labelled = sum_of(told, "label"), told["label", "matched"], sum_of(here, "labelled")
-        assert labels == matched, f"a label was not taken for what it was; {what}"
-        assert matched == labelled, f"labels lost or doubled; {what}"
-        totals = self.totals
-        totals.attempts += answered + failed
-        totals.answered += answered
-        totals.counted += counted
-        totals.cut_off_and_counted += surplus
-        totals.refused += refused
-        totals.broken += broken
-        totals.labels += matched
-        totals.labelled += labelled
-        totals.labels_sent_again += told["labels sent again",]
 
     def nothing_stale(self) -> None:
         """Nobody is left over, and everybody is where they were: addresses, one process of each part."""
@@ -491,6 +505,7 @@ class Round:
         self.down: dict[str, float] = {}
         self.asked_s = 0.0
         self.pardoned_s = 0.0
+        self.ended_s: float | None = None
         self.decision = ""
 
     def story(self) -> str:
@@ -507,7 +522,7 @@ class Round:
         """From the start of the rollout to its end, with every kill carried out and everybody started again."""
         self._start()
         self.began_s = time.monotonic()
-        looked_s = ended_s = 0.0
+        looked_s = 0.0
         state = ""
         while True:
             now_s = time.monotonic() - self.began_s
@@ -515,8 +530,8 @@ class Round:
             self._kill(now_s)
             if now_s - looked_s > 0.4:
                 state, looked_s = self._look(now_s), now_s
-                if state in ENDS.values() and not ended_s:
-                    ended_s = now_s
+                if state in ENDS.values() and self.ended_s is None:
+                    self.ended_s = now_s
             if state in ENDS.values() and not self.left and not self.down:
                 break
             assert state not in ("paused", "aborted"), f"the rollout is {state}"
@@ -526,14 +541,15 @@ class Round:
             assert now_s < ROUND_S, f"the rollout is {state or 'not to be asked'} after {ROUND_S:g} s"
             time.sleep(0.015)
         assert state == ENDS[self.sort], f"the rollout is {state}"
-        self.field.took_s[self.sort] = ended_s
+        assert self.ended_s is not None
+        self.field.took_s[self.sort] = self.ended_s
         self._ended_once(state)
 
     def _start(self) -> None:
-        least: list[dict[str, Any]] = [{"share": 1.0, "min_inferences": 40, "max_seconds": 120}]
+        least: list[dict[str, Any]] = [{"share": 1.0, "min_inferences": 40, "max_seconds": STAGE_S}]
         judge = None
         if self.sort != "plain":
-            least.insert(0, {"devices": 2, "min_inferences": 20, "min_seconds": 1, "max_seconds": 120})
+            least.insert(0, {"devices": 2, "min_inferences": 20, "min_seconds": 1, "max_seconds": STAGE_S})
             judge = {
                 "guardrails": {"labelled_errors": {"alpha": 0.035, "margin": 1.5, "min_n": 30, "limit": 0.2}},
                 "look_s": 0.5,
@@ -609,7 +625,12 @@ class Round:
 
     def _hunt(self, pending: Pending, supervisor: int, now_s: float) -> str:
         """Waits for a courier of the device to appear, then for the time that was drawn. Returns the verb of the one it killed."""
-        found = {child: line for child, line in children(supervisor) if "skerry_agent.courier" in line}
+        errand = pending.drawn.errand if self.ended_s is None else ""
+        found = {
+            child: line
+            for child, line in children(supervisor)
+            if "skerry_agent.courier" in line and line.endswith(errand)
+        }
         if pending.prey and now_s < pending.due_s:
             return ""
         if pending.prey:

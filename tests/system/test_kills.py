@@ -9,9 +9,13 @@ from __future__ import annotations
 import faulthandler
 import os
 import secrets
+import signal
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +52,77 @@ def run(field: killing.Field, rounds: str, capsys: pytest.CaptureFixture[str]) -
             print(line, flush=True)
     with capsys.disabled():
         print(f"seed {field.seed}\n{field.totals}", flush=True)
-    assert len(numbers) < len(killing.KINDS) or set(field.totals.kills) == set(killing.KINDS), "a kind was never killed"
+    wanted = {kill.kind for number in numbers for kill in killing.drawn_kills(field.seed, number)}
+    assert set(field.totals.kills) == wanted, f"never killed: {wanted - set(field.totals.kills)}"
+
+
+WELL: dict[str, dict[Any, int]] = {
+    "told": {("answered", "1.0.0"): 20, ("answered", "2.0.0"): 30, ("label", "matched"): 50},
+    "here": {("ok", "1.0.0"): 20, ("ok", "2.0.0"): 30, ("labelled", "1.0.0"): 20, ("labelled", "2.0.0"): 30},
+    "kills": {},
+}
+CUT_OFF = {("failed", "RemoteDisconnected"): 1}
+REFUSED = {("failed", "ConnectionRefusedError"): 7}
+
+
+@pytest.mark.parametrize(
+    ("told", "here", "kills"),
+    [
+        ({}, {}, {}),
+        (CUT_OFF, {}, {"worker": 1}),
+        (CUT_OFF, {("ok", "2.0.0"): 31}, {"worker": 1}),
+        ({**CUT_OFF, **REFUSED}, {}, {"supervisor": 1}),
+    ],
+)
+def test_a_round_that_lost_and_doubled_nothing_is_well(told: Any, here: Any, kills: Any) -> None:
+    merged = [Counter(WELL[name] | more) for name, more in (("told", told), ("here", here), ("kills", kills))]
+    killing.hold_against(*merged)
+
+
+@pytest.mark.parametrize(
+    ("told", "here", "kills", "why"),
+    [
+        ({}, {("ok", "2.0.0"): 29}, {}, "lost answers"),
+        ({}, {("ok", "1.0.0"): 21, ("ok", "2.0.0"): 29}, {"worker": 1}, "lost answers"),
+        ({}, {("ok", "2.0.0"): 31}, {"worker": 1}, "counted twice"),
+        (CUT_OFF, {("ok", "2.0.0"): 32}, {"worker": 1}, "counted twice"),
+        (REFUSED, {("ok", "2.0.0"): 31}, {"supervisor": 1}, "counted twice"),
+        (CUT_OFF, {}, {"courier": 1}, "more requests were cut off"),
+        (REFUSED, {}, {"worker": 1}, "refused although"),
+        ({("failed", "ValueError"): 1}, {}, {"worker": 1}, "failures of another kind"),
+        ({}, {("failed", "2.0.0"): 1}, {}, "not answered well"),
+        ({("label", "unknown"): 1}, {}, {"worker": 1}, "a label was not taken"),
+        ({}, {("labelled", "2.0.0"): 29}, {"worker": 1}, "labels lost or doubled"),
+        ({}, {("labelled", "2.0.0"): 31}, {"worker": 1}, "labels lost or doubled"),
+    ],
+)
+def test_a_round_that_lost_or_doubled_something_is_not(told: Any, here: Any, kills: Any, why: str) -> None:
+    merged = [Counter(WELL[name] | more) for name, more in (("told", told), ("here", here), ("kills", kills))]
+    with pytest.raises(AssertionError, match=why):
+        killing.hold_against(*merged)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_seed_draws_the_same_again_and_five_rounds_have_every_kind_and_every_end(seed: int) -> None:
+    kills = [killing.drawn_kills(seed, number) for number in range(100)]
+    sorts = [killing.drawn_sort(seed, number) for number in range(100)]
+    assert kills == [killing.drawn_kills(seed, number) for number in range(100)]
+    assert kills != [killing.drawn_kills(seed + 1, number) for number in range(100)]
+    assert all(2 <= len(round_) <= 5 for round_ in kills)
+    for first in range(0, 100, 5):
+        assert {kill.kind for round_ in kills[first : first + 5] for kill in round_} == set(killing.KINDS)
+    assert {killing.ENDS[sort] for sort in sorts[:5]} == {"completed", "rolled_back"}
+
+
+def test_a_process_that_ended_by_itself_is_no_kill() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert not killing.kill_9(ended.pid), "a corpse"
+    assert ended.wait() == 0
+    assert not killing.kill_9(ended.pid), "nobody"
+    alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert killing.kill_9(alive.pid)
+    assert alive.wait() == -signal.SIGKILL
 
 
 def test_kills_at_random_moments_of_rollouts_lose_and_double_nothing(
