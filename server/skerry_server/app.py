@@ -276,6 +276,7 @@ class Server:
         self._broker.start()
         self._stack.callback(_stop_part, "broker", self._broker.stop)
         link = self._link = ServerLink(self._engine, self._endpoint())
+        self._broker.when_back(link.hurry)
         self._ingest = Ingest(self._engine, link, settings=IngestSettings(bucket_s=settings.telemetry.bucket_s))
         orchestrator = self._orchestrator = Orchestrator(
             self._engine, self._publication, link, settings.rollout, clock.now_ms, self._telemetry.observe_tick

