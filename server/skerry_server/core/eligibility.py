@@ -7,10 +7,21 @@ from typing import Any
 
 from skerry_contract import manifest as m
 
-UNABLE = frozenset({"no_variant", "agent_too_old", "runtime_missing", "not_enough_disk", "not_enough_memory"})
+UNABLE = frozenset(
+    {
+        "no_variant", "agent_too_old", "runtime_missing", "not_enough_disk", "not_enough_memory", "storage_failed",
+        "not_enrolled", "identity_damaged",
+    }
+)  # fmt: skip
 """Codes by which a device says that it cannot run the bundle: nothing about the bundle itself."""
-ELSEWHERE = frozenset({"unreachable", "timeout", "expired", "rollback", "withdrawn", "interrupted"})
-"""Codes about the way to the repository, or about a change of plan: nothing is said about the bundle."""
+ELSEWHERE = frozenset(
+    {
+        "unreachable", "timeout", "expired", "rollback", "withdrawn", "interrupted", "busy", "courier_crashed",
+        "process_not_started",
+    }
+)  # fmt: skip
+"""Codes about the way to the repository, about the agent's own helpers on that way, or about a change of plan: nothing is said about
+the bundle, and the device tries again."""
 
 
 def is_verdict_on_bundle(code: str) -> bool:

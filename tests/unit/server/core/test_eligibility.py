@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import skerry_agent
 from skerry_contract import manifest as m
 from skerry_server.core import eligibility
 
@@ -29,6 +32,26 @@ def test_a_device_needs_a_variant_for_its_runtime_and_architecture(manifest: m.M
 )
 def test_what_speaks_of_the_bundle_counts_against_it_and_so_does_what_nobody_knows(code: str) -> None:
     assert eligibility.is_verdict_on_bundle(code)
+
+
+def on_the_way() -> Iterator[str]:
+    """Every code by which a courier, or whoever starts one or a worker, says that the try may be made again or the device lacks something."""
+    agent = Path(skerry_agent.__file__).parent
+    for path in (agent / "errand.py", agent / "workers.py", *sorted((agent / "courier").glob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("Transient", "Degraded")
+            ):
+                assert isinstance(node.args[0], ast.Constant), ast.unparse(node)
+                yield str(node.args[0].value)
+
+
+def test_what_an_agent_calls_passing_or_its_own_lack_is_no_verdict_on_the_bundle() -> None:
+    codes = set(on_the_way())
+    assert {"courier_crashed", "process_not_started", "busy", "unreachable", "storage_failed"} <= codes
+    assert not [code for code in sorted(codes) if eligibility.is_verdict_on_bundle(code)]
 
 
 @pytest.mark.parametrize(
