@@ -507,6 +507,7 @@ class Round:
         self.pardoned_s = 0.0
         self.ended_s: float | None = None
         self.decision = ""
+        self.may_go_back = {kill.device for kill in kills if kill.kind in ("supervisor", "worker")}
 
     def story(self) -> str:
         """What was drawn and what happened, for whoever reads the log."""
@@ -563,9 +564,8 @@ class Round:
             least,
             stratified=False,
             judge=judge,
-            # A worker that is killed on trial sends its device back, as it must. Whoever kills it says so to the device (see ``_look``);
-            # everything else that sends a device back shows in the end.
-            gates={"max_error_rate": 0.01, "latency_p95_ms": 5000.0, "max_reverts": len(self.rig.devices)},
+            # A worker that is killed on trial sends its device back, as it must; nothing else may.
+            gates={"max_error_rate": 0.01, "latency_p95_ms": 5000.0, "max_reverts": len(self.may_go_back)},
         )
 
     # --- killing -------------------------------------------------------------------------------------------------------------
@@ -683,13 +683,17 @@ class Round:
     def _ended_once(self, state: str) -> None:
         """The decisions are those of one rollout that ended once, and the judge's rulings come out the same from what is stored."""
         path = f"/api/v1/rollouts/{self.rollout}"
-        actions = [d["action"] for d in self.fleet.api.items(f"{path}/decisions") if d["action"] != "hold"]
+        decisions = list(self.fleet.api.items(f"{path}/decisions"))
+        actions = [d["action"] for d in decisions if d["action"] != "hold"]
         wanted = {
             "plain": ["start", "complete", "finish"],
             "judged": ["start", "advance", "complete", "finish"],
             "bad": ["start", "roll_back", "rolled_back"],
         }[self.sort]
         assert actions == wanted, actions
+        reverted = decisions[-1]["evidence"]["reverted"]
+        assert set(reverted) <= {"trial_crashed", "runtime_crashed"}, f"devices went back: {reverted}"
+        assert sum(reverted.values()) <= len(self.may_go_back), f"devices went back: {reverted}"
         if self.sort != "plain":
             explained = self.fleet.api.get(f"{path}/explain", stage=0)
             assert explained["identical"] and explained["looks"], explained
