@@ -241,9 +241,12 @@ class EmbeddedBroker:
                 self._launch()
                 return
             except BrokerFailed:
-                # Another program may have taken the free port in between; a port that was asked for is not exchanged.
-                if wanted or attempt == 4:
+                # Another program may have taken the free port in between; a port that was asked for is not exchanged. But a child
+                # that was killed says nothing of its port or configuration.
+                killed = self._child is not None and (self._child.returncode or 0) < 0
+                if (wanted and not killed) or attempt == 4:
                     raise
+                log.warning("broker ended at its start code=%s", self._child.returncode if self._child else None)
                 self._end_child()
 
     def _launch(self) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,34 @@ def test_a_killed_broker_comes_back_on_its_port_with_what_was_retained(fleet, pe
     device = peers(peers.Peer, fleet, "dev-a").open()
     assert device.subscribed(topics.bell("dev-a"))
     peers.until(lambda: (topics.bell("dev-a"), b"ring") in device.got, "the retained bell")
+
+
+@pytest.mark.parametrize("kills", [1, 5])
+def test_a_broker_that_is_killed_while_it_starts_is_started_again_and_not_for_ever(tmp_path, fleet, peers, kills):
+    port = fleet.broker.port
+    fleet.broker.stop()
+    certificate, key = fleet.authority.serve()
+    broker = EmbeddedBroker(
+        tmp_path / "second", ca_file=fleet.authority.pem, certificate_file=certificate, key_file=key, port=port
+    )
+    killed = set()
+    with ThreadPoolExecutor(1) as aside:
+        started = aside.submit(broker.start)
+        for _ in range(kills):
+            pid = peers.until(lambda: broker.pid not in killed and broker.pid, "the next child")
+            # Long before it says that it is ready: it is still Python that becomes it.
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        try:
+            if kills == 5:
+                with pytest.raises(BrokerFailed, match="ended at its start"):
+                    started.result(30)
+            else:
+                started.result(30)
+                assert broker.pid not in (None, *killed) and broker.port == port
+        finally:
+            broker.stop()
+    assert not any(map(alive, killed))
 
 
 def test_the_server_is_back_on_its_broker_as_soon_as_that_is_back(nats_fleet, peers, monkeypatch):
