@@ -10,6 +10,8 @@ import os
 import socket
 from collections.abc import Mapping
 
+_PATIENCE_S = 0.5
+
 
 class Notify:
     """``environment`` is read once. ``interval_s`` is how often to ping, None without a watchdog."""
@@ -21,11 +23,16 @@ class Notify:
         self.interval_s = int(microseconds) / 2e6 if microseconds.isdigit() and int(microseconds) and mine else None
 
     def tell(self, *lines: str) -> None:
-        """Sends assignments such as ``READY=1``. A listener that is gone is no error of ours."""
+        """Sends assignments such as ``READY=1``. A listener that is gone is no error of ours.
+
+        The kernel keeps ten datagrams for one that does not read, and lets the sender of the next wait: not for long, since
+        the loop that does everything else stands still meanwhile. The next ping comes soon enough.
+        """
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.settimeout(_PATIENCE_S)
             try:
                 sock.sendto("\n".join(lines).encode(), address)
             except OSError:

@@ -76,8 +76,8 @@ class DeviceRoot:
             )
 
     def files(self) -> set[str]:
-        """Every path there is, but what dpkg keeps for itself and logs."""
-        own = ("var/lib/dpkg", "var/log", "var/cache", "proc", "tmp")
+        """Every path there is, but what dpkg keeps for itself, logs, and what lasts only until the next boot."""
+        own = ("var/lib/dpkg", "var/log", "var/cache", "proc", "run", "tmp")
         found = set()
         for folder, names, files in os.walk(self.folder):
             inside = Path(folder).relative_to(self.folder)

@@ -1,7 +1,8 @@
-"""ONNX Runtime on the CPU, one thread by default."""
+"""ONNX Runtime on the CPU, one thread by default, and silent: its wheels report to their maker unless they are told not to."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,6 +58,8 @@ class OnnxEngine:
             Rejected: ``model_damaged``, ``operator_unknown``.
             Degraded: ``runtime_missing`` when the package does not import, ``out_of_memory``.
         """
+        # Read at import. Without it there are an id of this device and a database below the home folder, a thread, and reports.
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
             import onnxruntime as ort
         except ImportError as error:

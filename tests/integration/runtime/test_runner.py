@@ -1,6 +1,9 @@
 """A loaded variant on the real ONNX Runtime: right answers, and every wrong part refused with its code."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -185,6 +188,23 @@ def test_the_quick_call_and_the_public_one_agree(models, tmp_path):
     (quick,) = engine.prepare(["probabilities"])({"x": x})
     np.testing.assert_array_equal(quick, engine.run({"x": x})["probabilities"])
     assert getattr(engine._session, "_sess", None) is not None, "the shortcut is gone: the engine works, 1 us slower"
+
+
+def test_onnx_runtime_makes_no_id_of_this_device_and_no_database_of_reports(models, tmp_path):
+    """Its wheels report to their maker unless the environment says otherwise before they are imported."""
+    path = models.write_onnx(tmp_path / "m.onnx")
+    (tmp_path / "home").mkdir()
+    script = (
+        "import pathlib, sys; from skerry_runtime.engines.onnx import OnnxEngine; OnnxEngine(pathlib.Path(sys.argv[1]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        env={**environment, "HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": ""},
+        check=True,
+        timeout=60,
+    )
+    assert list((tmp_path / "home").rglob("*")) == []
 
 
 def test_what_the_guard_lets_through_and_the_runtime_does_not_is_a_bad_input(models, tmp_path):

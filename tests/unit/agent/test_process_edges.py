@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +285,28 @@ def test_the_service_manager_hears_ready_and_a_missing_one_does_no_harm(tmp_path
     silent.tell("READY=1")
     assert silent.interval_s is None
     assert Notify({"WATCHDOG_USEC": "10", "WATCHDOG_PID": "1"}).interval_s is None
+
+
+def test_a_service_manager_that_does_not_read_stops_nobody(tmp_path: Path) -> None:
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(path)
+        notify = Notify({"NOTIFY_SOCKET": path})
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, contextlib.suppress(BlockingIOError):
+            other.setblocking(False)
+            while True:
+                other.sendto(b"full", path)
+        began = time.monotonic()
+        notify.tell("WATCHDOG=1")
+        assert time.monotonic() - began < 10.0
+        assert listener.recv(100) == b"full"
+        notify.tell("WATCHDOG=1")
+        listener.setblocking(False)
+        said = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                said.append(listener.recv(100))
+        assert said.count(b"WATCHDOG=1") == 1
 
 
 def test_the_commands_have_their_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
