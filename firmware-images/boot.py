@@ -47,6 +47,14 @@ TTYPath=/dev/ttyS0
 """
 
 
+def program(name: str) -> str:
+    """Where a program is; Debian keeps some where only root looks."""
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if found is None:
+        raise SystemExit(f"{name} is not installed (on Debian: apt install qemu-system-x86 e2fsprogs)")
+    return found
+
+
 class Story:
     """Says what happens, with the time since the beginning."""
 
@@ -67,10 +75,15 @@ class Guest:
         subprocess.run(["cp", "--sparse=always", str(image), str(self.disk)], check=True)
         self._boot = {name: image.with_name(f"{name}-amd64") for name in ("vmlinuz", "initrd")}
 
-    def add_rig(self, rows: list[list[float]]) -> None:
-        """Puts the application into the copy, without mounting it."""
+    def add_rig(self, rows: list[list[float]], runtimes: str) -> None:
+        """Puts the application into the copy, without mounting it, and the runtimes that the agent may use."""
         files = {"rig.py": (HERE / "rig.py").read_text(), "rows.json": json.dumps(rows), "rig.service": _SERVICE}
         commands = ["mkdir /opt/rig"]
+        if runtimes:
+            drop_in = self._folder / "runtimes.conf"
+            drop_in.write_text(f"[Service]\nEnvironment=SKERRY_AGENT_DEVICE_RUNTIMES={runtimes}\n")
+            place = "/etc/systemd/system/skerry-agent.service.d"
+            commands += [f"mkdir {place}", f"write {drop_in} {place}/runtimes.conf"]
         for name, text in files.items():
             (self._folder / name).write_text(text)
             place = "/etc/systemd/system" if name.endswith(".service") else "/opt/rig"
@@ -78,8 +91,7 @@ class Guest:
         commands.append("symlink /etc/systemd/system/multi-user.target.wants/rig.service ../rig.service")
         script = self._folder / "debugfs"
         script.write_text("\n".join(commands) + "\n")
-        tool = shutil.which("debugfs", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or "debugfs"
-        subprocess.run([tool, "-w", "-f", str(script), str(self.disk)], check=True, capture_output=True)
+        subprocess.run([program("debugfs"), "-w", "-f", str(script), str(self.disk)], check=True, capture_output=True)
 
     def start(self, token: str, *, accelerator: str, memory_mb: int, processors: int) -> None:
         """Switches it on. The token is read from a file: nobody sees it among the programs' arguments."""
@@ -89,7 +101,7 @@ class Guest:
         self._processes.start(
             "qemu",
             [
-                *("qemu-system-x86_64", "-accel", accelerator, "-cpu", "max", "-m", str(memory_mb), "-smp", str(processors)),
+                *(program("qemu-system-x86_64"), "-accel", accelerator, "-cpu", "max", "-m", str(memory_mb), "-smp", str(processors)),
                 *("-nodefaults", "-no-reboot", "-display", "none"),
                 *("-kernel", str(self._boot["vmlinuz"]), "-initrd", str(self._boot["initrd"])),
                 *("-append", "root=/dev/vda rw console=ttyS0 quiet systemd.show_status=yes"),
@@ -201,7 +213,7 @@ def run(options: argparse.Namespace, processes: Processes, story: Story) -> None
     publish(fleet)
     story.say(f"Server, ceremony, model and rollout are there; the server listens on {fleet.server.url}.")
     guest = Guest(options.folder, options.image, processes)
-    guest.add_rig([[float(v) for v in row] for row in data.load((1,)).x[:50]])
+    guest.add_rig([[float(v) for v in row] for row in data.load((1,)).x[:50]], options.runtimes)
     guest.start(
         token_for_guest(fleet),
         accelerator=options.accelerator,
@@ -264,7 +276,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Boots the image beside a real server.")
     parser.add_argument("--image", type=Path, default=Path("build/image/skerry-amd64.ext4"))
     parser.add_argument("--folder", type=Path, default=Path("build/boot"), help="made anew")
-    parser.add_argument("--accelerator", default="kvm" if os.access("/dev/kvm", os.W_OK) else "tcg", help="kvm or tcg")
+    parser.add_argument("--accelerator", default="tcg", help="kvm where it works")
+    parser.add_argument(
+        "--runtimes", default="", help="onnx, tflite, or both: which the agent may use; empty: as the image says"
+    )
     parser.add_argument("--memory-mb", type=int, default=1024)
     parser.add_argument("--processors", type=int, default=2)
     options = parser.parse_args()

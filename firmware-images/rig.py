@@ -118,7 +118,7 @@ def main() -> None:
     show("skerry-agent", "status")
     show("skerry-agent", "doctor")
     show("df", "-h", "/")
-    show("cat", "/proc/meminfo")
+    show("head", "-n", "3", "/proc/meminfo")
     show("ls", "-ln", "/var/lib/skerry-agent")
     speak(said("systemd-analyze", "--no-pager", "security", UNIT).splitlines()[-1])
     tell(step="looked", processes=processes(), memory_mb=round(int(shown("MemoryCurrent")) / 2**20, 1))

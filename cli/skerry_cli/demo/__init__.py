@@ -2,5 +2,5 @@
 
 import os
 
-# Read when onnxruntime is imported, which otherwise makes an id of this machine and reports to its maker.
+# Read when onnxruntime is imported, whose telemetry otherwise makes an id of this machine below the home folder.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"

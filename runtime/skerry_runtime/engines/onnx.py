@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, one thread by default, and silent: its wheels report to their maker unless they are told not to."""
+"""ONNX Runtime on the CPU, one thread by default, and silent: its wheels carry their maker's telemetry, which is on unless told otherwise."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class OnnxEngine:
             Rejected: ``model_damaged``, ``operator_unknown``.
             Degraded: ``runtime_missing`` when the package does not import, ``out_of_memory``.
         """
-        # Read at import. Without it there are an id of this device and a database below the home folder, a thread, and reports.
+        # Read at import. Without it: an id of this device and a database of events below the home folder, and a thread.
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
             import onnxruntime as ort

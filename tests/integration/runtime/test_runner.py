@@ -191,7 +191,7 @@ def test_the_quick_call_and_the_public_one_agree(models, tmp_path):
 
 
 def test_onnx_runtime_makes_no_id_of_this_device_and_no_database_of_reports(models, tmp_path):
-    """Its wheels report to their maker unless the environment says otherwise before they are imported."""
+    """Its wheels carry their maker's telemetry, on unless the environment says otherwise before they are imported."""
     path = models.write_onnx(tmp_path / "m.onnx")
     (tmp_path / "home").mkdir()
     script = (
