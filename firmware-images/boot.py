@@ -42,8 +42,7 @@ Description=Rig: an application and somebody who looks
 After=network.target
 [Service]
 ExecStart=/usr/lib/skerry-agent/bin/python3 -I /opt/rig/rig.py
-StandardError=tty
-TTYPath=/dev/ttyS0
+StandardError=journal+console
 """
 
 

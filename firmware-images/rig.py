@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -127,7 +129,7 @@ def main() -> None:
     first = shown("MainPID")
     before = application.failed
     began = time.monotonic()
-    said("kill", "-STOP", first)
+    os.kill(int(first), signal.SIGSTOP)
     asked = 0
     while shown("MainPID") == first:
         application.ask()
