@@ -3,6 +3,7 @@
 #   make demo [KEEP=1]      a whole fleet on this machine; KEEP=1 leaves it running and prints the addresses
 #   make test               the tests                   make test-slow   those over a minute, or that need the network
 #   make test-tflite        the agent's worker on tflite-runtime, in an environment of its own
+#   make test-deb           the agent's .deb in a chroot; wants root and mmdebstrap
 #   make check              format, lint, types, import rules, docs: what CI checks beside the tests
 #   make bench [ONLY=name]  benchmarks, one JSON line each
 #   make deb                the agent's .deb for Debian 12, amd64, in build/deb; wants a Python 3.11
@@ -18,7 +19,7 @@ MEMBERS := $(wildcard */pyproject.toml)
 PARALLEL ?= 2
 ARCH    ?= amd64
 
-.PHONY: demo test test-slow test-tflite check bench format deb image clean setup setup-demo
+.PHONY: demo test test-slow test-tflite test-deb check bench format deb image clean setup setup-demo
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/skerry demo $(if $(KEEP),--keep)
@@ -31,6 +32,9 @@ test-slow: $(VENV)/.ready-dev
 
 test-tflite: $(VENV)/.ready-dev $(TFLITE)/.ready
 	$(BIN)/python -m pytest -rs tests/integration/worker/test_tflite_runtime.py $(ARGS)
+
+test-deb: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -rs -m slow tests/system/test_deb.py $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
