@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
-import json
 import logging
 import os
 import random
 import resource
 import secrets
 import signal
-import socket
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,7 +23,7 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 from skerry_contract import group, ids, topics, wire
 from skerry_contract.errors import ContractError
 
-from skerry_agent import facts, local_socket, reporting
+from skerry_agent import facts, hold, reporting
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, identity
 from skerry_agent.control import Answer, ControlServer
@@ -40,7 +34,6 @@ from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
-from skerry_agent.local_socket import LocalSocket
 from skerry_agent.logs import kv
 from skerry_agent.notify import Notify
 from skerry_agent.restoring import Restoring
@@ -55,9 +48,6 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
 _RENEW_EVERY_S = 3600.0
-_FORMER_S = 3.0
-"""A worker of a former life gives up the address at once, unless it hangs; so long it may be merely slow."""
-_KILLED_S = 5.0
 
 
 class Supervisor:
@@ -88,7 +78,7 @@ class Supervisor:
         config.run_dir.mkdir(exist_ok=True, mode=0o700)
         self._draw = random.SystemRandom().random
         self._clock = Clock()
-        self._lock = _lock(config)
+        self._lock = hold.lock(config)
         self._store, self._opened = open_store(
             config.state_dir / "state.db",
             binding=facts.binding(self._identity),
@@ -107,8 +97,8 @@ class Supervisor:
         self._errands = Errands(courier_command)
         self._notify = Notify(environment)
         roll = Roll(config.run_dir / "workers.json", self._clock.boot_id)
-        self._listener = _bind(config, roll, self._clock)
-        self._local = _bind_local(config, roll, self._clock)
+        self._listener = hold.bind(config, roll, self._clock)
+        self._local = hold.bind_local(config, roll, self._clock)
         listeners = [self._listener] if self._local is None else [self._listener, self._local.socket]
         host, port = self._listener.getsockname()[:2]
         self._address: dict[str, Any] = {"host": host, "port": port}
@@ -692,93 +682,6 @@ def _raise_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError) as error:
         log.warning("limit of descriptors not raised", extra=kv(soft=soft, hard=hard, detail=str(error)))
-
-
-def _lock(config: Config) -> int:
-    """One agent per state folder. The lock ends with the process, however it ends."""
-    descriptor = os.open(config.run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise Degraded(
-            "already_running", f"another agent uses {config.state_dir}", advice="stop it, or use another state_dir"
-        ) from None
-    return descriptor
-
-
-def _bind(config: Config, roll: Roll, clock: Clock) -> socket.socket:
-    """The address of the applications, bound and not yet listening: the first worker makes it accept.
-
-    Port 0 takes a free port once and keeps it over restarts, so that applications find the agent again.
-    """
-    host, port = config.serving.host, config.serving.port
-    family = socket.AF_INET6 if ":" in config.serving.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if port == 0 and (last := _last_port(config)) != 0:
-        try:
-            _bind_behind(sock, host, last, roll, clock)
-            return sock
-        except (OSError, OverflowError) as error:
-            log.warning("address is taken; using another", extra=kv(host=host, port=last, detail=str(error)))
-    try:
-        _bind_behind(sock, host, port, roll, clock)
-    except OSError as error:
-        sock.close()
-        raise Degraded("address_in_use", f"{host}:{port}: {error.strerror}", advice="change serving.port") from None
-    return sock
-
-
-def _bind_behind(sock: socket.socket, host: str, port: int, roll: Roll, clock: Clock) -> None:
-    """Binds, once a worker of a former life has given the address up. One that hangs is ended."""
-    began_s, ended = clock.boot_s(), False
-    while True:
-        # Asked first: one that goes between the two leaves the address free for another try.
-        former = roll.former()
-        try:
-            sock.bind((host, port))
-            return
-        except OSError as error:
-            waited_s = clock.boot_s() - began_s
-            if error.errno != errno.EADDRINUSE or not former or waited_s > _FORMER_S + _KILLED_S:
-                raise
-        if waited_s > _FORMER_S and not ended:
-            roll.end_former()
-            ended = True
-        time.sleep(0.02)
-
-
-def _bind_local(config: Config, roll: Roll, clock: Clock) -> LocalSocket | None:
-    """The unix socket beside the address, once a worker of a former life has given it up; None where none is wanted.
-
-    Raises:
-        Degraded: ``address_in_use``.
-    """
-    serving = config.serving
-    if not serving.socket:
-        return None
-    began_s, ended = clock.boot_s(), False
-    while True:
-        # Asked first, as above.
-        former = roll.former()
-        try:
-            return local_socket.bind(Path(serving.socket), int(serving.socket_mode, 8))
-        except Degraded:
-            waited_s = clock.boot_s() - began_s
-            if not former or waited_s > _FORMER_S + _KILLED_S:
-                raise
-        if waited_s > _FORMER_S and not ended:
-            roll.end_former()
-            ended = True
-        time.sleep(0.02)
-
-
-def _last_port(config: Config) -> int:
-    try:
-        return int(json.loads((config.run_dir / "serving.json").read_bytes())["port"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def _write(path: Any, data: bytes) -> None:
