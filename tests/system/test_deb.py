@@ -244,8 +244,8 @@ def test_installed_enrolled_serving_upgraded_removed_and_purged(
         assert (examined.returncode, findings["server"]["verdict"], findings["broker"]["verdict"]) == (0, "ok", "ok")
         assert "golden cases passed" in findings["runtime"]["detail"]
         # It never fell silent for so long that it would have been killed, while it fetched, proved and swapped.
+        fleet.fleet.wait("two pings", lambda: len(manager.times("WATCHDOG=1")) >= 2, 2 * WATCHDOG_S)
         pings = [ready, *manager.times("WATCHDOG=1"), time.monotonic()]
-        assert len(pings) > 3
         assert max(later - sooner for sooner, later in itertools.pairwise(pings)) < WATCHDOG_S
         agent.send_signal(signal.SIGTERM)
         manager.wait_for("STOPPING=1", 10.0)
