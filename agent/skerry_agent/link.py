@@ -1,4 +1,8 @@
-"""The MQTT session: birth, will, publish, and what comes in. MQTT 3.1.1 over mutual TLS, clean sessions, QoS 1.
+"""The MQTT session: birth, will, publish, and what comes in. MQTT 3.1.1 over mutual TLS, clean sessions.
+
+It publishes with QoS 1 and listens with QoS 0: a session that broke keeps nothing, so QoS 1 would repeat nothing either, and a broker
+may pay dearly for it (NATS: a consumer of its own per filter, a thousand by default). What is missed, the next session, the timer and
+the resending of records make up for.
 
 Every session has a birth number of its own, higher than the last; the will carries it, so that a will which arrives late is
 told from the present session. The network runs in one thread per session; what happens is handed to the event loop as
@@ -11,6 +15,7 @@ import asyncio
 import logging
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +33,8 @@ from skerry_agent.logs import kv
 log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
+_LASTING_S = 30.0
+"""A session that lasted so long was a good one; one that was taken away sooner counts as a failure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +155,7 @@ class Link:
         client, before = self._client, self._group
         self._group = group
         if client is not None and client.is_connected() and group != before:
-            client.subscribe(topics.group_bell(group), qos=1)
+            client.subscribe(topics.group_bell(group))
             client.unsubscribe(topics.group_bell(before))
 
     def reconnect(self) -> None:
@@ -163,8 +170,9 @@ class Link:
     async def _keep(self) -> None:
         failures = 0
         while True:
-            down, was_up = await self._session()
-            failures = 1 if was_up else failures + 1
+            began_s = time.monotonic()
+            down = await self._session()
+            failures = 1 if time.monotonic() - began_s > _LASTING_S else failures + 1
             wait_s = backoff.delay_s(down.cause, failures, self._draw(), scale=self._scale)
             log.info("link down", extra=kv(cause=down.cause, detail=down.detail, wait_s=round(wait_s, 2)))
             self._on_happening(down)
@@ -174,11 +182,10 @@ class Link:
             except TimeoutError:
                 continue
 
-    async def _session(self) -> tuple[Down, bool]:
+    async def _session(self) -> Down:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Down] = loop.create_future()
         self._birth = birth = self._next_birth()
-        was_up = False
 
         def post(function: Callable[..., None], *values: Any) -> None:
             # A loop that is closing has no use for news.
@@ -190,8 +197,6 @@ class Link:
                 ended.set_result(Down(cause=cause, detail=detail))
 
         def up() -> None:
-            nonlocal was_up
-            was_up = True
             if self._client is client:
                 self._on_happening(Up(birth=birth))
 
@@ -207,7 +212,7 @@ class Link:
             if self._context is not None:
                 client.tls_set_context(self._context())
         except (OSError, ssl.SSLError) as error:
-            return Down(cause="refused", detail=f"identity: {error}"), False
+            return Down(cause="refused", detail=f"identity: {error}")
         client.will_set(topics.state(self._identity.device), self._will(birth), qos=1, retain=True)
 
         def on_connect(_client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
@@ -219,8 +224,14 @@ class Link:
                 topics.ack(device), topics.bell(device), topics.state(device), topics.group_bell(self._group),
                 topics.SERVER_STATE,
             )  # fmt: skip
-            client.subscribe([(topic, 1) for topic in wanted])
+            client.subscribe([(topic, 0) for topic in wanted])
             post(up)
+
+        def on_subscribe(
+            _client: mqtt.Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Any
+        ) -> None:
+            if any(reason.is_failure for reason in reasons):
+                post(end, "refused", f"subscription: {', '.join(map(str, reasons))}")
 
         def on_disconnect(_client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
             post(end, "broker", str(reason))
@@ -228,7 +239,8 @@ class Link:
         def on_message(_client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
             post(self._take, client, message.topic, message.payload)
 
-        client.on_connect, client.on_disconnect, client.on_message = on_connect, on_disconnect, on_message
+        client.on_connect, client.on_disconnect = on_connect, on_disconnect
+        client.on_subscribe, client.on_message = on_subscribe, on_message
         # Only that this is set matters: without it paho, whose own thread we do not use, writes in the thread that publishes
         # while the network's reads, and two threads inside one TLS connection corrupt the heap.
         client.on_socket_register_write = lambda *_: None
@@ -247,13 +259,14 @@ class Link:
         self._client = client
         thread.start()
         try:
-            return await ended, was_up
+            return await ended
         finally:
             self._client = None
             client.disconnect()
             await asyncio.to_thread(thread.join, 2.0)
             # Without its callbacks the client is freed here and now, and closes its descriptors.
-            client.on_connect = client.on_disconnect = client.on_message = client.on_socket_register_write = None
+            client.on_connect = client.on_disconnect = client.on_subscribe = client.on_message = None
+            client.on_socket_register_write = None
 
     def _take(self, client: mqtt.Client, topic: str, payload: bytes) -> None:
         if client is not self._client or self._leaving:

@@ -272,6 +272,8 @@ class Supervisor:
                 self._upload.again()
                 self._report()
             case Down():
+                # Whether it listens is not known any more.
+                self._server = None
                 self._upload.open = False
                 self._upload.again()
             case wire.ServerState():

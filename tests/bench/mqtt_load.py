@@ -103,7 +103,7 @@ class _Device(asyncio.Protocol):
 
     def _take(self, kind: int, body: bytes) -> None:
         if kind == 2:
-            self._transport.write(_packet(0x82, struct.pack(">H", 1) + _text(self._ack_topic) + bytes([1])))
+            self._transport.write(_packet(0x82, struct.pack(">H", 1) + _text(self._ack_topic) + bytes([0])))
         elif kind == 9:
             self.subscribed.set_result(None)
         elif kind == 4 and self.until == "puback":
