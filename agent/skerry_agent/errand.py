@@ -16,7 +16,7 @@ import msgspec
 
 from skerry_agent.errors import Transient, by_kind
 
-COURIER: tuple[str, ...] = (sys.executable, "-m", "skerry_agent.courier")
+COURIER: tuple[str, ...] = (sys.executable, "-P", "-m", "skerry_agent.courier")
 _MAX_LINE = 16 << 20
 _KEPT_STDERR = 2000
 

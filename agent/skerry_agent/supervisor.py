@@ -130,7 +130,7 @@ class Supervisor:
         self._idle_bells = 0
         self._renew_after_s = 0.0
         self._self_code = ""
-        self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": ""}
+        self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": "", "membership": ""}
         self._ended: Degraded | None = None
         self._pumping = False
         self._booted = False
@@ -455,7 +455,9 @@ class Supervisor:
         if text:
             self._load_document(text)
             self._store.put("group_document", text)
-        self._sync_status = {"at_ms": self._clock.instant().wall_ms, "code": "", "detail": ""}
+        self._sync_status = {
+            "at_ms": self._clock.instant().wall_ms, "code": "", "detail": "", "membership": self._self_code,
+        }  # fmt: skip
         self._follow_plan()
         if self._server is not None and self._server.status == "online":
             self._report()
@@ -489,7 +491,9 @@ class Supervisor:
     def _sync_failed(self, error: AgentError | ContractError, failures: int) -> None:
         code, detail = error.code, error.detail if isinstance(error, AgentError) else str(error)
         known = self._sync_status["code"] == code
-        self._sync_status = {"at_ms": self._clock.instant().wall_ms, "code": code, "detail": detail[:500]}
+        self._sync_status = {
+            "at_ms": self._clock.instant().wall_ms, "code": code, "detail": detail[:500], "membership": self._self_code,
+        }  # fmt: skip
         log.warning("sync failed", extra=kv(code=code, detail=detail, failures=failures))
         if not known and isinstance(error, (Rejected, Degraded, ContractError)):
             # The repository is there and wrong: worth the server's record. That it is away, the server knows better.

@@ -17,7 +17,7 @@ from skerry_agent.logs import kv
 log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 5.0
-WORKER: tuple[str, ...] = (sys.executable, "-m", "skerry_agent.worker")
+WORKER: tuple[str, ...] = (sys.executable, "-P", "-m", "skerry_agent.worker")
 
 
 class Worker:

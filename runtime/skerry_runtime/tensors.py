@@ -142,11 +142,15 @@ def to_binary(array: Array) -> bytes:
 def _size(name: str, shape: Sequence[int]) -> int:
     if not isinstance(shape, (list, tuple)) or len(shape) > 16:
         raise BadInput(Violation(f"{name}.shape", _shown(shape), "a list of at most 16 sizes"))
-    total = 1
+    total, all_but_zeros = 1, 1
     for size in shape:
         if type(size) is not int or not 0 <= size < 1 << 40:
             raise BadInput(Violation(f"{name}.shape", _shown(shape), "whole sizes >= 0"))
         total *= size
+        all_but_zeros *= size or 1
+    if all_but_zeros >= 1 << 40:
+        # Also with a 0 among them: numpy makes no such array.
+        raise BadInput(Violation(f"{name}.shape", _shown(shape), "sizes whose product is below 2**40"))
     return total
 
 

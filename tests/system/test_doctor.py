@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from skerry_cli.demo.control import ask_agent
 
 from tests.system.conftest import Rig, utc_now
 
 DEVICE = "gas-1"
 CHECKS = {
     "configuration", "agent", "state folder", "disk", "store", "outbox", "clock", "identity", "root of trust", "slots",
-    "runtime", "worker", "server", "broker",
+    "runtime", "worker", "fleet", "server", "broker",
 }  # fmt: skip
 
 
@@ -66,6 +67,7 @@ def failed(found: dict[str, dict[str, Any]]) -> set[str]:
 
 def test_a_well_device_has_no_failure_and_each_thing_that_breaks_is_named(one: Rig) -> None:
     fleet = one.fleet
+    fleet.wait("a session", lambda: fleet.status(DEVICE)["link"]["server_online"], 30.0)
     status, found = findings(one)
     assert failed(found) == set(), found
     assert status == 0
@@ -92,11 +94,18 @@ def test_a_well_device_has_no_failure_and_each_thing_that_breaks_is_named(one: R
     for name, data in own.items():
         (identity / name).write_bytes(data)
 
+    # Revoked: the ports answer as before, and the agent knows better.
+    fleet.api.post(f"/api/v1/devices/{DEVICE}/revoke", {"reason": "stolen"})
+    ask_agent(fleet.device_folder(DEVICE) / "state" / "run" / "control.sock", "POST", "/skerry/v1/sync")
+    fleet.wait("the refusal to be known", lambda: fleet.status(DEVICE)["sync"]["membership"] != "", 30.0)
+    status, found = findings(one)
+    assert (status, failed(found)) == (1, {"fleet"})
+
     # The agent is down: what can be seen without it is still seen.
     fleet.processes.stop([DEVICE])
     status, found = findings(one)
     assert (status, failed(found)) == (1, {"agent"})
-    assert set(found) - {"losses"} == CHECKS - {"worker"}
+    assert set(found) - {"losses"} == CHECKS - {"worker", "fleet"}
 
     fleet.processes.stop(["server"])
     status, text = examine(one)

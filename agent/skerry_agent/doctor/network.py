@@ -15,6 +15,42 @@ _REFUSAL_S = 1.0
 """A broker that does not want the certificate says so after the handshake, within a round trip."""
 
 
+_YOUNG_S = 60.0
+"""So long after its start an agent may be without session and sync."""
+
+
+def check_fleet(patient: Patient) -> Iterator[Finding]:
+    """What the running agent hears from the fleet: that a port answers says nothing about this device."""
+    status = patient.status
+    if status is None:
+        return
+    link, sync = status["link"], status["sync"]
+    young = status["uptime_s"] < _YOUNG_S
+    said: list[tuple[bool, str, str]] = []
+    if sync.get("membership"):
+        said.append(
+            (
+                True,
+                f"the server refuses this device: {sync['membership']}",
+                "ask the operator: revoked, or enrolled anew elsewhere",
+            )
+        )
+    if not link["connected"]:
+        said.append((not young, "the agent has no session with the broker", "see the agent's log: link down"))
+    elif not link["server_online"]:
+        said.append(
+            (False, "the broker is there and the server does not listen", "nothing is lost; it is the operator's turn")
+        )
+    if sync["code"]:
+        said.append((True, f"the last sync failed: {sync['code']}: {sync['detail']}", "docs/reference/reason-codes.md"))
+    elif not sync["at_ms"]:
+        said.append((not young, "no sync yet", "see the agent's log"))
+    for fails, detail, advice in sorted(said, key=lambda one: one[0]):
+        yield Finding(check="fleet", verdict="fail" if fails else "warn", detail=detail, advice=advice)
+    if not said:
+        yield Finding(check="fleet", verdict="ok", detail="connected; the server listens; the last sync went well")
+
+
 def check_server(patient: Patient) -> Iterator[Finding]:
     """Whether the server answers under a certificate of the fleet's CA."""
     found = patient.identity

@@ -19,6 +19,8 @@ import httptools
 MAX_HEAD_BYTES = 16 * 1024
 _CACHE_BYTES = 2048
 _CACHE_ENTRIES = 256
+_MOST_EXTENSIONS = 4096
+"""Bytes of one request's chunk extensions together."""
 
 REASONS = {
     200: b"OK",
@@ -100,7 +102,7 @@ class Cutter:
     unfinished request stays in it, ready to be handed to another process.
     """
 
-    __slots__ = ("_at", "_head", "_parts", "_start", "max_body_bytes")
+    __slots__ = ("_at", "_extensions", "_head", "_parts", "_start", "max_body_bytes")
 
     def __init__(self, max_body_bytes: int) -> None:
         self.max_body_bytes = max_body_bytes
@@ -108,7 +110,7 @@ class Cutter:
 
     def _forget(self) -> None:
         self._head: Head | None = None
-        self._start = self._at = 0
+        self._start = self._at = self._extensions = 0
         self._parts = bytearray()
 
     def cut(self, buffer: bytes | bytearray) -> Request | Incomplete:
@@ -171,6 +173,10 @@ class Cutter:
             if found is None:
                 raise Refused(400, "malformed request: chunk size")
             size, start = int(found.group(1), 16), line_end + 2
+            extensions = self._extensions + line_end - self._at - len(found.group(1))
+            if extensions > _MOST_EXTENSIONS:
+                # They are read over, but the request is kept until it is whole.
+                raise Refused(413, f"chunk extensions: at most {_MOST_EXTENSIONS} bytes")
             if size == 0:
                 return _skip_trailers(buffer, start)
             if len(self._parts) + size > self.max_body_bytes:
@@ -180,7 +186,7 @@ class Cutter:
             if buffer[start + size : start + size + 2] != b"\r\n":
                 raise Refused(400, "malformed request: chunk end")
             self._parts += memoryview(buffer)[start : start + size]
-            self._at = start + size + 2
+            self._at, self._extensions = start + size + 2, extensions
 
 
 def parse_head(block: bytes) -> Head:

@@ -330,6 +330,8 @@ def test_sizes_are_limited_before_they_are_read(rig: Rig, bundle: Path) -> None:
     assert exchange(rig, b"POST / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 20_000).startswith(b"HTTP/1.1 431 ")
     assert exchange(rig, post + b"Content-Length: 100000000000\r\n\r\n").startswith(b"HTTP/1.1 413 ")
     assert exchange(rig, post + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n").startswith(b"HTTP/1.1 413 ")
+    padded = (b"1;" + b"x" * 1000 + b"\r\n{\r\n") * 5
+    assert exchange(rig, post + b"Transfer-Encoding: chunked\r\n\r\n" + padded).startswith(b"HTTP/1.1 413 ")
     assert exchange(rig, post + b"\r\n", replies=1).startswith(b"HTTP/1.1 411 ")
     bomb = gzip.compress(b"[" + b" " * (65 << 20))
     assert ask(rig, "POST", INFER, bomb, {"Content-Encoding": "gzip"})[0] == 413

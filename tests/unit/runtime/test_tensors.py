@@ -51,6 +51,7 @@ def test_null_is_nan_and_nan_is_null():
     [
         ("FP31", [1], [1.0], "x.datatype: wanted one of"),
         ("FP32", [2], [1.0], "wanted 2 for shape [2], got 1 elements"),
+        ("FP32", [0, 1 << 39, 1 << 39], [], "sizes whose product is below 2**40"),
         ("FP32", [1], ["1.0"], "wanted numbers for FP32, got strings"),
         ("FP32", [2], [1.0, "2"], "got strings"),
         ("FP32", [1], [True], "got true or false"),
