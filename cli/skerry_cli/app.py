@@ -95,7 +95,8 @@ def run(arguments: list[str] | None = None) -> int:
         return errors.FAILED
     except _ClickException as error:
         if type(error).__name__ != "NoArgsIsHelpError":
-            note(f"skerry: {error}")
+            for line in f"skerry: {error}".splitlines():
+                note(line)
         return errors.USAGE
     except KeyboardInterrupt:
         note("skerry: stopped")

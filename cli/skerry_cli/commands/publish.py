@@ -168,7 +168,8 @@ def _confirm(
 ) -> Callable[[catalog.Difference], bool]:
     def ask(difference: catalog.Difference) -> bool:
         # With --json stdout holds the answer alone: the question and its matter go to stderr.
-        (output.note if as_json else output.say)(difference.text())
+        for line in difference.text().split("\n"):
+            (output.note if as_json else output.say)(line)
         check(difference)
         if yes:
             return True
