@@ -77,7 +77,11 @@ def accuracy(
             for one in item["measured"]["classes"]
         ]
         if item["measured"]["labelled"]:
-            output.show_table("", ("class", "recall", "of", "precision", "of"), rows)
+            output.show_table(
+                "per class; intervals take labels as independent (Wilson)",
+                ("class", "recall", "of", "precision", "of"),
+                rows,
+            )
 
 
 def drift_text(item: dict[str, Any]) -> list[str]:
@@ -136,7 +140,7 @@ def accuracy_text(item: dict[str, Any]) -> list[str]:
         lines.append(f"  measured: no value: {measured['missing']}{coverage}")
     else:
         kind = {
-            "by_device": f"by device, {share['devices']} devices",
+            "by_device": f"by device, {_devices_text(share)}",
             "wilson": "Wilson; takes labels as independent",
         }[share["shown"]]
         low, high = share[share["shown"]]
@@ -153,6 +157,13 @@ def accuracy_text(item: dict[str, Any]) -> list[str]:
     if item["validated_accuracy"] is not None:
         lines.append(f"  validated: {item['validated_accuracy']:.1%} on the bundle's held-out rows")
     return lines
+
+
+def _devices_text(share: dict[str, Any]) -> str:
+    devices, effective = share["devices"], share.get("effective_devices")
+    if effective is None or effective > 0.8 * devices:
+        return f"{devices} devices"
+    return f"{devices} devices of unequal counts, which say as much as {effective:.1f}"
 
 
 def _percent(share: dict[str, Any]) -> str:

@@ -2,9 +2,12 @@
 
 **Measured** (``measured``): share of right answers among the labelled rows, with two intervals. *Wilson* (1927) takes labels as
 independent. *By device*: answers of one device resemble each other, so the variance is taken between devices (ratio estimator,
-Cochran, "Sampling techniques", 1977, eq. 6.13); the design effect (Kish 1965) shrinks the number of labels to an effective one,
-which goes into Wilson's formula with Student's quantile (Korn and Graubard 1998 do this for Clopper and Pearson's). It
-stays within 0 and 1, and is never narrower than Wilson's. It is shown as soon as enough devices have sent labels.
+Cochran, "Sampling techniques", 1977, eq. 6.13), by leaving out one after the other (jackknife): a device that sent most of the labels
+draws the share to itself, so that only without it is seen how far it stands from the others. The design effect (Kish 1965) shrinks the
+number of labels to an effective one, which goes into Wilson's formula with Student's quantile (Korn and Graubard 1998 do this for Clopper
+and Pearson's). Its degrees of freedom are those of the *effective number of devices*, Kish's n**2 / sum of n_i**2: eight devices of which
+one sent nearly all labels count as one, and then nothing is known. The interval stays within 0 and 1, and is never narrower than
+Wilson's. It is shown as soon as enough devices have sent labels.
 
 **Estimated** (``estimated``): CBPE, the mean calibrated probability of being right (Bialek et al. 2024, eq. 1). It sees no labels:
 a world that has changed its meaning (concept drift) and a calibration that no longer holds are invisible to it. So it is
@@ -22,6 +25,8 @@ from scipy import special
 from skerry_contract import histogram as h
 
 CONFIDENCE = 0.95
+_LEAST_FREEDOM = 0.05
+_MOST_QUANTILE = 1e6
 
 
 class Minimums(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +59,8 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
         right, n: what it is a share of.
         wilson: independent labels; by_device: see the module; None with too few of them.
         shown: which of both holds, empty without a value.
-        devices: that sent labels; design_effect: variance between devices over that of independent labels, at least 1.
+        devices: that sent labels; effective_devices: so many of equal counts would say as much.
+        design_effect: variance between devices over that of independent labels, at least 1.
     """
 
     value: float | None
@@ -64,6 +70,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     by_device: Interval | None = None
     shown: Literal["by_device", "wilson", ""] = ""
     devices: int | None = None
+    effective_devices: float | None = None
     design_effect: float | None = None
 
     @property
@@ -120,15 +127,33 @@ def wilson(right: float, n: float, quantile: float | None = None) -> Interval:
     return Interval(max(0.0, middle - half), min(1.0, middle + half))
 
 
+def effective_devices(devices: Sequence[DeviceLabels]) -> float:
+    """How many devices of equal counts say as much: from 1 to their number (Kish 1965).
+
+    >>> effective_devices([DeviceLabels(100, 3)] * 8)
+    8.0
+    >>> round(effective_devices([DeviceLabels(10_000, 300), *[DeviceLabels(5, 1)] * 7]), 2)
+    1.01
+    """
+    n = sum(one.labelled for one in devices)
+    return n**2 / sum(one.labelled**2 for one in devices)
+
+
 def design_effect(devices: Sequence[DeviceLabels]) -> float:
-    """Variance of the share of wrong answers between devices over what independent labels would have; at least 1."""
+    """Variance of the share of wrong answers between devices over what independent labels would have; at least 1.
+
+    Args:
+        devices: two or more, each with labels.
+    """
     n = sum(one.labelled for one in devices)
     share = sum(one.wrong for one in devices) / n
     independent = share * (1 - share) / n
     if not independent:
         return 1.0
-    squares = sum((one.wrong - share * one.labelled) ** 2 for one in devices)
-    return max(1.0, len(devices) / (len(devices) - 1) * squares / n**2 / independent)
+    # What the share would be without a device, less what it is.
+    moved = [(share * one.labelled - one.wrong) / (n - one.labelled) for one in devices]
+    between = (len(devices) - 1) / len(devices) * sum(one**2 for one in moved)
+    return max(1.0, between / independent)
 
 
 def measured(
@@ -179,11 +204,13 @@ def _share(right: int, n: int, least: int, devices: Sequence[DeviceLabels] = (),
     found = Share(value=right / n, right=right, n=n, wilson=wilson(right, n), shown="wilson")
     if not devices:
         return found
-    found = msgspec.structs.replace(found, devices=len(devices))
+    effective = effective_devices(devices)
+    found = msgspec.structs.replace(found, devices=len(devices), effective_devices=effective)
     if len(devices) < max(2, least_devices):
         return found
     effect = design_effect(devices)
-    quantile = float(special.stdtrit(len(devices) - 1, (1 + CONFIDENCE) / 2))
+    # Of next to no degrees of freedom the quantile is beyond any number: the interval is then from 0 to 1.
+    quantile = min(float(special.stdtrit(max(effective - 1, _LEAST_FREEDOM), (1 + CONFIDENCE) / 2)), _MOST_QUANTILE)
     by_device = wilson(right / effect, n / effect, quantile)
     return msgspec.structs.replace(found, by_device=by_device, shown="by_device", design_effect=effect)
 

@@ -100,6 +100,40 @@ def test_the_interval_by_device_covers_the_truth_as_often_as_it_says(spread):
         assert covered["wilson"] / runs < 0.6
 
 
+UNEQUAL = {
+    "one device sent nearly all": [10_000] + [5] * 7,
+    "one sent most": [2_000] + [200] * 7,
+    "two sent most": [1_000] * 2 + [20] * 14,
+    "counts of every size": [1, 3, 7, 20, 40, 80, 100, 150, 300, 500, 900, 2_000],
+}
+
+
+@pytest.mark.parametrize("labelled", UNEQUAL.values(), ids=UNEQUAL.keys())
+def test_the_interval_by_device_covers_the_truth_when_some_devices_send_more_labels_than_others(labelled):
+    rng = np.random.default_rng(len(labelled))
+    runs, covered = 500, 0
+    for _ in range(runs):
+        wrong = rng.binomial(labelled, rng.beta(2, 18, len(labelled)))
+        n, total = sum(labelled), int(wrong.sum())
+        pairs = zip(labelled, wrong.tolist(), strict=True)
+        found = a.measured([n - total, total, 0, 0], ["x", "y"], devices(*pairs), n).accuracy
+        covered += found.by_device.low <= 0.9 <= found.by_device.high
+    # 95 % less two standard errors of 500 runs and a little for the approximation.
+    assert covered / runs > 0.92
+
+
+def test_devices_of_unequal_counts_are_as_many_as_they_say_something():
+    equal = a.measured([720, 80, 0, 0], ["x", "y"], devices(*[(100, 10)] * 8), 800).accuracy
+    assert equal.effective_devices == pytest.approx(8)
+    alone = a.measured(
+        [9_030, 1_005, 0, 0], ["x", "y"], devices((10_000, 1_000), *[(5, 1)] * 5, (5, 0), (5, 0)), 10_035
+    )
+    assert alone.accuracy.devices == 8
+    assert alone.accuracy.effective_devices == pytest.approx(1.007, abs=0.001)
+    # One device is no sample of devices: nothing is known, and that is what it says.
+    assert alone.accuracy.interval == pytest.approx((0, 1), abs=1e-6)
+
+
 def test_the_estimate_is_the_mean_calibrated_confidence_and_says_that_it_is_one():
     found = a.estimated([round(0.9 * 2**20) * 300, round(0.5 * 2**20) * 100], 400)
     assert found.estimate == pytest.approx(0.8, abs=1e-6)
