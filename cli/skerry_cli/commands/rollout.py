@@ -79,12 +79,21 @@ def start(
         if judge is not None or guardrail:
             wishes["judge"] = parse_judge(judge or "", guardrail or [])
     if small_fleet:
-        wishes["judge"] = {**(wishes.get("judge") or {}), "small_fleet": True}
+        if not isinstance(wishes.get("judge"), dict):
+            raise Usage(
+                "--small-fleet lets a judged stage pass, and nothing is judged: wanted --judge too, such as --judge end_s=600"
+            )
+        wishes["judge"] = {**wishes["judge"], "small_fleet": True}
     found = find_bundle(api, candidate)
     body = {**wishes, "group": group, "model": found["model"], "candidate": found["digest"]}
     if rollout_id is not None:
         body["id"] = rollout_id
     made = api.post("/api/v1/rollouts", body)
+    ruled = made["plan"].get("judge")
+    if ruled and ruled.get("end_s") is None and ruled.get("end_labels") is None:
+        output.note(
+            "skerry: the judge has no planned end (end_s or end_labels): a stage it judges can fail, and never pass"
+        )
     if as_json:
         output.show_json(made)
     else:

@@ -11,8 +11,10 @@ from sqlalchemy import select, tuple_
 from skerry_server import judging, rollouts, versions
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, page, read_cursor
 from skerry_server.core import rollout as core
+from skerry_server.core.plan import BadPlan, read_new_plan
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading, writing
+from skerry_server.errors import Invalid
 
 router = APIRouter(prefix="/api/v1/rollouts", tags=["rollouts"])
 
@@ -34,8 +36,8 @@ class NewRollout(BaseModel):
     stratified: bool = False
     judge: dict[str, Any] | None = Field(
         default=None,
-        description="Compares candidates with controls: guardrails, look_s, end_s or end_labels, half_s, min_devices, guard_s, "
-        "silent_s, small_fleet",
+        description="Compares candidates with controls: guardrails (name to alpha, margin, limit, min_n, past), look_s, end_s or "
+        "end_labels, half_s, min_devices, guard_s, silent_s, small_fleet",
     )
     id: str | None = None
 
@@ -51,6 +53,10 @@ class Why(BaseModel):
 @router.post("", summary="Make a rollout and start its first stage", status_code=201)
 def create(context: Ctx, caller: Operator, wanted: NewRollout) -> dict[str, Any]:
     plan = {"stages": wanted.stages, "gates": wanted.gates, "stratified": wanted.stratified, "judge": wanted.judge}
+    try:
+        read_new_plan(plan)
+    except BadPlan as error:
+        raise Invalid("bad_plan", "; ".join(error.faults), faults=list(error.faults)) from None
     floors = context.publication.floors()
     with writing(context.engine) as conn:
         row = rollouts.create(

@@ -146,6 +146,39 @@ def read_plan(value: object) -> Plan:
     return Plan(stages=stages, gates=gates, stratified=stratified, judge=judge)
 
 
+def read_new_plan(value: object) -> Plan:
+    """As ``read_plan``, and refuses a judge that could never see or never pass. Plans that were stored before are read without this.
+
+    Raises:
+        BadPlan: with every fault found.
+    """
+    plan = read_plan(value)
+    faults = _hopeless(plan)
+    if faults:
+        raise BadPlan(faults)
+    return plan
+
+
+def _hopeless(plan: Plan) -> list[str]:
+    judge = plan.judge
+    faults: list[str] = []
+    if judge is None:
+        return faults
+    for i, stage in enumerate(plan.stages):
+        where = f"plan.stages[{i}]"
+        if stage.compared and stage.devices is not None and stage.devices < judge.min_devices:
+            faults.append(
+                f"{where}.devices: the judge compares no fewer than {judge.min_devices} candidates, and would say NO_DATA for ever; "
+                f"got {stage.devices}. Take more, or a smaller plan.judge.min_devices"
+            )
+        if plan.is_judged(i) and judge.end_s is not None and judge.end_s >= stage.max_seconds:
+            faults.append(
+                f"plan.judge.end_s: wanted less than {where}.max_seconds ({stage.max_seconds:g}), got {judge.end_s:g}: the deadline "
+                "would pause each such stage before it could pass"
+            )
+    return faults
+
+
 def _read_stage(raw: object, where: str, faults: list[str]) -> Stage:
     reader = Reader(raw, where, faults)
     before = len(faults)

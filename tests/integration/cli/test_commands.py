@@ -179,6 +179,7 @@ def test_a_server_of_another_ca_is_refused(cli: Cli, tmp_path: Path) -> None:
         (("rollout", "start", "x", "--group", "field", "--stage", "devices=many"), {}, USAGE, "wanted a number"),
         (("rollout", "start", "x", "--group", "field", "--stage", "colour=1"), {}, USAGE, "wanted KEY=NUMBER"),
         (("rollout", "start", "x", "--group", "field", "--judge", "end_s=soon"), {}, USAGE, "wanted KEY=NUMBER"),
+        (("rollout", "start", "x", "--group", "field", "--small-fleet"), {}, USAGE, "wanted --judge too"),
         (("rollout", "start", "x", "--group", "field", "--guardrail", "trouble,0.1"), {}, USAGE, "wanted KEY=NUMBER"),
         (("group", "create", "field", "--set", "sync_s=soon"), {}, USAGE, "wanted a number"),
         (("group", "create", "Field!"), {}, USAGE, "wanted [a-z0-9]"),

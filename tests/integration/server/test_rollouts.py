@@ -638,6 +638,11 @@ def test_a_plan_is_refused_with_every_fault_in_it(rig: ServerRig, maker: Operato
         "gates.p99",
     ):
         assert where in faults, where
+    # One candidate is fewer than the judge compares.
+    blind = {"stages": [{"devices": 1}, {"share": 1}], "judge": {"end_labels": 1000}}
+    found = rig.ask("POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": digest, **blind})
+    assert (found.status, found.code) == (422, "bad_plan")
+    assert "no fewer than 2 candidates" in " ".join(found.json()["error"]["details"]["faults"])
 
 
 JUDGE = {

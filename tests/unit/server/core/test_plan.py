@@ -164,3 +164,50 @@ def test_a_plan_with_nothing_to_compare_needs_consent() -> None:
     with pytest.raises(p.BadPlan, match="nothing to compare with"):
         p.read_plan({"stages": [{"share": 1}], "judge": {}})
     assert p.read_plan({"stages": [{"share": 1}], "judge": {"small_fleet": True}}).is_judged(0)
+
+
+# --- a judge that could never see or never pass ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stages", "judge", "where"),
+    [
+        ([{"devices": 1}, {"share": 1}], {"end_labels": 1000}, "plan.stages[0].devices"),
+        ([{"devices": 2}, {"devices": 3}, {"share": 1}], {"min_devices": 3}, "plan.stages[0].devices"),
+        ([{"devices": 4, "max_seconds": 60}, {"share": 1}], {"end_s": 3600}, "plan.stages[0].max_seconds (60)"),
+        ([{"devices": 4}, {"devices": 9, "max_seconds": 60}], {"end_s": 60}, "plan.stages[1].max_seconds (60)"),
+        ([{"devices": 4}, {"share": 1}], {"end_s": 604_800}, "plan.stages[0].max_seconds (86400)"),
+        ([{"share": 1, "max_seconds": 60}], {"end_s": 60, "small_fleet": True}, "plan.stages[0].max_seconds (60)"),
+    ],
+    ids=str,
+)
+def test_a_new_plan_whose_judge_could_never_see_or_never_pass_is_refused(stages: Any, judge: Any, where: str) -> None:
+    value = {"stages": stages, "judge": judge}
+    with pytest.raises(p.BadPlan) as refused:
+        p.read_new_plan(value)
+    assert len(refused.value.faults) == 1
+    assert where in refused.value.faults[0]
+    # A rollout that was made before this was asked goes on.
+    stored = p.read_plan(value)
+    assert p.read_plan(stored.to_builtins()) == stored
+
+
+@pytest.mark.parametrize(
+    ("stages", "judge"),
+    [
+        ([{"devices": 1}, {"share": 1}], None),
+        ([{"devices": 1}, {"share": 1}], {"min_devices": 1, "end_s": 60}),
+        # A stage of everyone beside one that is compared is not judged: its deadline may come first.
+        ([{"devices": 4}, {"share": 1, "max_seconds": 60}], {"end_s": 3600}),
+        ([{"share": 0.1, "max_seconds": 61}, {"share": 1}], {"end_s": 60}),
+    ],
+    ids=str,
+)
+def test_a_new_plan_whose_judge_can_see_and_pass_is_taken(stages: Any, judge: Any) -> None:
+    value = {"stages": stages, "judge": judge}
+    assert p.read_new_plan(value) == p.read_plan(value)
+
+
+def test_a_new_plan_that_cannot_be_read_is_refused_as_any_other() -> None:
+    with pytest.raises(p.BadPlan, match=r"judge\.looks"):
+        p.read_new_plan({"stages": [{"devices": 1}], "judge": {"looks": 1}})
