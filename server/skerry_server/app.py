@@ -279,7 +279,13 @@ class Server:
         self._broker.when_back(link.hurry)
         self._ingest = Ingest(self._engine, link, settings=IngestSettings(bucket_s=settings.telemetry.bucket_s))
         orchestrator = self._orchestrator = Orchestrator(
-            self._engine, self._publication, link, settings.rollout, clock.now_ms, self._telemetry.observe_tick
+            self._engine,
+            self._publication,
+            link,
+            settings.rollout,
+            clock.now_ms,
+            self._telemetry.observe_tick,
+            self._telemetry.observe_fault,
         )
         # Before any bell can ring: what a crash left unpublished or unrecorded, and states that follow from the catalog.
         self._publication.align(starting=True)

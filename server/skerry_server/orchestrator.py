@@ -3,6 +3,9 @@
 One decision is one transaction: decision, rollout, audit row, group document, bell. Publishing and ringing follow from what the
 database then says, so a crash between any two steps is made good by the next tick of the next process. The loop never dies of
 one bad rollout or of a repository that refuses: it logs, counts, and looks again.
+
+Nor does a judge that raises take the gates, the deadline or the way back with it: the rollout is decided without a ruling, so that
+nothing passes, and the reason names the fault.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Connection, Engine, select
 
 from skerry_server import judging, presence, registry, rollouts
 from skerry_server.config import Rollouts as Pace
@@ -27,6 +30,8 @@ from skerry_server.publication import Bell, Publication
 log = logging.getLogger(__name__)
 
 ACTOR = "system:orchestrator"
+MOST_FAULT = 300
+"""Characters of a fault of the judge that a reason repeats."""
 MOVING = ("running", "paused", "completing", "rolling_back")
 
 
@@ -41,9 +46,11 @@ class Orchestrator:
         pace: Pace,
         now_ms: Callable[[], int],
         observe_tick: Callable[[float, bool], Any],
+        observe_fault: Callable[[str], Any] = lambda _part: None,
     ) -> None:
         """Args:
         observe_tick: called after every tick with its seconds and whether it went well.
+        observe_fault: called with ``judge`` or ``rollout`` for each rollout whose part of that name raised.
         """
         self._engine = engine
         self._publication = publication
@@ -51,6 +58,7 @@ class Orchestrator:
         self._pace = pace
         self._now_ms = now_ms
         self._observe = observe_tick
+        self._observe_fault = observe_fault
         self._due = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -115,6 +123,7 @@ class Orchestrator:
                 stored += self._look(rollout)
             except Exception:
                 log.exception("rollout failed rollout=%s", rollout)
+                self._observe_fault("rollout")
         self._publication.publish(self._bell)
         if time.monotonic() >= self._resign_at:
             self._resign_at = time.monotonic() + self._pace.resign_s
@@ -128,15 +137,12 @@ class Orchestrator:
             value, evidence = rollouts.value(row), rollouts.gather(conn, row)
             listed = registry.require(conn, row["candidate"])["state"] != "retired"
             withdrawn = None if listed else withdraw(value, evidence)
-            judge = value.plan.judge
-            before = None if judge is None else judging.last(conn, rollout, value.stage)
-            look = None
-            running = value.state == "running" and withdrawn is None
-            if judge is not None and running and judging.is_due(judge, before, now_ms):
-                look = judging.take(conn, row, value.plan, before, now_ms=now_ms)
-            newest = look or before
-            decision = withdrawn or core.decide(value, evidence, now_ms, None if newest is None else newest.ruling)
             last = rollouts.last_decision(conn, rollout)
+            # The judge comes last in this transaction: a statement of it that fails may make the rest of it unusable.
+            before, look, fault = self._judge(conn, row, value, now_ms=now_ms, takes=withdrawn is None)
+        newest = None if fault else look or before
+        ruling = None if newest is None else newest.ruling
+        decision = withdrawn or core.decide(value, evidence, now_ms, ruling, fault=fault)
         is_news = decision.action != "hold" or _is_news(decision, last)
         if look is None and not is_news:
             return False
@@ -169,6 +175,25 @@ class Orchestrator:
             decision.reason,
         )
         return True
+
+    def _judge(
+        self, conn: Connection, row: dict[str, Any], value: core.Rollout, *, now_ms: int, takes: bool
+    ) -> tuple[judging.Taken | None, judging.Taken | None, str]:
+        """The look before, the next one where it is time for it, and what went wrong; nothing that the judge raises leaves this."""
+        judge = value.plan.judge
+        if judge is None:
+            return None, None, ""
+        try:
+            before = judging.last(conn, row["id"], value.stage)
+            look = None
+            if takes and value.state == "running" and judging.is_due(judge, before, now_ms):
+                look = judging.take(conn, row, value.plan, before, now_ms=now_ms)
+        except Exception as error:
+            # Whatever it is: what a device sent must not hold gates and deadline.
+            log.exception("judge failed rollout=%s stage=%s", row["id"], value.stage)
+            self._observe_fault("judge")
+            return None, None, f"{type(error).__name__}: {error}"[:MOST_FAULT]
+        return before, look, ""
 
 
 def withdraw(rollout: core.Rollout, evidence: core.Evidence) -> core.Decision | None:

@@ -49,6 +49,12 @@ class Telemetry:
             buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
         )
         self.tick_failures = Counter("skerry_orchestrator_tick_failures", "Looks that failed", registry=self.registry)
+        self.faults = Counter(
+            "skerry_orchestrator_faults",
+            "Rollouts that could not be looked at, by the part that raised",
+            ["part"],
+            registry=self.registry,
+        )
         self.registry.register(_Fleet(engine, probe, now_ms, certificates))
 
     def observe_tick(self, seconds: float, well: bool) -> None:
@@ -56,6 +62,10 @@ class Telemetry:
         self.tick_seconds.observe(seconds)
         if not well:
             self.tick_failures.inc()
+
+    def observe_fault(self, part: str) -> None:
+        """Counts one rollout of which ``part``, the judge or all of the look, raised."""
+        self.faults.labels(part).inc()
 
     def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Counts one request. ``route`` is the template, never the path: labels stay few."""

@@ -245,14 +245,18 @@ def judge_stage(
     return Finding(verdict="PASS", reason=_kept(gates, evidence, proven, wanted))
 
 
-def with_ruling(finding: Finding, ruling: Ruling | None, *, small_fleet: bool) -> Finding:
+def with_ruling(finding: Finding, ruling: Ruling | None, *, small_fleet: bool, fault: str = "") -> Finding:
     """The gates' finding and the judge's ruling together: both must let the stage go.
 
     Args:
         small_fleet: a ruling that could not compare may pass.
+        fault: why the judge could not look; empty when it could.
     """
     if finding.verdict == "FAIL":
         return finding
+    if fault:
+        reason = f"the judge could not look ({fault}), only gates and deadline hold; {finding.reason}"
+        return Finding(verdict="NO_DATA", reason=reason, missing=(*finding.missing, "judge"))
     if ruling is None:
         reason = f"the judge has not looked yet; {finding.reason}"
         return Finding(verdict="NO_DATA", reason=reason, missing=(*finding.missing, "look"))
@@ -269,12 +273,15 @@ def with_ruling(finding: Finding, ruling: Ruling | None, *, small_fleet: bool) -
     return Finding(verdict=verdict, reason=reason, missing=(*finding.missing, *ruling.missing))
 
 
-def decide(rollout: Rollout, evidence: Evidence, now_ms: int, ruling: Ruling | None = None) -> Decision:
+def decide(
+    rollout: Rollout, evidence: Evidence, now_ms: int, ruling: Ruling | None = None, *, fault: str = ""
+) -> Decision:
     """The next move of a rollout, with its reason. Pure: the same values give the same decision.
 
     Args:
         now_ms: the server's clock, milliseconds since 1970, as ``stage_since_ms``.
         ruling: the judge's last on the stage now running.
+        fault: why the judge could not look: then nothing passes, and gates and deadline work as ever.
     """
     record = evidence.to_builtins()
     if ruling is not None:
@@ -297,7 +304,7 @@ def decide(rollout: Rollout, evidence: Evidence, now_ms: int, ruling: Ruling | N
     finding = judge_stage(stage, rollout.plan.gates, evidence, elapsed_s, completing=completing)
     if rollout.plan.is_judged(rollout.stage):
         small_fleet = rollout.plan.judge is not None and rollout.plan.judge.small_fleet
-        finding = with_ruling(finding, ruling, small_fleet=small_fleet)
+        finding = with_ruling(finding, ruling, small_fleet=small_fleet, fault=fault)
 
     def made(action: Action, reason: str = finding.reason) -> Decision:
         return Decision(action=action, verdict=finding.verdict, reason=reason, evidence=record, missing=finding.missing)
