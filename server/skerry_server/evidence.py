@@ -1,12 +1,14 @@
 """Roll-ups: what each device counted of each key, kept as records arrive, and what it had counted before.
 
 Owns the table ``evidence``: ``Folder`` adds the windows of one transaction, the functions below read. Everything is a sum of
-integers, so neither order nor batching changes the result. Leaves which windows count to ``ledger`` and what follows from the
-sums to ``core``.
+integers, so neither order nor batching changes the result, and stops at ``MOST``. Leaves which windows count to ``ledger``, which
+labels fit to ``core.profile`` and what follows from the sums to ``core``.
 
 **Pre-period.** A row of a rollout's key carries ``pre_*``: what the same device had counted of the rollout's stable bundle, under
-any other key, before it entered this (rollout, stage). For a candidate that is the other bundle it ran; for a control, the same
-bundle earlier; the judge measures both by it. *Before* means a lower position (epoch, seq), where a merged record stands at the
+a key of no or another rollout, before it entered this row's. For a candidate that is the other bundle it ran; for a control, the same
+bundle earlier; the judge measures both by it. What was counted in earlier stages of the same rollout is nobody's past: there a control
+ran the stable bundle and a candidate did not, so it would give the arms pasts of different times. ``pasts`` gives the judge each
+device's past before its first entry into any stage. *Before* means a lower position (epoch, seq), where a merged record stands at the
 first seq it replaces: no clock decides. A window that comes late but belongs before is added to the ``pre_*`` of rows that exist.
 
 **Guard.** A model that has just been loaded is slower than it will be, and what comes first is seldom like the rest. Where the plan of a
@@ -27,12 +29,15 @@ from typing import Any, NamedTuple
 import msgspec
 from skerry_contract import histogram as h
 from skerry_contract import window as w
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, case, func, insert, literal_column, select, update
 
 from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
 
 _MOST = (1 << 63) - 1
+MOST = h.MAX_COUNT - 1
+"""Where a sum of a row stops: 35 years of a thousand requests a second. A million such rows still add up below 2**63, beyond which
+SQLite calculates in floating point and sums are exact no more."""
 _RUNNING = ("running", "paused", "completing", "rolling_back")
 _to_bytes = msgspec.msgpack.Encoder().encode
 _to_histogram = msgspec.msgpack.Decoder(h.Exponential).decode
@@ -101,11 +106,11 @@ class Arrived(NamedTuple):
     span_ns: int
 
 
-def arrived(device: str, epoch: str, position: int, window: w.Window) -> Arrived:
-    """See ``Arrived``."""
+def arrived(device: str, epoch: str, position: int, window: w.Window, *, labels_fit: bool = True) -> Arrived:
+    """See ``Arrived``. Labels that do not fit (``core.profile.labels_fit``) are left out; the rest of the window counts."""
     start, end = window.start, window.end
     span_ns = end.boot_ns - start.boot_ns if end.boot_id == start.boot_id else _MOST
-    return Arrived(device, epoch, position, window.key, _sums(window), window.latency.total, start, span_ns)
+    return Arrived(device, epoch, position, window.key, _sums(window, labels_fit), window.latency.total, start, span_ns)
 
 
 def fold(connection: Connection, items: Sequence[Arrived], now_ms: int) -> None:
@@ -206,12 +211,12 @@ class _Folder:
                 e.device == key.device,
                 e.model == key.model,
                 e.bundle == stable,
-                (e.rollout != key.rollout) | (e.stage < key.stage),
+                e.rollout != key.rollout,
             )
         ).one()
         before = dict(zip(PRE, (int(n) for n in sums), strict=True))
         for other in self._by_model.get((key.device, key.model), ()):
-            if other.bundle == stable and _precedes(other, key):
+            if other.bundle == stable and other.rollout != key.rollout:
                 for name in PRE:
                     before[name] += self._rows[other].added[name]
         return before
@@ -220,7 +225,7 @@ class _Folder:
         for other in self._by_model[(key.device, key.model)]:
             if (
                 self._stable.get(other.rollout) == key.bundle
-                and _precedes(key, other)
+                and key.rollout != other.rollout
                 and self._rows[other].entered_epoch == item.epoch
                 and item.position < self._rows[other].entered_seq
             ):
@@ -251,35 +256,40 @@ class _Folder:
             "early": _to_bytes(row.early) if row.early else None,
         }
         if key is None:
-            values |= {f"add_{name}": n for name, n in row.added.items()}
-            return values | {f"add_pre_{name}": n for name, n in row.pre.items()}
-        values |= key._asdict() | row.added | {f"pre_{name}": n for name, n in row.pre.items()}
+            values |= {f"add_{name}": min(n, MOST) for name, n in row.added.items()}
+            return values | {f"add_pre_{name}": min(n, MOST) for name, n in row.pre.items()}
+        values |= key._asdict() | {name: min(n, MOST) for name, n in row.added.items()}
+        values |= {f"pre_{name}": min(n, MOST) for name, n in row.pre.items()}
         return values | {"first_ms": row.first_ms, "entered_epoch": row.entered_epoch}
 
 
 _e = t.evidence.c
+
+
+def _grown(name: str) -> ColumnElement[int]:
+    # Both are below 2**41. What stops at MOST does so in any order of arrival.
+    whole = _e[name] + bindparam(f"add_{name}")
+    most: ColumnElement[int] = literal_column(str(MOST))
+    return case((whole > most, most), else_=whole)
+
+
 _ENTER = Many(lambda _connection: insert(t.evidence), _e.keys())
 _ADD = Many(
     lambda _connection: (
         update(t.evidence)
         .where(*(_e[name] == bindparam(f"at_{name}") for name in RowKey._fields))
         .values(
-            **{name: _e[name] + bindparam(f"add_{name}") for name in SUMS},
-            **{f"pre_{name}": _e[f"pre_{name}"] + bindparam(f"add_pre_{name}") for name in PRE},
+            **{name: _grown(name) for name in SUMS},
+            **{f"pre_{name}": _grown(f"pre_{name}") for name in PRE},
         )
     ),
     ("latency", "last_ms", "entered_seq", "entered_boot", "entered_ns", "early"),
 )
 
 
-def _precedes(a: RowKey, b: RowKey) -> bool:
-    # Within one rollout only earlier stages come before; any other key may.
-    return a.rollout != b.rollout or a.stage < b.stage
-
-
-def _sums(window: w.Window) -> dict[str, int]:
+def _sums(window: w.Window, labels_fit: bool) -> dict[str, int]:
     counts = window.counts
-    labelled, wrong = labels_of(window.labels)
+    labelled, wrong = labels_of(window.labels) if labels_fit else (0, 0)
     return {
         "windows": window.merged,
         "ok": counts.ok,
@@ -381,7 +391,9 @@ class Evidence:
         sums = {name: getattr(self, name) for name in COMPARED}
         for one in self.early:
             for name, n in zip(COMPARED, one.sums, strict=True):
-                sums[name] -= n
+                # Sums that stopped at MOST may hold less than what is taken off.
+                sums[name] = max(0, sums[name] - n)
+        sums["wrong"] = min(sums["wrong"], sums["labelled"])
         latency = without(self.latency, merged([one.latency for one in self.early])) if self.early else self.latency
         return Compared(**sums, latency=latency)
 
@@ -413,6 +425,26 @@ def of_rollout(connection: Connection, rollout: str, stage: int | None = None) -
     """Per device, bundle, arm and stage what was counted under the rollout; ``stage`` None for all. By device."""
     query = select(*(_e[name] for name in _READ)).where(_e.rollout == rollout)
     return _read(connection, query if stage is None else query.where(_e.stage == stage))
+
+
+class Past(NamedTuple):
+    """What a device had counted of the stable bundle before it entered a rollout, by ``PRE``."""
+
+    ok: int = 0
+    failed: int = 0
+    labelled: int = 0
+    wrong: int = 0
+
+
+def pasts(connection: Connection, rollout: str, model: str, upto_stage: int) -> dict[str, Past]:
+    """Per device its past before its first entry into any stage of the rollout up to this one: the same in every stage."""
+    query = select(_e.device, *(_e[f"pre_{name}"] for name in PRE)).where(
+        _e.rollout == rollout, _e.model == model, _e.stage <= upto_stage
+    )
+    found: dict[str, Past] = {}
+    for device, *sums in connection.execute(query.order_by(_e.device, _e.stage, _e.first_ms, _e.entered_seq)):
+        found.setdefault(device, Past(*sums))
+    return found
 
 
 def of_bundle(connection: Connection, bundle: str) -> list[Evidence]:

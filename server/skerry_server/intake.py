@@ -228,7 +228,9 @@ class _Batch:
         if isinstance(body, w.Window):
             self._outcome.windows += 1
             position = record.replaces[0][0] if record.replaces else record.seq
-            self._arrived.append(evidence.arrived(device, epoch, position, body))
+            labels_fit = self._profiles.labels_fit(body)
+            self._notes.count(device, "labels_unfit", 0 if labels_fit else 1)
+            self._arrived.append(evidence.arrived(device, epoch, position, body, labels_fit=labels_fit))
             self._notes.count(device, "profile_unfit", self._profiles.add(device, body))
             self._windows.append(
                 {
@@ -375,6 +377,9 @@ def _read_body(record: wire.Record) -> _Body:
         if not 0 < len(event.name) <= 60 or len(event.code) > 60:
             raise Malformed("event", "wanted a name of 1 to 60 and a code of at most 60 characters")
         plain_json(event.data, what="event")
+        if event.name == "worker" and not isinstance(event.data.get("models", {}), dict):
+            # Of a worker's event this is read again, by the judge.
+            raise Malformed("event", "wanted an object of model to bundle", where="data.models")
         return event
     if record.kind == "sample":
         sample = wire.decode(wire.Sample, record.body)

@@ -24,6 +24,8 @@ from skerry_server.db import tables as t
 
 SMALLEST_P95 = 20
 """Requests of a device behind a p95; with fewer it has none."""
+CRASHES = ("runtime_crashed", "worker_hung")
+"""Codes of a worker's event: the process died, or was killed because it no longer answered."""
 ACCURACY_DROP = 0.05
 """How far below its validated accuracy a candidate may be where its bundle does not say."""
 
@@ -114,6 +116,9 @@ def take(conn: Connection, row: Mapping[str, Any], plan: p.Plan, before: Taken |
 
     Args:
         before: the look before, None for the first.
+
+    Raises:
+        ValueError: the look does not follow the one before, or could not be read again.
     """
     stage = int(row["stage"])
     if plan.judge is None or not plan.is_judged(stage):
@@ -128,23 +133,17 @@ def take(conn: Connection, row: Mapping[str, Any], plan: p.Plan, before: Taken |
         readings={rail.name: readings[rail.name] for rail in made.guardrails},
     )
     ruling, memory = j.judge(made, look, before.memory if before else j.Memory())
-    return Taken(stage=stage, at_ms=now_ms, look=look, ruling=ruling, memory=memory)
+    taken = Taken(stage=stage, at_ms=now_ms, look=look, ruling=ruling, memory=memory)
+    # A look that could not be read again would stop every later one, and the page: it is never stored.
+    again = _taken(_stored(row["id"], taken) | {"ruling": msgspec.json.decode(_bytes(ruling))})
+    if again.look != look or again.memory != memory or _bytes(again.ruling) != _bytes(ruling):
+        raise ValueError(f"look {look.number} would not be read as it was written")
+    return taken
 
 
 def keep(conn: Connection, rollout: str, taken: Taken) -> None:
     """Stores a look, in the caller's transaction."""
-    conn.execute(
-        insert(t.looks).values(
-            rollout=rollout,
-            stage=taken.stage,
-            number=taken.look.number,
-            at_ms=taken.at_ms,
-            information=taken.look.information,
-            evidence=_packed(taken.look),
-            ruling=taken.ruling.to_builtins(),
-            memory=_packed(taken.memory),
-        )
-    )
+    conn.execute(insert(t.looks).values(**_stored(rollout, taken)))
 
 
 def explain(conn: Connection, row: Mapping[str, Any], stage: int) -> dict[str, Any]:
@@ -202,17 +201,17 @@ def read(
         inside = wanted.get(one.device)
         if inside is not None and one.bundle == bundle[inside] and (one.arm == "candidate") == inside:
             now[one.device] = one
-    past = _past_latency(conn, row, stage)
+    pasts = evidence.pasts(conn, row["id"], row["model"], stage)
+    past_latency = _past_latency(conn, row, stage)
     troubled = _troubled(conn, row, judge, stage, began_ms=began_ms, now_ms=now_ms)
     rows: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in judge_plan.KINDS}
     for unit in units:
         own = now.get(unit.device)
         counts = own.compared() if own else evidence.Compared(0, 0, 0, 0, 0, h.Exponential())
-        pre = (own.pre_labelled, own.pre_wrong) if own else (0, 0)
-        rows["labelled_errors"].append((counts.labelled, counts.wrong, *pre))
-        pre = (own.pre_ok + own.pre_failed, own.pre_failed) if own else (0, 0)
-        rows["failures"].append((counts.requests, counts.failed + counts.shed, *pre))
-        rows["latency_p95"].append((*_level(counts.latency), *_level(past.get(unit.device, h.Exponential()))))
+        past = pasts.get(unit.device, evidence.Past())
+        rows["labelled_errors"].append((counts.labelled, counts.wrong, past.labelled, past.wrong))
+        rows["failures"].append((counts.requests, counts.failed + counts.shed, past.ok + past.failed, past.failed))
+        rows["latency_p95"].append((*_level(counts.latency), *_level(past_latency.get(unit.device, h.Exponential()))))
         online = unit.stratum.startswith("online")
         rows["trouble"].append((int(online), int(online and unit.device in troubled), 0, 0))
     pastless = {rail.name for rail in judge.guardrails if not rail.past}
@@ -226,14 +225,17 @@ def read(
 
 
 def _past_latency(conn: Connection, row: Mapping[str, Any], stage: int) -> dict[str, h.Exponential]:
-    """Per frozen device the latency it had counted of the stable bundle before the stage."""
+    """Per frozen device the latency it had counted of the stable bundle before the rollout.
+
+    Nothing of the rollout's own earlier stages, in which only one arm ran that bundle.
+    """
     c, d = t.evidence.c, t.rollout_devices.c
     frozen = select(d.device).where(d.rollout == row["id"], d.stage == stage)
     query = select(c.device, c.latency).where(
         c.device.in_(frozen),
         c.model == row["model"],
         c.bundle == row["stable"],
-        (c.rollout != row["id"]) | (c.stage < stage),
+        c.rollout != row["id"],
     )
     parts: dict[str, list[h.Exponential]] = {}
     for device, packed in conn.execute(query):
@@ -250,16 +252,18 @@ def _level(latency: h.Exponential) -> tuple[int, int]:
 def _troubled(
     conn: Connection, row: Mapping[str, Any], judge: judge_plan.Judge, stage: int, *, began_ms: int, now_ms: int
 ) -> set[str]:
-    """Devices of which a worker crashed in this stage, that went back from the candidate, or that fell silent."""
+    """Frozen devices of which a worker crashed or hung in this stage, and devices that went back from the candidate, or that fell silent."""
     codes, _ = rollouts.reports(conn, row)
     found = set(codes)
-    c = t.events.c
-    query = select(c.device, c.data).where(c.name == "worker", c.code == "runtime_crashed", c.received_ms >= began_ms)
-    for device, data in conn.execute(query):
-        if row["model"] in ((data or {}).get("models") or {}):
-            found.add(device)
-    d, v = t.rollout_devices.c, t.devices.c
+    c, d, v = t.events.c, t.rollout_devices.c, t.devices.c
     frozen = select(d.device).where(d.rollout == row["id"], d.stage == stage)
+    query = select(c.device, c.data).where(
+        c.name == "worker", c.code.in_(CRASHES), c.received_ms >= began_ms, c.device.in_(frozen)
+    )
+    for device, data in conn.execute(query):
+        models = data.get("models") if isinstance(data, dict) else None
+        if isinstance(models, dict) and row["model"] in models:
+            found.add(device)
     since = now_ms - int(judge.silent_s * 1000)
     silent = select(v.id).where(v.id.in_(frozen), v.seen_ms.is_(None) | (v.seen_ms < since))
     return found | set(conn.execute(silent).scalars())
@@ -278,6 +282,19 @@ def _bytes(value: j.Ruling | j.Memory) -> bytes:
 
 def _packed(value: j.Look | j.Memory) -> bytes:
     return zlib.compress(msgspec.msgpack.encode(value))
+
+
+def _stored(rollout: str, taken: Taken) -> dict[str, Any]:
+    return {
+        "rollout": rollout,
+        "stage": taken.stage,
+        "number": taken.look.number,
+        "at_ms": taken.at_ms,
+        "information": taken.look.information,
+        "evidence": _packed(taken.look),
+        "ruling": taken.ruling.to_builtins(),
+        "memory": _packed(taken.memory),
+    }
 
 
 def _taken(row: Mapping[str, Any]) -> Taken:

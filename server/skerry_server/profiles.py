@@ -185,6 +185,16 @@ class Folder:
             self._labels[bundle, bucket, device] = (before[0] + labelled, before[1] + wrong)
         return unfit
 
+    def labels_fit(self, window: w.Window) -> bool:
+        """Whether the window's labels are such that a device can have counted them of this bundle."""
+        if not window.labels.confusion:
+            return True
+        bundle = window.key.bundle
+        shape = None if bundle in self._unknown else self._shapes.find(self._connection, bundle)
+        if shape is None:
+            self._unknown.add(bundle)
+        return core.labels_fit(window.labels, shape)
+
     def store(self) -> None:
         """Adds everything to the database."""
         if not self._sums:

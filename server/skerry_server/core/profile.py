@@ -9,6 +9,7 @@ Adding is column by column over many windows at once; the result equals ``window
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,9 @@ from typing import Any
 from skerry_contract import histogram as h
 from skerry_contract import manifest as m
 from skerry_contract import window as w
+
+MOST_LABELS = 1 << 32
+"""Labels of one window, in sum: a thousand a second for seven weeks, more than any outbox merges. More is no count of labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +79,16 @@ def fitted(profile: Profile, shape: Shape) -> tuple[Profile, int]:
     outputs = {name: part for name, part in profile.outputs.items() if _output_fits(part, shape.outputs.get(name))}
     labels = profile.labels
     unfit = len(profile.features) - len(features) + len(profile.outputs) - len(outputs)
-    if labels.confusion and len(labels.confusion) != shape.classes**2:
+    if not labels_fit(labels, shape):
         labels, unfit = w.Labels(), unfit + 1
     return Profile(rows=profile.rows, features=features, outputs=outputs, labels=labels), unfit
+
+
+def labels_fit(labels: w.Labels, shape: Shape | None) -> bool:
+    """Whether a device can have counted these labels. ``shape`` None: nobody knows the bundle, any square matrix will do."""
+    size = len(labels.confusion)
+    classes = math.isqrt(size) if shape is None else shape.classes
+    return not size or (size == classes**2 and sum(labels.confusion) <= MOST_LABELS)
 
 
 def _fitting_features(found: Mapping[str, w.FeatureCounts], bins: Mapping[str, int]) -> Mapping[str, w.FeatureCounts]:

@@ -130,7 +130,7 @@ class Fleet:
 def _window(key: w.Key, ok: int, failed: int, wrong: int | None = None) -> bytes:
     at = w.Instant(BOOT, time.time_ns(), time.time_ns() // 1_000_000, True)
     latency = w.Latency(total=h.exponential_of([2_000_000] * (ok + failed)))
-    labels = w.Labels() if wrong is None else w.Labels(confusion=(ok + failed - wrong, wrong, 0, 0))
+    labels = w.Labels() if wrong is None else w.Labels(confusion=(ok + failed - wrong, wrong, *[0] * 7))
     counts = w.Counts(ok=ok, failed=failed, rows=ok)
     return wire.encode(w.Window(key=key, start=at, end=at, counts=counts, latency=latency, labels=labels))
 

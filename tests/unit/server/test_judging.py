@@ -1,0 +1,305 @@
+"""The judge on a database: what devices send must neither stop it nor take gates and deadline with it, and pasts fit both arms."""
+
+import hashlib
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from skerry_contract import topics, wire
+from skerry_contract import window as w
+from skerry_server import judging, rollouts
+from skerry_server.config import Rollouts as Pace
+from skerry_server.core import judge as j
+from skerry_server.core import plan as p
+from skerry_server.core.judge_values import Reading
+from skerry_server.db import migrations
+from skerry_server.db import tables as t
+from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
+from skerry_server.intake import Intake
+from skerry_server.mqtt import Message
+from skerry_server.orchestrator import Orchestrator
+from sqlalchemy import insert, select, update
+
+from tests import models
+
+NOW_MS = 1_000_000
+CLASSES = 3
+CANDIDATES, DEVICES = 4, 16
+JUDGE = {"end_labels": 100_000, "guardrails": {"labelled_errors": {}, "trouble": {}}, "guard_s": 0, "silent_s": 86_400}
+PLAN: dict[str, Any] = {
+    "stages": [{"devices": 4, "max_seconds": 3600}, {"devices": 8, "max_seconds": 3600}, {"share": 1}],
+    "judge": JUDGE,
+}
+
+
+@dataclass
+class Fleet:
+    """A rollout under way on 16 devices of one group, one device of another, and the loop that decides."""
+
+    engine: Any
+    stable: str
+    candidate: str
+    now_ms: int = NOW_MS
+
+    def __post_init__(self) -> None:
+        self.intake = Intake()
+        self.seq = 0
+        self.faults: list[str] = []
+        pace = Pace()
+        idle = SimpleNamespace(publish=lambda _bell: None, resign=lambda: None)
+        self.loop = Orchestrator(
+            self.engine, idle, None, pace, lambda: self.now_ms, lambda *_: None, self.faults.append
+        )
+
+    def send(self, device: str, body: Any, kind: str = "window") -> None:
+        self.seq += 1
+        record = wire.Record(seq=self.seq, kind=kind, body=wire.encode(body))
+        payload = wire.encode_batch(wire.Batch(epoch="1" * 32, records=(record,)))
+        with writing(self.engine) as conn:
+            self.intake.take(conn, [Message(topics.up(device), payload, False, 1)], now_ms=self.now_ms)
+
+    def count(self, device: str, arm: str, stage: int = 0, *, rollout: str = "r", **counts: Any) -> None:
+        labels = counts.pop("labels", w.Labels())
+        bundle = self.candidate if arm == "candidate" else self.stable
+        at = w.Instant("b" * 32, self.seq + 1, 1, True)
+        key = w.Key("gas", bundle, "onnx-fp32", arm, rollout, stage if rollout else 0)
+        self.send(device, w.Window(key=key, start=at, end=at, counts=w.Counts(**counts), labels=labels))
+
+    def crash(self, device: str, code: str, models: Any) -> None:
+        event = wire.Event(at=w.Instant("b" * 32, 1, 1, True), name="worker", code=code, data={"models": models})
+        self.send(device, event, "event")
+
+    def store_event(self, device: str, data: Any) -> None:
+        """As an older release may have stored it."""
+        with writing(self.engine) as conn:
+            row = {"device": device, "received_ms": 5, "at_ms": 1, "name": "worker", "code": "runtime_crashed"}
+            conn.execute(insert(t.events), [row | {"data": data}])
+
+    def row(self) -> dict[str, Any]:
+        with reading(self.engine) as conn:
+            return rollouts.require(conn, "r")
+
+    def last(self) -> dict[str, Any]:
+        with reading(self.engine) as conn:
+            found = rollouts.last_decision(conn, "r")
+        assert found is not None
+        return found
+
+    def readings(self, stage: int = 0) -> tuple[tuple[j.Unit, ...], dict[str, Reading]]:
+        row = self.row() | {"stage": stage}
+        plan = p.read_plan(row["plan"])
+        with reading(self.engine) as conn:
+            made = judging.design(conn, row, plan, stage)
+            assert plan.judge is not None
+            return made.units, judging.read(conn, row, plan.judge, made.units, began_ms=0, now_ms=self.now_ms)
+
+    def freeze(self, stage: int, candidates: int) -> None:
+        rows = [
+            {
+                "rollout": "r",
+                "stage": stage,
+                "device": f"d{i:02}",
+                "arm": "candidate" if i < candidates else "control",
+                "stratum": "",
+                "online": True,
+            }
+            for i in range(DEVICES)
+        ]
+        with writing(self.engine) as conn:
+            conn.execute(insert(t.rollout_devices), rows)
+
+
+def right(n: int, wrong: int = 0) -> w.Labels:
+    return w.Labels(confusion=(n - wrong, wrong) + (0,) * (CLASSES**2 - 2), matched=n)
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    engine = open_engine(sqlite_url(tmp_path / "server.db"))
+    migrations.migrate(engine)
+    digests = []
+    with writing(engine) as conn:
+        for version in ("1.0.0", "2.0.0"):
+            models.build_bundle(tmp_path / version, version=version)
+            raw = (tmp_path / version / "manifest.json").read_bytes()
+            digests.append(hashlib.sha256(raw).hexdigest())
+            bundle = {"digest": digests[-1], "model": "gas", "version": version, "state": "approved"}
+            conn.execute(insert(t.bundles), [bundle | {"manifest": raw, "submitter": "x", "pushed_ms": 0}])
+        conn.execute(insert(t.groups), [{"name": "g", "created_ms": 0}, {"name": "other", "created_ms": 0}])
+        devices = [(f"d{i:02}", "g") for i in range(DEVICES)] + [("thief", "other")]
+        known = {"status": "enrolled", "enrolled_ms": 0, "public_key_sha256": "", "public_key_pem": ""}
+        more = {"certificate_expires_ms": 0, "online": True, "seen_ms": NOW_MS}
+        conn.execute(
+            insert(t.devices), [{"id": d, "group": g, "certificate_serial": d} | known | more for d, g in devices]
+        )
+        conn.execute(
+            insert(t.rollouts).values(
+                id="r", group="g", model="gas", stable=digests[0], candidate=digests[1], salt="0" * 32,
+                plan=p.read_plan(PLAN).to_builtins(), state="running", stage=0, stage_since_ms=0, entered_ms=0,
+                created_by="x", created_ms=0,
+            )
+        )  # fmt: skip
+    made = Fleet(engine, digests[0], digests[1])
+    made.freeze(0, CANDIDATES)
+    yield made
+    engine.dispose()
+
+
+# --- what raises in the judge -----------------------------------------------------------------------------------------
+
+
+def break_judge(fleet: Fleet) -> None:
+    """A stored look that no release can read: whatever makes the judge raise, it must look like this from outside."""
+    row = {"rollout": "r", "stage": 0, "number": 1, "at_ms": 1, "information": 0.1}
+    with writing(fleet.engine) as conn:
+        conn.execute(insert(t.looks), [row | {"evidence": b"no zlib", "ruling": {}, "memory": b""}])
+
+
+def test_gates_send_back_a_bad_candidate_although_the_judge_raises(fleet):
+    break_judge(fleet)
+    for i in range(CANDIDATES):
+        fleet.count(f"d{i:02}", "candidate", failed=5000)
+    fleet.loop.tick()
+    assert fleet.row()["state"] == "rolling_back"
+    assert "20000 of 20000 requests failed" in fleet.row()["reason"]
+
+
+def test_the_deadline_pauses_although_the_judge_raises_and_the_reason_names_the_fault(fleet, caplog):
+    break_judge(fleet)
+    fleet.loop.tick()
+    assert (fleet.row()["state"], fleet.last()["verdict"]) == ("running", "NO_DATA")
+    assert "the judge could not look (error: " in fleet.last()["reason"]
+    assert "judge" in fleet.last()["evidence"]["missing"]
+    fleet.now_ms += 3_600_000
+    fleet.loop.tick()
+    assert fleet.row()["state"] == "paused"
+    assert "the judge could not look" in fleet.row()["reason"]
+    assert fleet.faults == ["judge", "judge"]
+    assert "judge failed rollout=r stage=0" in caplog.text
+
+
+def test_going_back_ends_although_the_judge_raises(fleet):
+    break_judge(fleet)
+    with writing(fleet.engine) as conn:
+        conn.execute(update(t.rollouts).values(state="rolling_back"))
+    fleet.loop.tick()
+    assert fleet.row()["state"] == "rolled_back"
+
+
+# --- events -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("models", [1, [1], "gas", None, True])
+@pytest.mark.parametrize("device", ["d00", "thief"])
+def test_an_event_of_a_wrong_type_stops_no_look(fleet, device, models):
+    fleet.store_event(device, {"models": models})
+    fleet.loop.tick()
+    with reading(fleet.engine) as conn:
+        assert judging.last(conn, "r", 0) is not None
+    assert fleet.faults == []
+    assert sum(fleet.readings()[1]["trouble"].x) == 0
+
+
+def test_a_workers_event_of_a_wrong_type_is_quarantined(fleet):
+    fleet.crash("d00", "runtime_crashed", 1)
+    with reading(fleet.engine) as conn:
+        assert conn.execute(select(t.events.c.id)).all() == []
+        assert conn.execute(select(t.quarantine.c.code)).scalars().all() == ["malformed_record"]
+
+
+@pytest.mark.parametrize("code", ["runtime_crashed", "worker_hung"])
+def test_a_worker_that_crashed_or_hung_is_trouble_of_a_frozen_device_only(fleet, code):
+    fleet.crash("d01", code, {"gas": fleet.candidate})
+    fleet.crash("d02", code, {"another": fleet.candidate})
+    fleet.crash("thief", code, {"gas": fleet.candidate})
+    units, found = fleet.readings()
+    troubled = {unit.device for unit, x in zip(units, found["trouble"].x, strict=True) if x}
+    assert troubled == {"d01"}
+
+
+# --- labels beyond all measure ------------------------------------------------------------------------------------------
+
+
+def counters(fleet: Fleet) -> dict[str, int]:
+    with reading(fleet.engine) as conn:
+        return {row.name: row.n for row in conn.execute(select(t.ingest_counters))}
+
+
+@pytest.mark.parametrize(
+    "confusion",
+    [((1 << 40) - 1,) * CLASSES**2, (5,) * 4, (5,) * 5, (1,) * 65_536],
+    ids=["huge", "four", "five", "wide"],
+)
+def test_labels_that_nobody_can_have_counted_are_dropped_and_the_rest_of_the_window_counts(fleet, confusion):
+    fleet.count("d00", "candidate", ok=10, labels=w.Labels(confusion=confusion))
+    fleet.count("d00", "candidate", ok=10, labels=right(7, 2))
+    assert counters(fleet)["labels_unfit"] == 1
+    units, found = fleet.readings()
+    assert (units[0].device, found["labelled_errors"].n[0], found["labelled_errors"].x[0]) == ("d00", 7, 2)
+    assert found["failures"].n[0] == 20
+
+
+def test_sums_stop_before_the_database_leaves_whole_numbers_and_looks_stay_readable(fleet):
+    most = (1 << 40) - 1
+    for i in range(DEVICES):
+        fleet.count(f"d{i:02}", "candidate" if i < CANDIDATES else "control", ok=500, labels=right(100, 10))
+    for _ in range(3):
+        fleet.count("d15", "control", ok=most, failed=most, shed=most, labels=right(1 << 32, 5))
+    with writing(fleet.engine) as conn:
+        # As 2**31 such windows would leave it.
+        conn.execute(update(t.evidence).where(t.evidence.c.device == "d15").values(labelled=most - 5, wrong=most - 5))
+    fleet.count("d15", "control", ok=1, labels=right(1 << 32, 1 << 32))
+    with reading(fleet.engine) as conn:
+        found = conn.execute(select(t.evidence).where(t.evidence.c.device == "d15")).mappings().one()
+    assert [found[name] for name in ("ok", "failed", "shed", "labelled", "wrong")] == [most] * 5
+    fleet.loop.tick()
+    fleet.now_ms += 60_000
+    fleet.loop.tick()
+    with reading(fleet.engine) as conn:
+        assert [taken.look.number for taken in judging.all_of(conn, "r", 0)] == [1, 2]
+        assert judging.explain(conn, rollouts.require(conn, "r"), 0)["identical"]
+    assert fleet.faults == []
+
+
+def test_a_look_that_could_not_be_read_again_is_not_stored(fleet):
+    for i in range(DEVICES):
+        fleet.count(f"d{i:02}", "candidate" if i < CANDIDATES else "control", ok=500, labels=right(100, 10))
+    # What a database that has gone over to floating point gives.
+    with writing(fleet.engine) as conn:
+        conn.execute(update(t.evidence).where(t.evidence.c.device == "d15").values(labelled=9.3e18))
+    fleet.loop.tick()
+    with reading(fleet.engine) as conn:
+        assert judging.all_of(conn, "r", 0) == []
+    assert fleet.faults == ["judge"]
+    assert "the judge could not look" in fleet.last()["reason"]
+
+
+# --- pasts of later stages ----------------------------------------------------------------------------------------------
+
+
+def test_in_a_later_stage_every_arm_has_its_past_from_before_the_rollout(fleet):
+    fleet.freeze(1, 8)
+    world = {"before": 10, "now": 20}
+    for i in range(DEVICES):
+        name = f"d{i:02}"
+        fleet.count(name, "none", rollout="", ok=1000, failed=5, labels=right(1000, world["before"]))
+        fleet.count(name, "candidate" if i < 4 else "control", 0, ok=1000, failed=9, labels=right(1000, world["now"]))
+    for i in range(DEVICES):
+        fleet.count(f"d{i:02}", "candidate" if i < 8 else "control", 1, ok=900, failed=9, labels=right(900, 18))
+    _, found = fleet.readings(1)
+    assert set(zip(found["labelled_errors"].pre_n, found["labelled_errors"].pre_x, strict=True)) == {(1000, 10)}
+    assert set(zip(found["failures"].pre_n, found["failures"].pre_x, strict=True)) == {(1005, 5)}
+    assert found["labelled_errors"].n == (900,) * DEVICES
+
+
+def test_what_a_device_counts_of_no_rollout_between_stages_changes_no_past(fleet):
+    fleet.freeze(1, 8)
+    fleet.count("d04", "none", rollout="", ok=100, labels=right(100, 1))
+    fleet.count("d04", "control", 0, ok=100, labels=right(100, 2))
+    # The truth of an old answer comes late, and a candidate's worker has forgotten it.
+    fleet.count("d04", "none", rollout="", ok=0, labels=right(50, 50))
+    fleet.count("d04", "candidate", 1, ok=100, labels=right(100, 2))
+    units, found = fleet.readings(1)
+    at = [unit.device for unit in units].index("d04")
+    assert (found["labelled_errors"].pre_n[at], found["labelled_errors"].pre_x[at]) == (100, 1)
