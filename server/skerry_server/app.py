@@ -48,6 +48,7 @@ from skerry_server.broker.embedded import EmbeddedBroker
 from skerry_server.broker.external import Broker, ExternalBroker
 from skerry_server.broker.natsconf import Client
 from skerry_server.config import Address, Settings
+from skerry_server.console import overview
 from skerry_server.console import routes as console
 from skerry_server.console.sessions import Sessions
 from skerry_server.db import queries
@@ -99,6 +100,7 @@ def create_app(context: Context) -> FastAPI:
     )
     app.state.context = context
     app.state.sessions = Sessions(context.settings.data / "sessions.json")
+    app.state.overview = overview.Shared()
     for module in (
         access_routes,
         repository,

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 from skerry_contract import manifest as m
-from sqlalchemy import Connection, RowMapping, insert, select, tuple_, update
+from sqlalchemy import Connection, RowMapping, Select, insert, select, tuple_, update
 
 from skerry_server import audit, profiles, registry
 from skerry_server.core import drift as core
@@ -163,17 +163,30 @@ def evaluations_page(
     connection: Connection, *, model: str | None, after: tuple[str, str] | None, limit: int
 ) -> list[dict[str, Any]]:
     """The last look at each bundle by (model, bundle), with the bundle's version and its open findings."""
-    e, b = t.drift_evaluations.c, t.bundles.c
-    query = (
-        select(*(column for column in e if column.name != "evaluation"), b.version)
-        .select_from(t.drift_evaluations.outerjoin(t.bundles, b.digest == e.bundle))
-        .order_by(e.model, e.bundle)
-        .limit(limit)
-    )
+    e = t.drift_evaluations.c
+    query = _last_looks().limit(limit)
     if model is not None:
         query = query.where(e.model == model)
     if after is not None:
         query = query.where(tuple_(e.model, e.bundle) > tuple_(*after))
+    return _with_open_findings(connection, query)
+
+
+def evaluations_of(connection: Connection, bundles: Sequence[str]) -> list[dict[str, Any]]:
+    """As ``evaluations_page``, of these bundles."""
+    return _with_open_findings(connection, _last_looks().where(t.drift_evaluations.c.bundle.in_(bundles)))
+
+
+def _last_looks() -> Select[Any]:
+    e, b = t.drift_evaluations.c, t.bundles.c
+    return (
+        select(*(column for column in e if column.name != "evaluation"), b.version)
+        .select_from(t.drift_evaluations.outerjoin(t.bundles, b.digest == e.bundle))
+        .order_by(e.model, e.bundle)
+    )
+
+
+def _with_open_findings(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:
     items = [dict(row) for row in connection.execute(query).mappings()]
     open_ones = findings(connection, [item["bundle"] for item in items], closed=False)
     for item in items:

@@ -5,11 +5,12 @@ Only bundles that have counted something are listed, by (model, bundle).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from skerry_contract import manifest as m
-from sqlalchemy import Connection, select, tuple_
+from sqlalchemy import Connection, Select, select, tuple_
 
 from skerry_server import profiles
 from skerry_server.core import accuracy as core
@@ -33,6 +34,17 @@ def accuracy_page(
         query = query.where(b.model == model)
     if after is not None:
         query = query.where(tuple_(b.model, b.digest) > tuple_(*after))
+    return _items(connection, query, from_ms, upto_ms)
+
+
+def accuracy_of(connection: Connection, bundles: Sequence[str], *, from_ms: int, upto_ms: int) -> list[dict[str, Any]]:
+    """As ``accuracy_page``, of these bundles."""
+    b = t.bundles.c
+    query = select(b.model, b.digest, b.version, b.manifest).where(b.digest.in_(bundles)).order_by(b.model, b.digest)
+    return _items(connection, query, from_ms, upto_ms)
+
+
+def _items(connection: Connection, query: Select[Any], from_ms: int, upto_ms: int) -> list[dict[str, Any]]:
     return [
         {"model": row.model, "bundle": row.digest, "version": row.version}
         | of_bundle(connection, row.digest, m.parse(row.manifest), from_ms=from_ms, upto_ms=upto_ms)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from skerry_contract import manifest as m
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, insert, select, union, update
 
 from skerry_server import audit
 from skerry_server.core import bundles as core
@@ -159,6 +159,22 @@ def users(conn: Connection, digest: str) -> list[str]:
     pinned = conn.execute(select(p.device).where(p.digest == digest)).scalars()
     named = [f"group:{name}" for name in groups] + [f"rollout:{name}" for name in rollouts]
     return sorted(named + [f"pin:{name}" for name in pinned])
+
+
+def served(conn: Connection) -> frozenset[str]:
+    """Every bundle that ``users`` would find something for."""
+    gm, r, p = t.group_models.c, t.rollouts.c, t.pins.c
+    ended = ("completed", "rolled_back", "aborted")
+    rows = conn.execute(
+        union(
+            select(gm.stable),
+            select(gm.fallback),
+            select(r.candidate).where(r.state.not_in(ended)),
+            select(r.stable).where(r.state.not_in(ended)),
+            select(p.digest),
+        )
+    ).scalars()
+    return frozenset(digest for digest in rows if digest)
 
 
 def sync_catalog(conn: Connection, listed: Iterable[str], *, actor: str, now_ms: int) -> list[str]:

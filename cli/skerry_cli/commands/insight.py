@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from skerry_cli.commands.session import session
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 Model = Annotated[str | None, typer.Option("--model", help="Only this model.")]
 _MOST_SHOWN = 20
+_SPAN_MS = 24 * 3_600_000
 
 
 def drift(
@@ -48,7 +50,10 @@ def accuracy(
     context: typer.Context,
     model: Model = None,
     since_ms: Annotated[
-        int | None, typer.Option("--since-ms", help="Only what was counted from then on, ms since 1970.")
+        int | None,
+        typer.Option(
+            "--since-ms", help="From then on, ms since 1970; the last 24 hours when left out, 0 for all there is."
+        ),
     ] = None,
     until_ms: Annotated[
         int | None, typer.Option("--until-ms", help="Only what was counted before then, ms since 1970.")
@@ -57,12 +62,19 @@ def accuracy(
 ) -> None:
     """Shows how often each version is right, from labels with intervals, and the label-free estimate beside it."""
     api = session(context).api
+    if since_ms is None:
+        # Over a version's whole life a fall is lost among the labels of better days.
+        since_ms = max(0, (until_ms if until_ms is not None else int(time.time() * 1000)) - _SPAN_MS)
     items = list(api.items("/api/v1/accuracy", model=model, since_ms=since_ms, until_ms=until_ms))
     if as_json:
         output.show_json({"items": items})
         return
     if not items:
         output.say("Nothing has been counted yet.")
+    else:
+        output.say(
+            f"Counted from {output.when(since_ms) if since_ms else 'the beginning'} to {output.when(until_ms) if until_ms else 'now'}."
+        )
     for item in items:
         for line in accuracy_text(item):
             output.say(line)

@@ -1,20 +1,22 @@
 """What the page shows, read in one transaction: a value of plain parts that the templates only lay out.
 
-Every list is bounded, so a page of a large fleet costs as much as one of a small fleet: what was left out is said beside it.
+Every list is bounded, and accuracy is of the last day, so a page of a large or old fleet costs about as much as one of a small fleet: what
+was left out is said beside it. ``Shared`` keeps one for all who watch.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from skerry_contract import histogram as h
 from skerry_contract import ids
-from sqlalchemy import Connection, Integer, cast, func, select
+from sqlalchemy import Connection, Integer, Select, cast, func, select
 
-from skerry_server import evidence, findings, judging, outcomes, rollouts
+from skerry_server import evidence, findings, judging, outcomes, registry, rollouts
 from skerry_server.core import rollout as core
 from skerry_server.db import tables as t
 
@@ -25,9 +27,14 @@ DECISIONS = 12
 EVENTS = 10
 ROLLOUTS = 10
 BUNDLES = 20
-"""Of drift and of accuracy, the first in the order of model and digest; drawn by model, the newest version first."""
+"""Of drift and of accuracy: those that groups, rollouts and pins name, then the newest versions; drawn by model, the newest first."""
+ACCURACY_MS = 24 * 3_600_000
+"""So far back accuracy is counted: over the whole life of a version a fall would be lost among the labels of better days."""
+SHARED_MS = 2_000
+"""So long all who watch are shown the same: as often as the page asks."""
 FINDINGS = 5
 """Of drift, drawn per bundle: the strongest."""
+_ENDED = ("completed", "rolled_back", "aborted")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,8 +112,11 @@ class Overview:
     tiles: tuple[Tile, ...]
     running: tuple[Running, ...]
     rollouts: tuple[Progress, ...]
+    rollouts_left_out: int
     drift: tuple[dict[str, Any], ...]
+    drift_left_out: int
     accuracy: tuple[dict[str, Any], ...]
+    accuracy_left_out: int
     decisions: tuple[dict[str, Any], ...]
     events: tuple[dict[str, Any], ...]
 
@@ -114,6 +124,22 @@ class Overview:
     def left_out(self) -> int:
         """Devices that are not drawn."""
         return self.enrolled - len(self.tiles)
+
+
+class Shared:
+    """The last overview, so that many who watch cost no more than one. Thread-safe: who comes while it is read waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: Overview | None = None
+
+    def get(self, read: Callable[[], Overview], now_ms: int, *, most_ms: int = SHARED_MS) -> Overview:
+        """The last one where that is younger than ``most_ms``, or what ``read`` returns."""
+        with self._lock:
+            held = self._held
+            if held is None or not 0 <= now_ms - held.at_ms < most_ms:
+                held = self._held = read()
+            return held
 
 
 def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) -> Overview:
@@ -124,6 +150,12 @@ def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) 
     )
     enrolled, online = conn.execute(enrolled_query).one()
     tiles = _tiles(conn)
+    under_way = tuple(_progress(conn, now_ms))
+    looked_at, drift_left_out = _foremost(conn, select(t.drift_evaluations.c.bundle))
+    since_ms, upto_ms = now_ms - ACCURACY_MS, now_ms + 1
+    of_late = (t.profiles.c.bundle == t.bundles.c.digest, t.profiles.c.bucket_ms >= since_ms)
+    counted = select(t.bundles.c.digest).where(select(t.profiles.c.bundle).where(*of_late).exists())
+    reckoned, accuracy_left_out = _foremost(conn, counted)
     return Overview(
         at_ms=now_ms,
         name=name,
@@ -132,16 +164,30 @@ def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) 
         online=int(online),
         tiles=tiles,
         running=_running(tiles),
-        rollouts=tuple(_progress(conn, now_ms)),
-        drift=_by_version(
-            _strongest_first(one) for one in findings.evaluations_page(conn, model=None, after=None, limit=BUNDLES)
-        ),
-        accuracy=_by_version(
-            outcomes.accuracy_page(conn, model=None, from_ms=0, upto_ms=1 << 53, after=None, limit=BUNDLES)
-        ),
+        rollouts=under_way,
+        rollouts_left_out=_rollouts_under_way(conn) - len(under_way),
+        drift=_by_version(_strongest_first(one) for one in findings.evaluations_of(conn, looked_at)),
+        drift_left_out=drift_left_out,
+        accuracy=_by_version(outcomes.accuracy_of(conn, reckoned, from_ms=since_ms, upto_ms=upto_ms)),
+        accuracy_left_out=accuracy_left_out,
         decisions=_newest(conn, t.decisions, DECISIONS, t.decisions.c.action != "hold"),
         events=_newest(conn, t.events, EVENTS, t.events.c.code != ""),
     )
+
+
+def _foremost(conn: Connection, digests: Select[Any]) -> tuple[list[str], int]:
+    """Of some bundles those to draw, and how many more there are."""
+    b = t.bundles.c
+    found = conn.execute(select(b.digest, b.version).where(b.digest.in_(digests))).all()
+    served = registry.served(conn)
+    newest = sorted(found, key=lambda row: ids.version_key(row.version), reverse=True)
+    foremost = sorted(newest, key=lambda row: row.digest not in served)
+    return [row.digest for row in foremost[:BUNDLES]], len(found[BUNDLES:])
+
+
+def _rollouts_under_way(conn: Connection) -> int:
+    query = select(func.count()).select_from(t.rollouts).where(t.rollouts.c.state.not_in(_ENDED))
+    return int(conn.execute(query).scalar_one())
 
 
 def _tiles(conn: Connection) -> tuple[Tile, ...]:
@@ -187,8 +233,7 @@ def _running(tiles: Iterable[Tile]) -> tuple[Running, ...]:
 
 def _progress(conn: Connection, now_ms: int) -> Iterable[Progress]:
     c = t.rollouts.c
-    ended = ("completed", "rolled_back", "aborted")
-    rows = conn.execute(select(t.rollouts).where(c.state.not_in(ended)).order_by(c.created_ms.desc()).limit(ROLLOUTS))
+    rows = conn.execute(select(t.rollouts).where(c.state.not_in(_ENDED)).order_by(c.created_ms.desc()).limit(ROLLOUTS))
     found = [dict(row) for row in rows.mappings()]
     digests = {row[name] for row in found for name in ("stable", "candidate")}
     b = t.bundles.c

@@ -83,10 +83,15 @@ def _viewer(context: Ctx, sessions: Sessions, cookie: str | None) -> access.Call
     return caller if caller is not None and caller.may("viewer") else None
 
 
-def _overview(context: Ctx) -> overview.Overview:
-    parts = context.probe()
-    with reading(context.engine) as conn:
-        return overview.gather(conn, name=context.settings.server.name, parts=parts, now_ms=context.now_ms())
+def _overview(context: Ctx, request: Request, *, most_ms: int = overview.SHARED_MS) -> overview.Overview:
+    shared: overview.Shared = request.app.state.overview
+
+    def read() -> overview.Overview:
+        parts = context.probe()
+        with reading(context.engine) as conn:
+            return overview.gather(conn, name=context.settings.server.name, parts=parts, now_ms=context.now_ms())
+
+    return shared.get(read, context.now_ms(), most_ms=most_ms)
 
 
 def _refuse_other_sites(request: Request) -> None:
@@ -109,7 +114,8 @@ def front(context: Ctx, request: Request, held: Held = None) -> Response:
     caller = _viewer(context, _sessions(request), held)
     if caller is None:
         return RedirectResponse("/console/sign-in", status_code=303, headers=HEADERS)
-    return _page("page.html", o=_overview(context), caller=caller)
+    # Who opens the page sees what was done until now; what it asks for by itself is shared by all who watch.
+    return _page("page.html", o=_overview(context, request, most_ms=0), caller=caller)
 
 
 @router.get("/console/live")
@@ -117,7 +123,7 @@ def live(context: Ctx, request: Request, held: Held = None) -> Response:
     """The changing part of the page. 401 tells the script to go to the sign-in page."""
     if _viewer(context, _sessions(request), held) is None:
         return Response(status_code=401, headers=HEADERS)
-    body = _environment.get_template("live.html").render(o=_overview(context)).encode()
+    body = _environment.get_template("live.html").render(o=_overview(context, request)).encode()
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=HEADERS | {"ETag": tag})

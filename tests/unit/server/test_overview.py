@@ -1,0 +1,142 @@
+"""What the page shows of many versions over a long time, and what it costs when many watch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from skerry_server.console import overview, routes
+from skerry_server.db import migrations
+from skerry_server.db import tables as t
+from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
+from sqlalchemy import Engine, insert
+
+from tests import models
+
+NOW_MS = 1_800_000_000_000
+HOUR_MS = 3_600_000
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    made = open_engine(sqlite_url(tmp_path / "server.db"))
+    migrations.migrate(made)
+    yield made
+    made.dispose()
+
+
+def bundle(conn, folder: Path, version: str) -> str:
+    models.build_bundle(folder / version, version=version)
+    raw = (folder / version / "manifest.json").read_bytes()
+    digest = hashlib.sha256(raw).hexdigest()
+    row = {"digest": digest, "model": "gas", "version": version, "state": "approved", "manifest": raw}
+    conn.execute(insert(t.bundles).values(**row, submitter="x", pushed_ms=0))
+    return digest
+
+
+def counted(conn, digest: str, at_ms: int, confusion: list[int] | None = None) -> None:
+    zero = ("predicted", "estimated", "matched", "late", "unknown", "duplicate", "conflicting")
+    row = {"bundle": digest, "variant": "v", "bucket_ms": at_ms, "model": "gas", "span_ms": 300_000, "windows": 1}
+    packed = msgspec.msgpack.encode(confusion) if confusion else b""
+    values = {**row, **dict.fromkeys(zero, 0), "rows": 1000, "confusion": packed, "updated_ms": at_ms, "body": b""}
+    conn.execute(insert(t.profiles).values(**values))
+
+
+def evaluated(conn, digest: str) -> None:
+    row = {"bundle": digest, "model": "gas", "at_ms": 0, "verdict": "DRIFT", "reason": "r", "n": 1, "spans": 3}
+    conn.execute(insert(t.drift_evaluations).values(**row, subjects=1, evaluation={}))
+
+
+def gathered(engine: Engine) -> overview.Overview:
+    with reading(engine) as conn:
+        return overview.gather(conn, name="x", parts={}, now_ms=NOW_MS)
+
+
+def drawn(found: overview.Overview) -> str:
+    return routes._environment.get_template("live.html").render(o=found)
+
+
+def test_the_versions_that_are_served_and_the_newest_are_drawn_and_the_page_says_how_many_are_not(
+    engine: Engine, tmp_path: Path
+) -> None:
+    with writing(engine) as conn:
+        digests = [bundle(conn, tmp_path, f"1.{i}.0") for i in range(25)]
+        for digest in digests:
+            counted(conn, digest, NOW_MS - HOUR_MS)
+            evaluated(conn, digest)
+        conn.execute(insert(t.groups).values(name="field", created_ms=0, settings={}))
+        conn.execute(insert(t.group_models).values(group="field", model="gas", stable=digests[1]))
+    found = gathered(engine)
+    wanted = [f"1.{i}.0" for i in (*range(24, 5, -1), 1)]
+    assert [one["version"] for one in found.accuracy] == wanted
+    assert [one["version"] for one in found.drift] == wanted
+    assert (found.accuracy_left_out, found.drift_left_out) == (5, 5)
+    assert drawn(found).count("5 more versions are not drawn") == 2
+
+
+def test_accuracy_is_of_the_last_day_and_the_page_says_so(engine: Engine, tmp_path: Path) -> None:
+    with writing(engine) as conn:
+        digest = bundle(conn, tmp_path, "1.0.0")
+        k = len(next(iter(models_labels(tmp_path / "1.0.0"))))
+        right = [0] * (k * k)
+        right[0] = 30_000
+        half = [0] * (k * k)
+        half[0], half[1] = 500, 500
+        counted(conn, digest, NOW_MS - 25 * HOUR_MS, right)
+        counted(conn, digest, NOW_MS - HOUR_MS, half)
+        old = bundle(conn, tmp_path, "0.9.0")
+        counted(conn, old, NOW_MS - 30 * HOUR_MS, right)
+    found = gathered(engine)
+    (shown,) = found.accuracy
+    assert shown["measured"]["accuracy"]["value"] == 0.5
+    assert "of the last 24 hours" in drawn(found)
+    assert "not drawn" not in drawn(found)
+
+
+def models_labels(folder: Path) -> list[tuple[str, ...]]:
+    from skerry_contract import manifest as m
+
+    return [tensor.labels for tensor in m.parse((folder / "manifest.json").read_bytes()).outputs if tensor.labels]
+
+
+def test_many_who_watch_cost_as_much_as_one(engine: Engine) -> None:
+    empty = gathered(engine)
+    shared = overview.Shared()
+    reads = []
+
+    def read() -> overview.Overview:
+        reads.append(1)
+        time.sleep(0.05)
+        return empty
+
+    watching = [threading.Thread(target=shared.get, args=(read, NOW_MS + 10)) for _ in range(8)]
+    for one in watching:
+        one.start()
+    for one in watching:
+        one.join()
+    assert len(reads) == 1
+    # Old news is read again, by one; so is what seems to come from the future, after the clock was put back.
+    shared.get(read, NOW_MS + overview.SHARED_MS)
+    assert len(reads) == 2
+    shared.get(read, NOW_MS - 1)
+    assert len(reads) == 3
+    shared.get(read, NOW_MS, most_ms=0)
+    assert len(reads) == 4
+
+
+def test_a_failed_reading_is_not_kept(engine: Engine) -> None:
+    shared, empty = overview.Shared(), gathered(engine)
+
+    def fail() -> overview.Overview:
+        raise OSError("the disk")
+
+    with pytest.raises(OSError, match="the disk"):
+        shared.get(fail, NOW_MS)
+    other = dataclasses.replace(empty, name="well again")
+    assert shared.get(lambda: other, NOW_MS).name == "well again"
