@@ -109,6 +109,12 @@ def find_caller(conn: Connection, secret: str, now_ms: int) -> tuple[Caller, boo
     return Caller(name=row["name"], role=row["role"]), due
 
 
+def knows(conn: Connection, secret: str) -> bool:
+    """Whether the secret was ever made here; it may be revoked or expired by now."""
+    query = select(t.api_tokens.c.name).where(t.api_tokens.c.sha256 == hash_secret(secret))
+    return conn.execute(query).first() is not None
+
+
 def caller_named(conn: Connection, name: str, now_ms: int) -> Caller | None:
     """Who the token of that name is, while it is neither revoked nor expired."""
     c = t.api_tokens.c

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ from sqlalchemy import Engine
 
 from skerry_server import access, ca, clock
 from skerry_server.config import Settings
-from skerry_server.db.engine import open_engine, writing
+from skerry_server.db.engine import open_engine, reading, writing
 from skerry_server.db.migrations import migrate
 from skerry_server.metadata import make_online_key
+
+log = logging.getLogger(__name__)
 
 ADMIN_TOKEN = "admin.token"  # noqa: S105 - a file name
 
@@ -32,7 +35,8 @@ class AlreadyRunning(Exception):
 
 
 def initialise(settings: Settings) -> dict[str, Any]:
-    """Makes what a new server needs: folder, CA, online key, database, admin token. Again is fine: what is there stays.
+    """Makes what a new server needs: folder, CA, online key, database, admin token. Again is fine: what is there stays,
+    except a file of an admin token that the database does not know.
 
     Returns:
         Where the parts are, and the CA's fingerprint; no secrets.
@@ -84,7 +88,12 @@ def require_initialised(data: Path) -> None:
 
 def _ensure_admin(engine: Engine, path: Path) -> None:
     if path.exists():
-        return
+        secret = path.read_text(errors="replace").strip()
+        with reading(engine) as conn:
+            if access.knows(conn, secret):
+                return
+        # A power cut between the file and the commit: nobody holds this token's row, and nobody could come in.
+        log.warning("no token of this server is in the file, another one is made path=%s", path)
     name = "admin"
     with writing(engine) as conn:
         taken = {row["name"] for row in access.list_tokens(conn)}

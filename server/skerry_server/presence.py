@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from skerry_contract import ids, wire
+from skerry_contract import group, ids, wire
 from skerry_contract.errors import Malformed
 from sqlalchemy import Connection, bindparam, select, update
 
@@ -150,6 +150,13 @@ def decode_state(payload: bytes) -> wire.State:
         raise Malformed("state", "wanted numbers from 0 to 2**63 - 1", where="birth, generation or seq")
     if len(state.stratum) > 200 or len(state.agent) > 40:
         raise Malformed("state", "wanted at most 200 characters of stratum, 40 of agent")
+    if state.stratum == group.ANY_STRATUM or not (state.stratum.isprintable() and state.agent.isprintable()):
+        # The star would cut every stratum that is not named; the name stands in a signed document and on people's screens.
+        raise Malformed(
+            "state",
+            "wanted a stratum of printable characters other than *, and such an agent",
+            where="stratum or agent",
+        )
     if state.epoch:
         ids.epoch(state.epoch)
     plain_json(msgspec.to_builtins(state), what="state")

@@ -92,13 +92,18 @@ def labels_fit(labels: w.Labels, shape: Shape | None) -> bool:
 
 
 def _fitting_features(found: Mapping[str, w.FeatureCounts], bins: Mapping[str, int]) -> Mapping[str, w.FeatureCounts]:
-    # One loop without a call per part: ingest does this for every window. The last condition is Cauchy's and Schwarz's: what
-    # breaks it is no sum of values and their squares.
+    # One loop without a call per part: ingest does this for every window. More values outside than values would hide those of other
+    # devices. The last condition is Cauchy's and Schwarz's: what breaks it is no sum of values and their squares.
     unfit = []
     for name, part in found.items():
         moments, counts = part.moments, part.counts
         n, summed = moments.n, moments.total
-        if bins.get(name) != len(counts) or sum(counts) != n or summed * summed > n * moments.squares:
+        if (
+            bins.get(name) != len(counts)
+            or sum(counts) != n
+            or part.outside > n
+            or summed * summed > n * moments.squares
+        ):
             unfit.append(name)
     return {name: part for name, part in found.items() if name not in unfit} if unfit else found
 

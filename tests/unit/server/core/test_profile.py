@@ -30,7 +30,9 @@ def counted(draw, bins):
     return tuple(row), h.moments_of(q for _, q in values)
 
 
-features = counted(BINS).flatmap(lambda c: st.builds(w.FeatureCounts, st.just(c[0]), small, small, st.just(c[1])))
+features = counted(BINS).flatmap(
+    lambda c: st.builds(w.FeatureCounts, st.just(c[0]), small, st.integers(0, sum(c[0])), st.just(c[1]))
+)
 outputs = counted(CLASSES).flatmap(
     lambda c: st.builds(
         w.OutputCounts, st.just(c[0]), st.just(c[1]), st.sampled_from([(), tuple(n << h.P_BITS for n in c[0])])
@@ -112,3 +114,12 @@ def test_what_no_device_of_this_bundle_can_have_counted_is_left_out(changes):
         {} if "outputs" in changes else window().outputs,
         (),
     ]
+
+
+def test_more_values_outside_than_values_do_not_enter():
+    # Its rate would be no share: one such device took the sign from all others.
+    row = (3,) + (0,) * (BINS - 1)
+    moments = h.moments_of([1, 2, 3])
+    parts = {"f1": w.FeatureCounts(row, 0, 3, moments), "f2": w.FeatureCounts(row, 9, 4, moments)}
+    found, unfit = p.fitted(p.Profile(rows=3, features=parts), SHAPE)
+    assert (set(found.features), unfit) == ({"f1"}, 1)

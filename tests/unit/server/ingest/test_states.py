@@ -115,3 +115,20 @@ def test_an_emptied_retained_state_is_ignored(server, make):
 
     server.take(Message("skerry/1/d/dev-a/state", b"", False, 1))
     assert row(server)["online"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stratum": "*"},
+        {"stratum": "arm\x1b[2J"},
+        {"stratum": "arm\n"},
+        {"stratum": "\u202emra"},
+        {"agent": "0.1.0\x07"},
+    ],
+    ids=repr,
+)
+def test_a_stratum_is_a_name_that_can_be_shown_and_never_the_star_that_means_all_others(server, make, fields):
+    server.take(make.state("dev-a", 1, stratum="rpi onnx"))
+    server.take(make.state("dev-a", 2, **fields))
+    assert (row(server)["birth"], row(server)["stratum"]) == (1, "rpi onnx")
