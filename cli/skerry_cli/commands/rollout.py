@@ -159,7 +159,7 @@ def list_(
                 r["model"],
                 output.short(r["candidate"]),
                 r["state"],
-                r["stage"],
+                stage_text(r),
                 output.when(r.get("created_ms")),
             )
             for r in items
@@ -178,9 +178,8 @@ def show(
     if as_json:
         output.show_json({**found, "decisions": decisions})
         return
-    output.show_fields(
-        f"rollout {rollout}", {name: value for name, value in found.items() if not isinstance(value, dict | list)}
-    )
+    plain = {name: value for name, value in found.items() if not isinstance(value, dict | list)}
+    output.show_fields(f"rollout {rollout}", {**plain, "stage": stage_text(found)})
     for decision in decisions:
         output.say(decision_text(decision))
 
@@ -190,7 +189,7 @@ def explain(
     context: typer.Context,
     rollout: Annotated[str, typer.Argument(help="The rollout's id.")],
     stage: Annotated[
-        int | None, typer.Option("--stage", help="Counted from 0; the last judged one when left out.")
+        int | None, typer.Option("--stage", min=1, help="Counted from 1; the last judged one when left out.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -198,12 +197,12 @@ def explain(
 
     Exit code 1 when what is recomputed differs from what was stored.
     """
-    wanted = {} if stage is None else {"stage": stage}
+    wanted = {} if stage is None else {"stage": stage - 1}
     found = session(context).api.get(f"/api/v1/rollouts/{quote(rollout)}/explain", **wanted)
     if as_json:
         output.show_json(found)
     elif found["ruling"] is None:
-        output.say(f"Stage {found['stage']} of rollout {rollout} was not looked at by the judge.")
+        output.say(f"Stage {found['stage'] + 1} of rollout {rollout} was not looked at by the judge.")
     else:
         _show_explained(rollout, found)
     if not found["identical"]:
@@ -213,7 +212,7 @@ def explain(
 def _show_explained(rollout: str, found: dict[str, Any]) -> None:
     ruling = found["ruling"]
     output.say(
-        f"Rollout {rollout}, stage {found['stage']}: {ruling['verdict']} at look {ruling['look']} "
+        f"Rollout {rollout}, stage {found['stage'] + 1}: {ruling['verdict']} at look {ruling['look']} "
         f"({ruling['information']:.0%} of the way)."
     )
     output.show_table(
@@ -344,7 +343,17 @@ def _values(where: str, parts: list[str]) -> dict[str, bool | int | float]:
 def decision_text(decision: dict[str, Any]) -> str:
     """One decision in one line."""
     verdict = f" [{decision['verdict']}]" if decision.get("verdict") else ""
-    return f"{output.when(decision.get('at_ms'))}  stage {decision.get('stage')}: {decision['action']}{verdict}: {decision['reason']}"
+    return f"{output.when(decision.get('at_ms'))}  stage {decision['stage'] + 1}: {decision['action']}{verdict}: {decision['reason']}"
+
+
+def stage_text(rollout: dict[str, Any]) -> str:
+    """Where a rollout stands. People count stages from 1; JSON counts from 0.
+
+    >>> stage_text({"stage": 0, "plan": {"stages": [{}, {}]}}), stage_text({"stage": 2, "plan": {"stages": [{}, {}]}})
+    ('1 of 2', 'all 2 passed')
+    """
+    stages = len(rollout["plan"]["stages"])
+    return f"{rollout['stage'] + 1} of {stages}" if rollout["stage"] < stages else f"all {stages} passed"
 
 
 def _command(api: Api, rollout: str, verb: str, reason: str, version: int | None) -> None:

@@ -154,7 +154,7 @@ class Run:
             meanwhile(now)
             if now["state"] == "paused":
                 raise Failed(f"rollout {rollout_id} is paused: {now['reason']}")
-            self.screen.progress(f"stage {now['stage']}: {now.get('now', {}).get('reason', now['state'])}")
+            self.screen.progress(f"stage {now['stage'] + 1}: {now.get('now', {}).get('reason', now['state'])}")
             return now if now["state"] in ENDED else None
 
         now = self.fleet.wait(f"rollout {rollout_id} to end", ended, 240.0, every_s=0.5)

@@ -728,8 +728,9 @@ def test_a_candidate_no_worse_than_its_controls_passes_at_the_planned_end_and_th
     assert f"recomputed: identical ({len(items)} looks)" in shown.stdout
     assert "3 of 3 devices" in shown.stdout
     assert "5 of 5 devices" in shown.stdout
-    assert json.loads(explain(rig, rollout, "--stage", "0", "--json").stdout)["identical"]
-    assert "was not looked at" in explain(rig, rollout, "--stage", "1").stdout
+    assert json.loads(explain(rig, rollout, "--stage", "1", "--json").stdout)["identical"]
+    assert f"Stage 2 of rollout {rollout} was not looked at" in explain(rig, rollout, "--stage", "2").stdout
+    assert f"Rollout {rollout}, stage 1: PASS" in shown.stdout
     # Who changes what is stored is found out.
     with sqlite3.connect(rig.data / "server.db") as db:
         (packed,) = db.execute("SELECT evidence FROM looks ORDER BY number DESC LIMIT 1").fetchone()
