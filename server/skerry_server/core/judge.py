@@ -9,8 +9,9 @@ Per guardrail, at each look:
 * NO_DATA while an arm lacks devices or trials. Nothing is spent then.
 * FAIL when the assignment that was made is among those removed (``judge_spending``, on the residuals of ``judge_residuals``).
 * PASS at the planned end only, when the upper bound of the ratio is below the margin (``judge_bounds``); asked once, at the first
-  look that has the data, since asking again and again would find a lucky moment. For incidence, which no few devices can bound, the
-  difference of shares itself.
+  look that has the data, since asking again and again would find a lucky moment. Where events are too few for any ratio, a rate also
+  passes when the candidates' own Clopper-Pearson bound is not above what is negligible. For incidence, which no few devices can
+  bound, the difference of shares itself.
 * INCONCLUSIVE otherwise, with what is missing.
 
 With fewer reference assignments than 1/alpha no comparison can fail honestly: then only the absolute limit counts
@@ -260,7 +261,16 @@ class _Case:
     def _passes(self) -> bool:
         if self.rail.kind == "incidence":
             return (self.candidate.value or 0) - (self.control.value or 0) <= self.rail.margin
-        return bounds.excluded(self.rail.kind, self.columns, self.assigned, self.rail.margin)
+        if bounds.excluded(self.rail.kind, self.columns, self.assigned, self.rail.margin):
+            return True
+        return self.own_bound is not None and self.own_bound <= self.rail.negligible
+
+    @property
+    def own_bound(self) -> float | None:
+        """95 % bound of the candidates' own rate, where one so small as to be negligible passes."""
+        if self.rail.kind != "rate" or self.rail.negligible <= 0:
+            return None
+        return absolute.upper_rate(self.candidate.x, self.candidate.n)
 
     def _rule_alone(self) -> Verdict:
         limit, arm = self.rail.limit, self.candidate
@@ -328,7 +338,12 @@ class _Case:
             prior_cv=_rounded(prior.cv) if prior else None,
         )
         return words.with_reason(
-            found, tuple(self.lacking.values()), look=self.look, ended=self.ended, planned=self.design.planned
+            found,
+            tuple(self.lacking.values()),
+            look=self.look,
+            ended=self.ended,
+            planned=self.design.planned,
+            own=None if self.own_bound is None else (self.own_bound, rail.negligible),
         )
 
     def _ratio(self) -> float | None:

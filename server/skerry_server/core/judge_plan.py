@@ -30,7 +30,7 @@ class Rail:
 
     ``limit`` None: labelled errors are held to the validated figure, failures and p95 to the plan's gates, where there are such.
     ``past``: whether each device is held against its own past. Without it devices are compared as they are now: for a stage that
-    begins just after the world moved, when the pasts of devices come from different worlds.
+    begins just after the world moved, when the pasts of devices come from different worlds. ``negligible`` is for rates only.
     """
 
     name: str
@@ -39,11 +39,12 @@ class Rail:
     limit: float | None = None
     min_n: int = 0
     past: bool = True
+    negligible: float = 0.0
 
 
 DEFAULTS = (
-    Rail(name="labelled_errors", alpha=0.02, margin=1.5, min_n=100),
-    Rail(name="failures", alpha=0.01, margin=2.0, min_n=100),
+    Rail(name="labelled_errors", alpha=0.02, margin=1.5, min_n=100, negligible=0.001),
+    Rail(name="failures", alpha=0.01, margin=2.0, min_n=100, negligible=0.001),
     Rail(name="latency_p95", alpha=0.005, margin=1.25, min_n=100),
     Rail(name="trouble", alpha=0.005, margin=0.2),
 )
@@ -93,8 +94,10 @@ class Judge:
     def to_builtins(self) -> dict[str, Any]:
         """The JSON form, which ``read_judge`` reads."""
         rails = {rail.name: asdict(rail) for rail in self.guardrails}
-        for rail in rails.values():
+        for name, rail in rails.items():
             del rail["name"]
+            if KINDS[name] != "rate":
+                del rail["negligible"]
         return asdict(self) | {"guardrails": rails}
 
 
@@ -143,6 +146,7 @@ def _read_rails(raw: object, faults: list[str]) -> tuple[Rail, ...]:
             limit=reader.number("limit", None, 0, 1 if KINDS[name] != "level" else 3_600_000),
             min_n=reader.count("min_n", of.min_n, 0, 10**12) or 0,
             past=reader.flag("past", of.past),
+            negligible=(reader.number("negligible", of.negligible, 0, 0.1) or 0.0) if KINDS[name] == "rate" else 0.0,
         )
         reader.end()
         found.append(rail)
@@ -170,6 +174,7 @@ def design_of(
                 margin=rail.margin,
                 limit=rail.limit if rail.limit is not None else limits.get(rail.name),
                 min_n=rail.min_n,
+                negligible=rail.negligible,
             )
             for rail in judge.guardrails
         ),

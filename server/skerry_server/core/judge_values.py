@@ -70,6 +70,8 @@ class Guardrail(_Value):
         margin: what the candidate must stay below to PASS: a ratio for rates and levels, a difference of shares for incidence.
         limit: absolute limit for fleets too small to compare: a rate, a value, a share. None: not watched then.
         min_n: trials (or requests behind the levels) that each arm must have.
+        negligible: a rate so small that no ratio to the controls matters: at the planned end the candidates also PASS when the 95 % bound
+            of their own rate is not above it. 0: never. For rates only.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Guardrail(_Value):
     margin: float
     limit: float | None = None
     min_n: int = 0
+    negligible: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +137,7 @@ class Reading(_Value):
     Attributes:
         n: rate: trials. level: requests behind it. incidence: 1 when the device counts. 0: no data of the device.
         x: rate: events. level: see ``level_of``. incidence: 1 when in trouble.
-        pre_n, pre_x: the same before the stage; ``pre_n`` 0 where there is none. Empty columns: none at all.
+        pre_n, pre_x: the same before the rollout; ``pre_n`` 0 where there is none. Empty columns: none at all.
     """
 
     n: tuple[int, ...]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from skerry_server.core.judge_values import Arm, Finding, Guardrail
 
+Own = tuple[float, float] | None
 _TRIALS = {"rate": "trials", "level": "requests", "incidence": "devices"}
 
 
@@ -14,22 +15,25 @@ def trials(rail: Guardrail) -> str:
     return _TRIALS[rail.kind]
 
 
-def with_reason(found: Finding, lacking: tuple[str, ...], *, look: int, ended: bool, planned: bool) -> Finding:
+def with_reason(
+    found: Finding, lacking: tuple[str, ...], *, look: int, ended: bool, planned: bool, own: Own = None
+) -> Finding:
     """The finding with its reason.
 
     Args:
         lacking: which minimums are not met, in words.
         look: number of this one.
         ended: the planned end is reached.
+        own: bound of the candidates' own rate, and what is negligible; None where nothing is.
     """
     if found.verdict == "FAIL" and found.failed_at != look:
         reason = f"failed at look {found.failed_at}"
     else:
-        reason = _reason(found, lacking, ended=ended, planned=planned)
+        reason = _reason(found, lacking, ended=ended, planned=planned, own=own)
     return replace(found, reason=f"{found.guardrail}: {reason}")
 
 
-def _reason(found: Finding, lacking: tuple[str, ...], *, ended: bool, planned: bool) -> str:
+def _reason(found: Finding, lacking: tuple[str, ...], *, ended: bool, planned: bool, own: Own) -> str:
     if lacking and found.verdict == "NO_DATA":
         return "; ".join(lacking)
     seen = f"{_arm(found, found.candidate)} on {_count(found.candidate.devices, 'candidate')}"
@@ -42,11 +46,24 @@ def _reason(found: Finding, lacking: tuple[str, ...], *, ended: bool, planned: b
             f"as bad, this one included, and up to {found.allowed} are held to be no chance by now"
         )
     if found.verdict == "PASS":
+        if own is not None and own[0] <= own[1] and (found.upper is None or found.upper > found.margin):
+            return (
+                f"{seen}; the 95 % bound {own[0]:.3%} of the candidates' own rate is negligible: not above {own[1]:.3%}"
+            )
         return f"{seen}{_ratio(found)}; {_bound(found)} is below the margin {_margin(found)}"
     if ended:
-        return f"{seen}{_ratio(found)}; the planned end is reached, but {_bound(found)} was not below the margin {_margin(found)}"
+        return f"{seen}{_ratio(found)}; the planned end is reached, but {_short(found, own)}"
     until = "until the planned end" if planned else "and the stage has no planned end, so it can only fail"
     return f"{seen}{_ratio(found)}; no worse than chance allows{_seeing(found)}, {until}"
+
+
+def _short(found: Finding, own: Own) -> str:
+    bounded = found.upper is not None or found.kind == "incidence"
+    what = f"{_bound(found)} was not below" if bounded else "no 95 % bound shows the ratio to be below"
+    alone = ""
+    if own is not None:
+        alone = f", nor is the candidates' own rate shown to be negligible (bound {own[0]:.3%}, wanted {own[1]:.3%})"
+    return f"{what} the margin {_margin(found)}{alone}"
 
 
 def _alone(found: Finding, *, ended: bool) -> str:

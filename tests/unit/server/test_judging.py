@@ -1,6 +1,7 @@
 """The judge on a database: what devices send must neither stop it nor take gates and deadline with it, and pasts fit both arms."""
 
 import hashlib
+import random
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -199,6 +200,28 @@ def test_an_event_of_a_wrong_type_stops_no_look(fleet, device, models):
         assert judging.last(conn, "r", 0) is not None
     assert fleet.faults == []
     assert sum(fleet.readings()[1]["trouble"].x) == 0
+
+
+def test_whatever_events_ingest_takes_the_candidate_is_still_looked_at_and_sent_back(fleet):
+    chance = random.Random(5)
+    words: list[Any] = [None, True, 0, -(1 << 62), 1e300, "", "gas", [], [[1]], {}, {"gas": 1}, {"gas": {"gas": []}}]
+    for _ in range(120):
+        keys = chance.sample(["models", "digest", "rollout", "how", ""], 3)
+        event = wire.Event(
+            at=w.Instant("b" * 32, 1, 1, True),
+            name=chance.choice(["worker", "update"]),
+            code=chance.choice(["runtime_crashed", "worker_hung", "golden_failed", "no_variant", ""]),
+            data={key: chance.choice([*words, fleet.candidate, "r"]) for key in keys},
+        )
+        fleet.send(chance.choice(["d00", "d05", "thief"]), event, "event")
+    fleet.loop.tick()
+    with reading(fleet.engine) as conn:
+        assert judging.last(conn, "r", 0) is not None
+    for i in range(CANDIDATES):
+        fleet.count(f"d{i:02}", "candidate", failed=5000)
+    fleet.now_ms += 60_000
+    fleet.loop.tick()
+    assert (fleet.faults, fleet.row()["state"]) == ([], "rolling_back")
 
 
 def test_a_workers_event_of_a_wrong_type_is_quarantined(fleet):

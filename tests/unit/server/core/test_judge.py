@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -153,6 +154,43 @@ def test_no_errors_at_all_pass_no_test_that_has_no_power() -> None:
     assert found.verdict == "INCONCLUSIVE"
     assert found.findings[0].removed == 0
     assert found.findings[0].detectable_ratio is None
+
+
+def few(n: int, *events: int) -> tuple[j.Guardrail, j.Reading]:
+    """A rail of which 0.1 % is negligible, and n trials of each of 16 devices with so many events on the first ones."""
+    rail = j.Guardrail(name="failures", kind="rate", alpha=0.01, margin=2.0, min_n=100, negligible=0.001)
+    x = events + (0,) * (16 - len(events))
+    return rail, j.Reading(n=(n,) * 16, x=x, pre_n=(n,) * 16, pre_x=(0,) * 16)
+
+
+@pytest.mark.parametrize("events", [(), (1,), (0, 0, 0, 0, 2)])
+def test_a_rate_shown_to_be_negligible_passes_where_no_ratio_can_be_told(events: tuple[int, ...]) -> None:
+    rail, reading = few(10_000, *events)
+    found = one_look(design(4, 12, rail), reading)
+    assert found.verdict == "PASS"
+    assert "of the candidates' own rate is negligible: not above 0.100%" in found.reasons[0]
+    assert one_look(design(4, 12, rail), reading, information=0.9).verdict == "INCONCLUSIVE", "only at the planned end"
+    strict = dataclasses.replace(rail, negligible=0.0)
+    assert one_look(design(4, 12, strict), reading).verdict == "INCONCLUSIVE"
+
+
+def test_too_few_trials_to_show_that_a_rate_is_negligible_are_inconclusive() -> None:
+    # 4 candidates: the bound of 0 of 2,800 is 0.107 %, of 0 of 3,200 0.094 %.
+    for n, wanted in ((700, "INCONCLUSIVE"), (800, "PASS")):
+        rail, reading = few(n)
+        found = one_look(design(4, 12, rail), reading)
+        assert found.verdict == wanted
+    rail, reading = few(700)
+    (reason,) = one_look(design(4, 12, rail), reading).reasons
+    assert reason.endswith(
+        "the planned end is reached, but no 95 % bound shows the ratio to be below the margin 2, nor is the candidates' own rate "
+        "shown to be negligible (bound 0.107%, wanted 0.100%)"
+    )
+
+
+def test_a_candidate_that_is_worse_fails_however_small_its_rate() -> None:
+    rail, reading = few(100_000, 20, 20, 20, 20)
+    assert one_look(design(4, 12, rail), reading).verdict == "FAIL"
 
 
 def test_without_a_pre_period_a_gross_effect_is_still_found() -> None:
