@@ -259,6 +259,7 @@ def tally(counts: Counts) -> Tally:
     found.update({("answered", version): n for version, (n, _) in counts.versions.items()})
     found.update({("failed", name): n for name, n in counts.failed_by.items()})
     found.update({("label", outcome): n for outcome, n in counts.labels.items()})
+    found.update({("matched", version): n for version, n in counts.matched.items()})
     return found
 
 
@@ -291,6 +292,11 @@ def hold_against(told: Tally, here: Tally, kills: Counter[str]) -> None:
     matched = told["label", "matched"]
     assert sum_of(told, "label") == matched, f"a label was not taken for what it was; {what}"
     assert matched == sum_of(here, "labelled"), f"labels lost or doubled; {what}"
+    versions = {key[1]: n for key, n in told.items() if key[0] == "matched"}
+    counted = {key[1]: n for key, n in here.items() if key[0] == "labelled" and n}
+    assert versions == counted, (
+        f"labels counted under a version that did not answer: {versions}, counted {counted}; {what}"
+    )
 
 
 class Field:

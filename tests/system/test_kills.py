@@ -57,10 +57,13 @@ def run(field: killing.Field, rounds: str, capsys: pytest.CaptureFixture[str]) -
 
 
 WELL: dict[str, dict[Any, int]] = {
-    "told": {("answered", "1.0.0"): 20, ("answered", "2.0.0"): 30, ("label", "matched"): 50},
+    "told": {
+        ("answered", "1.0.0"): 20, ("answered", "2.0.0"): 30, ("label", "matched"): 50,
+        ("matched", "1.0.0"): 20, ("matched", "2.0.0"): 30,
+    },
     "here": {("ok", "1.0.0"): 20, ("ok", "2.0.0"): 30, ("labelled", "1.0.0"): 20, ("labelled", "2.0.0"): 30},
     "kills": {},
-}
+}  # fmt: skip
 CUT_OFF = {("failed", "RemoteDisconnected"): 1}
 REFUSED = {("failed", "ConnectionRefusedError"): 7}
 
@@ -94,6 +97,8 @@ def test_a_round_that_lost_and_doubled_nothing_is_well(told: Any, here: Any, kil
         ({("label", "unknown"): 1}, {}, {"worker": 1}, "a label was not taken"),
         ({}, {("labelled", "2.0.0"): 29}, {"worker": 1}, "labels lost or doubled"),
         ({}, {("labelled", "2.0.0"): 31}, {"worker": 1}, "labels lost or doubled"),
+        ({}, {("labelled", "1.0.0"): 0, ("labelled", "2.0.0"): 50}, {"worker": 1}, "a version that did not answer"),
+        ({}, {("labelled", "1.0.0"): 19, ("labelled", "2.0.0"): 31}, {"worker": 1}, "a version that did not answer"),
     ],
 )
 def test_a_round_that_lost_or_doubled_something_is_not(told: Any, here: Any, kills: Any, why: str) -> None:

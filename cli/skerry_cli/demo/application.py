@@ -48,6 +48,7 @@ class Counts:
         slowest_ms: of the answered.
         changes: [seconds since 1970, version] of each answer that another version gave than the one before.
         labels: what the agent took labels for -> how many; each label counts once, at its first answer.
+        matched: version that had answered -> how many labels were matched.
         label_retries: feedback requests that got no answer and were sent again.
         labels_due: labels that wait for their time or for an answer.
         failed_by: error's name -> failures.
@@ -64,6 +65,7 @@ class Counts:
     last_answer_s: float = 0.0
     changes: list[list[Any]] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    matched: dict[str, int] = field(default_factory=dict)
     label_retries: int = 0
     labels_due: int = 0
     failed_by: dict[str, int] = field(default_factory=dict)
@@ -73,11 +75,12 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truth:
-    """A label to be sent when it is ``due_s`` (monotonic). ``again``: it was sent before, and nobody knows whether it arrived."""
+    """A label to be sent when it is ``due_s`` (monotonic). ``version``: which gave the answer; ``again``: it was sent before, and nobody knows whether it arrived."""
 
     due_s: float
     prediction: str
     label: str
+    version: str
     again: bool = False
 
 
@@ -188,7 +191,8 @@ class Application:
         now = time.monotonic()
         self.counts.slowest_ms = max(self.counts.slowest_ms, (now - began) * 1000)
         due_s = now + float(self._draw.uniform(*self._truth_after_s))
-        self._truths.append(Truth(due_s=due_s, prediction=prediction, label=rows.classes[int(rows.y[row])]))
+        truth = rows.classes[int(rows.y[row])]
+        self._truths.append(Truth(due_s=due_s, prediction=prediction, label=truth, version=version))
 
     def _rows(self, batch: int) -> data.Readings:
         if batch not in self._batches:
@@ -222,6 +226,8 @@ class Application:
             # The attempt that got no answer had arrived: the label was matched then.
             found = "matched" if truth.again and outcome == "duplicate" else outcome
             self.counts.labels[found] = self.counts.labels.get(found, 0) + 1
+            if found == "matched":
+                self.counts.matched[truth.version] = self.counts.matched.get(truth.version, 0) + 1
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._connection is None:
