@@ -133,6 +133,7 @@ class Supervisor:
         self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": "", "membership": ""}
         self._ended: Degraded | None = None
         self._pumping = False
+        self._answers = False
         self._booted = False
         self._started_s = self._clock.boot_s()
         self._bells: dict[str, int] = dict(self._store.get("bells", {}))
@@ -243,6 +244,11 @@ class Supervisor:
             self._serving.tick()
             self._updating.tick()
             self._pump()
+            answers = self._serving.answering()
+            if answers != self._answers:
+                # A worker died, or is back: the server must not hold the one for the other until the next sync.
+                self._answers = answers
+                self._changed("", {})
             if pings_s is not None and now - pinged >= pings_s:
                 self._notify.tell("WATCHDOG=1")
                 pinged = now

@@ -51,6 +51,10 @@ def test_a_killed_worker_is_replaced_and_its_ring_is_folded(serving: Device, ser
     assert server.inferences() - (20 + load.ok) <= len(load.failed)
     assert counted and server.conflicts == []
     assert serving.running() == ("1.0.0", "confirmed")
+    # Not only at the next sync.
+    wait_for(
+        lambda: {one.state for one in server.states[-1].running.values()} == {"confirmed"}, why="word of its return"
+    )
 
 
 def test_a_killed_supervisor_takes_its_worker_along_and_loses_nothing(serving: Device, server: Server) -> None:
