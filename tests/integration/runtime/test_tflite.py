@@ -53,7 +53,7 @@ def build(folder, model, cases, shape):
 
 def relu_of_rows(width):
     """y = relu(x) over [-1, width]."""
-    flatbuffers = pytest.importorskip("flatbuffers")
+    flatbuffers = pytest.importorskip("flatbuffers", reason="the extra litert is not installed")
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.ModelT()

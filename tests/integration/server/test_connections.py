@@ -145,7 +145,7 @@ def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_requests_under_way_are_never_dropped_for_a_newcomer_that_then_gets_its_turn(loop: str) -> None:
     if loop == "uvloop":
-        pytest.importorskip("uvloop")
+        pytest.importorskip("uvloop", reason="the extra uvloop is not installed")
     go_on = threading.Event()
     begun: list[str] = []
 
@@ -175,7 +175,7 @@ def test_requests_under_way_are_never_dropped_for_a_newcomer_that_then_gets_its_
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_an_answer_that_nobody_reads_is_given_up(loop: str) -> None:
     if loop == "uvloop":
-        pytest.importorskip("uvloop")
+        pytest.importorskip("uvloop", reason="the extra uvloop is not installed")
     over = threading.Event()
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:

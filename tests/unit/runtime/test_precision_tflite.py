@@ -115,7 +115,7 @@ def test_the_shape_operand_of_a_transposed_convolution_is_no_factor():
 
 
 def written(change=lambda model: None):
-    flatbuffers = pytest.importorskip("flatbuffers")
+    flatbuffers = pytest.importorskip("flatbuffers", reason="the extra litert is not installed")
     model = schema.ModelT()
     model.version, model.buffers = 3, [schema.BufferT()]
     code = schema.OperatorCodeT()
