@@ -153,20 +153,29 @@ def quantile(histogram: Exponential, q: float) -> float | None:
     raise AssertionError("counts and n disagree")
 
 
-def check_exponential(histogram: Exponential, *, where: str) -> Exponential:
-    """Refuses a histogram that no device of ours can have made.
+def check_buckets(histogram: Exponential, *, where: str) -> None:
+    """Refuses a scale or buckets that no device of ours can have.
 
     Raises:
-        Malformed: counts or sum out of range, absurd scale, buckets outside what whole nanoseconds can reach.
+        Malformed: absurd scale, buckets outside what whole nanoseconds can reach.
     """
-    ok = -10 <= histogram.scale <= SCALE and 0 <= histogram.zero < MAX_COUNT and 0 <= histogram.total < MAX_SUM
+    ok = -10 <= histogram.scale <= SCALE
     if ok and histogram.counts:
         shift = SCALE - histogram.scale
         low, high = histogram.offset, histogram.offset + len(histogram.counts) - 1
-        ok = MIN_INDEX >> shift <= low and high <= MAX_INDEX >> shift and counts_fit(histogram.counts)
+        ok = MIN_INDEX >> shift <= low and high <= MAX_INDEX >> shift
     if not ok:
-        raise Malformed("histogram", "wanted counts >= 0, -10 <= scale <= 5 and buckets within range", where=where)
-    return histogram
+        raise Malformed("histogram", "wanted -10 <= scale <= 5 and buckets within range", where=where)
+
+
+def check_counts(histogram: Exponential, *, where: str) -> None:
+    """Refuses counts and a sum that no device of ours can have made.
+
+    Raises:
+        Malformed: counts or sum out of range.
+    """
+    if not (0 <= histogram.zero < MAX_COUNT and 0 <= histogram.total < MAX_SUM and counts_fit(histogram.counts)):
+        raise Malformed("histogram", "wanted counts >= 0 and a sum below 2**63", where=where)
 
 
 def counts_fit(counts: Sequence[int]) -> bool:

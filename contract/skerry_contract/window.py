@@ -7,6 +7,7 @@ end with a merge (a newer field's merge rule is unknown), which ``merge`` report
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,6 +15,9 @@ import msgspec
 from skerry_contract import histogram as h
 from skerry_contract import ids
 from skerry_contract.errors import Malformed
+
+MAX_BINS = 4096
+"""Counts of one feature or output."""
 
 
 class Key(NamedTuple):
@@ -230,6 +234,16 @@ def check(window: Window) -> Window:
     Raises:
         Malformed: ids out of grammar, negative or absurd counts.
     """
+    _check_ranges(window)
+    return check_relations(window)
+
+
+def check_relations(window: Window) -> Window:
+    """``check`` for a reader whose types hold every number to its range by themselves.
+
+    Raises:
+        Malformed: ids out of grammar, an instant, a histogram or moments that cannot be.
+    """
     key = window.key
     ids.model_name(key.model)
     ids.bundle_digest(key.bundle)
@@ -242,19 +256,36 @@ def check(window: Window) -> Window:
         raise Malformed("window", "wanted 0 to 2**31", where="key.stage")
     for end in ("start", "end"):
         _check_instant(getattr(window, end), end)
+    for part in window.latency.__struct_fields__:
+        h.check_buckets(getattr(window.latency, part), where=f"latency.{part}")
+    _check_moments("features", window.features)
+    _check_moments("outputs", window.outputs)
+    return window
+
+
+def _check_moments(kind: str, parts: Mapping[str, FeatureCounts | OutputCounts]) -> None:
+    # |sum of q| <= n * limit and sum of q*q <= n * limit**2: anything else is no sum of quantized values.
+    for name, part in parts.items():
+        moments = part.moments
+        most = moments.n * h.Q_LIMIT
+        if not -most <= moments.total <= most or moments.squares > most * h.Q_LIMIT:
+            raise Malformed("window", "these moments cannot be", where=f"{kind}.{name[:40]}")
+
+
+def _check_ranges(window: Window) -> None:
     for name in window.counts.__struct_fields__:
         if not 0 <= getattr(window.counts, name) < h.MAX_COUNT:
             raise Malformed("window", "wanted a count from 0 to 2**40", where=f"counts.{name}")
     for part in window.latency.__struct_fields__:
-        h.check_exponential(getattr(window.latency, part), where=f"latency.{part}")
+        h.check_counts(getattr(window.latency, part), where=f"latency.{part}")
     for name, feature in window.features.items():
         _check_row(feature.counts, feature.moments, f"features.{name[:40]}")
         if not h.counts_fit((feature.null, feature.outside)):
             raise Malformed("window", "wanted counts >= 0", where=f"features.{name[:40]}")
     for name, output in window.outputs.items():
         _check_row(output.counts, output.moments, f"outputs.{name[:40]}")
-        if len(output.estimated) > 4096 or not all(0 <= part < h.MAX_SUM for part in output.estimated):
-            raise Malformed("window", "wanted at most 4096 sums >= 0", where=f"outputs.{name[:40]}")
+        if len(output.estimated) > MAX_BINS or not all(0 <= part < h.MAX_SUM for part in output.estimated):
+            raise Malformed("window", f"wanted at most {MAX_BINS} sums >= 0", where=f"outputs.{name[:40]}")
     for name, part_counts in window.slices.items():
         if not h.counts_fit((part_counts.rows, *part_counts.counts)):
             raise Malformed("window", "wanted counts >= 0", where=f"slices.{name[:40]}")
@@ -266,7 +297,6 @@ def check(window: Window) -> Window:
         raise Malformed("window", "wanted readings from 0 to 2**63", where="resources")
     if not 1 <= window.merged < h.MAX_COUNT:
         raise Malformed("window", "wanted >= 1", where="merged")
-    return window
 
 
 def _check_instant(instant: Instant, where: str) -> None:
@@ -275,10 +305,7 @@ def _check_instant(instant: Instant, where: str) -> None:
 
 
 def _check_row(counts: tuple[int, ...], moments: h.Moments, where: str) -> None:
-    if len(counts) > 4096 or not h.counts_fit(counts):
-        raise Malformed("window", "wanted at most 4096 counts >= 0", where=where)
-    # |sum of q| <= n * limit and sum of q*q <= n * limit**2: anything else is not a sum of quantized values.
-    n, limit = moments.n, h.Q_LIMIT
-    fits = 0 <= n < h.MAX_COUNT and abs(moments.total) <= n * limit and 0 <= moments.squares <= n * limit * limit
-    if not fits or moments.squares >= h.MAX_SUM:
+    if len(counts) > MAX_BINS or not h.counts_fit(counts):
+        raise Malformed("window", f"wanted at most {MAX_BINS} counts >= 0", where=where)
+    if not 0 <= moments.n < h.MAX_COUNT or not 0 <= moments.squares < h.MAX_SUM:
         raise Malformed("window", "these moments cannot be", where=where)

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import msgspec
 from skerry_contract import ids, topics, wire
 from skerry_contract import window as w
 from skerry_contract.errors import ContractError, Malformed
 from sqlalchemy import Connection, Insert, bindparam, func, insert, select
 
-from skerry_server import evidence, ledger, profiles
+from skerry_server import evidence, ledger, profiles, windows
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
@@ -351,26 +350,10 @@ _TOUCHING = (
 _Body = w.Window | wire.Event | wire.Sample | wire.Tombstone
 
 
-class _PlainWindow(w.Window, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A window without fields that this release does not know: read in one pass."""
-
-
-_plain_window = msgspec.msgpack.Decoder(_PlainWindow)
-
-
-def _read_window(body: bytes) -> w.Window:
-    try:
-        plain = _plain_window.decode(body)
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        # Newer fields, or a fault: the contract's own reader keeps the ones and names the other.
-        return wire.decode_window(body)
-    return w.check(plain)
-
-
 def _read_body(record: wire.Record) -> _Body:
     """The body, checked for what the database can hold. Raises ``ContractError``."""
     if record.kind == "window":
-        return _read_window(record.body)
+        return windows.read(record.body)
     if record.kind == "event":
         event = wire.decode(wire.Event, record.body)
         _check_instant(event.at, "event")

@@ -90,42 +90,7 @@ def test_a_window_of_ours_passes_the_check(window: w.Window) -> None:
         assert w.check(window) is window
 
 
-GOOD = w.Window(key=values.KEY, start=NOW, end=NOW)
-ROW = w.FeatureCounts((1, 2), 0, 0, h.Moments(n=1, total=5, squares=25))
-OUT = w.OutputCounts((1, 2), h.Moments(), (1, 2))
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"key": values.KEY._replace(model="Gas")}, "model"),
-        ({"key": values.KEY._replace(bundle="A" * 64)}, "bundle digest"),
-        ({"key": values.KEY._replace(variant="")}, "variant"),
-        ({"key": values.KEY._replace(arm="winner")}, "key.arm"),
-        ({"key": values.KEY._replace(rollout="../x")}, "rollout"),
-        ({"key": values.KEY._replace(stage=-1)}, "key.stage"),
-        ({"start": w.Instant("x", -1, 0, True)}, "start"),
-        ({"end": w.Instant("x" * 65, 0, 0, True)}, "end"),
-        ({"counts": w.Counts(ok=-1)}, "counts.ok"),
-        ({"counts": w.Counts(rows=1 << 40)}, "counts.rows"),
-        ({"latency": w.Latency(queue=h.Exponential(zero=-1))}, "latency.queue"),
-        ({"features": {"f": ROW.__class__((-1,), 0, 0, h.Moments())}}, "features.f"),
-        ({"features": {"f": ROW.__class__((1,), -1, 0, h.Moments())}}, "features.f"),
-        ({"features": {"f": ROW.__class__((1,), 0, 1 << 40, h.Moments())}}, "features.f"),
-        ({"features": {"f": ROW.__class__((0,) * 4097, 0, 0, h.Moments())}}, "features.f"),
-        ({"features": {"f": ROW.__class__((1,), 0, 0, h.Moments(n=1, total=h.Q_LIMIT + 1, squares=0))}}, "features.f"),
-        ({"features": {"f": ROW.__class__((1,), 0, 0, h.Moments(n=1, squares=-1))}}, "features.f"),
-        ({"features": {"f": ROW.__class__((1,), 0, 0, h.Moments(n=1 << 30, squares=1 << 63))}}, "features.f"),
-        ({"outputs": {"p": OUT.__class__((1 << 40,), h.Moments())}}, "outputs.p"),
-        ({"outputs": {"p": OUT.__class__((1,), h.Moments(), (1 << 63,))}}, "outputs.p"),
-        ({"slices": {"night": w.SliceCounts(-1)}}, "slices.night"),
-        ({"slices": {"night": w.SliceCounts(1, (-1,))}}, "slices.night"),
-        ({"labels": w.Labels(matched=-1)}, "labels"),
-        ({"labels": w.Labels(confusion=(-1,))}, "labels"),
-        ({"resources": {"rss_max": 1 << 63}}, "resources"),
-        ({"merged": 0}, "merged"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "named"), values.IMPOSSIBLE)
 def test_a_window_that_no_device_can_make_is_refused_by_name(changes: dict, named: str) -> None:
     with pytest.raises(Malformed, match=named.replace(".", r"\.")):
-        w.check(msgspec.structs.replace(GOOD, **changes))
+        w.check(msgspec.structs.replace(values.EMPTY, **changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from typing import Any
 
 from hypothesis import strategies as st
 from skerry_contract import histogram as h
@@ -104,3 +105,36 @@ def batches(draw: st.DrawFn) -> wire.Batch:
         kind = draw(st.sampled_from(wire.KINDS))
         records.append(wire.Record(seq=seq, kind=kind, body=draw(bodies), replaces=replaces))
     return wire.Batch(epoch=ids.epoch(draw(epochs)), records=tuple(records))
+
+
+EMPTY = w.Window(key=KEY, start=w.Instant("0" * 32, 1, 2, True), end=w.Instant("0" * 32, 1, 2, True))
+
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"key": KEY._replace(model="Gas")}, "model"),
+    ({"key": KEY._replace(bundle="A" * 64)}, "bundle digest"),
+    ({"key": KEY._replace(variant="")}, "variant"),
+    ({"key": KEY._replace(arm="winner")}, "key.arm"),
+    ({"key": KEY._replace(rollout="../x")}, "rollout"),
+    ({"key": KEY._replace(stage=-1)}, "key.stage"),
+    ({"start": w.Instant("x", -1, 0, True)}, "start"),
+    ({"end": w.Instant("x" * 65, 0, 0, True)}, "end"),
+    ({"counts": w.Counts(ok=-1)}, "counts.ok"),
+    ({"counts": w.Counts(rows=1 << 40)}, "counts.rows"),
+    ({"latency": w.Latency(queue=h.Exponential(zero=-1))}, "latency.queue"),
+    ({"features": {"f": w.FeatureCounts((-1,), 0, 0, h.Moments())}}, "features.f"),
+    ({"features": {"f": w.FeatureCounts((1,), -1, 0, h.Moments())}}, "features.f"),
+    ({"features": {"f": w.FeatureCounts((1,), 0, 1 << 40, h.Moments())}}, "features.f"),
+    ({"features": {"f": w.FeatureCounts((0,) * 4097, 0, 0, h.Moments())}}, "features.f"),
+    ({"features": {"f": w.FeatureCounts((1,), 0, 0, h.Moments(n=1, total=h.Q_LIMIT + 1, squares=0))}}, "features.f"),
+    ({"features": {"f": w.FeatureCounts((1,), 0, 0, h.Moments(n=1, squares=-1))}}, "features.f"),
+    ({"features": {"f": w.FeatureCounts((1,), 0, 0, h.Moments(n=1 << 30, squares=1 << 63))}}, "features.f"),
+    ({"outputs": {"p": w.OutputCounts((1 << 40,), h.Moments())}}, "outputs.p"),
+    ({"outputs": {"p": w.OutputCounts((1,), h.Moments(), (1 << 63,))}}, "outputs.p"),
+    ({"slices": {"night": w.SliceCounts(-1)}}, "slices.night"),
+    ({"slices": {"night": w.SliceCounts(1, (-1,))}}, "slices.night"),
+    ({"labels": w.Labels(matched=-1)}, "labels"),
+    ({"labels": w.Labels(confusion=(-1,))}, "labels"),
+    ({"resources": {"rss_max": 1 << 63}}, "resources"),
+    ({"merged": 0}, "merged"),
+]
+"""Changes to ``EMPTY`` that no device can make, and what the refusal names."""
