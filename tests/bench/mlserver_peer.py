@@ -10,15 +10,14 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
 from typing import Self
 
+from tests.bench.peer_environment import interpreter
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-ENVIRONMENT = ROOT / ".bench" / "mlserver"
 
 _RUNTIME = """
 import onnxruntime as ort
@@ -46,29 +45,11 @@ class OnnxModel(MLModel):
 """
 
 
-def interpreter() -> Path:
-    """The peer's Python; its environment is made at first use."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "ready").exists():
-        print("making the environment of MLServer, once", file=sys.stderr)
-        ENVIRONMENT.parent.mkdir(exist_ok=True)
-        subprocess.run(
-            [str(ROOT / ".ci" / "make-venv"), str(ENVIRONMENT)],
-            check=True,
-            env={**os.environ, "PYTHON": sys.executable},
-        )
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(HERE / "mlserver.txt")], check=True
-        )
-        (ENVIRONMENT / "ready").touch()
-    return python
-
-
 class MLServer:
     """A running MLServer with one model, ``gas``. Use as a context manager."""
 
     def __init__(self, folder: Path, model: Path) -> None:
-        python = interpreter()
+        python = interpreter("mlserver")
         folder.mkdir()
         ports = _free_ports(3)
         self.port, self.grpc_port = ports[:2]
@@ -119,7 +100,13 @@ class GrpcClient:
     """
 
     def __init__(self, port: int, file: Path, shape: tuple[int, ...]) -> None:
-        command = [str(interpreter()), str(HERE / "mlserver_grpc_client.py"), str(port), str(file), json.dumps(shape)]
+        command = [
+            str(interpreter("mlserver")),
+            str(HERE / "mlserver_grpc_client.py"),
+            str(port),
+            str(file),
+            json.dumps(shape),
+        ]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.answer: list[float] = []
 

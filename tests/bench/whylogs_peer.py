@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-ENVIRONMENT = ROOT / ".bench" / "whylogs"
+from tests.bench.peer_environment import interpreter
 
 _MEASURE = """
 import json, logging, statistics, sys, time, zlib
@@ -67,26 +63,9 @@ print(json.dumps({
 
 def measure(x: np.ndarray) -> dict[str, Any]:
     """whylogs over blocks of 500 rows: median bytes, the same under zlib -9, and ns per value; KLL and ddsketch in ns per value."""
-    python = _interpreter()
+    python = interpreter("whylogs")
     with tempfile.TemporaryDirectory(prefix="skerry-bench-") as folder:
         np.save(Path(folder) / "x.npy", x)
         command = [str(python), "-c", _MEASURE, str(Path(folder) / "x.npy")]
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
     return dict(json.loads(done.stdout))
-
-
-def _interpreter() -> Path:
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "ready").exists():
-        print("making the environment of whylogs, once", file=sys.stderr)
-        ENVIRONMENT.parent.mkdir(exist_ok=True)
-        subprocess.run(
-            [str(ROOT / ".ci" / "make-venv"), str(ENVIRONMENT)],
-            check=True,
-            env={**os.environ, "PYTHON": sys.executable},
-        )
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(HERE / "whylogs.txt")], check=True
-        )
-        (ENVIRONMENT / "ready").touch()
-    return python

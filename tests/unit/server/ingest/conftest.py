@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from skerry_contract import histogram as h
+from skerry_contract import manifest as m
 from skerry_contract import topics, wire
 from skerry_contract import window as w
 from skerry_server.db import migrations
@@ -100,6 +101,13 @@ class Server:
     def insert(self, table, **values):
         with writing(self.engine) as connection:
             connection.execute(insert(table), [values])
+
+    def register(self, folder, digest):
+        """A bundle of the model gas, approved; returns its manifest."""
+        data = (folder / m.MANIFEST_FILE).read_bytes()
+        row = {"model": "gas", "version": "1.0.0", "state": "approved", "submitter": "t", "pushed_ms": 0}
+        self.insert(t.bundles, digest=digest, manifest=data, **row)
+        return m.parse(data)
 
     def rollout(self, name="r-1", state="running", plan=None):
         self.insert(

@@ -4,7 +4,6 @@ import logging
 
 import numpy as np
 import pytest
-from skerry_contract import manifest as m
 from skerry_server import audit, findings
 from skerry_server.config import Drift
 from skerry_server.db import tables as t
@@ -72,17 +71,7 @@ class Fleet:
 @pytest.fixture
 def fleet(server, make, device, bundle):
     folder, digest = bundle
-    data = (folder / m.MANIFEST_FILE).read_bytes()
-    server.insert(
-        t.bundles,
-        digest=digest,
-        model="gas",
-        version="1.0.0",
-        state="approved",
-        manifest=data,
-        submitter="t",
-        pushed_ms=0,
-    )
+    server.register(folder, digest)
     server.insert(t.group_models, group="g", model="gas", stable=digest)
     return Fleet(server, make, device, digest)
 

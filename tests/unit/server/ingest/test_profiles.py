@@ -40,21 +40,10 @@ def device(bundle, tmp_path_factory):
 def held(server, bundle):
     """The server, which holds the bundle, at ``NOW_MS`` with buckets of ten seconds."""
     folder, digest = bundle
-    data = (folder / m.MANIFEST_FILE).read_bytes()
-    server.insert(
-        t.bundles,
-        digest=digest,
-        model="gas",
-        version="1.0.0",
-        state="approved",
-        manifest=data,
-        submitter="t",
-        pushed_ms=0,
-    )
+    server.shape = core.shape_of(server.register(folder, digest))
     server.now_ms = NOW_MS
     server.intake = Intake(bucket_ms=BUCKET_MS)
     server.digest = digest
-    server.shape = core.shape_of(m.parse(data))
     return server
 
 
