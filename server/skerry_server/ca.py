@@ -12,7 +12,6 @@ import contextlib
 import datetime as dt
 import hashlib
 import ipaddress
-import os
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from skerry_contract import ids
 
+from skerry_server import durable
 from skerry_server.errors import Invalid
 
 CA_LIFE = dt.timedelta(days=3650)
@@ -127,9 +127,9 @@ class FleetCA:
         key = ec.generate_private_key(ec.SECP256R1())
         sans = [_general_name(name) for name in dict.fromkeys(names)]
         certificate = self._sign("Skerry broker", key.public_key(), now, SERVER_LIFE, sans, server=True)
-        write_private(folder / "broker.key", _key_pem(key))
-        write_private(folder / "broker.pem", certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
-        write_private(folder / "ca.pem", self.pem.encode(), mode=0o644)
+        durable.write(folder / "broker.key", _key_pem(key), mode=0o600)
+        durable.write(folder / "broker.pem", certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+        durable.write(folder / "ca.pem", self.pem.encode(), mode=0o644)
 
     def _ensure(
         self, path: Path, key_path: Path, name: str, sans: Sequence[x509.GeneralName], now: dt.datetime, *, server: bool
@@ -138,8 +138,8 @@ class FleetCA:
             return False
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(name, key.public_key(), now, SERVER_LIFE, sans, server=server)
-        write_private(key_path, _key_pem(key))
-        write_private(path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+        durable.write(key_path, _key_pem(key), mode=0o600)
+        durable.write(path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
         return True
 
     def _still_good(self, path: Path, key_path: Path, sans: Sequence[x509.GeneralName], now: dt.datetime) -> bool:
@@ -226,8 +226,8 @@ def _make_ca(key_path: Path, certificate_path: Path, now: dt.datetime) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    write_private(key_path, _key_pem(key))
-    write_private(certificate_path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+    durable.write(key_path, _key_pem(key), mode=0o600)
+    durable.write(certificate_path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
 
 
 def read_request(pem: str) -> tuple[x509.CertificateSigningRequest, DeviceKey]:
@@ -257,26 +257,6 @@ def common_name(request: x509.CertificateSigningRequest) -> str | None:
     """The request's only CN, or None. It asks; it does not decide."""
     names = request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if len(names) == 1 else None
-
-
-def write_private(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Writes a file whole or not at all, with ``mode`` from its first byte on; fsyncs file and folder."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

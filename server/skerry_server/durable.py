@@ -21,8 +21,11 @@ SCRATCH_PREFIX = ".new-"
 """Files that begin so are unfinished; any of them may be deleted while the lock is held."""
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Replaces ``path`` by ``data``; on return both the file and its name are on disk.
+
+    Args:
+        mode: of the file from its first byte on, less what the umask takes.
 
     Raises:
         OSError: and then ``path`` is what it was.
@@ -30,7 +33,8 @@ def write(path: Path, data: bytes) -> None:
     make_folder(path.parent)
     scratch = path.with_name(f"{SCRATCH_PREFIX}{secrets.token_hex(8)}")
     try:
-        with scratch.open("xb") as file:
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from skerry_server import access, ca, clock
+from skerry_server import access, ca, clock, durable
 from skerry_server.config import Settings
 from skerry_server.db.engine import open_engine, reading, writing
 from skerry_server.db.migrations import migrate
@@ -103,7 +103,7 @@ def _ensure_admin(engine: Engine, path: Path) -> None:
             number += 1
             name = f"admin-{number}"
         secret = access.create_token(conn, name=name, role="admin", now_ms=clock.now_ms(), actor="system:init")
-        ca.write_private(path, secret.encode() + b"\n")
+        durable.write(path, secret.encode() + b"\n", mode=0o600)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,11 +231,7 @@ def make_online_key(private_path: Path, public_path: Path) -> CryptoSigner:
     else:
         signer = CryptoSigner.generate_ed25519()
         private_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        previous = os.umask(0o077)
-        try:
-            durable.write(private_path, signer.private_bytes)
-        finally:
-            os.umask(previous)
+        durable.write(private_path, signer.private_bytes, mode=0o600)
     if not public_path.exists():
         keys = {"keys": {signer.public_key.keyid: signer.public_key.to_dict()}}
         durable.write(public_path, json.dumps(keys, indent=2).encode() + b"\n")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from skerry_runtime.errors import BadInput, BundleFault, Degraded, EngineFailed, Rejected, Violation
+from skerry_runtime.engines.faults import Words
+from skerry_runtime.errors import BadInput, Degraded, Violation
 from skerry_runtime.tensors import Array, Spec, Tensors
 
 _DATATYPES = {
@@ -27,23 +28,25 @@ _DATATYPES = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
-_UNKNOWN_OPERATOR = (
-    "is not a registered function/op",
-    "No Op registered for",
-    "Could not find an implementation for",
-    "Unsupported model IR version",
-    "ONNX Runtime only *guarantees* support for models stamped with",
-    "is under development and support for this is limited",
+_WORDS = Words(
+    no_memory=(
+        "Failed to allocate memory",
+        "bad_alloc",
+        "std::bad_alloc",
+        "BFCArena",
+        "annot allocate memory",
+        "failed to map segment",
+    ),
+    unknown_operator=(
+        "is not a registered function/op",
+        "No Op registered for",
+        "Could not find an implementation for",
+        "Unsupported model IR version",
+        "ONNX Runtime only *guarantees* support for models stamped with",
+        "is under development and support for this is limited",
+    ),
+    bad_input=("INVALID_ARGUMENT", "Got invalid dimensions for input", "Unexpected input data type"),
 )
-_NO_MEMORY = (
-    "Failed to allocate memory",
-    "bad_alloc",
-    "std::bad_alloc",
-    "BFCArena",
-    "annot allocate memory",
-    "failed to map segment",
-)
-_BAD_INPUT = ("INVALID_ARGUMENT", "Got invalid dimensions for input", "Unexpected input data type")
 
 
 class OnnxEngine:
@@ -63,7 +66,7 @@ class OnnxEngine:
         try:
             import onnxruntime as ort
         except ImportError as error:
-            no_memory = any(part in str(error) for part in _NO_MEMORY)
+            no_memory = any(part in str(error) for part in _WORDS.no_memory)
             raise Degraded("out_of_memory" if no_memory else "runtime_missing", f"onnx: {error}") from None
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -73,7 +76,7 @@ class OnnxEngine:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise _load_fault(path.name, error) from None
+            raise _WORDS.load_fault(path.name, error) from None
         self.runtime_version: str = version or ort.__version__
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
@@ -87,7 +90,7 @@ class OnnxEngine:
         except BadInput:
             raise
         except Exception as error:
-            _raise_run_fault(error)
+            raise _run_fault(error) from None
 
     def prepare(self, outputs: Sequence[str]) -> Callable[[Tensors], Sequence[Array]]:
         """See ``base.Engine``."""
@@ -109,7 +112,7 @@ class OnnxEngine:
                 try:
                     return session_run(names, feeds)  # type: ignore[no-any-return]
                 except Exception as error:
-                    _raise_run_fault(error)
+                    raise _run_fault(error) from None
 
             return run_public
         inner_run = inner.run
@@ -118,7 +121,7 @@ class OnnxEngine:
             try:
                 return inner_run(names, feeds, None)  # type: ignore[no-any-return]
             except Exception as error:
-                _raise_run_fault(error)
+                raise _run_fault(error) from None
 
         return run_inner
 
@@ -148,24 +151,6 @@ def _spec(node: Any) -> Spec:
     return Spec(node.name, _DATATYPES.get(node.type, node.type), shape)
 
 
-def _load_fault(name: str, error: Exception) -> BundleFault:
-    text = _words(error)
-    if isinstance(error, MemoryError) or any(part in text for part in _NO_MEMORY):
-        return Degraded("out_of_memory", f"{name}: {text}")
-    if any(part in text for part in _UNKNOWN_OPERATOR):
-        return Rejected("operator_unknown", f"{name}: {text}")
-    return Rejected("model_damaged", f"{name}: {text}")
-
-
-def _raise_run_fault(error: Exception) -> NoReturn:
-    text = _words(error)
-    if isinstance(error, MemoryError) or any(part in text for part in _NO_MEMORY):
-        raise EngineFailed("out_of_memory", text) from None
-    # A node that fails may say INVALID_ARGUMENT as well; then it is the model's arithmetic, not the caller's tensors.
-    if "while running" not in text and any(part in text for part in _BAD_INPUT):
-        raise BadInput(Violation("inputs", text, "tensors that fit the model")) from None
-    raise EngineFailed("model_failed", text) from None
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
+def _run_fault(error: Exception) -> Exception:
+    # A node that fails may say INVALID_ARGUMENT as well.
+    return _WORDS.run_fault(error, of_model="while running" in str(error))

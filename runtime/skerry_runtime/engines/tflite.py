@@ -13,16 +13,20 @@ import importlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from skerry_runtime.errors import BadInput, BundleFault, Degraded, EngineFailed, Rejected, Violation
+from skerry_runtime.engines.faults import Words, one_line
+from skerry_runtime.errors import BadInput, Degraded, Violation
 from skerry_runtime.tensors import Array, Spec, Tensors, datatype_of
 
 _MODULES = ("ai_edge_litert.interpreter", "tflite_runtime.interpreter")
-_UNKNOWN_OPERATOR = ("unresolved custom op", "Didn't find op for builtin opcode", "Op builtin_code out of range")
-_NO_MEMORY = ("Failed to allocate", "bad_alloc", "Out of memory")
+_WORDS = Words(
+    no_memory=("Failed to allocate", "bad_alloc", "Out of memory"),
+    unknown_operator=("unresolved custom op", "Didn't find op for builtin opcode", "Op builtin_code out of range"),
+    bad_input=("Cannot set tensor",),
+)
 
 _RELU = base64.b64decode(
     "GAAAAFRGTDMAAA4AFAAQAAwACAAAAAQADgAAABAAAAAcAAAA0AAAAAMAAAABAAAACAAAAAQABAAEAAAAAQAAABAAAAAMABQAEAAMAAgABAAMAAAAEAAAADwA"
@@ -45,7 +49,7 @@ def check_health() -> None:
         raise
     except Exception as error:
         raise Degraded(
-            "runtime_missing", f"tflite: installed, but no interpreter can be built: {_words(error)}"
+            "runtime_missing", f"tflite: installed, but no interpreter can be built: {one_line(error)}"
         ) from None
     if found != 2.0:
         raise Degraded("runtime_missing", f"tflite: installed, but relu(2) gives {found}")
@@ -70,7 +74,7 @@ class TfliteEngine:
             inputs, outputs = _details(self._interpreter)
         except Exception as error:
             check_health()  # when that fails too, the file is not to blame
-            raise _load_fault(path.name, error) from None
+            raise _WORDS.load_fault(path.name, error) from None
         self.runtime_version = version
         self._indices = {name: int(detail["index"]) for name, detail in (inputs | outputs).items()}
         self.inputs = tuple(_spec(name, detail) for name, detail in inputs.items())
@@ -101,7 +105,7 @@ class TfliteEngine:
             except BadInput:
                 raise
             except Exception as error:
-                _raise_run_fault(error)
+                raise _WORDS.run_fault(error) from None
 
     def _fit(self, feeds: Tensors) -> None:
         for spec in self.inputs:
@@ -144,25 +148,3 @@ def _spec(name: str, detail: Any) -> Spec:
     if shape is None or len(shape) == 0:
         shape = detail["shape"]
     return Spec(name, datatype_of(np.empty(0, detail["dtype"])), tuple(int(n) if n > 0 else -1 for n in shape))
-
-
-def _load_fault(name: str, error: Exception) -> BundleFault:
-    text = _words(error)
-    if isinstance(error, MemoryError) or any(part in text for part in _NO_MEMORY):
-        return Degraded("out_of_memory", f"{name}: {text}")
-    if any(part in text for part in _UNKNOWN_OPERATOR):
-        return Rejected("operator_unknown", f"{name}: {text}")
-    return Rejected("model_damaged", f"{name}: {text}")
-
-
-def _raise_run_fault(error: Exception) -> NoReturn:
-    text = _words(error)
-    if isinstance(error, MemoryError) or any(part in text for part in _NO_MEMORY):
-        raise EngineFailed("out_of_memory", text) from None
-    if "Cannot set tensor" in text:
-        raise BadInput(Violation("inputs", text, "tensors that fit the model")) from None
-    raise EngineFailed("model_failed", text) from None
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
