@@ -6,7 +6,9 @@ differ and how their rates move:
 
 * ``cv``: coefficient of variation of the devices' own rates (gamma);
 * ``rho``, ``log_sd``: first-order autoregression of each device's log rate, from look to look;
-* ``shock``: log-sd of a factor common to the whole fleet at each look; above 0, the rate of all doubles in the middle as well.
+* ``shock``: log-sd of a factor common to the whole fleet at each look; above 0, the rate of all doubles in the middle as well;
+* ``stages``: with two, ten more devices become candidates in a second stage of as many looks, alphas are halved, as a plan of two compared
+  stages has it, and what doubles does so where the second begins. Sent back is who FAILs in either.
 
 The simpler rules see the labelled errors only, which is in their favour where nothing is wrong.
 
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import numpy as np
 from scipy import stats
 from skerry_server.core.judge import Design, Guardrail, Look, Memory, Reading, Unit, Verdict, verdict_of
@@ -37,7 +40,6 @@ RAILS = (
     Guardrail(name="latency", kind="level", alpha=0.005, margin=1.25),
     Guardrail(name="trouble", kind="incidence", alpha=0.005, margin=0.2),
 )
-UNITS = tuple(Unit(device=f"d-{i:03}", candidate=i < CANDIDATES) for i in range(DEVICES))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,7 @@ class Cell:
     log_sd: float
     shock: float
     pre_looks: int = PRE_LOOKS
+    stages: int = 1
 
     def __str__(self) -> str:
         parts = [f"CV {self.cv:g}", f"rho {self.rho:g}", f"log-sd {self.log_sd:g}"]
@@ -56,12 +59,20 @@ class Cell:
             parts.append("shock and doubling")
         if self.pre_looks != PRE_LOOKS:
             parts.append(f"pre-period {self.pre_looks * PER_LOOK}")
+        if self.stages > 1:
+            parts.append(f"{self.stages} stages")
         return ", ".join(parts)
 
 
 CELLS = tuple(
     Cell(cv=cv, rho=rho, log_sd=0.5, shock=shock) for cv in (0, 0.5, 1) for rho in (0, 0.8) for shock in (0, 0.5)
 )
+STAGED = (
+    Cell(cv=0.5, rho=0.8, log_sd=0.5, shock=0, stages=2),
+    Cell(cv=0.5, rho=0.8, log_sd=0.5, shock=0.5, stages=2),
+    Cell(cv=1, rho=0.8, log_sd=0.5, shock=0.5, stages=2),
+)
+"""Two compared stages; the judge alone, since the simpler rules know none."""
 BESIDE = (
     Cell(cv=1, rho=0.8, log_sd=1.0, shock=0),
     Cell(cv=1, rho=0.8, log_sd=0.5, shock=0, pre_looks=29),
@@ -73,9 +84,12 @@ PASS_CELL = Cell(cv=1, rho=0.8, log_sd=0.5, shock=0)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Fleet:
-    """One simulated rollout. Per device and look of the stage: errors and failures. Sums before it."""
+    """One stage of a simulated rollout. Per device and look of the stage: errors and failures. Sums from before the rollout."""
 
     name: str
+    stage: int
+    stages: int
+    candidates: int
     errors: np.ndarray
     failures: np.ndarray
     pre_errors: np.ndarray
@@ -107,38 +121,50 @@ class Fleet:
             )
 
     def design(self) -> Design:
-        return Design(rollout=self.name, stage=0, units=UNITS, guardrails=RAILS)
+        units = tuple(Unit(device=f"d-{i:03}", candidate=i < self.candidates) for i in range(DEVICES))
+        rails = tuple(msgspec.structs.replace(rail, alpha=rail.alpha / self.stages) for rail in RAILS)
+        return Design(rollout=self.name, stage=self.stage, units=units, guardrails=rails)
 
 
-def fleet(cell: Cell, ratio: float, number: int) -> Fleet:
-    """The ``number``-th rollout of a cell, whose candidates have ``ratio`` times the errors."""
+def fleet(cell: Cell, ratio: float, number: int) -> tuple[Fleet, ...]:
+    """The stages of the ``number``-th rollout of a cell, whose candidates have ``ratio`` times the errors."""
     name = f"{cell} ratio {ratio:g} run {number}"
     rng = np.random.default_rng(np.frombuffer(name.encode(), np.uint8))
-    looks = cell.pre_looks + LOOKS
+    length = LOOKS * cell.stages
+    looks = cell.pre_looks + length
+    spans = [slice(LOOKS * stage, LOOKS * (stage + 1)) for stage in range(cell.stages)]
 
     def counts(base: float, factor: float) -> np.ndarray:
         own = base * (rng.gamma(1 / cell.cv**2, cell.cv**2, DEVICES) if cell.cv else np.ones(DEVICES))
         moves = _autoregression(rng, looks, cell) + common
         rates = own[:, None] * np.exp(moves)
-        rates[:CANDIDATES, cell.pre_looks :] *= factor
+        for stage, span in enumerate(spans):
+            rates[: CANDIDATES * (stage + 1), cell.pre_looks :][:, span] *= factor
         return rng.binomial(PER_LOOK, np.minimum(rates, 1.0))
 
     common = cell.shock * rng.normal(size=looks) - cell.shock**2 / 2
     if cell.shock:
-        common[cell.pre_looks + LOOKS // 2 :] += math.log(2)
+        common[cell.pre_looks + length // 2 :] += math.log(2)
     errors, failures = counts(BASE, ratio), counts(FAILURES, 1.0)
     own = rng.normal(0, 0.4, DEVICES)
-    level = own[:, None] + 0.2 * _autoregression(rng, LOOKS, replace(cell, log_sd=1.0))
-    return Fleet(
-        name=name,
-        errors=errors[:, cell.pre_looks :],
-        failures=failures[:, cell.pre_looks :],
-        pre_errors=errors[:, : cell.pre_looks].sum(axis=1),
-        pre_failures=failures[:, : cell.pre_looks].sum(axis=1),
-        level=level,
-        pre_level=own + rng.normal(0, 0.05, DEVICES),
-        trouble_from=np.where(rng.random(DEVICES) < TROUBLE, rng.integers(0, LOOKS, DEVICES), LOOKS),
-        pre_n=cell.pre_looks * PER_LOOK,
+    level = own[:, None] + 0.2 * _autoregression(rng, length, replace(cell, log_sd=1.0))
+    pre_level = own + rng.normal(0, 0.05, DEVICES)
+    return tuple(
+        Fleet(
+            name=name,
+            stage=stage,
+            stages=cell.stages,
+            candidates=CANDIDATES * (stage + 1),
+            errors=errors[:, cell.pre_looks :][:, span],
+            failures=failures[:, cell.pre_looks :][:, span],
+            pre_errors=errors[:, : cell.pre_looks].sum(axis=1),
+            pre_failures=failures[:, : cell.pre_looks].sum(axis=1),
+            level=level[:, span],
+            pre_level=pre_level,
+            trouble_from=np.where(rng.random(DEVICES) < TROUBLE, rng.integers(0, LOOKS, DEVICES), LOOKS),
+            pre_n=cell.pre_looks * PER_LOOK,
+        )
+        for stage, span in enumerate(spans)
     )
 
 
@@ -220,6 +246,7 @@ RULES: dict[str, Callable[[Fleet], bool]] = {
     "Kayenta": kayenta,
     "unadjusted devices": unadjusted,
 }
+"""Whether a stage is sent back."""
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
@@ -261,8 +288,8 @@ def simulate(
         if time.monotonic() > end:
             break
         for cell, tally in tallies.items():
-            one = fleet(cell, ratio, number)
-            tally.add({name: RULES[name](one) for name in rules})
+            stages = fleet(cell, ratio, number)
+            tally.add({name: any(RULES[name](stage) for stage in stages) for name in rules})
     return tallies
 
 
@@ -273,7 +300,7 @@ def passes(ratio: float, runs: int, *, seconds: float = math.inf) -> Tally:
     for number in range(runs):
         if time.monotonic() > end:
             break
-        one = fleet(PASS_CELL, ratio, number)
+        (one,) = fleet(PASS_CELL, ratio, number)
         design, memory = one.design(), Memory()
         verdict: Verdict = "NO_DATA"
         for look in one.looks():
@@ -289,13 +316,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="end after about so long, with fewer runs")
     wanted = parser.parse_args()
     names = tuple(RULES)
-    parts = (("identical candidate", 1.0, CELLS, 0.55), ("twice the errors", 2.0, CELLS + BESIDE, 0.25))
-    for title, ratio, cells, part in parts:
+    parts = (
+        ("identical candidate", 1.0, CELLS, names, 0.45),
+        ("identical candidate, two stages", 1.0, STAGED, ("judge",), 0.15),
+        ("twice the errors", 2.0, CELLS + BESIDE, names, 0.2),
+    )
+    for title, ratio, cells, rules, part in parts:
         began = time.monotonic()
-        found = simulate(cells, ratio, names, wanted.runs, seconds=part * wanted.seconds)
-        print(f"\n{title}: sent back\n\n| cell | runs | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
+        found = simulate(cells, ratio, rules, wanted.runs, seconds=part * wanted.seconds)
+        print(f"\n{title}: sent back\n\n| cell | runs | {' | '.join(rules)} |\n|{'---|' * (len(rules) + 2)}")
         for cell, tally in found.items():
-            print(f"| {cell} | {tally.runs} | {' | '.join(tally.text(name) for name in names)} |")
+            print(f"| {cell} | {tally.runs} | {' | '.join(tally.text(rule) for rule in rules)} |")
         print(f"\n{time.monotonic() - began:.0f} s", flush=True)
     for ratio in (1.0, MARGIN):
         began = time.monotonic()
