@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Connection
 
-from skerry_server import __version__, ca, clock, device_auth, durable, listener, renewal
+from skerry_server import __version__, ca, clock, collector, device_auth, durable, listener, renewal
 from skerry_server.api import (
     access as access_routes,
 )
@@ -269,6 +269,7 @@ class Server:
         """Starts every part, prints the ready line, serves until told to stop, and stops every part again."""
         try:
             self._start_parts()
+            collector.settle()
             self._serve()
         finally:
             self._stack.close()

@@ -19,6 +19,7 @@ import msgspec
 import paho.mqtt.client as paho
 from skerry_contract import topics, wire
 from skerry_contract import window as w
+from skerry_server import collector
 from skerry_server.broker.natsconf import Listener
 from skerry_server.db import tables as t
 from skerry_server.db.engine import writing
@@ -121,6 +122,7 @@ def _load(plan: Plan, folder: Path) -> dict[str, float]:
 
 def _ours(fleet: Fleet, plan: Plan, folder: Path) -> dict[str, float]:
     fleet.start_ingest()
+    collector.settle()  # as the server does before it serves
     told = _load(plan, folder)
     (held,) = fleet.rows(select(func.sum(t.evidence.c.ok)))
     (records,) = fleet.rows(select(func.count()).select_from(t.windows))
