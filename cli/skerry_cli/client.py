@@ -163,7 +163,9 @@ class Api:
 
 
 def quote(part: str) -> str:
-    """One segment of a path."""
+    """One segment of a path: a name or an id. Raises ``Usage`` for what can be neither."""
+    if not part or part in (".", "..") or "/" in part:
+        raise Usage(f"wanted a name or an id, got {part!r}")
     return urllib.parse.quote(part, safe="")
 
 
@@ -200,7 +202,9 @@ def _read_ca(path: Path) -> str:
         pem = path.read_text(encoding="ascii")
         ssl.PEM_cert_to_DER_cert(pem.strip())
     except OSError as error:
-        raise Usage(f"{path}: {error.strerror or error}; wanted the fleet's CA in PEM") from None
+        raise Usage(
+            f"{path}: {error.strerror or error}; wanted the fleet's CA: a file in PEM, or 64 hex digits, the sha256 of its certificate"
+        ) from None
     except ValueError:
         raise Usage(f"{path}: wanted one certificate in PEM") from None
     return pem

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from skerry_contract import ids
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, insert, select, union, update
 
@@ -103,6 +104,13 @@ def require(conn: Connection, digest: str) -> dict[str, Any]:
     if row is None:
         raise NotFound("bundle", digest)
     return dict(row)
+
+
+def require_model(conn: Connection, model: str) -> None:
+    """Raises ``NotFound`` when no bundle is of this model, ``Malformed`` when none can be."""
+    ids.model_name(model)
+    if conn.execute(select(t.bundles.c.digest).where(t.bundles.c.model == model).limit(1)).first() is None:
+        raise NotFound("model", model)
 
 
 def move(

@@ -11,6 +11,7 @@ from skerry_cli import output
 from skerry_cli.client import quote
 from skerry_cli.commands.publish import find_bundle
 from skerry_cli.commands.session import session
+from skerry_cli.errors import Usage
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 Model = Annotated[str | None, typer.Option("--model", help="Only this model.")]
@@ -40,7 +41,7 @@ def drift(
         output.show_json({"items": items})
         return
     if not items:
-        output.say("Nothing has been looked at yet.")
+        output.say(f"Nothing has been looked at yet{_of(model)}.")
     for item in items:
         for line in drift_text(item):
             output.say(line)
@@ -65,16 +66,14 @@ def accuracy(
     if since_ms is None:
         # Over a version's whole life a fall is lost among the labels of better days.
         since_ms = max(0, (until_ms if until_ms is not None else int(time.time() * 1000)) - _SPAN_MS)
+    elif until_ms is not None and until_ms <= since_ms:
+        raise Usage(f"wanted --until-ms after --since-ms, got {since_ms} to {until_ms}")
     items = list(api.items("/api/v1/accuracy", model=model, since_ms=since_ms, until_ms=until_ms))
     if as_json:
         output.show_json({"items": items})
         return
-    if not items:
-        output.say("Nothing has been counted yet.")
-    else:
-        output.say(
-            f"Counted from {output.when(since_ms) if since_ms else 'the beginning'} to {output.when(until_ms) if until_ms else 'now'}."
-        )
+    span = f"from {output.when(since_ms) if since_ms else 'the beginning'} to {output.when(until_ms) if until_ms else 'now'}"
+    output.say(f"Counted {span}." if items else f"Nothing was counted{_of(model)} {span}.")
     for item in items:
         for line in accuracy_text(item):
             output.say(line)
@@ -94,6 +93,10 @@ def accuracy(
                 ("class", "recall", "of", "precision", "of"),
                 rows,
             )
+
+
+def _of(model: str | None) -> str:
+    return "" if model is None else f" of the model {model}"
 
 
 def drift_text(item: dict[str, Any]) -> list[str]:

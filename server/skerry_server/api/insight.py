@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from skerry_contract import ids
 
-from skerry_server import findings, outcomes
+from skerry_server import findings, outcomes, registry
 from skerry_server.api.context import After, Ctx, Limit, Viewer, page, read_cursor
 from skerry_server.db.engine import reading
 from skerry_server.errors import NotFound
@@ -25,6 +25,8 @@ def drift(
     """`verdict`: DRIFT, STEADY or NO_DATA, with a reason. Each finding says which feature or output, since when, and by how much."""
     last = read_cursor(after, str, str)
     with reading(context.engine) as conn:
+        if model is not None:
+            registry.require_model(conn, model)
         items = findings.evaluations_page(
             conn, model=model, after=None if last is None else (last[0], last[1]), limit=limit
         )
@@ -54,6 +56,8 @@ def accuracy(
     """Of the buckets that begin within `[since_ms, until_ms)`; all without bounds. `estimate` is CBPE and never a measurement."""
     last = read_cursor(after, str, str)
     with reading(context.engine) as conn:
+        if model is not None:
+            registry.require_model(conn, model)
         items = outcomes.accuracy_page(
             conn,
             model=model,
