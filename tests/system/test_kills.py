@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.system import killing
+from tests.system import kill_draws, kill_processes, kill_tally, killing
 from tests.system.conftest import Rig
 
 HANGS_S = 600
@@ -30,16 +30,16 @@ HANGS_S = 600
 def field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[killing.Field]:
     """Four devices, one of them on TFLite, with their applications; three good versions and a bad one; everyone on the first."""
     mark = secrets.token_hex(8)
-    monkeypatch.setenv(killing.MARK, mark)
-    rig = Rig(tmp_path, killing.DEVICES, tflite=killing.TFLITE)
+    monkeypatch.setenv(kill_processes.MARK, mark)
+    rig = Rig(tmp_path, kill_draws.DEVICES, tflite=kill_draws.TFLITE)
     try:
         found = killing.Field(rig, seed=int(os.environ.get("SKERRY_KILLS_SEED") or secrets.randbelow(10**6)), mark=mark)
         found.start()
         yield found
     finally:
         rig.processes.stop()
-        for left in killing.members(mark):
-            killing.kill_9(left.pid)
+        for left in kill_processes.members(mark):
+            kill_processes.kill_9(left.pid)
 
 
 def run(field: killing.Field, rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +52,7 @@ def run(field: killing.Field, rounds: str, capsys: pytest.CaptureFixture[str]) -
             print(line, flush=True)
     with capsys.disabled():
         print(f"seed {field.seed}\n{field.totals}", flush=True)
-    wanted = {kill.kind for number in numbers for kill in killing.drawn_kills(field.seed, number)}
+    wanted = {kill.kind for number in numbers for kill in kill_draws.drawn_kills(field.seed, number)}
     assert set(field.totals.kills) == wanted, f"never killed: {wanted - set(field.totals.kills)}"
 
 
@@ -79,7 +79,7 @@ REFUSED = {("failed", "ConnectionRefusedError"): 7}
 )
 def test_a_round_that_lost_and_doubled_nothing_is_well(told: Any, here: Any, kills: Any) -> None:
     merged = [Counter(WELL[name] | more) for name, more in (("told", told), ("here", here), ("kills", kills))]
-    killing.hold_against(*merged)
+    kill_tally.hold_against(*merged)
 
 
 @pytest.mark.parametrize(
@@ -104,29 +104,29 @@ def test_a_round_that_lost_and_doubled_nothing_is_well(told: Any, here: Any, kil
 def test_a_round_that_lost_or_doubled_something_is_not(told: Any, here: Any, kills: Any, why: str) -> None:
     merged = [Counter(WELL[name] | more) for name, more in (("told", told), ("here", here), ("kills", kills))]
     with pytest.raises(AssertionError, match=why):
-        killing.hold_against(*merged)
+        kill_tally.hold_against(*merged)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_seed_draws_the_same_again_and_five_rounds_have_every_kind_and_every_end(seed: int) -> None:
-    kills = [killing.drawn_kills(seed, number) for number in range(100)]
-    sorts = [killing.drawn_sort(seed, number) for number in range(100)]
-    assert kills == [killing.drawn_kills(seed, number) for number in range(100)]
-    assert kills != [killing.drawn_kills(seed + 1, number) for number in range(100)]
+    kills = [kill_draws.drawn_kills(seed, number) for number in range(100)]
+    sorts = [kill_draws.drawn_sort(seed, number) for number in range(100)]
+    assert kills == [kill_draws.drawn_kills(seed, number) for number in range(100)]
+    assert kills != [kill_draws.drawn_kills(seed + 1, number) for number in range(100)]
     assert all(2 <= len(round_) <= 5 for round_ in kills)
     for first in range(0, 100, 5):
-        assert {kill.kind for round_ in kills[first : first + 5] for kill in round_} == set(killing.KINDS)
-    assert {killing.ENDS[sort] for sort in sorts[:5]} == {"completed", "rolled_back"}
+        assert {kill.kind for round_ in kills[first : first + 5] for kill in round_} == set(kill_draws.KINDS)
+    assert {kill_draws.ENDS[sort] for sort in sorts[:5]} == {"completed", "rolled_back"}
 
 
 def test_a_process_that_ended_by_itself_is_no_kill() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-    assert not killing.kill_9(ended.pid), "a corpse"
+    assert not kill_processes.kill_9(ended.pid), "a corpse"
     assert ended.wait() == 0
-    assert not killing.kill_9(ended.pid), "nobody"
+    assert not kill_processes.kill_9(ended.pid), "nobody"
     alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    assert killing.kill_9(alive.pid)
+    assert kill_processes.kill_9(alive.pid)
     assert alive.wait() == -signal.SIGKILL
 
 
