@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-import msgspec
 import numpy as np
 from scipy import stats
 from skerry_server.core.judge import Design, Guardrail, Look, Memory, Reading, Unit, Verdict, verdict_of
@@ -122,7 +121,7 @@ class Fleet:
 
     def design(self) -> Design:
         units = tuple(Unit(device=f"d-{i:03}", candidate=i < self.candidates) for i in range(DEVICES))
-        rails = tuple(msgspec.structs.replace(rail, alpha=rail.alpha / self.stages) for rail in RAILS)
+        rails = tuple(replace(rail, alpha=rail.alpha / self.stages) for rail in RAILS)
         return Design(rollout=self.name, stage=self.stage, units=units, guardrails=rails)
 
 
