@@ -6,6 +6,7 @@ is made from the plan, the frozen list of the stage and the bundle, none of whic
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 from skerry_contract import histogram as h
 from skerry_contract import manifest as m
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, Text, func, insert, select, type_coerce
 
 from skerry_server import evidence, rollouts
 from skerry_server.core import judge as j
@@ -28,6 +29,16 @@ CRASHES = ("runtime_crashed", "worker_hung")
 """Codes of a worker's event: the process died, or was killed because it no longer answered."""
 ACCURACY_DROP = 0.05
 """How far below its validated accuracy a candidate may be where its bundle does not say."""
+
+
+class UnreadableLook(Exception):
+    """A look is stored that this release cannot read. Names it, and what is wrong."""
+
+    def __init__(self, rollout: str, stage: int, number: int, cause: Exception) -> None:
+        self.number, self.why = number, f"{type(cause).__name__}: {cause}"
+        super().__init__(
+            f"the stored look {number} of stage {stage + 1} of rollout {rollout} cannot be read: {self.why}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,11 +94,27 @@ def _limits(conn: Connection, row: Mapping[str, Any], gates: p.Gates) -> dict[st
 
 
 def last(conn: Connection, rollout: str, stage: int) -> Taken | None:
-    """The newest look at a stage."""
+    """The newest look at a stage.
+
+    Raises:
+        UnreadableLook: the judge cannot go on from it.
+    """
     c = t.looks.c
-    query = select(t.looks).where(c.rollout == rollout, c.stage == stage).order_by(c.number.desc()).limit(1)
+    query = select(*_LOOK).where(c.rollout == rollout, c.stage == stage).order_by(c.number.desc()).limit(1)
     row = conn.execute(query).mappings().first()
     return None if row is None else _taken(dict(row))
+
+
+def standing(conn: Connection, rollout: str, stage: int) -> tuple[j.Ruling | None, str]:
+    """What the judge last said of a stage, and why that cannot be told: the two as ``core.rollout.decide`` takes them.
+
+    For all who show how a rollout stands: a stored look that cannot be read is a fault of this one rollout, not of the question.
+    """
+    try:
+        taken = last(conn, rollout, stage)
+    except UnreadableLook as error:
+        return None, str(error)
+    return None if taken is None else taken.ruling, ""
 
 
 def newest_stage(conn: Connection, rollout: str) -> int:
@@ -102,7 +129,7 @@ def newest_stage(conn: Connection, rollout: str) -> int:
 def all_of(conn: Connection, rollout: str, stage: int) -> list[Taken]:
     """Every look at a stage, oldest first."""
     c = t.looks.c
-    query = select(t.looks).where(c.rollout == rollout, c.stage == stage).order_by(c.number)
+    query = select(*_LOOK).where(c.rollout == rollout, c.stage == stage).order_by(c.number)
     return [_taken(dict(row)) for row in conn.execute(query).mappings()]
 
 
@@ -118,7 +145,8 @@ def take(conn: Connection, row: Mapping[str, Any], plan: p.Plan, before: Taken |
         before: the look before, None for the first.
 
     Raises:
-        ValueError: the look does not follow the one before, or could not be read again.
+        ValueError: the look does not follow the one before.
+        UnreadableLook: it could not be read again.
     """
     stage = int(row["stage"])
     if plan.judge is None or not plan.is_judged(stage):
@@ -297,11 +325,19 @@ def _stored(rollout: str, taken: Taken) -> dict[str, Any]:
     }
 
 
+# As text, where the database gives it so: then JSON that is none shows in ``_taken``, and not while rows are fetched.
+_LOOK = tuple(type_coerce(c, Text).label(c.name) if c.name == "ruling" else c for c in t.looks.c)
+
+
 def _taken(row: Mapping[str, Any]) -> Taken:
-    return Taken(
-        stage=row["stage"],
-        at_ms=row["at_ms"],
-        look=msgspec.msgpack.decode(zlib.decompress(row["evidence"]), type=j.Look),
-        ruling=j.Ruling.from_builtins(row["ruling"]),
-        memory=msgspec.msgpack.decode(zlib.decompress(row["memory"]), type=j.Memory),
-    )
+    try:
+        ruling = row["ruling"]
+        return Taken(
+            stage=row["stage"],
+            at_ms=row["at_ms"],
+            look=msgspec.msgpack.decode(zlib.decompress(row["evidence"]), type=j.Look),
+            ruling=j.Ruling.from_builtins(json.loads(ruling) if isinstance(ruling, str) else ruling),
+            memory=msgspec.msgpack.decode(zlib.decompress(row["memory"]), type=j.Memory),
+        )
+    except (zlib.error, msgspec.MsgspecError, ValueError, TypeError) as error:
+        raise UnreadableLook(row["rollout"], row["stage"], row["number"], error) from error

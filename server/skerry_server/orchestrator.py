@@ -192,7 +192,8 @@ class Orchestrator:
             # Whatever it is: what a device sent must not hold gates and deadline.
             log.exception("judge failed rollout=%s stage=%s", row["id"], value.stage)
             self._observe_fault("judge")
-            return None, None, f"{type(error).__name__}: {error}"[:MOST_FAULT]
+            said = str(error) if isinstance(error, judging.UnreadableLook) else f"{type(error).__name__}: {error}"
+            return None, None, said[:MOST_FAULT]
         return before, look, ""
 
 

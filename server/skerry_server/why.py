@@ -221,9 +221,8 @@ def _held(conn: Connection, rollout: Mapping[str, Any], now_ms: int) -> str:
     """What holds the stage that runs, as it stands now: a stored decision keeps the numbers of its time."""
     if rollout["state"] not in ("running", "completing"):
         return ""
-    look = judging.last(conn, rollout["id"], rollout["stage"])
-    evidence = rollouts.gather(conn, rollout)
-    decision = moves.decide(rollouts.value(rollout), evidence, now_ms, None if look is None else look.ruling)
+    ruling, fault = judging.standing(conn, rollout["id"], rollout["stage"])
+    decision = moves.decide(rollouts.value(rollout), rollouts.gather(conn, rollout), now_ms, ruling, fault=fault)
     return decision.reason if decision.action == "hold" else ""
 
 

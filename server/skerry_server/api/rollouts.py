@@ -103,9 +103,8 @@ def get_rollout(context: Ctx, _caller: Viewer, rollout: str) -> dict[str, Any]:
     """`now` is computed for this answer and stored nowhere; stored decisions are under `/decisions`."""
     with reading(context.engine) as conn:
         row = rollouts.require(conn, rollout)
-        look = judging.last(conn, rollout, row["stage"])
-        ruling = None if look is None else look.ruling
-        found = core.decide(rollouts.value(row), rollouts.gather(conn, row), context.now_ms(), ruling)
+        ruling, fault = judging.standing(conn, rollout, row["stage"])
+        found = core.decide(rollouts.value(row), rollouts.gather(conn, row), context.now_ms(), ruling, fault=fault)
         frozen = rollouts.arms(conn, rollout, row["stage"])
     now = {"action": found.action, "verdict": found.verdict, "reason": found.reason, "evidence": found.evidence}
     return row | {"now": now, "devices": frozen}

@@ -242,8 +242,8 @@ def _progress(conn: Connection, now_ms: int) -> Iterable[Progress]:
     }
     for row in found:
         value = rollouts.value(row)
-        look = judging.last(conn, row["id"], row["stage"])
-        decision = core.decide(value, rollouts.gather(conn, row), now_ms, None if look is None else look.ruling)
+        ruling, fault = judging.standing(conn, row["id"], row["stage"])
+        decision = core.decide(value, rollouts.gather(conn, row), now_ms, ruling, fault=fault)
         yield Progress(
             id=row["id"],
             group=row["group"],

@@ -788,7 +788,15 @@ def test_without_labels_a_judged_stage_pauses_at_its_deadline(rig: ServerRig, ma
     rollout = start(rig, two, stages, judge=JUDGE | {"end_s": 1})
     fleet.drive(rollout, {"paused"})
     assert decisions(rig, rollout)[-1] == ("pause", "NO_DATA")
-    assert judged(rig, rollout)["looks"][-1]["verdict"] == "NO_DATA"
+    looks = judged(rig, rollout)["looks"]
+    assert looks[-1]["verdict"] == "NO_DATA"
+    # A look that is stored and cannot be read is a fault of the judge, told as such, and of nobody who asks.
+    with sqlite3.connect(rig.data / "server.db") as db:
+        db.execute("UPDATE looks SET memory = ? WHERE number = ?", (b"no zlib", len(looks)))
+    now = rig.good("GET", f"/api/v1/rollouts/{rollout}")["now"]
+    assert f"the stored look {len(looks)} of stage 1 of rollout {rollout} cannot be read" in now["reason"]
+    assert now["verdict"] == "NO_DATA"
+    assert rig.good("GET", f"/api/v1/devices/{fleet.devices[0].id}/why")["models"][0]["model"] == MODEL
 
 
 def test_a_fleet_too_small_to_compare_is_promoted_only_where_the_operator_said_so(

@@ -2,15 +2,18 @@
 
 import hashlib
 import random
+import zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from skerry_contract import topics, wire
 from skerry_contract import window as w
-from skerry_server import judging, rollouts
+from skerry_server import judging, rollouts, why
 from skerry_server.config import Rollouts as Pace
+from skerry_server.console import overview, routes
 from skerry_server.core import judge as j
 from skerry_server.core import plan as p
 from skerry_server.core.judge_values import Reading
@@ -20,7 +23,7 @@ from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
 from skerry_server.intake import Intake
 from skerry_server.mqtt import Message
 from skerry_server.orchestrator import Orchestrator
-from sqlalchemy import insert, select, update
+from sqlalchemy import Text, insert, literal, select, update
 
 from tests import models
 
@@ -170,7 +173,8 @@ def test_the_deadline_pauses_although_the_judge_raises_and_the_reason_names_the_
     break_judge(fleet)
     fleet.loop.tick()
     assert (fleet.row()["state"], fleet.last()["verdict"]) == ("running", "NO_DATA")
-    assert "the judge could not look (error: " in fleet.last()["reason"]
+    unread = "the judge could not look (the stored look 1 of stage 1 of rollout r cannot be read: error: "
+    assert unread in fleet.last()["reason"]
     assert "judge" in fleet.last()["evidence"]["missing"]
     fleet.now_ms += 3_600_000
     fleet.loop.tick()
@@ -186,6 +190,58 @@ def test_going_back_ends_although_the_judge_raises(fleet):
         conn.execute(update(t.rollouts).values(state="rolling_back"))
     fleet.loop.tick()
     assert fleet.row()["state"] == "rolled_back"
+
+
+@pytest.fixture(params=["evidence", "memory", "ruling"])
+def unread(fleet, request) -> Fleet:
+    """The first look is stored with a float where whole numbers are read, or with a ruling that is no JSON."""
+    for i in range(DEVICES):
+        fleet.count(f"d{i:02}", "candidate" if i < CANDIDATES else "control", ok=500, labels=right(100, 10))
+    fleet.loop.tick()
+    with writing(fleet.engine) as conn:
+        packed = conn.execute(select(t.looks.c.evidence, t.looks.c.memory)).one()
+        look, memory = (msgspec.msgpack.decode(zlib.decompress(part)) for part in packed)
+        look["readings"]["labelled_errors"]["n"][-1] = 9.3e18
+        memory["looks"] = 1.5
+        bad: Any = {
+            "evidence": zlib.compress(msgspec.msgpack.encode(look)),
+            "memory": zlib.compress(msgspec.msgpack.encode(memory)),
+            "ruling": literal("no JSON", Text),
+        }[request.param]
+        conn.execute(update(t.looks).values({request.param: bad}))
+    return fleet
+
+
+UNREAD = "the judge could not look (the stored look 1 of stage 1 of rollout r cannot be read: "
+
+
+def test_a_stored_look_that_cannot_be_read_leaves_the_page_standing_and_is_named_on_it(unread):
+    with reading(unread.engine) as conn:
+        found = overview.gather(conn, name="x", parts={}, now_ms=NOW_MS)
+    (shown,) = found.rollouts
+    assert UNREAD in shown.reason
+    assert [side.inferences for side in shown.sides] == [12 * 500, 4 * 500]
+    assert "the stored look 1 of stage 1 of rollout r" in routes._environment.get_template("live.html").render(o=found)
+
+
+def test_a_stored_look_that_cannot_be_read_leaves_device_why_an_answer_that_names_it(unread):
+    with writing(unread.engine) as conn:
+        conn.execute(update(t.devices).where(t.devices.c.id == "d00").values(running={"gas": {"version": "1.0.0"}}))
+    with reading(unread.engine) as conn:
+        told = why.explain(conn, "d00", roles={}, now_ms=NOW_MS, seen_s=60)
+        held = why._held(conn, rollouts.require(conn, "r"), NOW_MS)
+    assert [one["model"] for one in told["models"]] == ["gas"]
+    assert UNREAD in held
+
+
+def test_a_stored_look_that_cannot_be_read_leaves_gates_and_deadline_at_work(unread):
+    unread.now_ms += 60_000
+    unread.loop.tick()
+    assert UNREAD in unread.last()["reason"]
+    for i in range(CANDIDATES):
+        unread.count(f"d{i:02}", "candidate", failed=5000)
+    unread.loop.tick()
+    assert unread.row()["state"] == "rolling_back"
 
 
 # --- events -------------------------------------------------------------------------------------------------------------
