@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from skerry_agent.core import lifecycle
+from skerry_cli.explaining import explain_stage
 
 from tests.system.kill_draws import ENDS, Kill, Kind, Sort
 from tests.system.kill_processes import children, kill_9, soon
@@ -260,7 +261,7 @@ class Round:
         assert set(reverted) <= {"trial_crashed", "runtime_crashed"}, f"devices went back: {reverted}"
         assert sum(reverted.values()) <= len(self.may_go_back), f"devices went back: {reverted}"
         if self.sort != "plain":
-            explained = self.fleet.api.get(f"{path}/explain", stage=0)
+            explained = explain_stage(self.fleet.api, self.rollout, 0)
             assert explained["identical"] and explained["looks"], explained
             assert explained["ruling"]["verdict"] == ("FAIL" if self.sort == "bad" else "PASS"), explained["ruling"]
         for device in self.rig.devices:

@@ -13,6 +13,7 @@ from skerry_cli.client import Api, quote
 from skerry_cli.commands.publish import find_bundle
 from skerry_cli.commands.session import session
 from skerry_cli.errors import Failed, Usage
+from skerry_cli.explaining import explain_stage
 
 app = typer.Typer(no_args_is_help=True, help="Send a bundle out by stages, and watch or stop it.")
 
@@ -193,26 +194,45 @@ def explain(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Recomputes the judge's verdict on a stage from the stored evidence, and says what it rests on.
+    """Recomputes every look of the judge at a stage from the stored evidence, and says what the last verdict rests on.
 
-    Exit code 1 when what is recomputed differs from what was stored.
+    Exit code 1 when what is recomputed differs from what was stored, or a stored look cannot be read. Many looks take a
+    while (up to 0.1 s each): the server recomputes 50 at a time.
     """
-    wanted = {} if stage is None else {"stage": stage - 1}
-    found = session(context).api.get(f"/api/v1/rollouts/{quote(rollout)}/explain", **wanted)
+    found = explain_stage(
+        session(context).api,
+        rollout,
+        None if stage is None else stage - 1,
+        progress=lambda done, of: output.note(f"skerry: {done} of {of} looks recomputed"),
+    )
     if as_json:
         output.show_json(found)
-    elif found["ruling"] is None:
+    elif not found["looks"]:
         output.say(f"Stage {found['stage'] + 1} of rollout {rollout} was not looked at by the judge.")
     else:
         _show_explained(rollout, found)
     if not found["identical"]:
-        raise Failed(f"rollout {rollout}: the stored evidence gives another ruling than the one stored")
+        raise Failed(f"rollout {rollout}: the stored evidence does not give the rulings that are stored")
 
 
 def _show_explained(rollout: str, found: dict[str, Any]) -> None:
-    ruling = found["ruling"]
+    if found["ruling"] is None:
+        output.say(f"Rollout {rollout}, stage {found['stage'] + 1}: the last look cannot be read.")
+    else:
+        _show_ruling(rollout, found["stage"], found["ruling"])
+    for look in found["looks"]:
+        said = f"{look['verdict']} ({look['information']:.0%})" if look["verdict"] else f"({look['information']:.0%})"
+        fault = f"; {look['fault']}" if "fault" in look else ""
+        output.say(f"{output.when(look['at_ms'])}  look {look['number']}: {said}{fault}")
+    looks = len(found["looks"])
+    different = [str(look["number"]) for look in found["looks"] if not look["identical"]]
+    said = f"different at look {', '.join(different)}" if different else "identical"
+    output.say(f"recomputed: {said} ({looks} {'look' if looks == 1 else 'looks'})")
+
+
+def _show_ruling(rollout: str, stage: int, ruling: dict[str, Any]) -> None:
     output.say(
-        f"Rollout {rollout}, stage {found['stage'] + 1}: {ruling['verdict']} at look {ruling['look']} "
+        f"Rollout {rollout}, stage {stage + 1}: {ruling['verdict']} at look {ruling['look']} "
         f"({ruling['information']:.0%} of the way)."
     )
     output.show_table(
@@ -235,14 +255,6 @@ def _show_explained(rollout: str, found: dict[str, Any]) -> None:
     )
     for reason in ruling["reasons"]:
         output.say(reason)
-    for look in found["looks"]:
-        output.say(
-            f"{output.when(look['at_ms'])}  look {look['number']}: {look['verdict']} ({look['information']:.0%})"
-        )
-    looks = len(found["looks"])
-    different = [str(look["number"]) for look in found["looks"] if not look["identical"]]
-    said = f"different at look {', '.join(different)}" if different else "identical"
-    output.say(f"recomputed: {said} ({looks} {'look' if looks == 1 else 'looks'})")
 
 
 def _arm_text(finding: dict[str, Any], name: str) -> str:

@@ -10,6 +10,7 @@ from skerry_cli.demo.application import TRUTH_AFTER_S
 from skerry_cli.demo.fleet import SETTINGS
 from skerry_cli.demo.models import MODEL
 from skerry_cli.demo.run import Run
+from skerry_cli.explaining import explain_stage
 
 SETTLED_S = TRUTH_AFTER_S[1] + SETTINGS["window_s"]
 """So long after the world has changed no label of the world before arrives any more."""
@@ -87,7 +88,7 @@ def verdict(run: Run, rollout: str, *, action: str, wanted: str) -> dict[str, An
         action: of the decision that followed from it; wanted: the verdict that this must have been.
     """
     path = f"/api/v1/rollouts/{quote(rollout)}"
-    explained = dict(run.fleet.api.get(f"{path}/explain", stage=0))
+    explained = explain_stage(run.fleet.api, rollout, 0)
     decided = next((d for d in run.fleet.api.items(f"{path}/decisions") if d["action"] == action), None)
     ruling = explained["ruling"] or {"verdict": "", "findings": []}
     findings = {found["guardrail"]: found for found in ruling["findings"]}

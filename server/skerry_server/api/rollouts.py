@@ -133,16 +133,28 @@ def looks(context: Ctx, _caller: Viewer, rollout: str, after: After = None, limi
     return page(items, limit, *((items[-1]["stage"], items[-1]["number"]) if items else ()))
 
 
-@router.get("/{rollout}/explain", summary="Recompute the judge's rulings on a stage from stored evidence")
+@router.get(
+    "/{rollout}/explain", summary="Recompute the judge's rulings on a stage from stored evidence, 50 looks at most"
+)
 def explain(
-    context: Ctx, _caller: Viewer, rollout: str, stage: Annotated[int | None, Query(ge=0)] = None
+    context: Ctx,
+    _caller: Viewer,
+    rollout: str,
+    stage: Annotated[int | None, Query(ge=0)] = None,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=judging.MOST_EXPLAINED)] = judging.MOST_EXPLAINED,
 ) -> dict[str, Any]:
-    """`identical` says whether every stored look gives the stored ruling again, byte for byte. Without `stage`: the last judged."""
+    """`identical` says whether each of these looks gives the stored ruling again, byte for byte, from its evidence and what the look
+    before it left; a look that is not has `recomputed` or a `fault`. `ruling` is of the stage's newest look, `count` how many it has.
+    Without `stage`: the last judged; name it to ask on with `after`.
+    """
+    (last,) = read_cursor(after, int) or (0,)
     with reading(context.engine) as conn:
         row = rollouts.require(conn, rollout)
         wanted = judging.newest_stage(conn, rollout) if stage is None else stage
-        found = judging.explain(conn, row, wanted)
-    return found | {"state": row["state"], "reason": row["reason"]}
+        found = judging.explain(conn, row, wanted, after=last, limit=limit)
+    # Recomputing takes seconds: no transaction waits for it.
+    return found.to_builtins() | {"state": row["state"], "reason": row["reason"]}
 
 
 @router.post("/{rollout}/pause", summary="Stay where it is")

@@ -714,6 +714,11 @@ def test_a_candidate_no_worse_than_its_controls_passes_at_the_planned_end_and_th
     assert {item["ruling"]["verdict"] for item in items[:-1]} <= {"NO_DATA", "INCONCLUSIVE"}
     told = judged(rig, rollout)
     assert (told["identical"], len(told["looks"])) == (True, len(items))
+    path = f"/api/v1/rollouts/{rollout}/explain?stage=0"
+    part = rig.good("GET", f"{path}&limit=1")
+    assert (part["looks"], part["next"], part["count"]) == (told["looks"][:1], "1", len(items))
+    assert rig.good("GET", f"{path}&after=1")["looks"] == told["looks"][1:]
+    assert rig.ask("GET", f"{path}&limit=51").code == "bad_request"
     finding = told["ruling"]["findings"][0]
     assert (finding["candidate"]["of"], finding["control"]["of"], finding["assignments"]) == (3, 5, 56)
     assert finding["upper"] < 3

@@ -23,7 +23,7 @@ from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
 from skerry_server.intake import Intake
 from skerry_server.mqtt import Message
 from skerry_server.orchestrator import Orchestrator
-from sqlalchemy import Text, insert, literal, select, update
+from sqlalchemy import Text, delete, insert, literal, select, update
 
 from tests import models
 
@@ -337,7 +337,7 @@ def test_sums_stop_before_the_database_leaves_whole_numbers_and_looks_stay_reada
     fleet.loop.tick()
     with reading(fleet.engine) as conn:
         assert [taken.look.number for taken in judging.all_of(conn, "r", 0)] == [1, 2]
-        assert judging.explain(conn, rollouts.require(conn, "r"), 0)["identical"]
+    assert explained(fleet)["identical"]
     assert fleet.faults == []
 
 
@@ -352,6 +352,111 @@ def test_a_look_that_could_not_be_read_again_is_not_stored(fleet):
         assert judging.all_of(conn, "r", 0) == []
     assert fleet.faults == ["judge"]
     assert "the judge could not look" in fleet.last()["reason"]
+
+
+# --- looks held against what they rest on ---------------------------------------------------------------------------------
+
+
+def explained(fleet: Fleet, **asked: int) -> dict[str, Any]:
+    row = fleet.row()
+    with reading(fleet.engine) as conn:
+        found = judging.explain(conn, row, 0, **asked)
+    return found.to_builtins()
+
+
+LOOKS = 7
+
+
+@pytest.fixture
+def looked(fleet) -> Fleet:
+    """A stage that goes badly, so that its looks remove assignments and remember it."""
+    for number in range(LOOKS):
+        for i in range(DEVICES if number else 0):
+            inside = i < CANDIDATES
+            labels = right(3000, 900 if inside else 300 + i)
+            fleet.count(f"d{i:02}", "candidate" if inside else "control", ok=500, labels=labels)
+        # Past a verdict too: the row is held in its stage.
+        fleet.loop.tick()
+        with writing(fleet.engine) as conn:
+            conn.execute(update(t.rollouts).values(state="running"))
+        fleet.now_ms += 60_000
+    return fleet
+
+
+def test_looks_come_out_the_same_in_parts_of_any_size_and_as_a_replay_from_the_first(looked):
+    whole = explained(looked)
+    assert [look["number"] for look in whole["looks"]] == list(range(1, LOOKS + 1))
+    assert (whole["identical"], whole["count"], whole["next"]) == (True, LOOKS, None)
+    assert whole["looks"][0]["verdict"] != whole["looks"][-1]["verdict"] == whole["ruling"]["verdict"] == "FAIL"
+    for size in range(1, LOOKS + 2):
+        parts, after = [], 0
+        while True:
+            part = explained(looked, after=after, limit=size)
+            assert len(part["looks"]) <= size
+            parts += part["looks"]
+            if part["next"] is None:
+                break
+            after = int(part["next"])
+        assert parts == whole["looks"], size
+    with reading(looked.engine) as conn:
+        stored = judging.all_of(conn, "r", 0)
+        made = judging.design(conn, rollouts.require(conn, "r"), p.read_plan(PLAN), 0)
+    replayed = j.replay(made, [one.look for one in stored])
+    assert replayed == [(one.ruling, one.memory) for one in stored]
+
+
+def change_look(fleet: Fleet, number: int, part: str, change: Any) -> None:
+    where = (t.looks.c.rollout == "r", t.looks.c.number == number)
+    with writing(fleet.engine) as conn:
+        packed = conn.execute(select(t.looks.c[part]).where(*where)).scalar_one()
+        value = msgspec.msgpack.decode(zlib.decompress(packed))
+        change(value)
+        conn.execute(update(t.looks).where(*where).values({part: zlib.compress(msgspec.msgpack.encode(value))}))
+
+
+def faults_of(found: dict[str, Any]) -> dict[int, str]:
+    return {look["number"]: look.get("fault", "differs") for look in found["looks"] if not look["identical"]}
+
+
+def test_who_changes_evidence_or_memory_of_a_look_is_found_out_at_whatever_look_the_question_begins(looked):
+    def forget(memory: Any) -> None:
+        memory["tails"]["labelled_errors"] |= {"removed": b"", "count": 0, "failed_at": 0}
+
+    def one_more(look: Any) -> None:
+        look["readings"]["labelled_errors"]["x"][0] += 1
+
+    change_look(looked, 3, "evidence", one_more)
+    change_look(looked, 5, "memory", forget)
+    found = explained(looked)
+    assert {3, 5} <= set(faults_of(found)) <= {3, 5, 6}
+    assert set(faults_of(explained(looked, after=2, limit=1))) == {3}
+    assert set(faults_of(explained(looked, after=4, limit=1))) == {5}
+    assert not found["identical"]
+
+
+def test_a_look_that_is_missing_or_stands_in_the_place_of_another_is_found_out(looked):
+    with writing(looked.engine) as conn:
+        conn.execute(delete(t.looks).where(t.looks.c.number == 3))
+        conn.execute(update(t.looks).where(t.looks.c.number == 7).values(number=8))
+    assert faults_of(explained(looked)) == {
+        4: "cannot be recomputed: the look before it is missing",
+        8: "cannot be recomputed: what is stored is of look 7",
+    }
+    assert faults_of(explained(looked, after=3, limit=1)) == {4: "cannot be recomputed: the look before it is missing"}
+
+
+def test_a_stored_look_that_cannot_be_read_is_named_among_those_that_can(looked):
+    change_look(looked, 4, "evidence", lambda look: look["readings"]["labelled_errors"]["n"].__setitem__(-1, 9.3e18))
+    found = explained(looked)
+    assert set(faults_of(found)) == {4, 5}
+    assert faults_of(found)[4].startswith("cannot be read: ValidationError: Expected `int`, got `float`")
+    assert "the stored look 4 of stage 1" in faults_of(found)[5]
+    assert found["ruling"]["verdict"] == "FAIL"
+
+
+def test_a_stage_without_looks_has_nothing_to_recompute(fleet):
+    found = explained(fleet)
+    assert (found["looks"], found["count"], found["next"], found["ruling"]) == ([], 0, None, None)
 
 
 # --- pasts of later stages ----------------------------------------------------------------------------------------------
