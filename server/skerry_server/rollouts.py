@@ -403,11 +403,15 @@ def last_decision(conn: Connection, rollout: str) -> dict[str, Any] | None:
     return None if row is None else dict(row)
 
 
-def arms(conn: Connection, rollout: str, stage: int) -> dict[str, list[str]]:
-    """The frozen list of a stage: arm -> device ids, sorted. A completing rollout shows its last stage's list."""
+def arms(conn: Connection, rollout: str, stage: int, *, most: int | None = 10_000) -> dict[str, list[str]]:
+    """The frozen list of a stage: arm -> device ids, sorted. A completing rollout shows its last stage's list.
+
+    Args:
+        most: devices of both arms that are read, by name; None for all.
+    """
     c = t.rollout_devices.c
     newest = select(func.max(c.stage)).where(c.rollout == rollout, c.stage <= stage).scalar_subquery()
-    query = select(c.device, c.arm).where(c.rollout == rollout, c.stage == newest).order_by(c.device).limit(10_000)
+    query = select(c.device, c.arm).where(c.rollout == rollout, c.stage == newest).order_by(c.device).limit(most)
     found: dict[str, list[str]] = {"candidate": [], "control": []}
     for row in conn.execute(query):
         found[row.arm].append(row.device)

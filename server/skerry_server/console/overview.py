@@ -66,7 +66,8 @@ class Side:
     """What one arm of a stage counted. Rates are shares, None without any request or label.
 
     Attributes:
-        devices: of the list that was frozen when the stage began; reporting: of them, those that counted anything in it.
+        devices: of the list that was frozen when the stage began; reporting: of them, those that counted anything in it. All that
+            follows is of these, answering with the bundle of their arm.
         p95_ms: of all requests together.
     """
 
@@ -261,12 +262,16 @@ def _progress(conn: Connection, now_ms: int) -> Iterable[Progress]:
 
 
 def _sides(conn: Connection, row: Mapping[str, Any]) -> tuple[Side, Side]:
-    frozen = rollouts.arms(conn, row["id"], row["stage"])
+    # As the judge counts: what other devices say of this rollout, or of other bundles, is not of its arms.
+    frozen = rollouts.arms(conn, row["id"], row["stage"], most=None)
     counted = evidence.of_rollout(conn, row["id"], row["stage"])
-    return (
-        side("control", len(frozen["control"]), [one for one in counted if one.arm == "control"]),
-        side("candidate", len(frozen["candidate"]), [one for one in counted if one.arm == "candidate"]),
-    )
+
+    def made(arm: str, bundle: str) -> Side:
+        devices = set(frozen[arm])
+        of_arm = [one for one in counted if one.arm == arm and one.bundle == bundle and one.device in devices]
+        return side(arm, len(devices), of_arm)
+
+    return made("control", row["stable"]), made("candidate", row["candidate"])
 
 
 def side(arm: str, devices: int, counted: Sequence[evidence.Evidence]) -> Side:

@@ -244,6 +244,27 @@ def test_a_stored_look_that_cannot_be_read_leaves_gates_and_deadline_at_work(unr
     assert unread.row()["state"] == "rolling_back"
 
 
+# --- the arms on the page -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_counts_an_arm_by_its_frozen_devices_and_its_bundle_alone(fleet):
+    for i in range(DEVICES - 1):
+        fleet.count(f"d{i:02}", "candidate" if i < CANDIDATES else "control", ok=90, failed=10, labels=right(50, 5))
+    # Of another group, not of the list; of the list, with the name of the other arm; another bundle.
+    fleet.count("thief", "candidate", failed=1 << 30, labels=right(1 << 20, 1 << 20))
+    fleet.count("thief", "control", failed=1 << 30)
+    fleet.count("d15", "candidate", failed=1 << 30)
+    at = w.Instant("b" * 32, fleet.seq + 1, 1, True)
+    key = w.Key("gas", "e" * 64, "onnx-fp32", "candidate", "r", 0)
+    fleet.send("d00", w.Window(key=key, start=at, end=at, counts=w.Counts(failed=1 << 30)))
+    with reading(fleet.engine) as conn:
+        (shown,) = overview.gather(conn, name="x", parts={}, now_ms=NOW_MS).rollouts
+    control, candidate = shown.sides
+    assert (control.devices, control.reporting, control.inferences, control.failed) == (12, 11, 1100, 110)
+    assert (candidate.devices, candidate.reporting, candidate.inferences, candidate.failed) == (4, 4, 400, 40)
+    assert (candidate.labelled, candidate.wrong) == (200, 20)
+
+
 # --- events -------------------------------------------------------------------------------------------------------------
 
 
