@@ -23,6 +23,9 @@ from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
 
 _MOST = (1 << 63) - 1
+MOST_MODELS = 64
+"""That one device may say it runs."""
+MOST_VERSION = 128
 SEEN_EVERY_MS = 2000
 """How exact ``seen_ms`` is for records; a state always writes it."""
 
@@ -157,10 +160,22 @@ def decode_state(payload: bytes) -> wire.State:
             "wanted a stratum of printable characters other than *, and such an agent",
             where="stratum or agent",
         )
+    _check_running(state.running)
     if state.epoch:
         ids.epoch(state.epoch)
     plain_json(msgspec.to_builtins(state), what="state")
     return state
+
+
+def _check_running(running: Mapping[str, wire.Running]) -> None:
+    if len(running) > MOST_MODELS:
+        raise Malformed("state", f"wanted at most {MOST_MODELS} models, got {len(running)}", where="running")
+    for name, one in running.items():
+        ids.model_name(name)
+        texts = (one.version, one.variant, one.digest)
+        if not all(len(text) <= MOST_VERSION and text.isprintable() for text in texts):
+            wanted = f"wanted version, variant and digest of at most {MOST_VERSION} printable characters"
+            raise Malformed("state", wanted, where=f"running.{name}")
 
 
 def plain_json(value: Any, *, what: str) -> None:

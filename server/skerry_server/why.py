@@ -14,7 +14,7 @@ from skerry_contract import ids
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, func, select
 
-from skerry_server import audit, devices, groups, judging, rollouts
+from skerry_server import audit, devices, groups, judging, presence, rollouts
 from skerry_server.core import cuts, eligibility
 from skerry_server.core import plan as p
 from skerry_server.core import rollout as moves
@@ -81,7 +81,9 @@ def _names(document: g.GroupDocument | None, row: Mapping[str, Any]) -> list[str
     pins: Mapping[str, Any] = {}
     if document is not None:
         pins = document.pins.get(g.pin_key(document.group, ids.DeviceId(row["id"])), {})
-    return sorted({*(document.models if document is not None else ()), *pins, *(row["running"] or {})})
+    # A state of an older release may name any number.
+    running = sorted(row["running"] or {})[: presence.MOST_MODELS]
+    return sorted({*(document.models if document is not None else ()), *pins, *running})
 
 
 def _model(

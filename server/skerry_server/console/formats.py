@@ -21,6 +21,15 @@ def count(n: int) -> str:
     return f"{n:,}".replace(",", "\N{THIN SPACE}")
 
 
+def brief(text: str, most: int) -> str:
+    """The beginning of a text that may be long.
+
+    >>> brief("abcdef", 4), brief("abcd", 4)
+    ('abc…', 'abcd')
+    """
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def milliseconds(value: float | None) -> str:
     """Three significant digits, and the unit.
 
@@ -91,6 +100,7 @@ def _utc(ms: int) -> dt.datetime:
 FILTERS: dict[str, Callable[..., Any]] = {
     "percent": percent,
     "count": count,
+    "brief": brief,
     "milliseconds": milliseconds,
     "number": number,
     "clock": clock,

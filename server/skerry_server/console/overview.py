@@ -17,11 +17,18 @@ from skerry_contract import ids
 from sqlalchemy import Connection, Integer, Select, cast, func, select
 
 from skerry_server import evidence, findings, judging, outcomes, registry, rollouts
+from skerry_server.console import formats
 from skerry_server.core import rollout as core
 from skerry_server.db import tables as t
 
 TILES = 500
 """Devices drawn one by one; of a larger fleet only the first, and the totals."""
+MODELS = 8
+"""Drawn per device."""
+RUNNING = 40
+"""Versions of models counted over the devices drawn: those that most of them answer with."""
+TEXT = 300
+"""Characters of a text of a device that are drawn."""
 DECISIONS = 12
 """Those that moved a rollout: a decision to hold is taken many times a minute and would push them off the page."""
 EVENTS = 10
@@ -46,7 +53,8 @@ class Tile:
     seen_ms: int | None
     stratum: str
     models: tuple[tuple[str, str, str, str], ...]
-    """(model, version, variant, state)."""
+    """(model, version, variant, state); of many the first."""
+    models_left_out: int
     trouble: str
 
 
@@ -112,6 +120,7 @@ class Overview:
     online: int
     tiles: tuple[Tile, ...]
     running: tuple[Running, ...]
+    running_left_out: int
     rollouts: tuple[Progress, ...]
     rollouts_left_out: int
     drift: tuple[dict[str, Any], ...]
@@ -150,7 +159,7 @@ def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) 
         c.status == "enrolled"
     )
     enrolled, online = conn.execute(enrolled_query).one()
-    tiles = _tiles(conn)
+    tiles, running = _fleet(conn)
     under_way = tuple(_progress(conn, now_ms))
     looked_at, drift_left_out = _foremost(conn, select(t.drift_evaluations.c.bundle))
     since_ms, upto_ms = now_ms - ACCURACY_MS, now_ms + 1
@@ -164,7 +173,8 @@ def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) 
         enrolled=int(enrolled),
         online=int(online),
         tiles=tiles,
-        running=_running(tiles),
+        running=_most_common(running),
+        running_left_out=len(running[RUNNING:]),
         rollouts=under_way,
         rollouts_left_out=_rollouts_under_way(conn) - len(under_way),
         drift=_by_version(_strongest_first(one) for one in findings.evaluations_of(conn, looked_at)),
@@ -191,24 +201,37 @@ def _rollouts_under_way(conn: Connection) -> int:
     return int(conn.execute(query).scalar_one())
 
 
-def _tiles(conn: Connection) -> tuple[Tile, ...]:
+def _fleet(conn: Connection) -> tuple[tuple[Tile, ...], list[Running]]:
+    """The devices drawn, and what they answer with, the most common first."""
     c = t.devices.c
     columns = (c.id, c.online, c.seen_ms, c.stratum, c.running, c.state)
     query = select(*columns).where(c.status == "enrolled").order_by(c.id).limit(TILES)
-    return tuple(
-        Tile(
+    tiles: list[Tile] = []
+    everyone: Counter[tuple[str, str, str]] = Counter()
+    connected: Counter[tuple[str, str, str]] = Counter()
+    for row in conn.execute(query):
+        models = [
+            (model, one.get("version", "?"), one.get("variant", ""), one.get("state", ""))
+            for model, one in sorted((row.running or {}).items())
+        ]
+        for model, version, variant, _state in models:
+            everyone[model, version, variant] += 1
+            connected[model, version, variant] += bool(row.online)
+        tile = Tile(
             id=row.id,
             online=bool(row.online),
             seen_ms=row.seen_ms,
             stratum=row.stratum,
-            models=tuple(
-                (model, one.get("version", "?"), one.get("variant", ""), one.get("state", ""))
-                for model, one in sorted((row.running or {}).items())
-            ),
-            trouble=_trouble(row.running or {}, (row.state or {}).get("update") or {}),
+            models=tuple(models[:MODELS]),
+            models_left_out=len(models[MODELS:]),
+            trouble=formats.brief(_trouble(row.running or {}, (row.state or {}).get("update") or {}), TEXT),
         )
-        for row in conn.execute(query)
-    )
+        tiles.append(tile)
+    running = [
+        Running(model=model, version=version, variant=variant, online=connected[model, version, variant], devices=n)
+        for (model, version, variant), n in sorted(everyone.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    return tuple(tiles), running
 
 
 def _trouble(running: Mapping[str, Any], update: Mapping[str, Any]) -> str:
@@ -219,17 +242,8 @@ def _trouble(running: Mapping[str, Any], update: Mapping[str, Any]) -> str:
     return f"{update.get('model', '')}: {code}" if code else ""
 
 
-def _running(tiles: Iterable[Tile]) -> tuple[Running, ...]:
-    everyone: Counter[tuple[str, str, str]] = Counter()
-    connected: Counter[tuple[str, str, str]] = Counter()
-    for tile in tiles:
-        for model, version, variant, _state in tile.models:
-            everyone[model, version, variant] += 1
-            connected[model, version, variant] += tile.online
-    return tuple(
-        Running(model=model, version=version, variant=variant, online=connected[model, version, variant], devices=n)
-        for (model, version, variant), n in sorted(everyone.items())
-    )
+def _most_common(running: Sequence[Running]) -> tuple[Running, ...]:
+    return tuple(sorted(running[:RUNNING], key=lambda one: (one.model, one.version, one.variant)))
 
 
 def _progress(conn: Connection, now_ms: int) -> Iterable[Progress]:

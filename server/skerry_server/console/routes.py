@@ -52,6 +52,7 @@ def _templates() -> jinja2.Environment:
     )
     environment.filters |= formats.FILTERS
     environment.globals["findings_drawn"] = overview.FINDINGS
+    environment.globals["text_drawn"] = overview.TEXT
     return environment
 
 

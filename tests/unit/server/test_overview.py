@@ -140,3 +140,28 @@ def test_a_failed_reading_is_not_kept(engine: Engine) -> None:
         shared.get(fail, NOW_MS)
     other = dataclasses.replace(empty, name="well again")
     assert shared.get(lambda: other, NOW_MS).name == "well again"
+
+
+def test_a_device_with_a_thousand_models_floods_neither_table_nor_tiles_and_the_page_says_what_is_left_out(
+    engine: Engine,
+) -> None:
+    def stored(name: str, models: int) -> dict[str, object]:
+        one = {"digest": "", "version": "1.0.0", "variant": "cpu", "state": "confirmed"}
+        update = {"model": "m", "code": "x" * 50_000}
+        known = {"status": "enrolled", "enrolled_ms": 0, "public_key_sha256": "", "public_key_pem": "", "online": True}
+        more = {"certificate_expires_ms": 0, "certificate_serial": name, "seen_ms": NOW_MS, "group": "field"}
+        running = {f"m{i:04}": one for i in range(models)}
+        return {"id": name, "running": running, "state": {"update": update}} | known | more
+
+    with writing(engine) as conn:
+        conn.execute(insert(t.groups).values(name="field", created_ms=0, settings={}))
+        # As an older release took it.
+        conn.execute(insert(t.devices), [stored("flood", 1400), stored("tame", 1)])
+    found = gathered(engine)
+    assert (len(found.running), found.running_left_out) == (40, 1360)
+    assert (found.running[0].model, found.running[0].devices) == ("m0000", 2)
+    assert [(len(tile.models), tile.models_left_out) for tile in found.tiles] == [(8, 1392), (1, 0)]
+    page = drawn(found)
+    assert len(page) < 20_000
+    assert "1\N{THIN SPACE}360 more versions are not drawn" in page
+    assert "and 1\N{THIN SPACE}392 more models" in page

@@ -132,3 +132,22 @@ def test_a_stratum_is_a_name_that_can_be_shown_and_never_the_star_that_means_all
     server.take(make.state("dev-a", 1, stratum="rpi onnx"))
     server.take(make.state("dev-a", 2, **fields))
     assert (row(server)["birth"], row(server)["stratum"]) == (1, "rpi onnx")
+
+
+def running(**named):
+    return {name: wire.Running(digest="", version=one, variant="cpu", state="trial") for name, one in named.items()}
+
+
+def test_a_device_says_that_it_runs_sixty_four_models_at_most(server, make):
+    server.take(make.state("dev-a", 1, running=running(**{f"m{i}": "1.0.0" for i in range(64)})))
+    assert len(row(server)["running"]) == 64
+    server.take(make.state("dev-a", 2, running=running(**{f"m{i}": "1.0.0" for i in range(65)})))
+    assert (row(server)["birth"], server.rows(t.quarantine)[0]["code"]) == (1, "malformed")
+    assert "wanted at most 64 models, got 65" in server.rows(t.quarantine)[0]["detail"]
+
+
+@pytest.mark.parametrize("said", [{"Gas!": "1.0.0"}, {"": "1.0.0"}, {"gas": "1" * 129}, {"gas": "1.0\x1b[2J"}])
+def test_a_model_or_version_that_cannot_be_is_not_shown_to_people(server, make, said):
+    server.take(make.state("dev-a", 1, running=running(**said)))
+    assert row(server)["running"] == {}
+    assert server.rows(t.quarantine)[0]["code"] == "malformed"
