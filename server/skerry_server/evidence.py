@@ -447,6 +447,34 @@ def pasts(connection: Connection, rollout: str, model: str, upto_stage: int) -> 
     return found
 
 
+class Held(NamedTuple):
+    """Labels of one device for one bundle, of which there are more than rows that it answered with it."""
+
+    answered: int
+    labelled: int
+
+    def of(self, n: int) -> int:
+        """The part of a count of labels that counts: all such parts together are no more than what was answered."""
+        return n * self.answered // self.labelled
+
+
+ALL_LABELS = Held(1, 1)
+
+
+def held_labels(connection: Connection, bundles: Sequence[str]) -> dict[tuple[str, str], Held]:
+    """By (device, bundle): whose labels, over all keys and all time, are more than what was answered. Of honest devices none for long.
+
+    Labels come later than the answers they are about, and under the same key, but their windows may overtake: what is over counts as
+    soon as the answers are here, so that order changes nothing here either. A device that lost records stays over for good; its
+    labels weigh then as much as what it answered, with the same share of wrong ones.
+    """
+    rows, requests, labelled = func.sum(_e.rows), func.sum(_e.ok), func.sum(_e.labelled)
+    answered = case((rows > requests, rows), else_=requests)
+    query = select(_e.device, _e.bundle, answered, labelled).where(_e.bundle.in_(list(bundles)))
+    found = connection.execute(query.group_by(_e.device, _e.bundle).having(labelled > answered))
+    return {(device, bundle): Held(int(n), int(labels)) for device, bundle, n, labels in found}
+
+
 def of_bundle(connection: Connection, bundle: str) -> list[Evidence]:
     """Per device and key what was counted of a bundle, by device."""
     return _read(connection, select(*(_e[name] for name in _READ)).where(_e.bundle == bundle))

@@ -304,6 +304,7 @@ def read(
         if inside is not None and one.bundle == bundle[inside] and (one.arm == "candidate") == inside:
             now[one.device] = one
     pasts = evidence.pasts(conn, row["id"], row["model"], stage)
+    held = evidence.held_labels(conn, [row["candidate"], row["stable"]])
     past_latency = _past_latency(conn, row, stage)
     troubled = _troubled(conn, row, judge, stage, began_ms=began_ms, now_ms=now_ms)
     rows: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in judge_plan.KINDS}
@@ -311,7 +312,11 @@ def read(
         own = now.get(unit.device)
         counts = own.compared() if own else evidence.Compared(0, 0, 0, 0, 0, h.Exponential())
         past = pasts.get(unit.device, evidence.Past())
-        rows["labelled_errors"].append((counts.labelled, counts.wrong, past.labelled, past.wrong))
+        mine = held.get((unit.device, bundle[unit.candidate]), evidence.ALL_LABELS)
+        before = held.get((unit.device, row["stable"]), evidence.ALL_LABELS)
+        rows["labelled_errors"].append(
+            (mine.of(counts.labelled), mine.of(counts.wrong), before.of(past.labelled), before.of(past.wrong))
+        )
         rows["failures"].append((counts.requests, counts.failed + counts.shed, past.ok + past.failed, past.failed))
         rows["latency_p95"].append((*_level(counts.latency), *_level(past_latency.get(unit.device, h.Exponential()))))
         online = unit.stratum.startswith("online")

@@ -77,6 +77,7 @@ class Side:
         devices: of the list that was frozen when the stage began; reporting: of them, those that counted anything in it. All that
             follows is of these, answering with the bundle of their arm.
         p95_ms: of all requests together.
+        labelled, wrong: without labels_held, those that are more than what their devices answered.
     """
 
     arm: str
@@ -89,6 +90,7 @@ class Side:
     labelled: int
     wrong: int
     accuracy: float | None
+    labels_held: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,19 +281,24 @@ def _sides(conn: Connection, row: Mapping[str, Any]) -> tuple[Side, Side]:
     # As the judge counts: what other devices say of this rollout, or of other bundles, is not of its arms.
     frozen = rollouts.arms(conn, row["id"], row["stage"], most=None)
     counted = evidence.of_rollout(conn, row["id"], row["stage"])
+    held = evidence.held_labels(conn, [row["stable"], row["candidate"]])
 
     def made(arm: str, bundle: str) -> Side:
         devices = set(frozen[arm])
         of_arm = [one for one in counted if one.arm == arm and one.bundle == bundle and one.device in devices]
-        return side(arm, len(devices), of_arm)
+        return side(arm, len(devices), of_arm, held)
 
     return made("control", row["stable"]), made("candidate", row["candidate"])
 
 
-def side(arm: str, devices: int, counted: Sequence[evidence.Evidence]) -> Side:
-    """One arm's sums over what its devices counted."""
+def side(
+    arm: str, devices: int, counted: Sequence[evidence.Evidence], held: Mapping[tuple[str, str], evidence.Held]
+) -> Side:
+    """One arm's sums over what its devices counted. ``held``: see ``evidence.held_labels``."""
     ok, failed = sum(one.ok for one in counted), sum(one.failed + one.shed for one in counted)
-    labelled, wrong = sum(one.labelled for one in counted), sum(one.wrong for one in counted)
+    share = [held.get((one.device, one.bundle), evidence.ALL_LABELS) for one in counted]
+    labelled = sum(part.of(one.labelled) for part, one in zip(share, counted, strict=True))
+    wrong = sum(part.of(one.wrong) for part, one in zip(share, counted, strict=True))
     p95_ns = h.quantile(evidence.merged(one.latency for one in counted), 0.95)
     return Side(
         arm=arm,
@@ -304,6 +311,7 @@ def side(arm: str, devices: int, counted: Sequence[evidence.Evidence]) -> Side:
         labelled=labelled,
         wrong=wrong,
         accuracy=1 - wrong / labelled if labelled else None,
+        labels_held=sum(one.labelled for one in counted) - labelled,
     )
 
 

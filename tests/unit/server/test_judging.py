@@ -1,5 +1,6 @@
 """The judge on a database: what devices send must neither stop it nor take gates and deadline with it, and pasts fit both arms."""
 
+import dataclasses
 import hashlib
 import random
 import zlib
@@ -66,6 +67,8 @@ class Fleet:
     def count(self, device: str, arm: str, stage: int = 0, *, rollout: str = "r", **counts: Any) -> None:
         labels = counts.pop("labels", w.Labels())
         bundle = self.candidate if arm == "candidate" else self.stable
+        # A device answered what it has labels for.
+        counts.setdefault("rows", labels.matched)
         at = w.Instant("b" * 32, self.seq + 1, 1, True)
         key = w.Key("gas", bundle, "onnx-fp32", arm, rollout, stage if rollout else 0)
         self.send(device, w.Window(key=key, start=at, end=at, counts=w.Counts(**counts), labels=labels))
@@ -345,7 +348,7 @@ def test_sums_stop_before_the_database_leaves_whole_numbers_and_looks_stay_reada
     for i in range(DEVICES):
         fleet.count(f"d{i:02}", "candidate" if i < CANDIDATES else "control", ok=500, labels=right(100, 10))
     for _ in range(3):
-        fleet.count("d15", "control", ok=most, failed=most, shed=most, labels=right(1 << 32, 5))
+        fleet.count("d15", "control", ok=most, rows=0, failed=most, shed=most, labels=right(1 << 32, 5))
     with writing(fleet.engine) as conn:
         # As 2**31 such windows would leave it.
         conn.execute(update(t.evidence).where(t.evidence.c.device == "d15").values(labelled=most - 5, wrong=most - 5))
@@ -478,6 +481,51 @@ def test_a_stored_look_that_cannot_be_read_is_named_among_those_that_can(looked)
 def test_a_stage_without_looks_has_nothing_to_recompute(fleet):
     found = explained(fleet)
     assert (found["looks"], found["count"], found["next"], found["ruling"]) == ([], 0, None, None)
+
+
+def test_labels_of_a_device_weigh_no_more_than_what_it_answered_with_the_bundle(fleet):
+    for i in range(DEVICES):
+        arm = "candidate" if i < CANDIDATES else "control"
+        fleet.count(f"d{i:02}", "none", rollout="", ok=200, rows=200, labels=right(200, 2))
+        fleet.count(f"d{i:02}", arm, ok=100, rows=100, labels=right(100, 10))
+    fleet.count("d15", "control", ok=0, rows=0, labels=right(1 << 32, 1 << 31))
+    fleet.count("d00", "candidate", ok=0, rows=0, labels=right(300, 290))
+    units, found = fleet.readings()
+    told = dict(
+        zip(
+            (unit.device for unit in units),
+            zip(*dataclasses.astuple(found["labelled_errors"]), strict=True),
+            strict=True,
+        )
+    )
+    # Four of its rows in labels: all weigh a quarter. Its past is of the stable bundle, of which it answered all.
+    assert told["d00"] == (100, 300 // 4, 200, 2)
+    assert told["d01"] == (100, 10, 200, 2)
+    answered = told["d15"][0] + told["d15"][2]
+    assert answered <= 300
+    assert told["d15"][1] / told["d15"][0] == pytest.approx(0.5, abs=0.01)
+    with reading(fleet.engine) as conn:
+        (shown,) = overview.gather(conn, name="x", parts={}, now_ms=NOW_MS).rollouts
+    control, candidate = shown.sides
+    assert (candidate.labelled, candidate.wrong, candidate.labels_held) == (400, 75 + 30, 300)
+    assert control.labelled <= 1100 + 300 < control.labels_held
+
+
+def test_labels_that_overtake_the_answers_they_are_about_count_when_those_are_here(fleet):
+    fleet.count("d00", "candidate", ok=0, rows=0, labels=right(80, 8))
+    units, found = fleet.readings()
+    assert units[0].device == "d00"
+    assert (found["labelled_errors"].n[0], found["labelled_errors"].x[0]) == (0, 0)
+    # Another variant of the bundle, in another stage: over its life. Rows may be more than requests, and requests are rows.
+    fleet.count("d00", "candidate", 1, ok=30, rows=0)
+    _, found = fleet.readings()
+    assert (found["labelled_errors"].n[0], found["labelled_errors"].x[0]) == (30, 3)
+    fleet.count("d00", "candidate", ok=2, rows=50)
+    _, found = fleet.readings()
+    assert (found["labelled_errors"].n[0], found["labelled_errors"].x[0]) == (50, 5)
+    fleet.count("d00", "candidate", ok=2, rows=30)
+    _, found = fleet.readings()
+    assert (found["labelled_errors"].n[0], found["labelled_errors"].x[0]) == (80, 8)
 
 
 # --- pasts of later stages ----------------------------------------------------------------------------------------------
