@@ -2,7 +2,8 @@
 
 Sessions are kept by the sha256 of a random cookie, in a file, so that a page goes on when the server starts again: a stolen
 folder or log opens none. A session ends after ``LIFE_S``, on signing out, and as soon as its API token is revoked or expires,
-which is asked again with every request. At most ``MOST`` are kept; the oldest goes first.
+which is asked again with every request. At most ``MOST`` are kept, and ``MOST_OF_ONE`` of one token, so that nobody who signs in again and
+again signs others out; the oldest goes first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 LIFE_S = 12 * 3600
 MOST = 1000
+MOST_OF_ONE = 20
 
 
 class Sessions:
@@ -37,6 +39,9 @@ class Sessions:
         with self._lock:
             self._held[access.hash_secret(cookie)] = (token_name, now_ms + LIFE_S * 1000)
             for over in [key for key, (_, ends_ms) in self._held.items() if ends_ms <= now_ms]:
+                del self._held[over]
+            same = [key for key, (name, _) in self._held.items() if name == token_name]
+            for over in same[:-MOST_OF_ONE]:
                 del self._held[over]
             while len(self._held) > MOST:
                 self._held.popitem(last=False)

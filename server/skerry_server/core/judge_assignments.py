@@ -7,7 +7,6 @@ fixed by their definitions, so that every version of Python and numpy draws the 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import math
@@ -17,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from skerry_server.core.judge_values import Design
+from skerry_server.core.recent import Recent
 
 ENUMERATE = 3000
 DRAWN = 1999
 _CHUNK = 1 << 22
+_UNIT_BYTES = 300
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -65,9 +66,7 @@ class Assignments:
         return found
 
 
-@functools.lru_cache(maxsize=4)
-def assignments(design: Design) -> Assignments:
-    """The reference set of a design. A pure function; the last few are kept, since every look asks again."""
+def _assignments(design: Design) -> Assignments:
     order = sorted(range(len(design.units)), key=lambda i: (design.units[i].stratum, design.units[i].device))
     units = [design.units[i] for i in order]
     names = sorted({unit.stratum for unit in units})
@@ -99,6 +98,16 @@ def assignments(design: Design) -> Assignments:
         observed=observed,
         flipped=flipped,
     )
+
+
+def _weigh(design: Design, found: Assignments) -> int:
+    arrays = (found.order, found.stratum, found.candidate, found.members, found.flipped)
+    return _UNIT_BYTES * len(design.units) + sum(array.nbytes for array in arrays)
+
+
+assignments = Recent(_assignments, _weigh, most_bytes=128 << 20)
+"""The reference set of a design: a pure function. Those of the designs asked for last are kept, since every look asks again: one of 2,010
+units with 10 candidates takes 0.1 s or more to draw and less than a megabyte to keep, one of 2,000 candidates 16 megabytes."""
 
 
 def how_many(design: Design) -> int:

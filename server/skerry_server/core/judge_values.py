@@ -6,7 +6,6 @@ natural logarithms in steps of 2**-20: ``level_of`` makes one. Nothing here comp
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 from dataclasses import dataclass, field
@@ -119,15 +118,10 @@ class Design(_Value):
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of the design: a memory belongs to one design. The order of units does not matter."""
-        return _fingerprint(self)
-
-
-@functools.lru_cache(maxsize=4)
-def _fingerprint(design: Design) -> str:
-    units = sorted((unit.device, unit.stratum, unit.candidate) for unit in design.units)
-    rails = [rail.to_builtins() for rail in design.guardrails]
-    body = [design.rollout, design.stage, units, rails, design.planned, design.min_devices]
-    return hashlib.sha256(msgspec.json.encode(body, order="sorted")).hexdigest()[:16]
+        units = sorted((unit.device, unit.stratum, unit.candidate) for unit in self.units)
+        rails = [rail.to_builtins() for rail in self.guardrails]
+        body = [self.rollout, self.stage, units, rails, self.planned, self.min_devices]
+        return hashlib.sha256(msgspec.json.encode(body, order="sorted")).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

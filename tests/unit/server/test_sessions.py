@@ -43,6 +43,14 @@ def test_the_oldest_goes_first_and_what_is_over_is_forgotten(tmp_path: Path, mon
     assert len(json.loads((tmp_path / "sessions.json").read_text())) == 1
 
 
+def test_a_token_that_signs_in_again_and_again_signs_out_itself_alone(tmp_path: Path) -> None:
+    held = Sessions(tmp_path / "sessions.json")
+    wall = held.begin("wall", 0)
+    mine = [held.begin("mine", 0) for _ in range(sessions.MOST_OF_ONE + 5)]
+    assert [held.holder(cookie, 1) for cookie in mine] == [None] * 5 + ["mine"] * sessions.MOST_OF_ONE
+    assert Sessions(tmp_path / "sessions.json").holder(wall, 1) == "wall"
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', '{"a": ["wall", "x"]}', "\x00", '{"a": ["wall", null]}'])
 def test_a_scribbled_file_holds_no_session_and_the_next_one_is_kept(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sessions.json"
