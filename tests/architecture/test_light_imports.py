@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,15 @@ def test_a_worker_loads_no_update_security_and_no_server() -> None:
     found = loaded_by("import skerry_agent.worker.process")
     assert found & {"tuf", "securesystemslib", "cryptography", "fastapi", "sqlalchemy", "paho"} == set()
     assert "numpy" in found
+
+
+def test_a_new_server_is_made_without_the_application_and_without_what_counts(tmp_path: Path) -> None:
+    program = f"from skerry_server.cli import main\nassert main(['init', '--data', {str(tmp_path / 'data')!r}]) == 0"
+    needed = {"sqlalchemy", "cryptography", "tuf", "securesystemslib"}
+    found = loaded_by(program)
+    assert found >= needed, "it did its work"
+    assert found & (HEAVY | {"starlette", "jinja2", "paho", "prometheus_client"}) == needed
+    assert (tmp_path / "data" / "admin.token").exists()
 
 
 def test_the_operators_tool_starts_without_training_libraries() -> None:
