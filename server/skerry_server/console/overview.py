@@ -145,11 +145,11 @@ class Shared:
         self._lock = threading.Lock()
         self._held: Overview | None = None
 
-    def get(self, read: Callable[[], Overview], now_ms: int, *, most_ms: int = SHARED_MS) -> Overview:
-        """The last one where that is younger than ``most_ms``, or what ``read`` returns."""
+    def get(self, read: Callable[[], Overview], now_ms: int) -> Overview:
+        """The last one where that is younger than ``SHARED_MS``, or what ``read`` returns."""
         with self._lock:
             held = self._held
-            if held is None or not 0 <= now_ms - held.at_ms < most_ms:
+            if held is None or not 0 <= now_ms - held.at_ms < SHARED_MS:
                 held = self._held = read()
             return held
 

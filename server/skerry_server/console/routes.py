@@ -84,7 +84,7 @@ def _viewer(context: Ctx, sessions: Sessions, cookie: str | None) -> access.Call
     return caller if caller is not None and caller.may("viewer") else None
 
 
-def _overview(context: Ctx, request: Request, *, most_ms: int = overview.SHARED_MS) -> overview.Overview:
+def _overview(context: Ctx, request: Request) -> overview.Overview:
     shared: overview.Shared = request.app.state.overview
 
     def read() -> overview.Overview:
@@ -92,7 +92,7 @@ def _overview(context: Ctx, request: Request, *, most_ms: int = overview.SHARED_
         with reading(context.engine) as conn:
             return overview.gather(conn, name=context.settings.server.name, parts=parts, now_ms=context.now_ms())
 
-    return shared.get(read, context.now_ms(), most_ms=most_ms)
+    return shared.get(read, context.now_ms())
 
 
 def _refuse_other_sites(request: Request) -> None:
@@ -115,8 +115,7 @@ def front(context: Ctx, request: Request, held: Held = None) -> Response:
     caller = _viewer(context, _sessions(request), held)
     if caller is None:
         return RedirectResponse("/console/sign-in", status_code=303, headers=HEADERS)
-    # Who opens the page sees what was done until now; what it asks for by itself is shared by all who watch.
-    return _page("page.html", o=_overview(context, request, most_ms=0), caller=caller)
+    return _page("page.html", o=_overview(context, request), caller=caller)
 
 
 @router.get("/console/live")

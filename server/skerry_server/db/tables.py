@@ -65,6 +65,7 @@ audit = Table(
     Column("reason", Text, nullable=False, default=""),
     # sha256 over the previous row's chain and this row: a removed or changed row shows.
     Column("chain", String(64), nullable=False),
+    Index("audit_by_subject", "subject", "id"),
 )
 
 # --- devices --------------------------------------------------------------------------------------------------------

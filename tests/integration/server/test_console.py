@@ -26,6 +26,18 @@ def look(server: ServerRig, cookie: str, path: str = "/", **headers: str) -> Ans
     return server.ask("GET", path, token="", headers={"Cookie": cookie, **headers})
 
 
+def shows(server: ServerRig, cookie: str, word: str) -> str:
+    """The page as soon as a word stands on it: all who look within two seconds are shown the same."""
+    seen: list[str] = []
+
+    def there() -> bool:
+        seen.append(look(server, cookie).data.decode())
+        return word in seen[-1]
+
+    server.wait(f"{word} on the page", there)
+    return seen[-1]
+
+
 @pytest.fixture(scope="module")
 def cookie(server: ServerRig) -> Iterator[str]:
     token = server.good("POST", "/api/v1/tokens", {"name": "page", "role": "viewer"})["token"]
@@ -112,7 +124,7 @@ def test_rollout_devices_and_decisions_are_on_the_page_and_escaped(
     }
     server.good("POST", "/api/v1/rollouts", wanted)
     server.good("POST", "/api/v1/rollouts/page-rollout/pause", {"reason": "<img src=x onerror=alert(1)> & wait"})
-    page = look(server, cookie).data.decode()
+    page = shows(server, cookie, "; wait")
     assert "page-rollout" in page
     assert "page-model" in page
     assert "candidate" in page
@@ -147,9 +159,33 @@ def test_a_hold_is_said_once_with_the_rollout_and_pushes_no_decision_off_the_pag
         return any(one["action"] == "hold" for one in items)
 
     server.wait("a hold", held)
-    page = look(server, cookie).data.decode()
+    page = shows(server, cookie, "<h3>waiting ")
     decisions = page[page.index('id="decisions"') :]
     assert "started by token:admin" in decisions
     assert ">hold<" not in decisions
     (shown,) = [part for part in page.split('<article class="rollout">')[1:] if "<h3>waiting " in part]
     assert shown.count("0 of 1 devices confirmed") == 1
+
+
+def test_the_page_and_what_it_asks_for_are_of_one_reading_however_often_they_are_loaded(
+    server: ServerRig, operator: Operator, cookie: str
+) -> None:
+    server.good("PUT", "/api/v1/groups/alike", {"settings": {}})
+    digest = operator.publish("alike-model", "1.0.0")
+    wish = {"id": "alike", "group": "alike", "model": "alike-model", "candidate": digest}
+    server.good("POST", "/api/v1/rollouts", wish | {"stages": [{"share": 1.0, "min_devices": 1}]})
+    tries = 0
+
+    def decisions(path: str) -> str:
+        return look(server, cookie, path).data.decode().split('id="decisions"')[1].split('id="refusals"')[0]
+
+    def alike() -> bool:
+        nonlocal tries
+        tries += 1
+        before = decisions("/")
+        # A decision that a new reading would show.
+        server.good("POST", f"/api/v1/rollouts/alike/{'pause' if tries % 2 else 'resume'}", {"reason": f"try {tries}"})
+        return f"try {tries}" not in before and before == decisions("/console/live") == decisions("/")
+
+    server.wait("three looks within two seconds", alike)
+    shows(server, cookie, f"try {tries}")

@@ -126,8 +126,6 @@ def test_many_who_watch_cost_as_much_as_one(engine: Engine) -> None:
     assert len(reads) == 2
     shared.get(read, NOW_MS - 1)
     assert len(reads) == 3
-    shared.get(read, NOW_MS, most_ms=0)
-    assert len(reads) == 4
 
 
 def test_a_failed_reading_is_not_kept(engine: Engine) -> None:

@@ -1,12 +1,12 @@
 """What is written for SQLite can be said to PostgreSQL, and the bulk way writes what the ordinary way writes."""
 
 import pytest
-from skerry_server import evidence, intake, presence, profiles
+from skerry_server import audit, evidence, intake, presence, profiles
 from skerry_server.db import migrations, queries
 from skerry_server.db.bulk import Many
 from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
 from skerry_server.db.tables import bells, server_sessions, streams
-from sqlalchemy import insert, select
+from sqlalchemy import event, insert, select
 from sqlalchemy.dialects import postgresql
 
 
@@ -35,6 +35,25 @@ def engine(tmp_path):
     migrations.migrate(found)
     yield found
     found.dispose()
+
+
+def test_what_is_recorded_about_a_thing_is_found_without_reading_all_that_is_recorded(engine):
+    asked = []
+
+    def listen(_connection, _cursor, statement, parameters, _context, _many):
+        asked.append((statement, parameters))
+
+    event.listen(engine, "before_cursor_execute", listen)
+    with reading(engine) as connection:
+        audit.last(connection, "rollout:r")
+        audit.about(connection, "device:d", action="device.revoke", limit=5)
+    event.remove(engine, "before_cursor_execute", listen)
+    lookups = [one for one in asked if "FROM audit" in one[0]]
+    assert len(lookups) == 2
+    with reading(engine) as connection:
+        for statement, parameters in lookups:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+            assert [row.detail for row in plan] == ["SEARCH audit USING INDEX audit_by_subject (subject=?)"]
 
 
 def test_many_writes_each_row(engine):
