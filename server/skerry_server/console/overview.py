@@ -27,8 +27,10 @@ MODELS = 8
 """Drawn per device."""
 RUNNING = 40
 """Versions of models counted over the devices drawn: those that most of them answer with."""
-TEXT = 300
-"""Characters of a text of a device that are drawn."""
+TROUBLE = 200
+"""Characters of it that are drawn on a tile."""
+DETAIL = 1000
+"""Characters of an event's detail that are drawn."""
 DECISIONS = 12
 """Those that moved a rollout: a decision to hold is taken many times a minute and would push them off the page."""
 EVENTS = 10
@@ -226,7 +228,7 @@ def _fleet(conn: Connection) -> tuple[tuple[Tile, ...], list[Running]]:
             stratum=row.stratum,
             models=tuple(models[:MODELS]),
             models_left_out=len(models[MODELS:]),
-            trouble=formats.brief(_trouble(row.running or {}, (row.state or {}).get("update") or {}), TEXT),
+            trouble=formats.brief(_trouble(row.running or {}, (row.state or {}).get("update") or {}), TROUBLE),
         )
         tiles.append(tile)
     running = [

@@ -52,7 +52,7 @@ def _templates() -> jinja2.Environment:
     )
     environment.filters |= formats.FILTERS
     environment.globals["findings_drawn"] = overview.FINDINGS
-    environment.globals["text_drawn"] = overview.TEXT
+    environment.globals["detail_drawn"] = overview.DETAIL
     return environment
 
 

@@ -163,3 +163,12 @@ def test_a_device_with_a_thousand_models_floods_neither_table_nor_tiles_and_the_
     assert len(page) < 20_000
     assert "1\N{THIN SPACE}360 more versions are not drawn" in page
     assert "and 1\N{THIN SPACE}392 more models" in page
+
+
+def test_a_detail_without_end_is_drawn_by_its_beginning(engine: Engine) -> None:
+    row = {"device": "d", "received_ms": NOW_MS, "at_ms": NOW_MS, "name": "update", "code": "hash_mismatch"}
+    with writing(engine) as conn:
+        conn.execute(insert(t.events), [row | {"data": {"detail": detail}} for detail in ("x" * 60_000, {"a": 1})])
+    page = drawn(gathered(engine))
+    assert "x" * 999 + "…" in page
+    assert "x" * 1000 not in page
