@@ -56,7 +56,7 @@ LAYERS = {
             True,
         ),
         ("repository metadata trust broker mqtt ca device_auth validation telemetry audit listener", False),
-        ("db durable clock config errors", True),
+        ("db durable clock collector config errors windows", True),
         ("core", True),
     ],
 }
