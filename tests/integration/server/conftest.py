@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.integration.server.rollout_fleet import GROUP, Fleet
 from tests.rig_server import DeviceRig, Operator, ServerRig
 
 
@@ -36,3 +38,28 @@ def device(
     found.enrol()
     yield found
     found.disconnect()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[ServerRig]:
+    """A server of its own, which the test may kill. Devices are few seconds away from being offline."""
+    found = ServerRig(tmp_path / "server").start()
+    found.good("PUT", f"/api/v1/groups/{GROUP}", {"settings": {"window_s": 1}})
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def maker(rig: ServerRig, tmp_path: Path) -> Operator:
+    """The operator of that server, trust installed."""
+    found = Operator(rig, tmp_path / "operator")
+    found.install_trust()
+    return found
+
+
+@pytest.fixture
+def fleet(rig: ServerRig, maker: Operator, tmp_path: Path) -> Iterator[Fleet]:
+    """Eight devices."""
+    found = Fleet(rig, tmp_path, 8)
+    yield found
+    found.close()

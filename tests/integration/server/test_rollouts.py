@@ -3,178 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import sqlite3
-import subprocess
-import sys
 import threading
 import time
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import msgspec
-import pytest
 from skerry_contract import group as g
-from skerry_contract import histogram as h
-from skerry_contract import layout, wire
 from skerry_contract import window as w
-from tuf.api.metadata import Metadata, Targets
+from skerry_contract import wire
 
+from tests.integration.server.rollout_fleet import (
+    BOOT,
+    GROUP,
+    MODEL,
+    Fleet,
+    decisions,
+    first_version,
+    published,
+    start,
+    window,
+)
 from tests.rig_server import DeviceRig, Operator, ServerRig
-
-GROUP, MODEL = "press", "gas"
-BOOT = "b" * 32
-
-
-def published(server: ServerRig, group: str = GROUP) -> g.GroupDocument:
-    """The group's document as a device finds it: timestamp, snapshot, fleet, target."""
-
-    def read(path: str) -> bytes:
-        found = server.ask("GET", f"/repository/{path}", token="")
-        assert found.status == 200, path
-        return found.data
-
-    timestamp = Metadata.from_bytes(read("metadata/timestamp.json")).signed
-    snapshot = Metadata.from_bytes(read(f"metadata/{timestamp.snapshot_meta.version}.snapshot.json")).signed
-    version = snapshot.meta["fleet.json"].version
-    fleet = Metadata[Targets].from_bytes(read(f"metadata/{version}.fleet.json")).signed
-    target = fleet.targets[layout.group_target(group)]  # type: ignore[arg-type]
-    return g.parse(read(layout.target_file(target.path, target.hashes["sha256"])))
-
-
-class Fleet:
-    """Devices that do what the published document says, and count made-up requests under its keys.
-
-    ``failing`` is the share of failed requests of a digest; ``wrong`` the share of wrong answers of one whose answers get
-    labels; ``refused`` digests that devices go back from, with the code; ``offline`` devices that are not connected.
-    """
-
-    def __init__(self, server: ServerRig, folder: Path, n: int) -> None:
-        self.server = server
-        self.devices = [DeviceRig(server, f"dev-{i:02d}", folder) for i in range(n)]
-        self.failing: dict[str, float] = {}
-        self.wrong: dict[str, float] = {}
-        self._chance = random.Random(7)
-        self.refused: dict[str, str] = {}
-        self.running: dict[str, tuple[str, str]] = {}
-        self.keys: dict[str, w.Key] = {}
-        self.sent: dict[str, int] = {}
-        self.offline: set[str] = set()
-        self._told: set[tuple[str, str]] = set()
-        for device in self.devices:
-            device.enrol()
-        for device in self.devices:
-            device.connect()
-            device.report()
-        server.wait("all online", lambda: self.online() == n)
-
-    def online(self) -> int:
-        return len(self.server.good("GET", "/api/v1/devices?online=true&limit=1000")["items"])
-
-    def live(self) -> list[DeviceRig]:
-        return [device for device in self.devices if device.id not in self.offline]
-
-    def follow(self, requests: int = 20) -> None:
-        """One step of every connected device: obey the document, report, count some requests."""
-        document = published(self.server)
-        for device in self.live():
-            found = g.assign(document, device.id, MODEL, "")
-            if found is None:
-                continue
-            if found.digest in self.refused:
-                self._refuse(device, found)
-                continue
-            key = w.Key(MODEL, found.digest, "onnx-int8", found.arm, found.rollout, found.stage)
-            if self.running.get(device.id) != (found.digest, found.version):
-                self.running[device.id] = (found.digest, found.version)
-                device.report({MODEL: {"digest": found.digest, "version": found.version, "state": "confirmed"}})
-            failed = round(requests * self.failing.get(found.digest, 0.0))
-            wrong = None
-            if found.digest in self.wrong:
-                wrong = sum(self._chance.random() < self.wrong[found.digest] for _ in range(requests))
-            device.send(("window", _window(key, requests - failed, failed, wrong)))
-            self.keys[device.id] = key
-            self.sent[device.id] = self.sent.get(device.id, 0) + requests
-
-    def _refuse(self, device: DeviceRig, found: g.Assignment) -> None:
-        if (device.id, found.digest) in self._told:
-            return
-        self._told.add((device.id, found.digest))
-        at = w.Instant(BOOT, 1, 1, True)
-        data = {"model": MODEL, "digest": found.digest, "rollout": found.rollout}
-        event = wire.Event(at=at, name="update", code=self.refused[found.digest], data=data)
-        device.send(("event", wire.encode(event)))
-
-    def drive(self, rollout: str, until: set[str], timeout_s: float = 40.0) -> dict[str, Any]:
-        """Follows the document until the rollout is in one of the states."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            self.follow()
-            found = self.server.good("GET", f"/api/v1/rollouts/{rollout}")
-            if found["state"] in until:
-                return found
-            time.sleep(0.1)
-        raise AssertionError(f"{rollout} is {found['state']}: {found['now']}\n{self.server.log()[-2000:]}")
-
-    def runs(self, digest: str) -> set[str]:
-        return {device for device, (running, _) in self.running.items() if running == digest}
-
-    def close(self) -> None:
-        for device in self.devices:
-            device.disconnect()
-
-
-def _window(key: w.Key, ok: int, failed: int, wrong: int | None = None) -> bytes:
-    at = w.Instant(BOOT, time.time_ns(), time.time_ns() // 1_000_000, True)
-    latency = w.Latency(total=h.exponential_of([2_000_000] * (ok + failed)))
-    labels = w.Labels() if wrong is None else w.Labels(confusion=(ok + failed - wrong, wrong, *[0] * 7))
-    counts = w.Counts(ok=ok, failed=failed, rows=ok)
-    return wire.encode(w.Window(key=key, start=at, end=at, counts=counts, latency=latency, labels=labels))
-
-
-def start(server: ServerRig, candidate: str, stages: list[dict[str, Any]], **more: Any) -> str:
-    body = {"group": GROUP, "model": MODEL, "candidate": candidate, "stages": stages, **more}
-    return str(server.good("POST", "/api/v1/rollouts", body)["id"])
-
-
-def decisions(server: ServerRig, rollout: str) -> list[tuple[str, str]]:
-    items = server.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
-    return [(item["action"], item["verdict"]) for item in items if item["action"] != "hold"]
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[ServerRig]:
-    """A server of its own, which the test may kill. Devices are few seconds away from being offline."""
-    found = ServerRig(tmp_path / "server").start()
-    found.good("PUT", f"/api/v1/groups/{GROUP}", {"settings": {"window_s": 1}})
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def maker(rig: ServerRig, tmp_path: Path) -> Operator:
-    """The operator of that server, trust installed."""
-    found = Operator(rig, tmp_path / "operator")
-    found.install_trust()
-    return found
-
-
-@pytest.fixture
-def fleet(rig: ServerRig, maker: Operator, tmp_path: Path) -> Iterator[Fleet]:
-    """Eight devices."""
-    found = Fleet(rig, tmp_path, 8)
-    yield found
-    found.close()
-
-
-def first_version(rig: ServerRig, maker: Operator, fleet: Fleet) -> str:
-    digest = maker.publish(MODEL, "1.0.0")
-    rollout = start(rig, digest, [{"share": 1, "min_devices": 8, "min_inferences": 50}])
-    fleet.drive(rollout, {"completed"})
-    return digest
 
 
 def test_a_good_version_goes_to_all_then_the_next_to_exactly_three_and_then_to_all(
@@ -470,7 +318,7 @@ def test_what_others_say_of_the_bundle_moves_no_rollout(
     crashed(fleet.devices[2], rollout="")
     # It also counts under the rollout's key: enough to pass the stage, and to fail it.
     key = w.Key(MODEL, two, "onnx-fp32", "candidate", rollout, 0)
-    stranger.send(("window", _window(key, 500_000, 500_000)))
+    stranger.send(("window", window(key, 500_000, 500_000)))
     rig.wait("all taken", lambda: all(d.acked == d.seq for d in (stranger, *fleet.devices[:3])))
     evidence = rig.good("GET", f"/api/v1/rollouts/{rollout}")["now"]["evidence"]
     assert (evidence["inferences"], evidence["failed"]) == (0, 0)
@@ -643,188 +491,3 @@ def test_a_plan_is_refused_with_every_fault_in_it(rig: ServerRig, maker: Operato
     found = rig.ask("POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": digest, **blind})
     assert (found.status, found.code) == (422, "bad_plan")
     assert "no fewer than 2 candidates" in " ".join(found.json()["error"]["details"]["faults"])
-
-
-JUDGE = {
-    "guardrails": {"labelled_errors": {"alpha": 0.04, "margin": 3.0, "min_n": 100}, "trouble": {"alpha": 0.03}},
-    "look_s": 0.3,
-    "end_s": 4,
-    "guard_s": 0.5,
-}
-
-
-def judged(rig: ServerRig, rollout: str) -> dict[str, Any]:
-    return rig.good("GET", f"/api/v1/rollouts/{rollout}/explain")
-
-
-def explain(rig: ServerRig, rollout: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """As a person asks for it."""
-    environment = {"SKERRY_SERVER": rig.url, "SKERRY_TOKEN": rig.token, "SKERRY_CA": str(rig.ca_file)}
-    return subprocess.run(
-        [sys.executable, "-m", "skerry_cli", "rollout", "explain", rollout, *options],
-        env={**os.environ, "SKERRY_CONFIG": "", "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-@pytest.mark.parametrize("past", [True, False])
-def test_devices_are_held_against_their_past_unless_the_plan_says_that_the_world_moved(
-    rig: ServerRig, maker: Operator, fleet: Fleet, past: bool
-) -> None:
-    one = first_version(rig, maker, fleet)
-    two = maker.publish(MODEL, "1.1.0", seed=1)
-    fleet.wrong = {one: 0.05}
-    for _ in range(5):
-        fleet.follow(40)
-    fleet.wrong = {one: 0.4, two: 0.4}
-    rails = {**JUDGE["guardrails"], "labelled_errors": {"alpha": 0.04, "min_n": 100, "past": past}}
-    judge = {**JUDGE, "guardrails": rails, "end_s": 600}
-    rollout = start(rig, two, [{"devices": 3, "min_devices": 3}, {"share": 1, "min_devices": 8}], judge=judge)
-    deadline = time.monotonic() + 40
-    foretold = None
-    while foretold is None:
-        assert time.monotonic() < deadline, "no look compared anything"
-        fleet.follow()
-        time.sleep(0.1)
-        looks = rig.good("GET", f"/api/v1/rollouts/{rollout}/looks?limit=1000")["items"]
-        found = [item["ruling"]["findings"][0] for item in looks if item["ruling"]["verdict"] == "INCONCLUSIVE"]
-        foretold = found[-1]["prior_mean"] if found else None
-    assert (foretold < 0.15) == past, foretold
-    assert past or foretold > 0.25, foretold
-
-
-def test_a_candidate_no_worse_than_its_controls_passes_at_the_planned_end_and_the_verdict_can_be_recomputed(
-    rig: ServerRig, maker: Operator, fleet: Fleet
-) -> None:
-    one = first_version(rig, maker, fleet)
-    two = maker.publish(MODEL, "1.1.0", seed=1)
-    fleet.wrong = {one: 0.15, two: 0.1}
-    for _ in range(10):
-        fleet.follow(40)
-    rollout = start(rig, two, [{"devices": 3, "min_devices": 3}, {"share": 1, "min_devices": 8}], judge=JUDGE)
-    fleet.drive(rollout, {"completed"}, timeout_s=60)
-    made = decisions(rig, rollout)
-    assert [action for action, _ in made] == ["start", "advance", "complete", "finish"]
-    items = rig.good("GET", f"/api/v1/rollouts/{rollout}/looks")["items"]
-    assert [item["number"] for item in items] == list(range(1, len(items) + 1))
-    assert {item["stage"] for item in items} == {0}, "a stage of everyone has nothing to compare with"
-    assert [item["ruling"]["verdict"] for item in items][-1] == "PASS"
-    assert {item["ruling"]["verdict"] for item in items[:-1]} <= {"NO_DATA", "INCONCLUSIVE"}
-    told = judged(rig, rollout)
-    assert (told["identical"], len(told["looks"])) == (True, len(items))
-    path = f"/api/v1/rollouts/{rollout}/explain?stage=0"
-    part = rig.good("GET", f"{path}&limit=1")
-    assert (part["looks"], part["next"], part["count"]) == (told["looks"][:1], "1", len(items))
-    assert rig.good("GET", f"{path}&after=1")["looks"] == told["looks"][1:]
-    assert rig.ask("GET", f"{path}&limit=51").code == "bad_request"
-    finding = told["ruling"]["findings"][0]
-    assert (finding["candidate"]["of"], finding["control"]["of"], finding["assignments"]) == (3, 5, 56)
-    assert finding["upper"] < 3
-    advance = next(
-        item
-        for item in rig.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
-        if item["action"] == "advance"
-    )
-    assert "the 95 % bound" in advance["reason"]
-    shown = explain(rig, rollout)
-    assert shown.returncode == 0, shown.stderr
-    assert f"recomputed: identical ({len(items)} looks)" in shown.stdout
-    assert "3 of 3 devices" in shown.stdout
-    assert "5 of 5 devices" in shown.stdout
-    assert json.loads(explain(rig, rollout, "--stage", "1", "--json").stdout)["identical"]
-    assert f"Stage 2 of rollout {rollout} was not looked at" in explain(rig, rollout, "--stage", "2").stdout
-    assert f"Rollout {rollout}, stage 1: PASS" in shown.stdout
-    # Who changes what is stored is found out.
-    with sqlite3.connect(rig.data / "server.db") as db:
-        (packed,) = db.execute("SELECT evidence FROM looks ORDER BY number DESC LIMIT 1").fetchone()
-        look = msgspec.msgpack.decode(zlib.decompress(packed))
-        look["readings"]["labelled_errors"]["x"][0] += 1
-        changed = zlib.compress(msgspec.msgpack.encode(look))
-        db.execute("UPDATE looks SET evidence = ? WHERE number = ?", (changed, len(items)))
-    doubted = explain(rig, rollout)
-    assert doubted.returncode == 1
-    assert f"recomputed: different at look {len(items)}" in doubted.stdout
-
-
-def test_a_candidate_whose_answers_are_wrong_is_judged_and_rolled_back_also_on_a_device_that_was_offline_then(
-    rig: ServerRig, maker: Operator, fleet: Fleet
-) -> None:
-    one = first_version(rig, maker, fleet)
-    bad = maker.publish(MODEL, "1.1.0", seed=1)
-    fleet.wrong = {one: 0.1, bad: 0.6}
-    for _ in range(10):
-        fleet.follow(40)
-    # One of 56 ways may be removed from 45 % of the way on: no verdict before 13 s.
-    judge = JUDGE | {"end_s": 30}
-    rollout = start(rig, bad, [{"devices": 3, "min_devices": 2}, {"share": 1}], judge=judge)
-    while len(fleet.runs(bad)) < 3:
-        fleet.follow()
-    lost = next(device for device in fleet.devices if device.id in fleet.runs(bad))
-    for _ in range(8):
-        fleet.follow()
-        time.sleep(0.1)
-    fleet.offline.add(lost.id)
-    lost.vanish()
-    fleet.drive(rollout, {"rolled_back"}, timeout_s=60)
-    items = rig.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
-    verdict = next(item for item in items if item["action"] == "roll_back")
-    assert verdict["verdict"] == "FAIL"
-    assert verdict["reason"].startswith("labelled_errors: ")
-    assert "of 56 ways" in verdict["reason"]
-    told = judged(rig, rollout)
-    assert told["identical"]
-    assert told["ruling"]["verdict"] == "FAIL"
-    assert told["state"] == "rolled_back"
-    assert fleet.runs(bad) == {lost.id}, "it cannot know yet"
-    lost.birth += 1
-    lost.connect()
-    fleet.offline.clear()
-    fleet.follow()
-    assert fleet.runs(bad) == set()
-    assert fleet.runs(one) == {device.id for device in fleet.devices}
-
-
-def test_without_labels_a_judged_stage_pauses_at_its_deadline(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
-    first_version(rig, maker, fleet)
-    two = maker.publish(MODEL, "1.1.0", seed=1)
-    stages = [{"devices": 3, "max_seconds": 3}, {"share": 1}]
-    rollout = start(rig, two, stages, judge=JUDGE | {"end_s": 1})
-    fleet.drive(rollout, {"paused"})
-    assert decisions(rig, rollout)[-1] == ("pause", "NO_DATA")
-    looks = judged(rig, rollout)["looks"]
-    assert looks[-1]["verdict"] == "NO_DATA"
-    # A look that is stored and cannot be read is a fault of the judge, told as such, and of nobody who asks.
-    with sqlite3.connect(rig.data / "server.db") as db:
-        db.execute("UPDATE looks SET memory = ? WHERE number = ?", (b"no zlib", len(looks)))
-    now = rig.good("GET", f"/api/v1/rollouts/{rollout}")["now"]
-    assert f"the stored look {len(looks)} of stage 1 of rollout {rollout} cannot be read" in now["reason"]
-    assert now["verdict"] == "NO_DATA"
-    assert rig.good("GET", f"/api/v1/devices/{fleet.devices[0].id}/why")["models"][0]["model"] == MODEL
-
-
-def test_a_fleet_too_small_to_compare_is_promoted_only_where_the_operator_said_so(
-    rig: ServerRig, maker: Operator, fleet: Fleet
-) -> None:
-    one = first_version(rig, maker, fleet)
-    two = maker.publish(MODEL, "1.1.0", seed=1)
-    fleet.wrong = {one: 0.1, two: 0.1}
-    # One of eight: as many ways as there are devices, fewer than 1/alpha.
-    rails = {"labelled_errors": {"alpha": 0.04, "limit": 0.3, "min_n": 100}}
-    judge = {"guardrails": rails, "look_s": 0.3, "end_s": 2, "min_devices": 1, "guard_s": 0}
-    stages = [{"devices": 1}, {"share": 1}]
-    rollout = start(rig, two, stages, judge=judge)
-    deadline = time.monotonic() + 60
-    while (ruling := judged(rig, rollout)["ruling"]) is None or ruling["verdict"] in ("NO_DATA", "INCONCLUSIVE"):
-        assert time.monotonic() < deadline, ruling
-        fleet.follow(40)
-    assert (ruling["verdict"], ruling["uncontrolled"]) == ("PASS", True)
-    now = rig.good("GET", f"/api/v1/rollouts/{rollout}")
-    assert (now["state"], now["stage"], now["now"]["verdict"]) == ("running", 0, "INCONCLUSIVE")
-    assert "--small-fleet" in now["now"]["reason"]
-    rig.good("POST", f"/api/v1/rollouts/{rollout}/abort", {"reason": "again, with consent"})
-    rig.wait("the abort", lambda: published(rig).models[MODEL].rollout is None)
-    again = start(rig, two, stages, judge=judge | {"small_fleet": True})
-    fleet.drive(again, {"completed"}, timeout_s=60)
-    assert "uncontrolled" in judged(rig, again)["looks"][-1]["reasons"][0]
