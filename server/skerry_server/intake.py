@@ -1,7 +1,7 @@
 """One transaction of ingest: messages in, rows and acknowledgements out.
 
 Owns the order of the steps and the statements that write records. Leaves the decision about each record to ``ledger``, the
-roll-ups to ``evidence`` and ``profiles``, device states to ``presence`` and rubbish to ``quarantine``; threads, retries and MQTT to ``ingest``.
+roll-ups to ``rollups`` and ``profiles``, device states to ``presence`` and rubbish to ``quarantine``; threads, retries and MQTT to ``ingest``.
 
 Every select and insert serves the whole batch; only a record below what its stream already holds costs a look of its own.
 """
@@ -17,7 +17,7 @@ from skerry_contract import window as w
 from skerry_contract.errors import ContractError, Malformed
 from sqlalchemy import Connection, Insert, bindparam, func, insert, select
 
-from skerry_server import evidence, ledger, profiles, windows
+from skerry_server import ledger, profiles, rollups, windows
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
@@ -112,7 +112,7 @@ class _Batch:
         self._streams: dict[tuple[str, str], ledger.Stream] = {}
         self._windows: list[dict[str, Any]] = []
         self._samples: list[dict[str, Any]] = []
-        self._arrived: list[evidence.Arrived] = []
+        self._arrived: list[rollups.Arrived] = []
 
     def take(self, messages: Sequence[Message]) -> Outcome:
         addressed = [(message, self._address(message)) for message in messages]
@@ -229,7 +229,7 @@ class _Batch:
             position = record.replaces[0][0] if record.replaces else record.seq
             labels_fit = self._profiles.labels_fit(body)
             self._notes.count(device, "labels_unfit", 0 if labels_fit else 1)
-            self._arrived.append(evidence.arrived(device, epoch, position, body, labels_fit=labels_fit))
+            self._arrived.append(rollups.arrived(device, epoch, position, body, labels_fit=labels_fit))
             self._notes.count(device, "profile_unfit", self._profiles.add(device, body))
             self._windows.append(
                 {
@@ -290,7 +290,7 @@ class _Batch:
         if self._outcome.events:
             self._connection.execute(insert(t.events), [event._asdict() for event in self._outcome.events])
         _STREAMS.run(self._connection, streams)
-        evidence.fold(self._connection, self._arrived, self._now_ms)
+        rollups.fold(self._connection, self._arrived, self._now_ms)
         self._profiles.store()
         self._notes.store(self._connection, self._now_ms)
 

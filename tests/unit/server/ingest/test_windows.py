@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from skerry_contract import histogram as h
 from skerry_contract import window as w
 from skerry_contract import wire
@@ -18,9 +18,9 @@ from tests.unit.contract import values
 
 @given(values.windows)
 def test_a_window_reads_as_the_contract_reads_it(window: w.Window) -> None:
+    assume(all(getattr(window.latency, part).total < h.MAX_SUM for part in window.latency.__struct_fields__))
     body = wire.encode(window)
-    if all(getattr(window.latency, part).total < h.MAX_SUM for part in window.latency.__struct_fields__):
-        assert wire.encode(windows.read(body)) == wire.encode(wire.decode_window(body))
+    assert wire.encode(windows.read(body)) == wire.encode(wire.decode_window(body))
 
 
 def test_the_usual_window_takes_one_pass_and_one_with_newer_fields_keeps_them() -> None:
