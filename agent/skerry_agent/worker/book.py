@@ -16,6 +16,7 @@ prevented. A record that is not committed is never overwritten: ``room`` says ho
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -25,7 +26,7 @@ from skerry_contract import window as w
 from skerry_contract import wire
 
 from skerry_agent import workerwire as ww
-from skerry_agent.worker import mapped
+from skerry_agent.worker import idents, mapped
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.plan import OutputColumn, Plan
 
@@ -118,6 +119,8 @@ class Book:
         self.committed: int = self._positions[mapped.COMMITTED]
         self.filled: int = self._positions[mapped.THIRD]
         self.cut_at = self.committed
+        self._index: idents.Index | None = None
+        self._indexed = 0
         self._class = {name: i for i, name in enumerate(header.output.labels)}
         if self.written:
             last = self._records[(self.written - 1) % header.records]
@@ -251,19 +254,39 @@ class Book:
     def _continues(self, position: int, row: int) -> bool:
         return position < self.filled and bool(self._row[position % self.header.capacity] == row)
 
-    def positions_of(self, idents: npt.NDArray[np.uint64]) -> dict[int, int]:
-        """The newest position of each digest of a client's id that is here."""
-        n = min(self.filled, self.header.capacity)
-        column = self._ident[:n]
-        wanted = np.sort(idents)
-        place = np.searchsorted(wanted, column)
-        place[place == len(wanted)] = 0
-        entries = np.flatnonzero(wanted[place] == column)
+    def positions_of(self, wanted: idents.Digests) -> dict[int, int]:
+        """The newest position of each digest of a client's id that is here. ``wanted`` is sorted."""
+        found = [] if self._index is None else [self._index.find(self._ident, wanted)]
+        new = self.unindexed
+        if new:
+            # What no index holds yet: the part before the end of the column, and going round the part from its beginning.
+            end = (self.filled - 1) % self.header.capacity + 1
+            found.append(_scanned(self._ident, max(0, end - new), end, wanted))
+            if new > end:
+                found.append(_scanned(self._ident, self.header.capacity - (new - end), self.header.capacity, wanted))
+        if not any(map(len, found)):
+            return {}
+        entries = np.concatenate(found).astype(np.int64)
         entries = entries[self._row[entries] == 0]
         # An entry holds the newest position that ends on it.
         positions = self.filled - 1 - (self.filled - 1 - entries) % self.header.capacity
         order = np.argsort(positions)
-        return dict(zip(column[entries[order]].tolist(), positions[order].tolist(), strict=True))
+        return dict(zip(self._ident[entries[order]].tolist(), positions[order].tolist(), strict=True))
+
+    @property
+    def unindexed(self) -> int:
+        """Predictions that ``positions_of`` has to look through one by one."""
+        return min(self.filled - self._indexed, self.header.capacity)
+
+    def index(self) -> Iterator[None]:
+        """Makes the index of what is here now; stops for other work every few hundred microseconds."""
+        upto = self.filled
+        n = min(upto, self.header.capacity)
+        ident = self._ident
+        usable = (self._row[:n] == 0) & (ident[:n] != 0)
+        yield
+        self._index = yield from idents.build(ident, upto % self.header.capacity if upto > n else 0, usable)
+        self._indexed = upto
 
     @property
     def last_s(self) -> float:
@@ -347,6 +370,16 @@ class Book:
         for name in ("_ident", "_at_s", "_row", "_predicted", "_truth"):
             setattr(self, name, np.empty(0, np.uint8))
         self._records = np.empty(0, _RECORD)
+        self._index = None
+
+
+def _scanned(column: idents.Digests, low: int, high: int, wanted: idents.Digests) -> idents.Entries:
+    part = column[low:high]
+    if len(wanted) == 1:
+        return np.flatnonzero(part == wanted[0]) + low
+    place = np.searchsorted(wanted, part)
+    place[place == len(wanted)] = 0
+    return np.flatnonzero(wanted[place] == part) + low
 
 
 def _counted(part: npt.NDArray[np.void], classes: int) -> w.Labels:

@@ -162,6 +162,29 @@ def test_a_clients_own_id_names_its_latest_prediction_also_after_a_swap(rig: Rig
     assert (new.matched, new.unknown) == (1, 1)
 
 
+def test_own_ids_among_ten_thousand_predictions_are_found_after_a_swap_and_after_kill_9(rig: Rig, bundle: Path) -> None:
+    worker = rig.start(rig.served(bundle, arm="control", rollout="r1", stage=1))
+    app = App(rig.port, timeout=60)
+    wanted: Counter[tuple[int, int]] = Counter()
+    rows = models.rows(2000)[0]
+    predicted = {i: app.infer(rows, ident=f"order/{i}")[1][0] for i in range(6)}
+    worker = rig.swap(worker, rig.served(bundle, arm="candidate", rollout="r1", stage=2))
+    assert app.label({"id": "order/2", "label": 1, "row": 0}, {"id": "order/9", "label": 1}) == ["matched", "unknown"]
+    rig.kill(worker)
+    old, worker = worker, rig.start(rig.served(bundle, arm="candidate", rollout="r1", stage=3))
+    rig.recover(worker, old.rings["gas"])
+    rig.adopt_all(old, worker)
+    app = App(rig.port, timeout=60)
+    labels = [{"id": f"order/{i}", "label": 1, "row": 0} for i in range(6)]
+    assert app.label(*labels) == ["duplicate" if i == 2 else "matched" for i in range(6)]
+    rig.stop(worker)
+    for i in range(6):
+        wanted[1, predicted[i]] += 1
+    found = rig.labels(where=lambda key: key.stage == 1)
+    assert found.confusion == tuple(wanted[truth, one] for truth in range(3) for one in range(3))
+    assert (found.matched, found.duplicate) == (6, 1)
+
+
 def test_labels_of_predictions_before_swaps_and_new_keys_are_counted_under_the_old_keys(
     rig: Rig, tmp_path: Path
 ) -> None:
