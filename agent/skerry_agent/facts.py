@@ -1,7 +1,7 @@
 """What this device is and has: architecture, runtimes, free memory and disk, machine id. Read from the system, cheaply.
 
-Runtimes are found by their distributions' metadata: importing one would cost the supervisor its budget. Whether a runtime
-works is proved by the worker that loads it.
+Runtimes are found by their modules, as the engines find them: importing one would cost the supervisor its budget. Whether a
+runtime works is proved by the worker that loads it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # ships no types
@@ -18,8 +17,6 @@ from skerry_contract import group
 from skerry_agent import __version__
 from skerry_agent.config import Config, Identity
 from skerry_agent.core.admission import Device
-
-_DISTRIBUTIONS = {"onnx": ("onnxruntime",), "tflite": ("ai-edge-litert", "tflite-runtime")}
 
 ABILITIES: frozenset[str] = frozenset(group.FEATURES)
 """What this agent understands of ``requires``, in group documents and manifests."""
@@ -32,16 +29,11 @@ def arch() -> str:
 
 def runtimes(config: Config) -> dict[str, str]:
     """Runtime -> version of those that are installed and that the configuration allows, in its order."""
-    found: dict[str, str] = {}
-    for name in config.device.runtimes or _DISTRIBUTIONS:
-        distributions = _DISTRIBUTIONS[name]
-        for distribution in distributions:
-            try:
-                found[name] = metadata.version(distribution)
-                break
-            except metadata.PackageNotFoundError:
-                continue
-    return found
+    # Here and not above: who only asks an agent how it is needs none of this. It loads neither numpy nor a runtime.
+    from skerry_runtime import engines
+
+    here = engines.available()
+    return {name: here[name] for name in config.device.runtimes or here if name in here}
 
 
 def stratum(config: Config, found: dict[str, str]) -> str:
@@ -53,10 +45,11 @@ def stratum(config: Config, found: dict[str, str]) -> str:
     return f"{config.device.stratum_class or arch()}.{names or 'none'}"
 
 
-def device(config: Config, found: dict[str, str]) -> Device:
-    """The facts for admission, read now."""
+def device(config: Config, found: dict[str, str], broken: frozenset[str] = frozenset()) -> Device:
+    """The facts for admission, read now. ``broken``: runtimes that are installed and failed."""
     return Device(
         runtimes=found,
+        broken=broken,
         prefer=config.device.runtimes,
         arch=arch(),
         memory_free_mb=psutil.virtual_memory().available / 1e6,

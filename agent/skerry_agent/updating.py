@@ -87,6 +87,7 @@ class Updating:
         self._errands = errands
         self._clock = clock
         self._runtimes = runtimes
+        self._broken: set[str] = set()
         self._restoring = restoring
         self._errand_input = errand_input
         self._on_change = on_change
@@ -219,9 +220,7 @@ class Updating:
                 await asyncio.to_thread(self._slots.stage, self.update.digest)
                 return e.Staged()
             case Effect.START_WORKER:
-                limit_s = lifecycle.DEADLINES_S["prove"]
-                self._new = await self._serving.start(self._next_models(), timeout_s=limit_s)
-                return e.Proved()
+                return await self._prove()
             case Effect.HAND_OVER:
                 return await self._hand_over()
             case Effect.WATCH_TRIAL:
@@ -255,6 +254,9 @@ class Updating:
         self._on_change("" if quiet else update.code, {} if quiet else data)
 
     def _penalise(self) -> None:
+        if self._has_another_variant():
+            # It is taken at once, without a wait.
+            return
         failures = self._store.get("failures", {})
         mine = failures.setdefault(self.update.digest, {})
         mine[self.update.penalty] = mine.get(self.update.penalty, 0) + 1
@@ -295,19 +297,22 @@ class Updating:
 
     def _admit(self) -> e.Event:
         assert self._manifest is not None
-        digest = self.update.digest
-        answer = admission.admit(
-            self._manifest,
-            facts.device(self._config, self._runtimes),
-            admission.Memory(
-                floor=str(self._store.get("floors", {}).get(self.update.model, "")),
-                failures=dict(self._store.get("failures", {}).get(digest, {})),
-                present_bytes=self._slots.present_bytes(digest, self._manifest.files()),
-            ),
-        )
+        answer = self._admission(self._manifest)
         if isinstance(answer, admission.Refuse):
             raise Rejected(answer.code, answer.detail)
         return e.Admitted(variant=answer.variant)
+
+    def _admission(self, manifest: m.Manifest) -> admission.Admit | admission.Refuse:
+        digest = self.update.digest
+        return admission.admit(
+            manifest,
+            facts.device(self._config, self._runtimes, frozenset(self._broken)),
+            admission.Memory(
+                floor=str(self._store.get("floors", {}).get(self.update.model, "")),
+                failures=dict(self._store.get("failures", {}).get(digest, {})),
+                present_bytes=self._slots.present_bytes(digest, manifest.files()),
+            ),
+        )
 
     def _files(self) -> tuple[m.File, ...]:
         assert self._manifest is not None
@@ -356,6 +361,34 @@ class Updating:
                 # Damaged on disk, and still answering.
                 found[model] = running[model]
         return found
+
+    async def _prove(self) -> e.Event:
+        try:
+            self._new = await self._serving.start(self._next_models(), timeout_s=lifecycle.DEADLINES_S["prove"])
+        except AgentError as error:
+            if error.code == "runtime_missing" and error.model == self.update.model:
+                self._drop_runtime(error.detail)
+            raise
+        return e.Proved()
+
+    def _drop_runtime(self, detail: str) -> None:
+        # It is installed, or admission had not chosen it. Until the next start of the agent it counts as missing, here and in
+        # what the server is told; the stratum stays, or the device would leave the part of a rollout that it was drawn in.
+        assert self._manifest is not None
+        runtime = self._manifest.variant(self.update.variant).runtime
+        if self._runtimes.pop(runtime, None) is not None:
+            self._broken.add(runtime)
+            log.error(
+                "runtime does not work here", extra=kv(runtime=runtime, detail=detail, left=sorted(self._runtimes))
+            )
+
+    def _has_another_variant(self) -> bool:
+        """Whether the variant failed for a runtime that does not work here, and another of the bundle may run."""
+        if self.update.failed_in != "prove" or self._manifest is None or not self._broken:
+            return False
+        if self._manifest.variant(self.update.variant).runtime not in self._broken:
+            return False
+        return isinstance(self._admission(self._manifest), admission.Admit)
 
     async def _hand_over(self) -> e.Event:
         new = self._new

@@ -20,7 +20,8 @@ class Device:
     """What counts of a device.
 
     Attributes:
-        runtimes: name -> version of those that may be used, e.g. ``{"onnx": "1.32.0"}``.
+        runtimes: name -> version of those that may be used, e.g. ``{"onnx": "1.32.0"}``; version "0" where it is not known.
+        broken: runtimes that are installed and failed since this device's agent started.
         prefer: runtimes in the order in which the device wants them; empty: the bundle's author decides.
         arch: as ``uname -m`` gives it.
         memory_free_mb, disk_free_mb: now, in MB (1e6 bytes).
@@ -37,6 +38,7 @@ class Device:
     agent: str = "0.0.0"
     abilities: frozenset[str] = frozenset()
     prefer: tuple[str, ...] = ()
+    broken: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,13 +117,10 @@ def _admit_variant(variant: Variant, device: Device, memory: Memory) -> Admit | 
         return Refuse(code="no_variant", detail=f"{variant.id} is for {', '.join(variant.arch)}, this is {device.arch}")
     version = device.runtimes.get(variant.runtime)
     if version is None:
-        why = (
-            "device.runtimes leaves out"
-            if device.prefer and variant.runtime not in device.prefer
-            else "is not installed"
+        return Refuse(
+            code="runtime_missing", detail=f"{variant.id} wants {variant.runtime}, which {_why(variant, device)}"
         )
-        return Refuse(code="runtime_missing", detail=f"{variant.id} wants {variant.runtime}, which {why}")
-    if variant.min and _numbers(version) < _numbers(variant.min):
+    if variant.min and version != "0" and _numbers(version) < _numbers(variant.min):
         return Refuse(
             code="runtime_missing", detail=f"{variant.id} wants {variant.runtime} {variant.min}, here is {version}"
         )
@@ -138,6 +137,14 @@ def _admit_variant(variant: Variant, device: Device, memory: Memory) -> Admit | 
             code="not_enough_disk", detail=f"{variant.id} wants {wanted_mb:.1f} MB, {room_mb:.1f} MB are free"
         )
     return Admit(variant=variant.id, fetch_bytes=fetch_bytes)
+
+
+def _why(variant: Variant, device: Device) -> str:
+    if variant.runtime in device.broken:
+        return "does not work here"
+    if device.prefer and variant.runtime not in device.prefer:
+        return "device.runtimes leaves out"
+    return "is not installed"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ _INSTALLED_AS: dict[str, tuple[tuple[str, str], ...]] = {
     "tflite": (("ai_edge_litert", "ai-edge-litert"), ("tflite_runtime", "tflite-runtime")),
 }
 """Runtime of the manifest -> modules that provide it and their distributions, the preferred first."""
+UNKNOWN_VERSION = "0"
+"""Of a module that no distribution names as its own: no minimum can be held against it."""
 
 
 def available() -> dict[str, str]:
@@ -28,15 +30,26 @@ def available() -> dict[str, str]:
     found: dict[str, str] = {}
     for runtime, providers in _INSTALLED_AS.items():
         for module, distribution in providers:
-            if importlib.util.find_spec(module) is None:
+            spec = importlib.util.find_spec(module)
+            # A folder without code is what an uninstalled package may leave behind.
+            if spec is None or spec.origin is None:
                 continue
             try:
                 found[runtime] = importlib.metadata.version(distribution)
             except importlib.metadata.PackageNotFoundError:
-                # A GPU or vendor build has the same module under another distribution name.
-                found[runtime] = "0"
+                found[runtime] = _of_a_vendor(module)
             break
     return found
+
+
+def _of_a_vendor(module: str) -> str:
+    """The version of a GPU or vendor build: the same module under another distribution's name."""
+    for name in importlib.metadata.packages_distributions().get(module, ()):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return UNKNOWN_VERSION
 
 
 def load_engine(runtime: str, path: Path, *, threads: int = 1, minimum: str = "") -> Engine:
@@ -55,7 +68,7 @@ def load_engine(runtime: str, path: Path, *, threads: int = 1, minimum: str = ""
     version = available().get(runtime)
     if version is None:
         raise Degraded("runtime_missing", f"{runtime}: not installed here")
-    if minimum and version != "0" and version_tuple(version) < version_tuple(minimum):
+    if minimum and version != UNKNOWN_VERSION and version_tuple(version) < version_tuple(minimum):
         raise Degraded("runtime_missing", f"{runtime}: wanted at least {minimum}, got {version}")
     if runtime == "onnx":
         from skerry_runtime.engines.onnx import OnnxEngine

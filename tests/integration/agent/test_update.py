@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from skerry_cli.demo import models as demo
 from skerry_contract import group
 
 from tests import models
@@ -288,3 +291,62 @@ def test_a_server_that_refuses_the_device_is_told_of_once(serving: Device, serve
         serving.synced()
     wait_for(lambda: server.events("membership"), why="the event")
     assert [e.code for e in server.events("membership")] == ["unknown_device"]
+
+
+BROKEN_LITERT = """
+raise ImportError("numpy.core.multiarray failed to import: built for another numpy")
+"""
+
+
+def start_with_broken_litert(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the agent starts has a LiteRT that is installed and does not import, in front of the one that does."""
+    package = tmp_path / "broken" / "ai_edge_litert"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "interpreter.py").write_text(BROKEN_LITERT)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=":")
+    device.start()
+
+
+def offer_both_variants(device: Device, *, prefer: str) -> None:
+    made = demo.make_bundle(
+        device.folder / "bundle-1.0.0", version="1.0.0", batches=(1,), created="2026-01-01T00:00:00Z"
+    )
+    device.world["bundles"][made.bundle.digest] = str(made.bundle.folder)
+    device.publish(made.bundle.digest)
+    text = device.config.read_text().replace("trial_s = 120", "trial_s = 0.5")
+    device.config.write_text(f"{text}[device]\nruntimes = {prefer}\n")
+
+
+def test_a_device_whose_preferred_runtime_is_broken_takes_the_variant_that_runs_and_says_so(
+    device: Device, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer_both_variants(device, prefer='["tflite", "onnx"]')
+    start_with_broken_litert(device, tmp_path, monkeypatch)
+    device.wait_running("1.0.0", "confirmed_on_golden")
+    assert device.status()["running"]["gas"]["variant"] == demo.ONNX
+    told = [
+        (event.data["state"], event.data["variant"], event.code)
+        for event in server.events()
+        if event.data["state"] in ("prove", "idle")
+    ]
+    assert told == [("prove", demo.TFLITE, ""), ("idle", demo.TFLITE, "runtime_missing"), ("prove", demo.ONNX, "")]
+    assert "numpy.core.multiarray failed to import" in device.log()
+    state = wait_for(
+        lambda: (last := server.states[-1]) and last.running["gas"].state == "confirmed_on_golden" and last, why="it"
+    )
+    assert list(state.runtimes) == ["onnx"]
+    assert state.stratum.endswith(".tflite>onnx")
+
+
+def test_a_bundle_that_only_a_broken_runtime_would_run_is_refused_as_such(
+    device: Device, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer_both_variants(device, prefer='["tflite"]')
+    start_with_broken_litert(device, tmp_path, monkeypatch)
+    wait_for(
+        lambda: (update := device.status()["update"]) and "wants tflite, which does not work here" in update["detail"],
+        why=lambda: f"the next try: {device.status()['update']}",
+    )
+    assert device.wait_update("idle", "runtime_missing")["failed_in"] == "fetch"
+    assert device.status()["running"] == {}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from skerry_agent import config as c
-from skerry_agent import facts
 from skerry_agent.errors import BadConfig, Degraded
 
 
@@ -67,6 +68,39 @@ def test_runtimes_that_cannot_be_are_told_with_every_other_fault(tmp_path: Path,
     assert "log.level" in second
 
 
+def install(site: Path, distribution: str, *modules: str, version: str = "1.2.3") -> None:
+    """A distribution as a package installer leaves it, with empty modules."""
+    about = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    (about / "top_level.txt").write_text("\n".join(modules))
+    for module in modules:
+        (site / module).mkdir()
+        (site / module / "__init__.py").write_text("raise SystemExit('was imported')")
+
+
+def seen_with(site: Path, config: Path) -> tuple[str, dict[str, str]]:
+    """The stratum and the runtimes of an agent for which nothing but ``site`` is installed."""
+    program = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from skerry_agent import config, facts\n"
+        "from skerry_runtime import engines\n"
+        "sys.path[:] = [sys.argv[1]]\n"
+        "found = config.load(Path(sys.argv[2]), {})\n"
+        "runtimes = facts.runtimes(found)\n"
+        "heavy = sorted({'numpy', 'onnxruntime', 'ai_edge_litert', 'tflite_runtime', 'cryptography'} & set(sys.modules))\n"
+        "print(json.dumps([facts.stratum(found, runtimes), runtimes, heavy]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(site), str(config)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    stratum, runtimes, heavy = json.loads(done.stdout)
+    assert heavy == []
+    return stratum, runtimes
+
+
 @pytest.mark.parametrize(
     ("runtimes", "installed", "name"),
     [
@@ -79,20 +113,34 @@ def test_runtimes_that_cannot_be_are_told_with_every_other_fault(tmp_path: Path,
     ],
 )
 def test_devices_that_take_different_variants_are_of_different_strata(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtimes: str, installed: tuple[str, ...], name: str
+    tmp_path: Path, runtimes: str, installed: tuple[str, ...], name: str
 ) -> None:
-    # What is installed stands in the metadata of distributions: here a folder that holds just these.
     site = tmp_path / "site"
-    for distribution in [{"onnx": "onnxruntime", "tflite": "ai_edge_litert"}[one] for one in installed]:
-        (site / f"{distribution}-1.2.3.dist-info").mkdir(parents=True)
-        text = f"Metadata-Version: 2.1\nName: {distribution.replace('_', '-')}\nVersion: 1.2.3\n"
-        (site / f"{distribution}-1.2.3.dist-info" / "METADATA").write_text(text)
-    monkeypatch.setattr("sys.path", [str(site)])
+    for runtime in installed:
+        install(
+            site, *{"onnx": ("onnxruntime", "onnxruntime"), "tflite": ("ai-edge-litert", "ai_edge_litert")}[runtime]
+        )
     text = f'state_dir = "/x"\n[device]\nstratum_class = "box"\nruntimes = {runtimes}\n'
-    config = c.load(write(tmp_path, text), {})
-    found = facts.runtimes(config)
-    assert facts.stratum(config, found) == f"box.{name}"
+    stratum, found = seen_with(site, write(tmp_path, text))
+    assert stratum == f"box.{name}"
     assert set(found.values()) <= {"1.2.3"}
+
+
+def test_a_vendors_build_counts_as_the_runtime_whose_module_it_brings(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    install(site, "onnxruntime-gpu", "onnxruntime", version="1.22.1")
+    # A module that nobody says he installed: by hand, or with an image.
+    (site / "tflite_runtime").mkdir()
+    (site / "tflite_runtime" / "__init__.py").write_text("")
+    assert seen_with(site, write(tmp_path, 'state_dir = "/x"'))[1] == {"onnx": "1.22.1", "tflite": "0"}
+
+
+def test_what_an_uninstalled_runtime_leaves_behind_is_no_runtime(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    # Metadata without the module, and a folder without code.
+    install(site, "onnxruntime")
+    (site / "ai_edge_litert" / "cache").mkdir(parents=True)
+    assert seen_with(site, write(tmp_path, 'state_dir = "/x"'))[1] == {}
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path) -> None:

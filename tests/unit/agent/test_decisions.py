@@ -92,8 +92,13 @@ def test_a_runtime_that_is_left_out_is_told_from_one_that_is_not_installed() -> 
         manifest(), dataclasses.replace(GOOD, runtimes={"tflite": "2.14"}, prefer=("tflite",)), a.Memory()
     )
     missing = a.admit(manifest(variant(runtime="tflite")), dataclasses.replace(GOOD, prefer=("tflite",)), a.Memory())
+    broken = a.admit(
+        manifest(variant(runtime="tflite")), dataclasses.replace(GOOD, broken=frozenset({"tflite"})), a.Memory()
+    )
     assert isinstance(left_out, a.Refuse)
     assert isinstance(missing, a.Refuse)
+    assert isinstance(broken, a.Refuse)
+    assert "does not work here" in broken.detail
     assert "device.runtimes leaves out" in left_out.detail
     assert "is not installed" in missing.detail
 
@@ -118,6 +123,7 @@ def test_the_first_variant_that_fits_wins_and_the_nearest_refusal_is_told() -> N
         ("1.17.0rc1", "1.17", True),
         ("2.0", "1.99", True),
         ("1.16.9+cpu", "1.17", False),
+        ("0", "1.17", True),
     ],
 )
 def test_runtime_versions_compare_by_their_numbers(have: str, want: str, fits: bool) -> None:
