@@ -129,7 +129,10 @@ def _status(options: argparse.Namespace) -> int:
         f"  link {'up' if link['connected'] else 'down'}, server {'online' if link['server_online'] else 'not seen'}, "
         f"{outbox['pending']} records wait"
     )
-    print(f"  answers at http://{body['serving']['host']}:{body['serving']['port']}")
+    serving = body["serving"]
+    places = [f"http://{serving['host']}:{serving['port']}"] if "port" in serving else []
+    places += [serving["socket"]] if "socket" in serving else []
+    print(f"  answers at {', '.join(places)}")
     return OK
 
 

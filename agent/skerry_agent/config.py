@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 from skerry_contract import ids
@@ -52,15 +52,16 @@ class Mqtt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Serving:
-    """Where applications ask. ``port`` 0 takes a free one; ``run/serving.json`` says which.
+    """Where applications ask.
 
     Attributes:
+        port: on loopback; 0 takes a free one, and ``run/serving.json`` says which; ``none``: the unix socket alone answers.
         socket: path of a unix socket that answers as well; empty for none.
         socket_mode: of its file, octal digits: who may connect.
     """
 
     host: str = "127.0.0.1"
-    port: int = 0
+    port: int | Literal["none"] = 0
     socket: str = ""
     socket_mode: str = "0660"
 
@@ -188,6 +189,9 @@ _POSITIVE = {
 _NOT_NEGATIVE = {"limits.disk_reserve_mb", "limits.memory_reserve_mb", "timing.fold_interval_s", "labels.max_age_s"}
 
 
+_PORT_OR_NONE = 'wanted a port from 0 to 65535, or "none", got {!r}'
+
+
 def load(path: Path, environment: Mapping[str, str]) -> Config:
     """Reads the file and the environment.
 
@@ -222,6 +226,9 @@ def build(tree: Mapping[str, Any], environment: Mapping[str, str], *, what: str 
         faults.append(f"{what}: state_dir: wanted the path of a folder, got {state_dir!r}")
     elif not Path(state_dir).is_absolute():
         faults.append(f"{what}: state_dir: wanted an absolute path, got {state_dir!r}")
+    serving = values["serving"]
+    if serving.port == "none" and not serving.socket:
+        faults.append(f'{what}: serving.port: "none" wants a serving.socket, or nothing could ask this agent')
     if faults:
         raise BadConfig(faults)
     return Config(state_dir=Path(str(state_dir)), **values)
@@ -251,7 +258,7 @@ def _section(
         try:
             value = msgspec.convert(raw, hint, strict=strict)
         except msgspec.ValidationError as error:
-            faults.append(f"{where}: {error}")
+            faults.append(f"{where}: {_PORT_OR_NONE.format(raw) if name == 'port' and hint is not int else error}")
             continue
         fault = _fault(f"{section}.{name}", value)
         if fault:
@@ -265,7 +272,7 @@ def _fault(key: str, value: Any) -> str | None:
         return f"wanted more than 0, got {value}"
     if key in _NOT_NEGATIVE and not value >= 0:
         return f"wanted 0 or more, got {value}"
-    if key.endswith(".port") and not 0 <= value <= 65535:
+    if key.endswith(".port") and value != "none" and not 0 <= value <= 65535:
         return f"wanted a port from 0 to 65535, got {value}"
     if key.endswith(".url") and value and not value.startswith("https://"):
         return f"wanted an https:// address, got {value!r}"

@@ -49,8 +49,8 @@ def lock(config: Config) -> int:
     return descriptor
 
 
-def bind(config: Config, roll: Roll, clock: Clock) -> socket.socket:
-    """The address of the applications, bound and not yet listening: the first worker makes it accept.
+def bind(config: Config, roll: Roll, clock: Clock) -> socket.socket | None:
+    """The address of the applications, bound and not yet listening: the first worker makes it accept. None where none is wanted.
 
     Port 0 takes a free port once and keeps it over restarts, so that applications find the agent again.
 
@@ -58,6 +58,8 @@ def bind(config: Config, roll: Roll, clock: Clock) -> socket.socket:
         Degraded: ``address_in_use``.
     """
     host, port = config.serving.host, config.serving.port
+    if port == "none":
+        return None
     family = socket.AF_INET6 if ":" in config.serving.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

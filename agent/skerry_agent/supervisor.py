@@ -15,6 +15,7 @@ import random
 import resource
 import secrets
 import signal
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,10 +100,13 @@ class Supervisor:
         roll = Roll(config.run_dir / "workers.json", self._clock.boot_id)
         self._listener = hold.bind(config, roll, self._clock)
         self._local = hold.bind_local(config, roll, self._clock)
-        listeners = [self._listener] if self._local is None else [self._listener, self._local.socket]
-        host, port = self._listener.getsockname()[:2]
-        self._address: dict[str, Any] = {"host": host, "port": port}
+        listeners: list[socket.socket] = []
+        self._address: dict[str, Any] = {}
+        if self._listener is not None:
+            listeners.append(self._listener)
+            self._address["host"], self._address["port"] = self._listener.getsockname()[:2]
         if self._local is not None:
+            listeners.append(self._local.socket)
             self._address["socket"] = str(self._local.path)
         self._serving = Serving(
             config, self._store, self._slots, self._clock, listeners, roll, on_health=self._health, on_crash=self._crash,
@@ -188,7 +192,8 @@ class Supervisor:
         self._pump()
         await self._link.stop()
         await control.stop()
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         if self._local is not None:
             self._local.close()
         self._store.close()

@@ -69,8 +69,9 @@ def check_worker(patient: Patient) -> Iterator[Finding]:
         )
         return
     serving = status["serving"]
-    tcp = http.client.HTTPConnection(serving["host"], serving["port"], timeout=NET_S)
-    yield _ready(tcp, f"http://{serving['host']}:{serving['port']}")
+    if "port" in serving:
+        tcp = http.client.HTTPConnection(serving["host"], serving["port"], timeout=NET_S)
+        yield _ready(tcp, f"http://{serving['host']}:{serving['port']}")
     if serving.get("socket"):
         local = http.client.HTTPConnection("localhost", timeout=NET_S)
         local.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import models
@@ -192,6 +193,30 @@ def test_books_go_when_no_label_can_come_any_more(device: Device, server: Server
 @pytest.fixture
 def short_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("s")
+
+
+def test_without_a_port_only_the_unix_socket_answers(device: Device, short_folder: Path) -> None:
+    path = short_folder / "a.sock"
+    device.config.write_text(device.config.read_text() + f'[serving]\nport = "none"\nsocket = "{path}"\n')
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    connection = UnixConnection(path)
+    ids = [predict(connection)[0] for _ in range(25)]
+    device.wait_running("1.0.0")
+    assert label(connection, *ids) == ["matched"] * 25
+    assert json.loads((device.state_dir / "run" / "serving.json").read_bytes()) == {"socket": str(path)}
+    assert device.process is not None
+    agent = psutil.Process(device.process.pid)
+    listening = [c.laddr for p in (agent, *agent.children()) for c in p.net_connections("inet") if c.status == "LISTEN"]
+    assert listening == []
+    told = subprocess.run(
+        [sys.executable, "-m", "skerry_agent", "status", "--config", str(device.config)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert f"answers at {path}\n" in told.stdout, told
 
 
 def test_the_unix_socket_answers_as_the_address_does_and_no_swap_fails_a_request_on_it(

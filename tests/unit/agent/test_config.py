@@ -68,6 +68,28 @@ def test_runtimes_that_cannot_be_are_told_with_every_other_fault(tmp_path: Path,
     assert "log.level" in second
 
 
+@pytest.mark.parametrize(
+    ("port", "rest", "told"),
+    [
+        ('"none"', "", "wants a serving.socket"),
+        ('"any"', "", "wanted a port from 0 to 65535, or \"none\", got 'any'"),
+        ("1.5", "", 'wanted a port from 0 to 65535, or "none", got 1.5'),
+        ("-1", "", "wanted a port from 0 to 65535, got -1"),
+        ('"none"', 'socket = "/run/a.sock"', ""),
+    ],
+)
+def test_a_device_without_a_port_needs_a_socket(tmp_path: Path, port: str, rest: str, told: str) -> None:
+    path = write(tmp_path, f'state_dir = "/x"\n[serving]\nport = {port}\n{rest}\n')
+    if not told:
+        assert c.load(path, {}).serving.port == "none"
+        assert c.load(path, {"SKERRY_AGENT_SERVING_PORT": "8500"}).serving.port == 8500
+        return
+    with pytest.raises(BadConfig) as caught:
+        c.load(path, {})
+    assert len(caught.value.faults) == 1
+    assert told in caught.value.faults[0]
+
+
 def install(site: Path, distribution: str, *modules: str, version: str = "1.2.3") -> None:
     """A distribution as a package installer leaves it, with empty modules."""
     about = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
