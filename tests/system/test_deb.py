@@ -271,7 +271,25 @@ def test_installed_enrolled_serving_upgraded_removed_and_purged(
     assert {path.relative_to(state) for path in state.rglob("*")} == kept
     assert not (root.folder / "usr/lib/skerry-agent").exists()
 
-    root.do("dpkg", "-P", "skerry-agent")
+    # Purged while a process of its user lives, as one does in a container that systemd does not stop.
+    token_file = root.folder / "etc/credstore/skerry.enrolment-token"
+    token_file.parent.mkdir(exist_ok=True)
+    token_file.write_text("never used")
+    alive = root.start(
+        ["setpriv", "--reuid=skerry-agent", "--regid=skerry-agent", "--init-groups", "--", "sleep", "600"],
+        {}, tmp_path / "alive.log",
+    )  # fmt: skip
+    try:
+        fleet.fleet.wait("the process", lambda: uid in os.stat(f"/proc/{alive.pid}")[4:5], 30.0)
+        purged = root.run("dpkg", "-P", "skerry-agent")
+        assert purged.returncode == 0, purged
+        assert "deluser --system skerry-agent" in purged.stderr
+        assert root.run("dpkg", "-s", "skerry-agent").returncode == 1
+        assert not token_file.exists()
+    finally:
+        alive.kill()
+        alive.wait()
+    root.do("deluser", "--system", "skerry-agent")
     assert root.run("id", "skerry-agent").returncode == 1
     left = (
         root.files() - bare - {f"etc/{name}-" for name in ("passwd", "shadow", "group", "gshadow", "subuid", "subgid")}
