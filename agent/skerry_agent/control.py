@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ import msgspec
 
 from skerry_agent.errors import AgentError
 from skerry_agent.logs import kv
+from skerry_agent.socket_path import short
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class ControlServer:
         """Binds, replacing a socket that a killed agent left behind."""
         self._path.unlink(missing_ok=True)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with _short(self._path) as address:
+        with short(self._path) as address:
             sock.bind(address)
         self._path.chmod(0o600)
         self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=MAX_BODY)
@@ -128,16 +127,6 @@ def _refusal(status: int, text: str) -> Answer:
     return Answer(status, {"error": text})
 
 
-@contextmanager
-def _short(path: Path) -> Iterator[str]:
-    # A socket's path may have 107 bytes; a deep state folder has more. The folder's descriptor makes it short.
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
-
-
 def ask(path: Path, method: str, target: str, body: dict[str, Any] | None = None, *, timeout_s: float = 10.0) -> Answer:
     """Asks a running agent, from another process.
 
@@ -150,7 +139,7 @@ def ask(path: Path, method: str, target: str, body: dict[str, Any] | None = None
     payload = msgspec.json.encode(body) if body is not None else b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout_s)
-        with _short(path) as address:
+        with short(path) as address:
             sock.connect(address)
         sock.sendall(
             f"{method} {target} HTTP/1.1\r\nHost: agent\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload

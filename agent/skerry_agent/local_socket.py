@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 
 from skerry_agent.errors import Degraded
+from skerry_agent.socket_path import short
 
 
 class LocalSocket:
@@ -42,12 +43,13 @@ def bind(path: Path, mode: int) -> LocalSocket:
         Degraded: ``address_in_use`` when something else is there or the folder cannot be written.
     """
     # Bound under another name and moved into place with its mode: nobody meets it with the mode of the umask.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{os.getpid()}.sock")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _require_free(path)
         temporary.unlink(missing_ok=True)
-        sock.bind(str(temporary))
+        with short(temporary) as address:
+            sock.bind(address)
         os.chmod(temporary, mode)
         os.rename(temporary, path)
         return LocalSocket(path, sock)
@@ -55,7 +57,7 @@ def bind(path: Path, mode: int) -> LocalSocket:
         sock.close()
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Degraded("address_in_use", f"{path}: {error.strerror}", advice="change serving.socket") from None
+        raise Degraded("address_in_use", f"{path}: {error.strerror or error}", advice="change serving.socket") from None
     except Degraded:
         sock.close()
         raise

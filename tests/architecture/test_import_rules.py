@@ -39,7 +39,7 @@ LAYERS = {
         ("supervisor doctor", False),
         ("serving updating restoring reporting upload facts hold", True),
         ("link store slots workers leftovers errand control notify local_socket", False),
-        ("config clock logs migrations channel workerwire errors", True),
+        ("config clock logs migrations channel workerwire socket_path errors", True),
         ("core", True),
     ],
     "skerry_server": [

@@ -5,17 +5,21 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from skerry_agent import config, local_socket
+from skerry_agent.errors import Degraded
 
 from tests import models
 from tests.integration.agent.rig import Device, Server, wait_for
@@ -263,6 +267,29 @@ def test_the_unix_socket_answers_as_the_address_does_and_no_swap_fails_a_request
     wait_for(lambda: server.inferences() == len(answers), why="every answer counted")
     assert device.stop() == 0
     assert not path.exists()
+
+
+@pytest.mark.parametrize("size", [97, 98, 100, 104, 107])
+def test_a_socket_answers_at_every_path_that_the_configuration_takes(tmp_path: Path, size: int) -> None:
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        path = folder / ("s" * (size - len(f"{folder}/")))
+        assert len(str(path)) == size
+        text = f'state_dir = "{tmp_path}"\n[serving]\nport = "none"\nsocket = "{path}"\n'
+        (tmp_path / "agent.toml").write_text(text)
+        found = local_socket.bind(Path(config.load(tmp_path / "agent.toml", {}).serving.socket), 0o600)
+        found.socket.listen()
+        with socket.socket(socket.AF_UNIX) as application:
+            application.connect(str(path))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert [entry.name for entry in folder.iterdir()] == [path.name]
+        # A second agent finds it answering, also at the end of what a path may have.
+        with pytest.raises(Degraded, match="another program answers there"):
+            local_socket.bind(path, 0o600)
+        found.close()
+        assert list(folder.iterdir()) == []
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_socket_that_another_program_answers_on_is_left_to_it(device: Device, short_folder: Path) -> None:
