@@ -550,7 +550,7 @@ class Supervisor:
         document = self._document
         if document is None or not self._booted or self._stop.is_set():
             return
-        refused, waiting = self._updating.refused()
+        refused, waiting = self._updating.failures.refused()
         update = self._updating.update
         # What a worker serves, or served until it died: that it is being restarted does not mean that its bundle must be
         # fetched. Before the first one, what the pointer file says. A slot found damaged runs only until it ends.
@@ -579,7 +579,7 @@ class Supervisor:
 
     def _rested(self) -> None:
         self._follow_plan()
-        wait_s = self._updating.next_try_s()
+        wait_s = self._updating.failures.next_try_s()
         if wait_s is not None and self._updating.update.resting:
             # Looks again when the first bundle may be tried again. A second timer for the same moment does no harm.
             asyncio.get_running_loop().call_later(wait_s + 0.05, self.sync)
@@ -613,7 +613,7 @@ class Supervisor:
         self._updating.feed(
             e.Assigned(
                 model=step.model, digest=step.digest, version=step.version, arm=step.arm, rollout=step.rollout,
-                stage=step.stage, attempt=self._updating.attempt_of(step.digest),
+                stage=step.stage, attempt=self._updating.failures.attempt_of(step.digest),
             )
         )  # fmt: skip
 
@@ -670,7 +670,7 @@ class Supervisor:
         return Answer(200, reporting.metrics(self._snapshot()))
 
     async def _answer_sync(self, body: dict[str, Any]) -> Answer:
-        pardoned = self._updating.pardon() if body.get("pardon") is True else 0
+        pardoned = self._updating.failures.pardon() if body.get("pardon") is True else 0
         self.sync()
         return Answer(200, {"ok": True, "pardoned": pardoned})
 

@@ -27,6 +27,7 @@ from skerry_agent.core.effects import Effect
 from skerry_agent.core.lifecycle import Update
 from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Degraded, Rejected
+from skerry_agent.failures import Failures
 from skerry_agent.logs import kv
 from skerry_agent.restoring import Restoring
 from skerry_agent.serving import Generation, Serving
@@ -59,6 +60,11 @@ class Updating:
         on_change: the update or what runs changed: report it.
         on_rest: the update came to rest: look for the next.
         on_fault: the store cannot be used any more.
+
+    Attributes:
+        failures: what is remembered of bundles that failed.
+        update: as it is stored.
+        rules: of trials and downloads.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class Updating:
         self._task: asyncio.Task[None] | None = None
         self._others: set[asyncio.Task[None]] = set()
         self._deadline: asyncio.TimerHandle | None = None
+        self.failures = Failures(store, clock, draw, config.timing.backoff_scale)
         self._manifest: m.Manifest | None = None
         self._text = ""
         self._new: Generation | None = None
@@ -240,12 +247,7 @@ class Updating:
 
     def _record(self) -> None:
         update = self.update
-        refused = update.code if update.state in ("revert", "idle") else ""
-        known = self._store.get("recorded", {}).get(update.digest)
-        # A bundle that is refused again and again for the same reason is worth one line, not one per try.
-        quiet = update.attempt > 3 and (update.state == "fetch" or refused == known)
-        if refused:
-            self._store.put("recorded", {update.digest: refused})
+        quiet = self.failures.was_said(update)
         data: dict[str, Any] = {
             "model": update.model, "digest": update.digest, "version": update.version, "variant": update.variant,
             "state": update.state, "attempt": update.attempt, "arm": update.arm, "rollout": update.rollout,
@@ -257,18 +259,7 @@ class Updating:
         if self._has_another_variant():
             # It is taken at once, without a wait.
             return
-        failures = self._store.get("failures", {})
-        mine = failures.setdefault(self.update.digest, {})
-        mine[self.update.penalty] = mine.get(self.update.penalty, 0) + 1
-        waits = self._store.get("waits", {})
-        tries = sum(mine.values())
-        delay_s = backoff.delay_s("update", tries, self._draw(), scale=self._config.timing.backoff_scale)
-        waits[self.update.digest] = {
-            "code": self.update.code, "boot_id": self._clock.boot_id, "until_s": self._clock.boot_s() + delay_s,
-        }  # fmt: skip
-        with self._store.transaction():
-            self._store.put("failures", failures)
-            self._store.put("waits", waits)
+        self.failures.penalise(self.update)
 
     async def _fetch_manifest(self) -> e.Event:
         update = self.update
@@ -309,7 +300,7 @@ class Updating:
             facts.device(self._config, self._runtimes, frozenset(self._broken)),
             admission.Memory(
                 floor=str(self._store.get("floors", {}).get(self.update.model, "")),
-                failures=dict(self._store.get("failures", {}).get(digest, {})),
+                failures=self.failures.of(digest),
                 present_bytes=self._slots.present_bytes(digest, manifest.files()),
             ),
         )
@@ -493,12 +484,7 @@ class Updating:
         if generation is not None and model in generation.models:
             slot = generation.models[model]
             generation.models[model] = msgspec.structs.replace(slot, standing=self.update.state)
-        failures, waits = self._store.get("failures", {}), self._store.get("waits", {})
-        with self._store.transaction():
-            if failures.pop(self.update.digest, None) is not None:
-                self._store.put("failures", failures)
-            if waits.pop(self.update.digest, None) is not None:
-                self._store.put("waits", waits)
+        self.failures.forgive(self.update.digest)
         self._slots.collect({self.update.digest})
 
     def _discard(self) -> None:
@@ -506,14 +492,7 @@ class Updating:
         if self.update.code in ("hash_mismatch", "size_mismatch", "malformed_manifest"):
             if self._slots.discard(self.update.digest):
                 # It was this device's own copy that rotted: nothing is said about the bundle.
-                self._forgive(self.update.digest)
-
-    def _forgive(self, digest: str) -> None:
-        with self._store.transaction():
-            for name in ("failures", "waits"):
-                kept = self._store.get(name, {})
-                if kept.pop(digest, None) is not None:
-                    self._store.put(name, kept)
+                self.failures.forgive(self.update.digest)
 
     async def _stop_new(self) -> None:
         new, self._new = self._new, None
@@ -535,7 +514,7 @@ class Updating:
         if came_up is not None and came_up.digest == wanted.digest:
             self._slots.step_back(model)
         else:
-            self._forgive(self.update.digest)
+            self.failures.forgive(self.update.digest)
 
     async def _restore(self) -> e.Event:
         await self._stop_new()
@@ -581,41 +560,6 @@ class Updating:
             self._serving.start_later({name: s for name, s in wanted.items() if self._slots.whole(s.digest, s.variant)})
         return last
 
-    # --- memory ------------------------------------------------------------------------------------------------------
-
-    def refused(self) -> tuple[set[str], set[str]]:
-        """Digests not to try now: (for good or until a person clears it, until their wait is over)."""
-        failures, waits = self._store.get("failures", {}), self._store.get("waits", {})
-        spent = {digest for digest, mine in failures.items() if admission.exhausted(mine) is not None}
-        held: set[str] = set()
-        waiting: set[str] = set()
-        for digest, wait in waits.items():
-            if digest in spent or wait["boot_id"] != self._clock.boot_id or wait["until_s"] <= self._clock.boot_s():
-                continue
-            (held if wait["code"] in _OF_THIS_DEVICE else waiting).add(digest)
-        return spent | held, waiting
-
-    def next_try_s(self) -> float | None:
-        """Seconds until the earliest wait of a bundle is over; None without any."""
-        now = self._clock.boot_s()
-        ends = [
-            w["until_s"] - now for w in self._store.get("waits", {}).values() if w["boot_id"] == self._clock.boot_id
-        ]
-        ahead = [end for end in ends if end > 0]
-        return min(ahead) if ahead else None
-
-    def attempt_of(self, digest: str) -> int:
-        """The number of the next try of a bundle, from 1."""
-        return int(sum(self._store.get("failures", {}).get(digest, {}).values())) + 1
-
-    def pardon(self) -> int:
-        """A person clears all failures. Returns how many bundles had some."""
-        cleared = len(self._store.get("failures", {}))
-        with self._store.transaction():
-            for key in ("failures", "waits", "recorded"):
-                self._store.delete(key)
-        return cleared
-
     def order_revert(self, model: ids.ModelName) -> Slot:
         """A person wants the previous bundle back. Returns the slot that comes back.
 
@@ -636,12 +580,6 @@ class Updating:
             raise Rejected("no_previous", f"there is no bundle of {model} to go back to")
         self.feed(e.RevertOrdered(model=model, digest=going.digest, version=going.version, variant=going.variant))
         return back
-
-
-_OF_THIS_DEVICE = frozenset(
-    {"agent_too_old", "below_floor", "no_variant", "not_enough_disk", "not_enough_memory", "runtime_missing"}
-)
-"""Refusals that speak of this device: while they hold, it takes what the group document offers instead."""
 
 
 def _same(running: dict[str, Slot], wanted: dict[str, Slot]) -> bool:
