@@ -174,6 +174,8 @@ def fleet(tmp_path: Path) -> Iterator[Rig]:
 def test_installed_enrolled_serving_upgraded_removed_and_purged(
     package: Path, root: DeviceRoot, fleet: Rig, tmp_path: Path
 ) -> None:
+    token_file = root.folder / "etc/credstore/skerry.enrolment-token"
+    token_file.parent.mkdir()
     bare = root.files()
     deb = f"/tmp/{package.name}"
     state, config = root.folder / "var/lib/skerry-agent", root.folder / "etc/skerry/agent.toml"
@@ -272,8 +274,6 @@ def test_installed_enrolled_serving_upgraded_removed_and_purged(
     assert not (root.folder / "usr/lib/skerry-agent").exists()
 
     # Purged while a process of its user lives, as one does in a container that systemd does not stop.
-    token_file = root.folder / "etc/credstore/skerry.enrolment-token"
-    token_file.parent.mkdir(exist_ok=True)
     token_file.write_text("never used")
     alive = root.start(
         ["setpriv", "--reuid=skerry-agent", "--regid=skerry-agent", "--init-groups", "--", "sleep", "600"],
