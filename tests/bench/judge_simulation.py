@@ -7,6 +7,7 @@ differ and how their rates move:
 * ``cv``: coefficient of variation of the devices' own rates (gamma);
 * ``rho``, ``log_sd``: first-order autoregression of each device's log rate, from look to look;
 * ``shock``: log-sd of a factor common to the whole fleet at each look; above 0, the rate of all doubles in the middle as well;
+* ``odd``: the share of wrong answers of one control, from the beginning of the stage on: a device that is broken, not the candidate;
 * ``stages``: with two, ten more devices become candidates in a second stage of as many looks, alphas are halved, as a plan of two compared
   stages has it, and what doubles does so where the second begins. Sent back is who FAILs in either.
 
@@ -51,6 +52,7 @@ class Cell:
     shock: float
     pre_looks: int = PRE_LOOKS
     stages: int = 1
+    odd: float = 0.0
 
     def __str__(self) -> str:
         parts = [f"CV {self.cv:g}", f"rho {self.rho:g}", f"log-sd {self.log_sd:g}"]
@@ -58,6 +60,8 @@ class Cell:
             parts.append("shock and doubling")
         if self.pre_looks != PRE_LOOKS:
             parts.append(f"pre-period {self.pre_looks * PER_LOOK}")
+        if self.odd:
+            parts.append(f"one control {self.odd:.0%} wrong")
         if self.stages > 1:
             parts.append(f"{self.stages} stages")
         return ", ".join(parts)
@@ -76,6 +80,8 @@ BESIDE = (
     Cell(cv=1, rho=0.8, log_sd=1.0, shock=0),
     Cell(cv=1, rho=0.8, log_sd=0.5, shock=0, pre_looks=29),
     Cell(cv=1, rho=0.8, log_sd=0.5, shock=0, pre_looks=0),
+    Cell(cv=0.5, rho=0.8, log_sd=0.5, shock=0, odd=0.2),
+    Cell(cv=0.5, rho=0.8, log_sd=0.5, shock=0, odd=1.0),
 )
 """Harder than the budget's cells; reported beside."""
 PASS_CELL = Cell(cv=1, rho=0.8, log_sd=0.5, shock=0)
@@ -145,6 +151,8 @@ def fleet(cell: Cell, ratio: float, number: int) -> tuple[Fleet, ...]:
     if cell.shock:
         common[cell.pre_looks + length // 2 :] += math.log(2)
     errors, failures = counts(BASE, ratio), counts(FAILURES, 1.0)
+    if cell.odd:
+        errors[-1, cell.pre_looks :] = rng.binomial(PER_LOOK, cell.odd, length)
     own = rng.normal(0, 0.4, DEVICES)
     level = own[:, None] + 0.2 * _autoregression(rng, length, replace(cell, log_sd=1.0))
     pre_level = own + rng.normal(0, 0.05, DEVICES)

@@ -270,7 +270,9 @@ class _Case:
         """95 % bound of the candidates' own rate, where one so small as to be negligible passes."""
         if self.rail.kind != "rate" or self.rail.negligible <= 0:
             return None
-        return absolute.upper_rate(self.candidate.x, self.candidate.n)
+        # Of one who claims a million right answers no more is taken than of others.
+        fair, candidate = self.columns.fair, self.assigned.candidate
+        return absolute.upper_rate(math.ceil(fair.x[candidate].sum()), math.floor(fair.n[candidate].sum()))
 
     def _rule_alone(self) -> Verdict:
         limit, arm = self.rail.limit, self.candidate
@@ -354,9 +356,7 @@ class _Case:
             values = res.levels(found, self.assigned)
             means = [float(values[found.seen & (candidate == arm)].mean()) for arm in (True, False)]
             return math.exp(means[0] - means[1])
-        foretold = found.prior.rate * found.n
-        seen = [
-            (float(found.x[candidate == arm].sum()), float(foretold[candidate == arm].sum())) for arm in (True, False)
-        ]
+        foretold, x = found.prior.rate * found.fair.n, found.common.x
+        seen = [(float(x[candidate == arm].sum()), float(foretold[candidate == arm].sum())) for arm in (True, False)]
         (bad, expected), (other, others) = seen
         return (bad / expected) / (other / others) if expected > 0 and other > 0 and others > 0 else None

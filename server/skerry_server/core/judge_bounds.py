@@ -39,12 +39,13 @@ def excluded(kind: Kind, found: res.Columns, assignments: Assignments, ratio: fl
 
 def _as_few(found: res.Columns, candidate: Bools, ratio: float) -> float:
     """Chance that of all events as few would be the candidates', were ``ratio`` true and nothing but chance at work."""
-    foretold = found.prior.rate * found.n
+    # Of the events within reach: those of one odd control would make anybody's look few.
+    foretold, x = found.prior.rate * found.fair.n, found.common.x
     ours, all_of_it = ratio * float(foretold[candidate].sum()), float(foretold[~candidate].sum())
     all_of_it += ours
     if all_of_it <= 0:
         return 1.0
-    return float(special.bdtr(float(found.x[candidate].sum()), int(found.x.sum()), ours / all_of_it))
+    return float(special.bdtr(float(np.floor(x[candidate].sum())), int(x.sum()), ours / all_of_it))
 
 
 def upper_bound(kind: Kind, found: res.Columns, assignments: Assignments, estimate: float) -> float | None:
@@ -85,7 +86,7 @@ def detectable(
     prior, k, unsure = present.prior, present.common_factor or 0.0, present.spread
     if prior is None or unsure is None or k <= 0:
         return None
-    foretold = k * prior.rate * found.n
+    foretold = k * prior.rate * found.fair.n
     share = float(foretold[candidate].sum()) / float(foretold.sum())
 
     def seen(ratio: float) -> bool:

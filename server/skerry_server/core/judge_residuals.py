@@ -9,6 +9,11 @@ tau is what rates have moved since, by moments of both arms together: a device's
 find twice the errors more often with it: 84 % instead of 74 % of rollouts where rates move by a log-sd of 1.)
 Without any pre-period every device has the same r, and phi comes from the present, both arms together.
 
+**One odd device**, broken or lying, would else decide alone, or, as a control, hide everything: its events raise k and tau for all, and it is
+the first in each assignment that happens to hold it. So no device weighs more than ``SHARE`` of all trials; events beyond ``REACH`` standard deviations
+of what is foretold are cut off, for the residual, for k and for the bounds; the oddest ``TRIMMED`` of devices are left out of tau, and count as the
+next one.
+
 **Levels.** The device's level, minus what a slope common to all devices foretells from its level before, around the medians of its
 stratum; clipped at three robust standard deviations.
 
@@ -23,6 +28,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,8 +36,13 @@ from skerry_server.core.judge_assignments import Assignments, Bools, Floats
 from skerry_server.core.judge_values import LEVEL_STEPS, Kind, Reading
 
 SPREADS = 3.0
+SHARE = 0.1
+REACH, AT_LEAST = 4.0, 2.0
+"""Standard deviations, and events on top, since where few are foretold one or two say nothing."""
+TRIMMED = 0.02
 _NORMAL_MAD = 1.4826
 _BITS = 50
+_ROUNDS = 12
 
 
 class Columns:
@@ -70,6 +81,16 @@ class Columns:
         return self._column(self._reading.pre_x)
 
     @functools.cached_property
+    def fair(self) -> Trials:
+        """Trials and events of a rate, with no unit heavier than ``SHARE`` of all."""
+        return Trials(*_capped(self.n, self.x), *_capped(self.pre_n, self.pre_x))
+
+    @functools.cached_property
+    def common(self) -> Common:
+        """What a rate's past foretells of the present, were all units alike in what they did since."""
+        return _common(self.fair, self.prior, self.prior.rate * self.fair.n)
+
+    @functools.cached_property
     def seen(self) -> Bools:
         """Units with data."""
         found: Bools = self.n > 0
@@ -85,6 +106,23 @@ class Columns:
             return np.zeros(len(self._order))
         found: Floats = np.array(values, np.float64)[self._order]
         return found
+
+
+class Trials(NamedTuple):
+    """Of a rate, by unit number."""
+
+    n: Floats
+    x: Floats
+    pre_n: Floats
+    pre_x: Floats
+
+
+class Common(NamedTuple):
+    """What units have in common: factor on what their past foretold, relative variance of that, events within reach of it."""
+
+    factor: float
+    spread: Floats
+    x: Floats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -121,44 +159,96 @@ def residuals(kind: Kind, found: Columns, assignments: Assignments, ratio: float
 
 def rates(found: Columns, candidate: Bools, ratio: float = 1.0) -> Residuals:
     """Residuals of a rate."""
-    prior = found.prior
-    alone = prior.rate * found.n
-    foretold = np.where(candidate, alone * ratio, alone) if ratio != 1 else alone
-    everything = float(foretold.sum())
-    k = float(found.x.sum()) / everything if everything > 0 else 0.0
-    alone, foretold = k * alone, k * foretold
-    spread = prior.phi + _unrest(found.x, foretold, prior.phi)
-    values = (found.x - foretold) / (1 + alone * spread)
+    fair, prior = found.fair, found.prior
+    alone = prior.rate * fair.n
+    if ratio == 1:
+        common = found.common
+        foretold = alone = common.factor * alone
+    else:
+        foretold = np.where(candidate, alone * ratio, alone)
+        common = _common(fair, prior, foretold)
+        alone, foretold = common.factor * alone, common.factor * foretold
+    values = (common.x - foretold) / (1 + alone * common.spread)
     if ratio != 1:
         # Variance E (1 + E spread) with E multiplied: back to that of a control with the same device.
-        scale = np.sqrt((1 + alone * spread) / (ratio * (1 + foretold * spread)))
+        scale = np.sqrt((1 + alone * common.spread) / (ratio * (1 + foretold * common.spread)))
         values = np.where(candidate, values * scale, values)
-    return Residuals(values=_exact(values), spread=spread, common_factor=k, prior=prior)
+    return Residuals(
+        values=_exact(_tamed(values, candidate)), spread=common.spread, common_factor=common.factor, prior=prior
+    )
+
+
+def _capped(n: Floats, x: Floats) -> tuple[Floats, Floats]:
+    """The same rates with no unit above ``SHARE`` of all trials, or above twice its equal part where units are few."""
+    heavy = np.sort(n[n > 0])[::-1]
+    if not len(heavy):
+        return n, x
+    share = max(SHARE, 2 / len(heavy))
+    rest, most = float(heavy.sum()), float(heavy[0])
+    for count, weight in enumerate(heavy):
+        # With ``count`` units at the most, it is ``share`` of them and the rest together.
+        most = share * rest / (1 - share * count) if share * count < 1 else most
+        if most >= weight:
+            break
+        rest -= float(weight)
+    kept = np.minimum(n, most)
+    return kept, np.where(n > most, x * (kept / np.maximum(n, 1)), x)
+
+
+def _common(fair: Trials, prior: Prior, foretold: Floats) -> Common:
+    """Factor, spread and events within reach, each of which rests on the others: a few rounds from the plain sums settle them."""
+    everything = float(foretold.sum())
+    if everything <= 0:
+        return Common(0.0, prior.phi, fair.x)
+    x = fair.x
+    for _ in range(_ROUNDS):
+        factor = float(x.sum()) / everything
+        expected = factor * foretold
+        spread = prior.phi + _unrest(fair.x, expected, prior.phi)
+        reach = REACH * np.sqrt(expected * (1 + expected * spread))
+        within = np.clip(fair.x, expected - reach, expected + reach + AT_LEAST)
+        if np.array_equal(within, x):
+            break
+        x = within
+    return Common(factor, spread, x)
+
+
+def _tamed(values: Floats, candidate: Bools) -> Floats:
+    """The same with the oddest few brought to the next: fewer than half of the candidates, so that not all they say is taken for odd."""
+    odd = min(int(np.ceil(TRIMMED * len(values))), (int(candidate.sum()) - 1) // 2)
+    if odd < 1 or 2 * odd >= len(values):
+        return values
+    ordered = np.sort(values)
+    return np.clip(values, ordered[odd], ordered[-1 - odd])
 
 
 def _unrest(x: Floats, foretold: Floats, phi: Floats) -> float:
     """Relative variance of the devices' rates that their prior does not explain: how much they moved since."""
-    square = float((foretold**2).sum())
+    known = foretold + foretold**2 * phi
+    away = (x - foretold) ** 2
+    odd = int(np.ceil(TRIMMED * len(x)))
+    kept = np.argsort(away / np.maximum(known, 1e-12), kind="stable")[: len(x) - odd]
+    square = float((foretold[kept] ** 2).sum())
     if square <= 0:
         return 0.0
-    excess = float(((x - foretold) ** 2 - foretold - foretold**2 * phi).sum())
-    return max(0.0, excess / square)
+    return max(0.0, float((away[kept] - known[kept]).sum()) / square)
 
 
 def prior_of(found: Columns) -> Prior:
     """The prior of a rate and what it says of each unit. Half an event stands for none at all."""
-    mean, variance = _moments(found.pre_n, found.pre_x)
+    fair = found.fair
+    mean, variance = _moments(fair.pre_n, fair.pre_x)
     if mean <= 0:
-        mean, variance = _moments(found.n, found.x)
+        mean, variance = _moments(fair.n, fair.x)
         phi = variance / mean**2 if mean > 0 else 0.0
-        size = len(found.n)
+        size = len(fair.n)
         return Prior(rate=np.full(size, max(mean, 1e-12)), phi=np.full(size, phi), mean=mean, cv=phi**0.5)
     if variance <= 1e-9 * mean**2:
-        size = len(found.n)
+        size = len(fair.n)
         return Prior(rate=np.full(size, mean), phi=np.zeros(size), mean=mean, cv=0.0)
     a, b = mean**2 / variance, mean / variance
-    rate = (a + found.pre_x) / (b + found.pre_n)
-    return Prior(rate=rate, phi=1 / (a + found.pre_x), mean=mean, cv=variance**0.5 / mean)
+    rate = (a + fair.pre_x) / (b + fair.pre_n)
+    return Prior(rate=rate, phi=1 / (a + fair.pre_x), mean=mean, cv=variance**0.5 / mean)
 
 
 def _moments(n: Floats, x: Floats) -> tuple[float, float]:

@@ -276,6 +276,44 @@ def test_one_odd_device_does_not_decide_a_level() -> None:
     assert one_look(plan, latency(1.5, odd=9)).verdict == "FAIL"
 
 
+def with_odd(all_looks: Iterator[j.Look], unit: int, n: int, x: int) -> Iterator[j.Look]:
+    """The same, but for one device that says it counted ``x`` events in ``n`` trials from the first look on."""
+    for look in all_looks:
+        ((name, reading),) = look.readings.items()
+        columns = {"n": list(reading.n), "x": list(reading.x)}
+        columns["n"][unit], columns["x"][unit] = n, x
+        changed = dataclasses.replace(reading, **{column: tuple(values) for column, values in columns.items()})
+        yield dataclasses.replace(look, readings={name: changed})
+
+
+ODD_CONTROLS = [(1000, 300), (1000, 1000), (10**8, 10**7), (10**8, 10**8), (10**8, 0)]
+
+
+@pytest.mark.parametrize(("n", "x"), ODD_CONTROLS)
+@pytest.mark.parametrize(("candidates", "controls", "factor"), [(10, 190, 2.0), (4, 12, 4.0)])
+def test_one_odd_control_hides_no_bad_candidate(candidates: int, controls: int, factor: float, n: int, x: int) -> None:
+    plan = design(candidates, controls)
+    found = verdicts(plan, with_odd(looks(plan, factor, base=0.02), -1, n, x))
+    assert found[-1] == "FAIL", found
+
+
+@pytest.mark.parametrize(("n", "x"), ODD_CONTROLS)
+@pytest.mark.parametrize("seed", range(3))
+def test_one_odd_device_of_either_arm_sends_no_good_candidate_back(n: int, x: int, seed: int) -> None:
+    plan = design(10, 190)
+    for unit in (0, -1):
+        assert "FAIL" not in verdicts(plan, with_odd(looks(plan, base=0.02, seed=seed), unit, n, x))
+
+
+@pytest.mark.parametrize(("candidates", "controls"), [(10, 190), (4, 12)])
+@pytest.mark.parametrize("n", [10**5, 10**8])
+def test_a_candidate_that_claims_any_number_of_right_answers_does_not_pass_the_others(
+    candidates: int, controls: int, n: int
+) -> None:
+    plan = design(candidates, controls)
+    assert "PASS" not in verdicts(plan, with_odd(looks(plan, 2.5, base=0.02), 0, n, 0))
+
+
 def test_candidates_in_trouble_fail() -> None:
     plan = design(10, 40, j.Guardrail(name="trouble", kind="incidence", alpha=0.02, margin=0.15))
     n = (1,) * 50
