@@ -5,7 +5,8 @@ import random
 import msgspec
 from skerry_contract import histogram as h
 from skerry_contract import window as w
-from skerry_server import evidence
+from skerry_server import evidence, rollups
+from skerry_server.db import tables as t
 from skerry_server.db.engine import reading
 
 
@@ -151,6 +152,41 @@ def test_another_boot_and_a_long_merged_window_are_compared(server, make):
     for seq, body in enumerate((first, rebooted, merged), 1):
         server.take(make.up("dev-a", make.record(seq, body)))
     assert of_rollout(server)["dev-a", "candidate", 0].compared().ok == 110
+
+
+def test_of_many_windows_within_the_guard_the_first_stand_singly_in_any_order(server, make):
+    chance = random.Random(5)
+    n = 3 * rollups.MOST_EARLY
+    key = {"bundle": make.CANDIDATE, "arm": "candidate"}
+    seen = set()
+    for i in range(4):
+        name = f"r-{i}"
+        server.rollout(name, plan={"judge": {"guard_s": 30}})
+        # Two of each begin at once: what they counted tells them apart.
+        bodies = [make.window(ok=1 + k, ms=5_000 + k // 2, rollout=name, latencies=[1000 + k], **key) for k in range(n)]
+        records = [make.record(k + 1, body) for k, body in enumerate(bodies)]
+        if i:
+            chance.shuffle(records)
+        step = (200, 97, 13, 150)[i]
+        for at in range(0, n, step):
+            batch = sorted(records[at : at + step], key=lambda one: one.seq)
+            server.take(make.up("dev-a", *batch, epoch=f"{i}" * 32))
+        found = of_rollout(server, rollout=name)["dev-a", "candidate", 0]
+        assert (len(found.early), found.windows) == (rollups.MOST_EARLY, n)
+        assert {one.start_ns for one in found.early} == {(5_000 + k) * 10**6 for k in range(rollups.MOST_EARLY // 2)}
+        seen.add(found.compared())
+    assert {one.ok for one in seen} == {sum(1 + k for k in range(rollups.MOST_EARLY, n))}
+    assert len(seen) == 1, "order of arrival changed what is compared"
+
+
+def test_a_device_that_floods_the_guard_costs_its_next_window_little(server, make):
+    server.rollout(plan={"judge": {"guard_s": 30}})
+    body = make.window(ok=1, bundle=make.CANDIDATE, arm="candidate", rollout="r-1", latencies=())
+    for at in range(1, 8001, 1000):
+        server.take(make.up("dev-a", *(make.record(seq, body) for seq in range(at, at + 1000))))
+    (row,) = server.rows(t.evidence)
+    assert len(row["early"]) < 100 * rollups.MOST_EARLY
+    assert (row["windows"], row["ok"]) == (8000, 8000)
 
 
 def test_without_a_guard_everything_is_compared(server, make):
