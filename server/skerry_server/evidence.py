@@ -1,7 +1,7 @@
 """Evidence: what each device counted of each key, as it is stored, and how it is read.
 
 Owns the layout of the table ``evidence`` and its reading; ``rollups`` adds to it. Everything is a sum of integers that stops at ``MOST``.
-Leaves which windows count to ``ledger``, which labels fit to ``core.profile`` and what follows from the sums to ``core``.
+Leaves which windows count to ``ledger``, which labels and latency fit to ``core.profile`` and what follows from the sums to ``core``.
 
 **Pre-period.** A row of a rollout's key carries ``pre_*``: what the same device had counted of the rollout's stable bundle, under
 a key of no or another rollout, before it entered this row's. For a candidate that is the other bundle it ran; for a control, the same

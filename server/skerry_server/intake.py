@@ -18,6 +18,7 @@ from skerry_contract.errors import ContractError, Malformed
 from sqlalchemy import Connection, Insert, bindparam, func, insert, select
 
 from skerry_server import ledger, profiles, rollups, windows
+from skerry_server.core import profile as core
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
@@ -229,7 +230,11 @@ class _Batch:
             position = record.replaces[0][0] if record.replaces else record.seq
             labels_fit = self._profiles.labels_fit(body)
             self._notes.count(device, "labels_unfit", 0 if labels_fit else 1)
-            self._arrived.append(rollups.arrived(device, epoch, position, body, labels_fit=labels_fit))
+            latency_fits = core.latency_fits(body.latency.total)
+            self._notes.count(device, "latency_unfit", 0 if latency_fits else 1)
+            self._arrived.append(
+                rollups.arrived(device, epoch, position, body, labels_fit=labels_fit, latency_fits=latency_fits)
+            )
             self._notes.count(device, "profile_unfit", self._profiles.add(device, body))
             self._windows.append(
                 {

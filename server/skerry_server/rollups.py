@@ -82,11 +82,14 @@ class Arrived(NamedTuple):
     span_ns: int
 
 
-def arrived(device: str, epoch: str, position: int, window: w.Window, *, labels_fit: bool = True) -> Arrived:
-    """See ``Arrived``. Labels that do not fit (``core.profile.labels_fit``) are left out; the rest of the window counts."""
+def arrived(
+    device: str, epoch: str, position: int, window: w.Window, *, labels_fit: bool = True, latency_fits: bool = True
+) -> Arrived:
+    """See ``Arrived``. Labels and latency that do not fit (``core.profile``) are left out; the rest of the window counts."""
     start, end = window.start, window.end
     span_ns = end.boot_ns - start.boot_ns if end.boot_id == start.boot_id else h.MAX_SUM - 1
-    return Arrived(device, epoch, position, window.key, _sums(window, labels_fit), window.latency.total, start, span_ns)
+    latency = window.latency.total if latency_fits else h.Exponential()
+    return Arrived(device, epoch, position, window.key, _sums(window, labels_fit), latency, start, span_ns)
 
 
 def fold(connection: Connection, items: Sequence[Arrived], now_ms: int) -> None:

@@ -20,6 +20,9 @@ from skerry_contract import window as w
 
 MOST_LABELS = 1 << 32
 """Labels of one window, in sum: a thousand a second for seven weeks, more than any outbox merges. More is no count of labels."""
+LEAST_SCALE = 3
+"""Of a latency histogram: 8 buckets per doubling, 4.3 % off at most. Devices make 5. Sums take the scale of the coarsest that is in them, so that
+one window of scale -10, a bucket per 1,024 doublings, would hide how slow a whole arm is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +92,11 @@ def labels_fit(labels: w.Labels, shape: Shape | None) -> bool:
     size = len(labels.confusion)
     classes = math.isqrt(size) if shape is None else shape.classes
     return not size or (size == classes**2 and sum(labels.confusion) <= MOST_LABELS)
+
+
+def latency_fits(histogram: h.Exponential) -> bool:
+    """Whether it is fine enough to be added to those of other windows; an empty one has a scale too."""
+    return histogram.scale >= LEAST_SCALE
 
 
 def _fitting_features(found: Mapping[str, w.FeatureCounts], bins: Mapping[str, int]) -> Mapping[str, w.FeatureCounts]:

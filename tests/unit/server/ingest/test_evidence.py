@@ -5,7 +5,9 @@ import random
 import msgspec
 from skerry_contract import histogram as h
 from skerry_contract import window as w
-from skerry_server import evidence, rollups
+from skerry_server import evidence, rollouts, rollups
+from skerry_server.core import rollout as core
+from skerry_server.core.plan import read_plan
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading
 
@@ -36,6 +38,33 @@ def test_labels_are_counted_from_the_confusion_matrix(server, make):
     with reading(server.engine) as connection:
         (found,) = evidence.of_device(connection, "dev-a")
     assert (found.labelled, found.wrong) == (15, 7)
+
+
+def test_latency_too_coarse_to_be_added_up_is_left_out_and_the_rest_of_its_window_counts(server, make):
+    plan = read_plan({"stages": [{"devices": 2}], "gates": {"latency_p95_ms": 50}})
+    server.rollout(plan=plan.to_builtins())
+    key = {"bundle": make.CANDIDATE, "arm": "candidate", "rollout": "r-1"}
+    server.take(make.up("dev-a", make.record(1, make.window(ok=1000, latencies=[500_000_000] * 1000, **key))))
+    coarse = (
+        h.Exponential(scale=-10, counts=(7,), total=7),
+        h.Exponential(scale=-10),
+        h.Exponential(scale=2, offset=3, counts=(7,), total=7),
+    )
+    for seq, latency in enumerate(coarse, 1):
+        body = msgspec.structs.replace(make.window(ok=5, **key), latency=w.Latency(total=latency))
+        server.take(make.up("dev-b", make.record(seq, body)))
+    fine = msgspec.structs.replace(
+        make.window(ok=5, **key), latency=w.Latency(total=h.rescale(h.exponential_of([500_000_000] * 9), 3))
+    )
+    server.take(make.up("dev-b", make.record(4, fine)))
+    assert server.counters() == {("dev-b", "latency_unfit"): 3}
+    found = of_rollout(server)
+    assert (found["dev-b", "candidate", 0].ok, found["dev-b", "candidate", 0].windows) == (20, 4)
+    assert found["dev-b", "candidate", 0].latency.scale == 3
+    with reading(server.engine) as connection:
+        now = rollouts.gather(connection, rollouts.require(connection, "r-1"))
+    assert 450 < now.p95_ms < 550
+    assert "the gate is 50.00 ms" in core.broken_gate(plan.gates, 0, now)
 
 
 def test_the_pre_period_of_a_candidate_is_what_it_counted_of_stable(server, make):
