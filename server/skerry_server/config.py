@@ -142,7 +142,7 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
     """When a difference from the reference is drift.
 
     Attributes:
-        min_rows: rows that are compared at least; fewer wait for more.
+        min_rows: values that are compared at least; fewer wait for more.
         psi: corrected population stability index; shift_sd: of a mean, in standard deviations of the reference.
         null_rate, outside_rate: shares of nulls more than in the reference, of values outside the plausible range.
         false_rate: false discovery rate over the features and outputs of one look.

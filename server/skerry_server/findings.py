@@ -46,7 +46,7 @@ def look(
 ) -> core.Evaluation:
     """Evaluates a bundle as it stands; writes nothing."""
     found = profiles.buckets(connection, bundle, shape_of(manifest), from_ms=now_ms - lookback_ms, upto_ms=now_ms)
-    spans = core.gather(found, limits)
+    spans = core.gather(manifest, found, limits)
     opened = connection.execute(select(_f.subject).where(_f.bundle == bundle, _f.closed_ms.is_(None))).scalars()
     return core.evaluate(manifest, spans, frozenset(opened), limits)
 

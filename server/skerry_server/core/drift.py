@@ -2,8 +2,9 @@
 
 Theory of operation:
 
-1. Buckets of merged windows, newest first, are gathered into *spans* of at least ``min_rows`` rows (``gather``). A busy model
-   gives a span per bucket, a quiet one a span per day; none is ever judged on a handful of rows.
+1. Buckets of merged windows, newest first, are gathered into *spans* in which half of the subjects or more have at least ``min_rows``
+   values (``gather``). A busy model gives a span per bucket, a quiet one a span per day; none is ever judged on a handful of rows. Values
+   are what was counted of the subjects; a device may say that it answered any number of rows.
 2. In each span every *subject* (a feature, or the answers of an output) is compared with the reference (``measure``). A
    *sign* is one way of being different: another distribution (PSI, corrected for chance), another mean, more nulls, more
    values outside the plausible range. A sign counts when its effect is large enough **and** its p-value survives Benjamini
@@ -20,6 +21,7 @@ reference as one season; docs/explanation/drift.md has the limits.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,7 +42,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """When a difference matters.
 
     Attributes:
-        min_rows: rows of a span; min_reference: rows of the reference below which a subject is not judged.
+        min_rows: values of a subject in a span; min_reference: rows of the reference below which a subject is not judged.
         psi: corrected population stability index; shift_sd: of the mean, in standard deviations of the reference.
         null_rate, outside_rate: absolute shares. Up to ``tolerated_outside`` outside the plausible range is no evidence.
         false_rate: false discovery rate over the subjects of one span.
@@ -144,39 +146,60 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     subjects: tuple[Subject, ...] = ()
 
 
-def gather(buckets: Iterable[Span], limits: Limits) -> list[Span]:
-    """The newest ``of`` spans of at least ``min_rows`` rows, oldest first.
+def gather(manifest: m.Manifest, buckets: Iterable[Span], limits: Limits) -> list[Span]:
+    """The newest ``of`` spans that hold enough values to be judged, oldest first. Without any subject by rows.
+
+    Half of the subjects decide, neither the fullest nor the emptiest: a feature that no device counts must not hold the others up,
+    and one that a single device counts a million times must not cut spans that are too short for the others.
 
     Args:
         buckets: newest first; no more are taken than needed.
     """
     spans: list[Span] = []
     waiting: list[Span] = []
-    rows = 0
+    features = [feature.name for feature in _features(manifest)]
+    outputs = [tensor.name for tensor in _outputs(manifest)]
+    counted = [0] * (len(features) + len(outputs) or 1)
     for bucket in buckets:
         waiting.append(bucket)
-        rows += bucket.profile.rows
-        if rows >= limits.min_rows:
+        counted = list(map(operator.add, counted, _values(bucket.profile, features, outputs)))
+        if sorted(counted)[len(counted) // 2] >= limits.min_rows:
             whole = total(part.profile for part in waiting)
             to_ms = max(part.to_ms for part in waiting)
             spans.append(Span(from_ms=bucket.from_ms, to_ms=to_ms, profile=whole))
-            waiting, rows = [], 0
+            waiting, counted = [], [0] * len(counted)
             if len(spans) == limits.of:
                 break
     return spans[::-1]
 
 
+def _values(profile: Profile, features: Sequence[str], outputs: Sequence[str]) -> list[int]:
+    """As ``Measured.n`` of each."""
+    if not features and not outputs:
+        return [profile.rows]
+    of_features = (profile.features.get(name) for name in features)
+    of_outputs = (profile.outputs.get(name) for name in outputs)
+    return [
+        *(part.moments.n + part.null if part else 0 for part in of_features),
+        *(sum(part.counts) if part else 0 for part in of_outputs),
+    ]
+
+
+def _features(manifest: m.Manifest) -> list[m.Feature]:
+    return [feature for feature in manifest.features if feature.name in manifest.reference.features]
+
+
+def _outputs(manifest: m.Manifest) -> list[m.Tensor]:
+    return [tensor for tensor in manifest.outputs if tensor.name in manifest.reference.outputs and tensor.labels]
+
+
 def measure(manifest: m.Manifest, profile: Profile, limits: Limits) -> tuple[Measured, ...]:
     """Every subject of the manifest that has a reference, compared with it."""
     found = [
-        _feature(feature, manifest.reference.features[feature.name], profile, limits)
-        for feature in manifest.features
-        if feature.name in manifest.reference.features
+        _feature(feature, manifest.reference.features[feature.name], profile, limits) for feature in _features(manifest)
     ]
     found += [
-        _output(tensor.name, manifest.reference.outputs[tensor.name], profile, limits)
-        for tensor in manifest.outputs
-        if tensor.name in manifest.reference.outputs and tensor.labels
+        _output(tensor.name, manifest.reference.outputs[tensor.name], profile, limits) for tensor in _outputs(manifest)
     ]
     judged = [one for one in found if one.asked]
     cut = d.benjamini_hochberg([one.p for one in judged], limits.false_rate) if judged else -1.0

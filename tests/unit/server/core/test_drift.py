@@ -214,13 +214,21 @@ def _without_confidence(part):
 # --- spans ------------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def counted(n, features=FEATURES):
+    """``n`` rows of which ``features`` features are counted, and the answers when all are."""
+    whole = profile(np.zeros((n, FEATURES)), np.zeros(n, int))
+    kept = {name: part for i, (name, part) in enumerate(whole.features.items()) if i < features}
+    return Profile(rows=n, features=kept, outputs=whole.outputs if features == FEATURES else {})
+
+
 def buckets(*rows):
     """Buckets newest first."""
-    return [span(len(rows) - i, Profile(rows=n)) for i, n in enumerate(rows)]
+    return [span(len(rows) - i, counted(n)) for i, n in enumerate(rows)]
 
 
 def test_spans_grow_until_they_hold_enough_rows():
-    found = drift.gather(buckets(150, 60, 500, 10, 10, 190, 7), LIMITS)
+    found = drift.gather(known(), buckets(150, 60, 500, 10, 10, 190, 7), LIMITS)
     assert [(s.from_ms, s.to_ms, s.profile.rows) for s in found] == [
         (2000, 5000, 210),
         (5000, 6000, 500),
@@ -228,15 +236,30 @@ def test_spans_grow_until_they_hold_enough_rows():
     ]
 
 
+def test_spans_are_cut_by_counted_values_whatever_rows_a_device_says_it_answered():
+    honest = buckets(150, 60, 500, 10, 10, 190, 7)
+    claimed = [span(i, total([one.profile, Profile(rows=10**6)])) for i, one in enumerate(honest)]
+    found = drift.gather(known(), claimed, LIMITS)
+    assert [s.profile.features["x0"].moments.n for s in found] == [210, 500, 210]
+    # Nor do a few features that one device counted without end, or that no device counts at all.
+    inflated = [span(i, total([one.profile, counted(1000, features=FEATURES // 2)])) for i, one in enumerate(honest)]
+    found = drift.gather(known(), inflated, LIMITS)
+    assert [s.profile.outputs["y"].moments.n for s in found] == [210, 500, 210]
+    sparse = drift.gather(known(), [span(1, counted(200, features=FEATURES // 2 + 1))], LIMITS)
+    assert [s.profile.rows for s in sparse] == [200]
+    bare = msgspec.structs.replace(known(), reference=m.Reference(n=0))
+    assert len(drift.gather(bare, [span(1, Profile(rows=200))], LIMITS)) == 1
+
+
 def test_no_more_buckets_are_read_than_needed():
     read = iter(buckets(*[1000] * 20))
-    assert len(drift.gather(read, LIMITS)) == LIMITS.of
+    assert len(drift.gather(known(), read, LIMITS)) == LIMITS.of
     assert len(list(read)) == 15
 
 
 def test_too_few_rows_are_no_data():
     rng = np.random.default_rng(9)
-    nothing = drift.evaluate(known(), drift.gather([], LIMITS), (), LIMITS)
+    nothing = drift.evaluate(known(), drift.gather(known(), [], LIMITS), (), LIMITS)
     assert (nothing.verdict, nothing.subjects) == ("NO_DATA", ())
     few = drift.evaluate(known(), spans([drawn(rng, shift=9.0)] * 2), (), LIMITS)
     assert few.verdict == "NO_DATA"

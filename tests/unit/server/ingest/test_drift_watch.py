@@ -2,8 +2,10 @@
 
 import logging
 
+import msgspec
 import numpy as np
 import pytest
+from skerry_contract import window as w
 from skerry_server import audit, findings
 from skerry_server.config import Drift
 from skerry_server.db import tables as t
@@ -41,8 +43,9 @@ class Fleet:
         server.intake = Intake(bucket_ms=BUCKET_MS)
         self.restart()
 
-    def restart(self):
-        self.watch = DriftWatch(self.server.engine, Drift(min_rows=ROWS), BUCKET_MS / 1000, lambda: self.server.now_ms)
+    def restart(self, min_rows=ROWS):
+        settings = Drift(min_rows=min_rows)
+        self.watch = DriftWatch(self.server.engine, settings, BUCKET_MS / 1000, lambda: self.server.now_ms)
 
     def bucket(self, shift=0.0, *, end_ms=None, look=True):
         """A bucket of rows; returns how many findings the look after it changed."""
@@ -74,6 +77,18 @@ def fleet(server, make, device, bundle):
     server.register(folder, digest)
     server.insert(t.group_models, group="g", model="gas", stable=digest)
     return Fleet(server, make, device, digest)
+
+
+def test_a_device_that_claims_rows_and_counts_nothing_of_them_hides_no_drift(fleet):
+    fleet.restart(min_rows=2 * ROWS)
+    made_up = msgspec.structs.replace(
+        fleet.device.window(*models.rows(ROWS, draw=99)), counts=w.Counts(ok=10**6, rows=10**6), features={}, outputs={}
+    )
+    for seq in range(1, 11):
+        window = at(made_up, fleet.server.now_ms + 1)
+        fleet.server.take(fleet.make.up("dev-b", fleet.make.record(seq, window)))
+        fleet.bucket(shift=50.0)
+    assert fleet.open()
 
 
 def test_drift_opens_when_it_persists_and_closes_when_it_is_gone_with_an_audit_row_each(fleet):
