@@ -58,7 +58,7 @@ def of_bundle(
     """What labels and confidence say of one bundle, as builtins."""
     found = profiles.outcomes(connection, bundle, from_ms=from_ms, upto_ms=upto_ms)
     labels = next((tensor.labels for tensor in manifest.outputs if tensor.labels), ())
-    measured = core.measured(found.confusion, labels, found.devices, found.rows)
+    measured = core.measured(found.confusion, labels, found.devices, found.rows, held_back=found.held_back)
     estimate = core.estimated((found.estimated,) if found.predicted else (), found.predicted)
     return {
         "from_ms": found.from_ms,

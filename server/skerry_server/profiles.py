@@ -33,7 +33,7 @@ from skerry_server.core.drift import Span
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
-from skerry_server.evidence import labels_of
+from skerry_server.evidence import ALL_LABELS, held_labels, labels_of
 
 log = logging.getLogger(__name__)
 
@@ -342,7 +342,8 @@ class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
         rows: answered; predicted, estimated: see ``core.accuracy.estimated``.
         confusion: row-major [true][predicted], empty without labels.
         labels: matched, late, unknown, duplicate, conflicting.
-        devices: labels per device.
+        devices: labels per device, as far as they count (``evidence.held_labels``: over the whole life of device and bundle).
+        held_back: those of all devices that do not; the matrix holds them.
         from_ms, to_ms: of the buckets that were added up; None without any.
     """
 
@@ -352,6 +353,7 @@ class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
     confusion: tuple[int, ...]
     labels: dict[str, int]
     devices: list[DeviceLabels]
+    held_back: DeviceLabels
     from_ms: int | None
     to_ms: int | None
 
@@ -369,19 +371,30 @@ def outcomes(connection: Connection, bundle: str, *, from_ms: int, upto_ms: int)
     ).one()
     matrices = connection.execute(select(_p.confusion).where(*within, func.length(_p.confusion) > 0)).scalars()
     s = t.label_sums.c
-    devices = connection.execute(
-        select(func.sum(s.labelled), func.sum(s.wrong))
+    claimed = connection.execute(
+        select(s.device, func.sum(s.labelled), func.sum(s.wrong))
         .where(s.bundle == bundle, s.bucket_ms >= from_ms, s.bucket_ms < upto_ms)
         .group_by(s.device)
         .order_by(s.device)
     )
+    held = held_labels(connection, [bundle])
+    devices, over = [], DeviceLabels(0, 0)
+    for device, labelled, wrong in claimed:
+        part = held.get((device, bundle), ALL_LABELS)
+        if part is not ALL_LABELS:
+            # Evidence stops at ``evidence.MOST``, these sums do not.
+            part = part._replace(labelled=max(part.labelled, int(labelled)))
+        counts = DeviceLabels(part.of(int(labelled)), part.of(int(wrong)))
+        devices.append(counts)
+        over = DeviceLabels(over.labelled + int(labelled) - counts.labelled, over.wrong + int(wrong) - counts.wrong)
     return Outcomes(
         rows=int(sums.rows),
         predicted=int(sums.predicted),
         estimated=int(sums.estimated),
         confusion=_added(matrices),
         labels={name: int(getattr(sums, name)) for name in LABELS},
-        devices=[DeviceLabels(int(labelled), int(wrong)) for labelled, wrong in devices],
+        devices=devices,
+        held_back=over,
         from_ms=None if sums.from_ms is None else int(sums.from_ms),
         to_ms=None if sums.to_ms is None else int(sums.to_ms),
     )

@@ -87,7 +87,7 @@ def accuracy(
             )
             for one in item["measured"]["classes"]
         ]
-        if item["measured"]["labelled"]:
+        if item["measured"]["labelled"] and rows:
             output.show_table(
                 "per class; intervals take labels as independent (Wilson)",
                 ("class", "recall", "of", "precision", "of"),
@@ -163,6 +163,7 @@ def accuracy_text(item: dict[str, Any]) -> list[str]:
             f"  measured: {share['value']:.1%}, 95% interval {low:.1%} to {high:.1%} ({kind}); "
             f"{measured['labelled']} labels{coverage}"
         )
+    lines += [f"  note: {note}" for note in measured.get("notes", ())]
     if any(labels[name] for name in labels if name != "matched"):
         lines.append("  labels: " + ", ".join(f"{n} {name}" for name, n in labels.items()))
     if estimate["estimate"] is None:

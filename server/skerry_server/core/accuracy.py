@@ -9,6 +9,10 @@ and Pearson's). Its degrees of freedom are those of the *effective number of dev
 one sent nearly all labels count as one, and then nothing is known. The interval stays within 0 and 1, and is never narrower than
 Wilson's. It is shown as soon as enough devices have sent labels.
 
+**Held back.** Labels of a device of which there are more than rows that it answered count in part, right and wrong ones alike; the caller
+says which part (``evidence.held_labels``). The matrix of classes is of all devices together, so nothing can be taken off it: with more than
+``HELD_IN_CLASSES`` of the labels held back there are no shares per class, and with less they are at most so far off.
+
 **Estimated** (``estimated``): CBPE, the mean calibrated probability of being right (Bialek et al. 2024, eq. 1). It sees no labels:
 a world that has changed its meaning (concept drift) and a calibration that no longer holds are invisible to it. So it is
 called an estimate wherever it stands, and never replaces a label.
@@ -17,7 +21,7 @@ called an estimate wherever it stands, and never replaces a label.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -25,6 +29,7 @@ from scipy import special
 from skerry_contract import histogram as h
 
 CONFIDENCE = 0.95
+HELD_IN_CLASSES = 0.01
 _LEAST_FREEDOM = 0.05
 _MOST_QUANTILE = 1e6
 
@@ -49,6 +54,9 @@ class DeviceLabels(NamedTuple):
 
     labelled: int
     wrong: int
+
+
+NOTHING = DeviceLabels(0, 0)
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,8 +99,11 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     """What labels say.
 
     Attributes:
+        classes: empty with too many labels held back.
         coverage: labelled rows over answered rows; None without answers.
+        held_back: labels that do not count, see the module.
         missing: what lacks, in words; empty when accuracy has a value.
+        notes: what else to know of these numbers, in words.
     """
 
     accuracy: Share
@@ -100,7 +111,9 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     labelled: int
     answered: int
     coverage: float | None
+    held_back: int = 0
     missing: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,14 +175,17 @@ def measured(
     devices: Sequence[DeviceLabels],
     answered: int,
     minimums: Minimums | None = None,
+    *,
+    held_back: DeviceLabels = NOTHING,
 ) -> Accuracy:
     """Accuracy, recall and precision from labelled rows.
 
     Args:
         confusion: row-major [true][predicted]; empty without labels.
         labels: the classes.
-        devices: one entry per device that sent labels.
+        devices: one entry per device that sent labels, without those held back.
         answered: rows answered in the same time.
+        held_back: labels in the matrix that do not count, of all devices.
 
     Raises:
         ValueError: the matrix does not fit the classes.
@@ -179,8 +195,11 @@ def measured(
     confusion = confusion or (0,) * (k * k)
     if len(confusion) != k * k:
         raise ValueError(f"a matrix of {len(confusion)} counts cannot be of {k} classes")
-    n, right = sum(confusion), sum(confusion[:: k + 1])
+    n = sum(confusion) - held_back.labelled
+    right = sum(confusion[:: k + 1]) - (held_back.labelled - held_back.wrong)
     told = [one for one in devices if one.labelled]
+    by_class = held_back.labelled <= HELD_IN_CLASSES * n
+    coverage = n / answered if answered else None
     return Accuracy(
         accuracy=_share(right, n, minimums.labels, told, minimums.devices),
         classes=tuple(
@@ -190,12 +209,23 @@ def measured(
                 precision=_share(confusion[i * k + i], sum(confusion[i::k]), minimums.class_labels),
             )
             for i, label in enumerate(labels)
+            if by_class
         ),
         labelled=n,
         answered=answered,
-        coverage=n / answered if answered else None,
+        coverage=coverage,
+        held_back=held_back.labelled,
         missing="" if n >= minimums.labels else f"wanted {minimums.labels} labels, have {n}",
+        notes=tuple(_notes(coverage, held_back.labelled, by_class)),
     )
+
+
+def _notes(coverage: float | None, held_back: int, by_class: bool) -> Iterator[str]:
+    if held_back:
+        rest = "" if by_class else "; nothing is said per class, where they cannot be left out"
+        yield f"{held_back} labels do not count: they are more than what their devices answered{rest}"
+    if coverage is not None and coverage > 1:
+        yield "more labels than answers in this time: some are of answers from before it"
 
 
 def _share(right: int, n: int, least: int, devices: Sequence[DeviceLabels] = (), least_devices: int = 0) -> Share:

@@ -99,6 +99,20 @@ def test_accuracy_is_of_the_last_day_and_the_page_says_so(engine: Engine, tmp_pa
     assert "not drawn" not in drawn(found)
 
 
+def test_a_coverage_above_one_is_explained_on_the_page(engine: Engine, tmp_path: Path) -> None:
+    with writing(engine) as conn:
+        digest = bundle(conn, tmp_path, "1.0.0")
+        k = len(next(iter(models_labels(tmp_path / "1.0.0"))))
+        counted(conn, digest, NOW_MS - HOUR_MS, [1000, *[0] * (k * k - 1)])
+        assert "more labels than answers" not in drawn(gathered_in(conn))
+        counted(conn, digest, NOW_MS - 2 * HOUR_MS, [2000, *[0] * (k * k - 1)])
+        assert "more labels than answers" in drawn(gathered_in(conn))
+
+
+def gathered_in(conn) -> overview.Overview:
+    return overview.gather(conn, name="x", parts={}, now_ms=NOW_MS)
+
+
 def models_labels(folder: Path) -> list[tuple[str, ...]]:
     from skerry_contract import manifest as m
 

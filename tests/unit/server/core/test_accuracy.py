@@ -42,6 +42,20 @@ def test_below_the_minimum_there_is_no_value_and_it_says_what_lacks():
     assert (none.accuracy.value, none.coverage, none.labelled) == (None, None, 0)
 
 
+def test_labels_that_are_held_back_are_in_no_share_and_are_told():
+    few = a.measured([60, 10, 10, 21], ["x", "y"], devices((100, 20)), 90, held_back=a.DeviceLabels(1, 0))
+    assert (few.accuracy.value, few.labelled, few.held_back, len(few.classes)) == (0.8, 100, 1, 2)
+    assert few.coverage == pytest.approx(100 / 90)
+    assert [note.split(":")[0] for note in few.notes] == [
+        "1 labels do not count",
+        "more labels than answers in this time",
+    ]
+    many = a.measured([60, 12, 10, 20], ["x", "y"], devices((100, 20)), 200, held_back=a.DeviceLabels(2, 2))
+    assert (many.accuracy.value, many.classes) == (0.8, ())
+    assert "nothing is said per class" in many.notes[0]
+    assert a.measured([50, 0, 0, 50], ["x", "y"], devices((100, 0)), 100).notes == ()
+
+
 def test_a_matrix_of_other_classes_is_refused():
     with pytest.raises(ValueError, match="2 classes"):
         a.measured([1, 2, 3], ["x", "y"], [], 3)

@@ -151,6 +151,7 @@ def make():
         tombstone=tombstone,
         up=up,
         state=state,
+        device_row=device_row,
         EPOCH=EPOCH,
         BUNDLE=BUNDLE,
         CANDIDATE=CANDIDATE,

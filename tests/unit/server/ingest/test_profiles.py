@@ -9,7 +9,7 @@ import pytest
 from skerry_contract import histogram as h
 from skerry_contract import manifest as m
 from skerry_contract import window as w
-from skerry_server import profiles
+from skerry_server import outcomes, profiles
 from skerry_server.core import profile as core
 from skerry_server.core.accuracy import DeviceLabels
 from skerry_server.db import tables as t
@@ -220,6 +220,55 @@ def test_outcomes_add_labels_per_device_and_class(held, make, device):
     assert half.devices == [DeviceLabels(12, 1), DeviceLabels(4, 3)]
     assert (half.rows, half.from_ms, half.to_ms) == (80, NOW_MS, NOW_MS + BUCKET_MS)
     assert (none.rows, none.confusion, none.devices, none.from_ms) == (0, (), [], None)
+
+
+def test_labels_without_answers_move_no_accuracy_that_is_shown(held, make, device):
+    (window,) = windows(device, 1)
+    with reading(held.engine) as connection:
+        manifest = profiles.manifest_of(connection, held.digest)
+
+    def labelled(confusion, rows):
+        counts = w.Counts(ok=rows, rows=rows)
+        return msgspec.structs.replace(window, counts=counts, labels=w.Labels(confusion=confusion))
+
+    def shown():
+        with reading(held.engine) as connection:
+            return outcomes.of_bundle(connection, held.digest, manifest, from_ms=0, upto_ms=NOW_MS + 10**6)["measured"]
+
+    for name in ("dev-a", "dev-b"):
+        held.take(make.up(name, make.record(1, at(labelled((950, 50, 0, 0, 0, 0, 0, 0, 0), 2000), NOW_MS))))
+    honest = shown()
+    assert (honest["accuracy"]["value"], honest["coverage"], honest["notes"]) == (0.95, 0.5, ())
+    assert len(honest["classes"]) == 3
+    # More than a row of the evidence holds, and one of it with ten answers to it.
+    lies = [make.record(seq, at(labelled((0, 1 << 32, *[0] * 7), 0), NOW_MS)) for seq in range(1, 301)]
+    held.insert(t.devices, **make.device_row("dev-c"))
+    held.take(make.up("dev-c", *lies))
+    lied = shown()
+    assert {name: lied[name] for name in ("accuracy", "labelled", "coverage")} == {
+        name: honest[name] for name in ("accuracy", "labelled", "coverage")
+    }
+    assert (lied["held_back"], lied["classes"]) == (300 << 32, ())
+    assert "labels do not count" in lied["notes"][0]
+    held.take(make.up("dev-c", make.record(301, at(labelled((0,) * 9, 10), NOW_MS))))
+    assert (shown()["labelled"], shown()["accuracy"]["right"]) == (2010, 1900)
+
+
+def test_labels_that_overtake_their_answers_count_in_full_when_those_are_here(held, make, device):
+    (window,) = windows(device, 1)
+    labels = w.Labels(confusion=(30, 10, 0, 0, 0, 0, 0, 0, 0))
+    window = msgspec.structs.replace(window, labels=w.Labels())
+    late = msgspec.structs.replace(window, counts=w.Counts(), features={}, outputs={}, labels=labels)
+
+    def devices():
+        with reading(held.engine) as connection:
+            found = profiles.outcomes(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 10**6)
+        return found.devices, found.held_back
+
+    held.take(make.up("dev-a", make.record(2, at(late, NOW_MS))))
+    assert devices() == ([DeviceLabels(0, 0)], DeviceLabels(40, 10))
+    held.take(make.up("dev-a", make.record(1, at(window, NOW_MS))))
+    assert devices() == ([DeviceLabels(40, 10)], DeviceLabels(0, 0))
 
 
 def test_the_estimate_comes_from_calibrated_confidence(held, make, tmp_path):
