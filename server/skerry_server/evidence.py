@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import msgspec
 from skerry_contract import histogram as h
 from skerry_contract import window as w
-from sqlalchemy import Connection, case, func, select
+from sqlalchemy import Connection, Select, case, func, select
 
 from skerry_server.db import tables as t
 
@@ -191,6 +191,21 @@ def of_rollout(connection: Connection, rollout: str, stage: int | None = None) -
     return _read(connection, query if stage is None else query.where(_e.stage == stage))
 
 
+def of_arms(connection: Connection, rollout: str, stage: int) -> list[Evidence]:
+    """As ``of_rollout`` of one stage, of the devices frozen into it and under their arm. A completing rollout has its last stage's list."""
+    found = frozen(rollout, stage).subquery()
+    mine = (found.c.device == _e.device) & (found.c.arm == _e.arm)
+    query = select(*(_e[name] for name in _READ)).join(found, mine)
+    return _read(connection, query.where(_e.rollout == rollout, _e.stage == stage))
+
+
+def frozen(rollout: str, stage: int) -> Select[tuple[str, str]]:
+    """Selects (device, arm) of the list that was frozen for a stage, or for the last one before it that has a list."""
+    c = t.rollout_devices.c
+    newest = select(func.max(c.stage)).where(c.rollout == rollout, c.stage <= stage).scalar_subquery()
+    return select(c.device, c.arm).where(c.rollout == rollout, c.stage == newest)
+
+
 class Past(NamedTuple):
     """What a device had counted of the stable bundle before it entered a rollout, by ``PRE``."""
 
@@ -225,16 +240,23 @@ class Held(NamedTuple):
 ALL_LABELS = Held(1, 1)
 
 
-def held_labels(connection: Connection, bundles: Sequence[str]) -> dict[tuple[str, str], Held]:
+def held_labels(
+    connection: Connection, bundles: Sequence[str], among: Select[tuple[str]] | None = None
+) -> dict[tuple[str, str], Held]:
     """By (device, bundle): whose labels, over all keys and all time, are more than what was answered. Of honest devices none for long.
 
     Labels come later than the answers they are about, and under the same key, but their windows may overtake: what is over counts as
     soon as the answers are here, so that order changes nothing here either. A device that lost records stays over for good; its
     labels weigh then as much as what it answered, with the same share of wrong ones.
+
+    Args:
+        among: selects the devices that are asked for; None: all.
     """
     rows, requests, labelled = func.sum(_e.rows), func.sum(_e.ok), func.sum(_e.labelled)
     answered = case((rows > requests, rows), else_=requests)
     query = select(_e.device, _e.bundle, answered, labelled).where(_e.bundle.in_(list(bundles)))
+    if among is not None:
+        query = query.where(_e.device.in_(among))
     found = connection.execute(query.group_by(_e.device, _e.bundle).having(labelled > answered))
     return {(device, bundle): Held(int(n), int(labels)) for device, bundle, n, labels in found}
 

@@ -371,13 +371,11 @@ def outcomes(connection: Connection, bundle: str, *, from_ms: int, upto_ms: int)
     ).one()
     matrices = connection.execute(select(_p.confusion).where(*within, func.length(_p.confusion) > 0)).scalars()
     s = t.label_sums.c
+    of_late = (s.bundle == bundle, s.bucket_ms >= from_ms, s.bucket_ms < upto_ms)
     claimed = connection.execute(
-        select(s.device, func.sum(s.labelled), func.sum(s.wrong))
-        .where(s.bundle == bundle, s.bucket_ms >= from_ms, s.bucket_ms < upto_ms)
-        .group_by(s.device)
-        .order_by(s.device)
+        select(s.device, func.sum(s.labelled), func.sum(s.wrong)).where(*of_late).group_by(s.device).order_by(s.device)
     )
-    held = held_labels(connection, [bundle])
+    held = held_labels(connection, [bundle], select(s.device).where(*of_late))
     devices, over = [], DeviceLabels(0, 0)
     for device, labelled, wrong in claimed:
         part = held.get((device, bundle), ALL_LABELS)

@@ -142,6 +142,23 @@ def test_many_who_watch_cost_as_much_as_one(engine: Engine) -> None:
     assert len(reads) == 3
 
 
+@pytest.mark.parametrize(("took_s", "hold_ms"), [(0.01, 2_000), (0.9, 9_000), (300.0, 60_000)])
+def test_a_reading_is_held_for_ten_times_as_long_as_it_took_and_a_minute_at_most(
+    engine: Engine, took_s: float, hold_ms: int
+) -> None:
+    shared, empty, clock_s = overview.Shared(), gathered(engine), [50.0]
+    reads = []
+
+    def read() -> overview.Overview:
+        reads.append(1)
+        clock_s[0] += took_s
+        return empty
+
+    for now_ms, n in ((NOW_MS, 1), (NOW_MS + hold_ms - 1, 1), (NOW_MS + hold_ms, 2)):
+        shared.get(read, now_ms, lambda: clock_s[0])
+        assert len(reads) == n
+
+
 def test_a_failed_reading_is_not_kept(engine: Engine) -> None:
     shared, empty = overview.Shared(), gathered(engine)
 
