@@ -104,6 +104,16 @@ def _evidence(evidence: dict[str, list[int]]) -> str:
     return "; ".join(parts) or "none recorded"
 
 
+_TAKEN = {
+    "duplicate": "records that had come before",
+    "labels_unfit": "windows taken without their labels, which no device can have counted",
+    "latency_unfit": "windows taken without their latency, which is too coarse",
+    "profile_unfit": "parts of windows left out of drift and accuracy, since they do not fit the bundle",
+    "stale_state": "states that were older than the one known",
+}
+"""What ingest counts beside refusals. Later servers may count more."""
+
+
 def _behind(behind: dict[str, Any]) -> str:
     document, records = behind["group_document"], behind["records"]
     parts = [f"group document {document['device']} of {document['server']}"]
@@ -115,7 +125,10 @@ def _behind(behind: dict[str, Any]) -> str:
             f"records {records['committed'] or 0} of {max(records['reported'], records['committed'] or 0)} committed"
         )
     parts += [f"lost by {cause}: {n}" for cause, n in sorted(behind["lost"].items())]
-    parts += [f"messages refused as {cause}: {n}" for cause, n in sorted(behind["refused_messages"].items())]
+    parts += [
+        f"{_TAKEN.get(cause, f'messages or records refused as {cause}')}: {n}"
+        for cause, n in sorted(behind["refused_messages"].items())
+    ]
     return "; ".join(parts)
 
 

@@ -62,12 +62,12 @@ def accuracy(
     as_json: AsJson = False,
 ) -> None:
     """Shows how often each version is right, from labels with intervals, and the label-free estimate beside it."""
+    if until_ms is not None and until_ms <= (since_ms or 0):
+        raise Usage(f"wanted --until-ms after --since-ms, got {since_ms or 0} to {until_ms}")
     api = session(context).api
     if since_ms is None:
         # Over a version's whole life a fall is lost among the labels of better days.
         since_ms = max(0, (until_ms if until_ms is not None else int(time.time() * 1000)) - _SPAN_MS)
-    elif until_ms is not None and until_ms <= since_ms:
-        raise Usage(f"wanted --until-ms after --since-ms, got {since_ms} to {until_ms}")
     items = list(api.items("/api/v1/accuracy", model=model, since_ms=since_ms, until_ms=until_ms))
     if as_json:
         output.show_json({"items": items})

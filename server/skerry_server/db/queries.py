@@ -172,7 +172,7 @@ def quarantine_page(
 
 
 def ingest_counts(connection: Connection, *, device: str | None = None) -> dict[str, int]:
-    """What ingest refused or met, by cause, of one device or of all."""
+    """What ingest refused, left out of what it took, or met again, by cause, of one device or of all."""
     c = t.ingest_counters.c
     query = select(c.name, func.sum(c.n)).group_by(c.name).order_by(c.name)
     if device is not None:
