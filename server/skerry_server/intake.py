@@ -1,7 +1,7 @@
 """One transaction of ingest: messages in, rows and acknowledgements out.
 
 Owns the order of the steps and the statements that write records. Leaves the decision about each record to ``ledger``, the
-roll-ups to ``rollups`` and ``profiles``, device states to ``presence`` and rubbish to ``quarantine``; threads, retries and MQTT to ``ingest``.
+roll-ups to ``rollups``, ``profiles`` and ``reports``, device states to ``presence`` and rubbish to ``quarantine``; threads, retries and MQTT to ``ingest``.
 
 Every select and insert serves the whole batch; only a record below what its stream already holds costs a look of its own.
 """
@@ -17,7 +17,7 @@ from skerry_contract import window as w
 from skerry_contract.errors import ContractError, Malformed
 from sqlalchemy import Connection, Insert, bindparam, func, insert, select
 
-from skerry_server import ledger, profiles, rollups, windows
+from skerry_server import ledger, profiles, reports, rollups, windows
 from skerry_server.core import profile as core
 from skerry_server.db import queries
 from skerry_server.db import tables as t
@@ -294,6 +294,7 @@ class _Batch:
             self._connection.execute(insert(t.samples), self._samples)
         if self._outcome.events:
             self._connection.execute(insert(t.events), [event._asdict() for event in self._outcome.events])
+            reports.fold(self._connection, self._outcome.events)
         _STREAMS.run(self._connection, streams)
         rollups.fold(self._connection, self._arrived, self._now_ms)
         self._profiles.store()

@@ -17,7 +17,7 @@ from skerry_contract import histogram as h
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, Text, func, insert, select, type_coerce
 
-from skerry_server import evidence, rollouts
+from skerry_server import evidence, reports
 from skerry_server.core import judge as j
 from skerry_server.core import judge_plan
 from skerry_server.core import plan as p
@@ -25,8 +25,6 @@ from skerry_server.db import tables as t
 
 SMALLEST_P95 = 20
 """Requests of a device behind a p95; with fewer it has none."""
-CRASHES = ("runtime_crashed", "worker_hung")
-"""Codes of a worker's event: the process died, or was killed because it no longer answered."""
 ACCURACY_DROP = 0.05
 """How far below its validated accuracy a candidate may be where its bundle does not say."""
 
@@ -359,18 +357,11 @@ def _level(latency: h.Exponential) -> tuple[int, int]:
 def _troubled(
     conn: Connection, row: Mapping[str, Any], judge: judge_plan.Judge, stage: int, *, began_ms: int, now_ms: int
 ) -> set[str]:
-    """Frozen devices of which a worker crashed or hung in this stage, and devices that went back from the candidate, or that fell silent."""
-    codes, _ = rollouts.reports(conn, row)
-    found = set(codes)
-    c, d, v = t.events.c, t.rollout_devices.c, t.devices.c
+    """Frozen devices of which a worker crashed or hung in this stage, and candidates that went back, and frozen devices that fell silent."""
+    told = reports.of_rollout(conn, row)
+    found = {*told.went_back, *(device for device, at_ms in told.crashed.items() if at_ms >= began_ms)}
+    d, v = t.rollout_devices.c, t.devices.c
     frozen = select(d.device).where(d.rollout == row["id"], d.stage == stage)
-    query = select(c.device, c.data).where(
-        c.name == "worker", c.code.in_(CRASHES), c.received_ms >= began_ms, c.device.in_(frozen)
-    )
-    for device, data in conn.execute(query):
-        models = data.get("models") if isinstance(data, dict) else None
-        if isinstance(models, dict) and row["model"] in models:
-            found.add(device)
     since = now_ms - int(judge.silent_s * 1000)
     silent = select(v.id).where(v.id.in_(frozen), v.seen_ms.is_(None) | (v.seen_ms < since))
     return found | set(conn.execute(silent).scalars())

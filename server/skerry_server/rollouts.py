@@ -18,7 +18,7 @@ from skerry_contract import ids
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from skerry_server import audit, groups
+from skerry_server import audit, groups, reports
 from skerry_server.core import cuts, eligibility
 from skerry_server.core import plan as p
 from skerry_server.core import rollout as core
@@ -171,9 +171,9 @@ def gather(conn: Connection, row: Mapping[str, Any]) -> core.Evidence:
     cut = g.Rollout(
         id=row["id"], stage=row["stage"], candidate=g.Target(digest="", version=""), salt=row["salt"], cuts=row["cuts"]
     )
-    codes, unable = reports(conn, row)
+    told = reports.of_rollout(conn, row)
     reverted: dict[str, int] = {}
-    for code in codes.values():
+    for code in told.went_back.values():
         reverted[code] = reverted.get(code, 0) + 1
     # A resumed stage goes on with what was counted in it, and with who has fallen silent in it. A device that was online when
     # the server or its broker ended sends no will: until it speaks again it counts as online, but not as confirmed.
@@ -190,7 +190,7 @@ def gather(conn: Connection, row: Mapping[str, Any]) -> core.Evidence:
             continue
         n["candidates"] += 1
         if not device.online:
-            if device.id not in unable and (device.gone_ms or 0) >= entered_ms:
+            if device.id not in told.unable and (device.gone_ms or 0) >= entered_ms:
                 silent.append(device.id)
             continue
         n["online"] += 1
@@ -198,7 +198,7 @@ def gather(conn: Connection, row: Mapping[str, Any]) -> core.Evidence:
         n["unheard"] += not heard
         if heard and answers and running.get("state") in ("confirmed", "confirmed_on_golden", "trial"):
             n[running["state"]] += 1
-        elif not answers and device.id in unable:
+        elif not answers and device.id in told.unable:
             n["unable"] += 1
     counts, p95_ms = _counts(conn, row)
     return core.Evidence(
@@ -213,31 +213,10 @@ def gather(conn: Connection, row: Mapping[str, Any]) -> core.Evidence:
         unable=n["unable"],
         still=n["still"],
         reverted=reverted,
+        disbelieved=told.disbelieved,
         p95_ms=p95_ms,
         **counts,
     )
-
-
-def reports(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, str], frozenset[str]]:
-    """What devices of the group said of the candidate in this rollout: device that went back -> its code; devices unable."""
-    c = t.events.c
-    mine = select(t.devices.c.id).where(t.devices.c.group == row["group"])
-    query = (
-        select(c.device, c.code, c.data)
-        .where(c.name == "update", c.code != "", c.received_ms >= row["created_ms"], c.device.in_(mine))
-        .order_by(c.id)
-    )
-    codes: dict[str, str] = {}
-    unable: set[str] = set()
-    for event in conn.execute(query):
-        data = event.data or {}
-        if (data.get("digest"), data.get("rollout")) != (row["candidate"], row["id"]):
-            continue
-        if eligibility.is_verdict_on_bundle(event.code):
-            codes[event.device] = event.code
-        elif event.code in eligibility.UNABLE:
-            unable.add(event.device)
-    return codes, frozenset(unable)
 
 
 def _counts(conn: Connection, row: Mapping[str, Any]) -> tuple[dict[str, int], float | None]:

@@ -103,6 +103,7 @@ class Evidence:
         on_trial: candidates online whose trial runs.
         unable: candidates online that reported that they cannot run it (no variant, too little memory, ...).
         reverted: reason code -> candidates that went back or refused the bundle.
+        disbelieved: devices that are no candidates and say that they went back from it or refused it: decides nothing.
         still: devices online that answer with the candidate, of all arms; rolling back ends at 0.
         p95_ms: None without any latency recorded.
     """
@@ -118,6 +119,7 @@ class Evidence:
     unable: int = 0
     reverted: dict[str, int] = field(default_factory=dict)
     still: int = 0
+    disbelieved: int = 0
     ok: int = 0
     invalid: int = 0
     failed: int = 0
@@ -352,6 +354,8 @@ def _kept(gates: Gates, evidence: Evidence, proven: int, wanted: int) -> str:
         parts.append(f"{_devices(evidence.silent)} went offline since the stage began")
     reverts = sum(evidence.reverted.values())
     parts.append("no device went back" if not reverts else f"{_devices(reverts)} went back, {gates.max_reverts} may")
+    if evidence.disbelieved:
+        parts.append(f"{_devices(evidence.disbelieved)} outside the stage said so, which counts for nothing")
     return "; ".join(parts)
 
 

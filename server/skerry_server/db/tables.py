@@ -256,6 +256,17 @@ rollout_devices = Table(
     Column("online", Boolean, nullable=False, default=True, server_default=text("TRUE")),  # at that moment
 )
 
+rollout_reports = Table(
+    "rollout_reports",
+    metadata,
+    # What a device said of the rollout under way: kept when its events are taken, so that no look reads them.
+    Column("rollout", String(63), ForeignKey("rollouts.id"), primary_key=True),
+    Column("device", String(63), primary_key=True),
+    Column("went_back", String(60), nullable=False),  # code with which it last went back or refused; "" for none
+    Column("unable", String(60), nullable=False),  # code with which it last said that it cannot run the candidate
+    Column("crashed_ms", BigInteger, nullable=False),  # a worker with the model last crashed or hung; 0 for never
+)
+
 looks = Table(
     "looks",
     metadata,

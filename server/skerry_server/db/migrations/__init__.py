@@ -13,7 +13,7 @@ from collections.abc import Callable
 from sqlalchemy import Connection, Engine, func, insert, inspect, select
 
 from skerry_server.db.engine import writing
-from skerry_server.db.migrations import v0001, v0002, v0003, v0004, v0005
+from skerry_server.db.migrations import v0001, v0002, v0003, v0004, v0005, v0006
 from skerry_server.db.tables import schema_version
 
 MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -22,14 +22,29 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (v0003.NAME, v0003.STATEMENTS),
     (v0004.NAME, v0004.STATEMENTS),
     (v0005.NAME, v0005.STATEMENTS),
+    (v0006.NAME, v0006.STATEMENTS),
 )
 """Name and statements; the first brings version 0 to 1, the next 1 to 2, and so on. What is shipped never changes."""
 
 NEWEST = len(MIGRATIONS)
 
 _WORDS = {
-    "sqlite": {"{ID}": "INTEGER", "{BYTES}": "BLOB", "{WITHOUT_ROWID}": "WITHOUT ROWID"},
-    "postgresql": {"{ID}": "BIGSERIAL", "{BYTES}": "BYTEA", "{WITHOUT_ROWID}": ""},
+    "sqlite": {
+        "{ID}": "INTEGER",
+        "{BYTES}": "BLOB",
+        "{WITHOUT_ROWID}": "WITHOUT ROWID",
+        "{NAMED_ROLLOUT}": "json_extract(e.data, '$.rollout')",
+        "{NAMED_DIGEST}": "json_extract(e.data, '$.digest')",
+        "{NAMES_MODEL}": "json_type(e.data, '$.models.\"' || r.model || '\"') IS NOT NULL",
+    },
+    "postgresql": {
+        "{ID}": "BIGSERIAL",
+        "{BYTES}": "BYTEA",
+        "{WITHOUT_ROWID}": "",
+        "{NAMED_ROLLOUT}": "e.data ->> 'rollout'",
+        "{NAMED_DIGEST}": "e.data ->> 'digest'",
+        "{NAMES_MODEL}": "e.data #> ARRAY['models', r.model] IS NOT NULL",
+    },
 }
 
 

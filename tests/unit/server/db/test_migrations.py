@@ -144,6 +144,58 @@ def test_a_database_of_the_first_release_keeps_its_rows(tmp_path, monkeypatch, o
     assert (counted["ok"], counted["entered_boot"], counted["entered_ns"], counted["early"]) == (7, "", 0, None)
 
 
+def test_what_devices_said_of_a_rollout_under_way_is_known_after_an_upgrade(tmp_path, monkeypatch, opened):
+    engine = opened(tmp_path / "s.db")
+    with monkeypatch.context() as older:
+        older.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:5])
+        older.setattr(migrations, "NEWEST", 5)
+        migrations.migrate(engine)
+    tables = metadata.tables
+    rollout = {
+        "group": "g",
+        "model": "gas",
+        "stable": "a",
+        "candidate": "c",
+        "salt": "s",
+        "plan": {},
+        "stage_since_ms": 0,
+    }
+    rollout |= {"created_by": "x", "created_ms": 10}
+    device = {"group": "g", "status": "enrolled", "enrolled_ms": 0, "public_key_sha256": "", "public_key_pem": ""}
+    device |= {"certificate_serial": "", "certificate_expires_ms": 0}
+    of = {"rollout": "r", "digest": "c"}
+    events = [
+        ("d1", 11, "update", "hash_mismatch", of),
+        ("d1", 12, "update", "golden_failed", of),
+        ("d1", 13, "update", "unreachable", of),
+        ("d1", 14, "worker", "runtime_crashed", {"models": {"gas": "x"}}),
+        ("d1", 15, "worker", "runtime_crashed", {"models": {"other": "x"}}),
+        ("d2", 11, "update", "no_variant", of),
+        ("d2", 9, "update", "hash_mismatch", of),
+        ("d3", 11, "update", "hash_mismatch", {"rollout": "old", "digest": "c"}),
+        ("d3", 11, "update", "hash_mismatch", {"rollout": "r", "digest": "a"}),
+        ("d3", 11, "update", "hash_mismatch", None),
+        ("d3", 11, "update", "", of),
+        ("d3", 11, "worker", "runtime_crashed", {"models": ["gas"]}),
+        ("d3", 11, "worker", "runtime_crashed", [1]),
+    ]
+    names = ("device", "received_ms", "name", "code", "data")
+    with writing(engine) as connection:
+        connection.execute(insert(groups).values(name="g", created_ms=0))
+        for name, state in (("r", "running"), ("old", "completed")):
+            connection.execute(insert(rollouts).values(**rollout, id=name, state=state))
+        connection.execute(insert(tables["devices"]), [{**device, "id": name} for name in ("d1", "d2", "d3")])
+        rows = [dict(zip(names, event, strict=True)) | {"at_ms": 0} for event in events]
+        connection.execute(insert(tables["events"]), rows)
+    assert migrations.migrate(engine) == 5
+    with reading(engine) as connection:
+        reports = tables["rollout_reports"]
+        assert connection.execute(select(reports).order_by(reports.c.device)).all() == [
+            ("r", "d1", "golden_failed", "", 14),
+            ("r", "d2", "", "no_variant", 0),
+        ]
+
+
 def test_statements_can_be_said_to_postgresql():
     for _, statements in migrations.MIGRATIONS:
         for statement in statements:

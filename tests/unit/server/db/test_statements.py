@@ -1,7 +1,7 @@
 """What is written for SQLite can be said to PostgreSQL, and the bulk way writes what the ordinary way writes."""
 
 import pytest
-from skerry_server import audit, evidence, intake, presence, profiles
+from skerry_server import audit, intake, presence, profiles, reports, rollups
 from skerry_server.db import migrations, queries
 from skerry_server.db.bulk import Many
 from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
@@ -19,11 +19,11 @@ class Postgres:
 def test_the_statements_of_ingest_compile_for_postgresql():
     dialect = postgresql.dialect()
     assert "coalesce" in str(intake._TOUCHING.compile(dialect=dialect))
-    roll_ups = (evidence._ENTER, evidence._ADD, profiles._ENTER, profiles._SET, profiles._LABELS)
+    roll_ups = (rollups._ENTER, rollups._ADD, profiles._ENTER, profiles._SET, profiles._LABELS, reports._REPORTS)
     for many in (intake._LEDGER, intake._WINDOWS, intake._STREAMS, presence._SEEN, *roll_ups):
         text, _ = many._compile(Postgres())
         assert text.startswith(("INSERT", "UPDATE"))
-    for many in (intake._STREAMS, profiles._LABELS):
+    for many in (intake._STREAMS, profiles._LABELS, reports._REPORTS):
         assert "ON CONFLICT" in many._compile(Postgres())[0]
     upsert = queries.upsert(Postgres(), server_sessions).values(name="mqtt", birth=1)
     assert "RETURNING" in str(upsert.returning(server_sessions.c.birth).compile(dialect=dialect))

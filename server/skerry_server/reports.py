@@ -1,0 +1,134 @@
+"""What devices say of a rollout's candidate, and of their workers' deaths: one row per rollout and device, kept when events are taken.
+
+Owns the table ``rollout_reports``. A rollout is looked at every few seconds, and a device may send as many events as it likes: what a
+look reads must not grow with them. Leaves what a code means to ``core.eligibility`` and what follows to ``core.rollout`` and the judge.
+
+**Who is believed.** A device takes the candidate when its hash lies below the cut, and cuts only grow: so a device that went back from it,
+or refused it, is below the cut, or was frozen as a candidate of a stage and changed its stratum since. What any other device says of the
+candidate cannot be; it is counted and decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from skerry_contract import group as g
+from skerry_contract import ids
+from sqlalchemy import Connection, Insert, case, literal_column, select
+
+from skerry_server.core import eligibility
+from skerry_server.core import rollout as core
+from skerry_server.db import queries
+from skerry_server.db import tables as t
+from skerry_server.db.bulk import Many
+
+if TYPE_CHECKING:
+    from skerry_server.intake import TakenEvent
+
+CRASHES = ("runtime_crashed", "worker_hung")
+"""Codes of a worker's event: the process died, or was killed because it no longer answered."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reports:
+    """What is known of a rollout.
+
+    Attributes:
+        went_back: candidate -> code with which it last went back from the bundle or refused it.
+        unable: candidates that said that they cannot run it.
+        disbelieved: devices of the group that say they went back from it, and are no candidates.
+        crashed: device of either arm -> when its worker last crashed or hung with the model, by the server's clock.
+    """
+
+    went_back: dict[str, str]
+    unable: frozenset[str]
+    disbelieved: int
+    crashed: dict[str, int]
+
+
+def fold(connection: Connection, events: Sequence[TakenEvent]) -> None:
+    """Adds what the events say to the rollouts under way in the groups of their devices, within the caller's transaction."""
+    told = [e for e in events if (e.name == "update" and e.code) or (e.name == "worker" and e.code in CRASHES)]
+    if not told:
+        return
+    r, v = t.rollouts.c, t.devices.c
+    query = (
+        select(v.id.label("device"), r.id, r.model, r.candidate)
+        .join_from(t.rollouts, t.devices, v.group == r.group)
+        .where(v.id.in_(sorted({event.device for event in told})), r.state.in_(sorted(core.ACTIVE)))
+    )
+    moving: dict[str, list[Any]] = {}
+    for row in connection.execute(query):
+        moving.setdefault(row.device, []).append(row)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for event in told:
+        for rollout in moving.get(event.device, ()):
+            news = _news(event, rollout)
+            if news:
+                key = (rollout.id, event.device)
+                nothing = {"rollout": key[0], "device": key[1], "went_back": "", "unable": "", "crashed_ms": 0}
+                rows.setdefault(key, nothing).update(news)
+    _REPORTS.run(connection, list(rows.values()))
+
+
+def _news(event: TakenEvent, rollout: Any) -> dict[str, Any]:
+    if event.name == "worker":
+        models = event.data.get("models")
+        return {"crashed_ms": event.received_ms} if isinstance(models, dict) and rollout.model in models else {}
+    if (event.data.get("rollout"), event.data.get("digest")) != (rollout.id, rollout.candidate):
+        return {}
+    if eligibility.is_verdict_on_bundle(event.code):
+        return {"went_back": event.code}
+    return {"unable": event.code} if event.code in eligibility.UNABLE else {}
+
+
+def of_rollout(connection: Connection, row: Mapping[str, Any]) -> Reports:
+    """What stands of a rollout, given as its row. Reads one row per device that said anything."""
+    c, v, d = t.rollout_reports.c, t.devices.c, t.rollout_devices.c
+    query = (
+        select(c.device, c.went_back, c.unable, c.crashed_ms, v.stratum, v.group)
+        .join_from(t.rollout_reports, t.devices, v.id == c.device)
+        .where(c.rollout == row["id"])
+        .order_by(c.device)
+    )
+    cut = g.Rollout(
+        id=row["id"], stage=row["stage"], candidate=g.Target(digest="", version=""), salt=row["salt"], cuts=row["cuts"]
+    )
+    went_back: dict[str, str] = {}
+    unable: set[str] = set()
+    crashed: dict[str, int] = {}
+    disbelieved = 0
+    frozen: set[str] | None = None
+    for one in connection.execute(query):
+        if one.crashed_ms:
+            crashed[one.device] = one.crashed_ms
+        if one.group != row["group"] or not (one.went_back or one.unable):
+            continue
+        is_candidate = g.is_candidate(cut, ids.DeviceId(one.device), one.stratum)
+        if not is_candidate:
+            if frozen is None:
+                listed = select(d.device).where(d.rollout == row["id"], d.arm == "candidate")
+                frozen = set(connection.execute(listed).scalars())
+            is_candidate = one.device in frozen
+        if not is_candidate:
+            disbelieved += bool(one.went_back)
+            continue
+        if one.went_back:
+            went_back[one.device] = one.went_back
+        if one.unable:
+            unable.add(one.device)
+    return Reports(went_back=went_back, unable=frozenset(unable), disbelieved=disbelieved, crashed=crashed)
+
+
+def _upsert(connection: Connection) -> Insert:
+    fresh = queries.upsert(connection, t.rollout_reports)
+    c, new = t.rollout_reports.c, fresh.excluded
+    nothing = {"went_back": "''", "unable": "''", "crashed_ms": "0"}
+    newer = {n: case((new[n] != literal_column(none), new[n]), else_=c[n]) for n, none in nothing.items()}
+    statement: Insert = fresh.on_conflict_do_update(index_elements=["rollout", "device"], set_=newer)
+    return statement
+
+
+_REPORTS = Many(_upsert, t.rollout_reports.c.keys())
