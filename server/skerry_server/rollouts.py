@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ from skerry_contract import group as g
 from skerry_contract import histogram as h
 from skerry_contract import ids
 from skerry_contract import manifest as m
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, and_, case, delete, func, insert, select, update
 
 from skerry_server import audit, groups, reports
 from skerry_server.core import cuts, eligibility
@@ -265,6 +266,12 @@ def carry_out(
         state = core.transition(row["state"], decision.action)
     except core.NotAllowed as error:
         raise Conflict("not_allowed", str(error), state=row["state"]) from None
+    plan = p.read_plan(row["plan"])
+    resumed: dict[str, Any] = {}
+    if decision.action == "resume":
+        silent = int(decision.evidence.get("silent", 0))
+        resumed, note = _resume(conn, row, plan, silent=silent, now_ms=now_ms, seen_s=seen_s)
+        decision = replace(decision, reason=decision.reason + note)
     conn.execute(
         insert(t.decisions).values(
             rollout=rollout,
@@ -279,18 +286,16 @@ def carry_out(
     if decision.action == "hold":
         return row
     changes: dict[str, Any] = {"state": state, "reason": decision.reason, "version": row["version"] + 1}
-    plan = p.read_plan(row["plan"])
     if decision.action in ("start", "advance"):
         stage = 0 if decision.action == "start" else row["stage"] + 1
         changes |= _enter(conn, row, plan, stage, now_ms=now_ms, seen_s=seen_s)
     elif decision.action == "complete" and row["state"] == "running":
         changes |= {"stage": len(plan.stages), "stage_since_ms": now_ms, "entered_ms": now_ms}
         changes["cuts"] = cuts.grow(row["cuts"], _EVERYONE)
-    elif decision.action in ("resume", "complete", "roll_back"):
+    elif decision.action == "resume":
+        changes |= resumed
+    elif decision.action in ("complete", "roll_back"):
         changes["stage_since_ms"] = now_ms
-        if decision.action == "resume":
-            # A canary may have been revoked, or nobody was there to be cut when the stage began: cuts only grow.
-            _, changes["cuts"] = _place(conn, row, plan, row["stage"], now_ms=now_ms, seen_s=seen_s)
     if state in ("completed", "rolled_back", "aborted"):
         changes["ended_ms"] = now_ms
     where = (t.group_models.c.group == row["group"], t.group_models.c.model == row["model"])
@@ -313,6 +318,57 @@ def carry_out(
         reason=decision.reason,
     )
     return row | changes
+
+
+def _resume(
+    conn: Connection, row: Mapping[str, Any], plan: p.Plan, *, silent: int, now_ms: int, seen_s: float
+) -> tuple[dict[str, Any], str]:
+    """What a resumed stage changes, and what its decision says of that.
+
+    A canary may have been revoked, or nobody was there to be cut when the stage began: it is cut again, and cuts only grow. The judge's
+    list is frozen, and devices that join it later would be compared over another time than the others. So where too few of the list are
+    left for the judge, the same stage begins anew as a further one: new list, new evidence, new looks; those so far stay as they are.
+
+    Args:
+        silent: candidates that fell silent since the stage began. A new stage would forget them, so they hold the old one.
+    """
+    stage, judge = int(row["stage"]), plan.judge
+    known, placed = _place(conn, row, plan, stage, now_ms=now_ms, seen_s=seen_s)
+    changes: dict[str, Any] = {"stage_since_ms": now_ms, "cuts": placed}
+    if judge is None or not plan.is_judged(stage):
+        return changes, ""
+    d, v = t.rollout_devices.c, t.devices.c
+    pinned = select(t.pins.c.device).where(t.pins.c.model == row["model"])
+    here = case((and_(v.status == "enrolled", v.group == row["group"], v.id.not_in(pinned)), 1), else_=0)
+    query = select(d.arm, func.count(), func.sum(here)).join_from(t.rollout_devices, t.devices, v.id == d.device)
+    query = query.where(d.rollout == row["id"], d.stage == stage).group_by(d.arm)
+    found = {arm: (int(of), int(left)) for arm, of, left in conn.execute(query)}
+    (candidates, candidates_left), (controls, controls_left) = (
+        found.get(arm, (0, 0)) for arm in ("candidate", "control")
+    )
+    # A fleet too small to compare is judged on its candidates alone, however few there were.
+    least = min(judge.min_devices, max(1, candidates)) if judge.small_fleet else judge.min_devices
+    least_controls = 0 if judge.small_fleet else judge.min_devices
+    if candidates_left >= least and controls_left >= least_controls:
+        return changes, ""
+    cut = g.Rollout(id=row["id"], stage=stage, candidate=g.Target(digest="", version=""), salt=row["salt"], cuts=placed)
+    inside = sum(g.is_candidate(cut, one.device, one.stratum) for one in known)
+    left = f"; of the judge's list {candidates_left} of {candidates} candidates and {controls_left} of {controls} controls are left"
+    if silent:
+        return (
+            changes,
+            f"{left}, and {silent} silent still hold the stage: resume once more when they are back, revoked or pinned",
+        )
+    if inside < least or len(known) - inside < least_controls:
+        return changes, (
+            f"{left}, and of the devices there are now too few for another ({inside} and {len(known) - inside}): the stage cannot "
+            "pass. Resume once more when there are more, or start a new rollout"
+        )
+    longer = p.begun_anew(plan, stage)
+    if longer is None:
+        return changes, f"{left}, and the plan has no room to begin the stage anew: only a new rollout helps"
+    changes = _enter(conn, row, longer, stage + 1, now_ms=now_ms, seen_s=seen_s) | {"plan": longer.to_builtins()}
+    return changes, f"{left}, so stage {stage + 1} begins anew as stage {stage + 2}, with a new list and new counts"
 
 
 def _enter(

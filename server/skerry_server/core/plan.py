@@ -7,7 +7,7 @@ fault it finds at once.
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from skerry_server.core.judge_plan import Judge, read_judge
@@ -77,17 +77,19 @@ class Plan:
     Attributes:
         stratified: a stage takes its part of every stratum.
         judge: candidates are compared with controls, beside the gates; None: the gates alone decide.
+        repeats: how many of the stages with controls are others begun anew.
     """
 
     stages: tuple[Stage, ...]
     gates: Gates = Gates()
     stratified: bool = False
     judge: Judge | None = None
+    repeats: int = 0
 
     @property
     def compared(self) -> int:
-        """How many stages have controls."""
-        return sum(stage.compared for stage in self.stages)
+        """How many stages with controls were planned: a stage begun anew leaves the judge's designs of the others as they were."""
+        return sum(stage.compared for stage in self.stages) - self.repeats
 
     def is_judged(self, stage: int) -> bool:
         """Whether the judge rules on a stage: one that has controls, or, where none has, each."""
@@ -99,6 +101,15 @@ class Plan:
         """The JSON form, which ``read_plan`` reads."""
         judge = None if self.judge is None else self.judge.to_builtins()
         return asdict(self) | {"stages": [asdict(stage) for stage in self.stages], "judge": judge}
+
+
+def begun_anew(plan: Plan, stage: int) -> Plan | None:
+    """The plan with a stage once more after it; None when it has as many as a plan may have."""
+    if len(plan.stages) >= MAX_STAGES:
+        return None
+    again = plan.stages[stage]
+    stages = (*plan.stages[: stage + 1], again, *plan.stages[stage + 1 :])
+    return replace(plan, stages=stages, repeats=plan.repeats + again.compared)
 
 
 def whole_fleet(plan: Plan) -> Plan:
@@ -125,6 +136,7 @@ def read_plan(value: object) -> Plan:
     raw_stages = reader.value.pop("stages", None)
     gates = _read_gates(reader.value.pop("gates", {}), faults)
     stratified = reader.flag("stratified")
+    repeats = reader.count("repeats", 0, 0, MAX_STAGES) or 0
     raw_judge = reader.value.pop("judge", None)
     judge = None if raw_judge is None else read_judge(raw_judge, faults)
     reader.end()
@@ -143,7 +155,7 @@ def read_plan(value: object) -> Plan:
             )
     if faults:
         raise BadPlan(faults)
-    return Plan(stages=stages, gates=gates, stratified=stratified, judge=judge)
+    return Plan(stages=stages, gates=gates, stratified=stratified, judge=judge, repeats=repeats)
 
 
 def read_new_plan(value: object) -> Plan:

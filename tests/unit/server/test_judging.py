@@ -321,6 +321,104 @@ def test_a_worker_that_crashed_or_hung_is_trouble_of_a_frozen_device_only(fleet,
     assert troubled == {"d01"}
 
 
+# --- a list that devices were lost of --------------------------------------------------------------------------------------
+
+
+def lose(fleet: Fleet, *devices: str) -> None:
+    with writing(fleet.engine) as conn:
+        conn.execute(update(t.devices).where(t.devices.c.id.in_(devices)).values(status="revoked", online=False))
+
+
+def steer(fleet: Fleet, action: Any) -> dict[str, Any]:
+    with writing(fleet.engine) as conn:
+        steps: dict[str, Any] = {"reason": "x", "actor": "me", "now_ms": fleet.now_ms, "seen_s": 3600}
+        return rollouts.command(conn, "r", action, **steps)
+
+
+def pause_and_resume(fleet: Fleet) -> dict[str, Any]:
+    steer(fleet, "pause")
+    return steer(fleet, "resume")
+
+
+def arms(fleet: Fleet, stage: int) -> dict[str, list[str]]:
+    with reading(fleet.engine) as conn:
+        return rollouts.arms(conn, "r", stage)
+
+
+def everyone_counts(fleet: Fleet, stage: int) -> None:
+    listed = arms(fleet, stage)
+    for arm, devices in listed.items():
+        for device in devices:
+            fleet.count(device, arm, stage, ok=500, labels=right(100, 10))
+
+
+def test_a_stage_whose_candidates_were_lost_begins_anew_when_it_is_resumed_and_its_looks_stay_explained(fleet):
+    everyone_counts(fleet, 0)
+    fleet.loop.tick()
+    lose(fleet, "d00", "d01", "d02")
+    fleet.now_ms += 1000
+    resumed = pause_and_resume(fleet)
+    assert (resumed["state"], resumed["stage"], resumed["entered_ms"]) == ("running", 1, fleet.now_ms)
+    assert "1 of 4 candidates and 12 of 12 controls are left, so stage 1 begins anew as stage 2" in resumed["reason"]
+    assert fleet.last()["reason"] == resumed["reason"]
+    again = arms(fleet, 1)
+    assert len(again["candidate"]) == 4
+    assert not {"d00", "d01", "d02"} & {*again["candidate"], *again["control"]}
+    plan = p.read_plan(fleet.row()["plan"])
+    assert [stage.devices for stage in plan.stages] == [4, 4, 8, None]
+    everyone_counts(fleet, 1)
+    fleet.loop.tick()
+    for stage in (0, 1):
+        found = explained(fleet, stage=stage)
+        assert (found["count"], found["identical"]) == (1, True)
+    assert explained(fleet, stage=1)["arms"] == again
+    assert explained(fleet, stage=1)["ruling"]["verdict"] != "NO_DATA"
+
+
+def test_a_stage_in_which_nobody_was_there_to_be_frozen_begins_anew_when_it_is_resumed(fleet):
+    with writing(fleet.engine) as conn:
+        conn.execute(delete(t.rollout_devices))
+    resumed = pause_and_resume(fleet)
+    assert resumed["stage"] == 1
+    assert len(arms(fleet, 1)["candidate"]) == 4
+    assert "0 of 0 candidates and 0 of 0 controls are left" in resumed["reason"]
+
+
+def test_a_resumed_stage_whose_list_is_still_large_enough_goes_on_with_it(fleet):
+    lose(fleet, "d00", "d01")
+    resumed = pause_and_resume(fleet)
+    assert (resumed["stage"], resumed["reason"], resumed["entered_ms"]) == (0, "x", 0)
+    assert len(fleet.row()["plan"]["stages"]) == 3
+
+
+def test_a_new_list_forgets_no_candidate_that_fell_silent(fleet):
+    with writing(fleet.engine) as conn:
+        everyone = {"*": str(1 << 64)}
+        conn.execute(update(t.rollouts).values(cuts=everyone))
+        conn.execute(update(t.devices).where(t.devices.c.id == "d03").values(online=False, gone_ms=5))
+    lose(fleet, "d00", "d01", "d02")
+    resumed = pause_and_resume(fleet)
+    assert resumed["stage"] == 0
+    assert "1 silent still hold the stage" in resumed["reason"]
+
+
+def test_too_few_devices_for_a_new_list_are_named_and_nothing_is_begun(fleet):
+    lose(fleet, *(f"d{i:02}" for i in range(DEVICES - 1)))
+    resumed = pause_and_resume(fleet)
+    assert (resumed["stage"], len(fleet.row()["plan"]["stages"])) == (0, 3)
+    assert "too few for another (1 and 0): the stage cannot pass" in resumed["reason"]
+
+
+def test_a_plan_that_is_full_says_that_only_a_new_rollout_helps(fleet):
+    stages = [{"devices": 4}] * (p.MAX_STAGES - 1) + [{"share": 1}]
+    with writing(fleet.engine) as conn:
+        conn.execute(update(t.rollouts).values(plan=p.read_plan(PLAN | {"stages": stages}).to_builtins()))
+    lose(fleet, "d00", "d01", "d02")
+    resumed = pause_and_resume(fleet)
+    assert (resumed["stage"], len(fleet.row()["plan"]["stages"])) == (0, p.MAX_STAGES)
+    assert "only a new rollout helps" in resumed["reason"]
+
+
 # --- labels beyond all measure ------------------------------------------------------------------------------------------
 
 
@@ -381,10 +479,10 @@ def test_a_look_that_could_not_be_read_again_is_not_stored(fleet):
 # --- looks held against what they rest on ---------------------------------------------------------------------------------
 
 
-def explained(fleet: Fleet, **asked: int) -> dict[str, Any]:
+def explained(fleet: Fleet, stage: int = 0, **asked: int) -> dict[str, Any]:
     row = fleet.row()
     with reading(fleet.engine) as conn:
-        found = judging.explain(conn, row, 0, **asked)
+        found = judging.explain(conn, row, stage, **asked)
     return found.to_builtins()
 
 
