@@ -263,7 +263,7 @@ def carry_out(
         require_version(conn, rollout, version)
     row = require(conn, rollout)
     try:
-        state = core.transition(row["state"], decision.action)
+        state = core.transition(row["state"], decision.action, first=row["stable"] == row["candidate"])
     except core.NotAllowed as error:
         raise Conflict("not_allowed", str(error), state=row["state"]) from None
     plan = p.read_plan(row["plan"])
@@ -419,13 +419,23 @@ def _place(
 def command(
     conn: Connection, rollout: str, action: core.Action, *, reason: str, actor: str, now_ms: int, seen_s: float
 ) -> dict[str, Any]:
-    """A person's pause, resume or abort. Raises as ``carry_out``."""
+    """A person's pause, resume, roll back or abort.
+
+    Raises:
+        Conflict: as ``carry_out``, and where there is no bundle to roll back to.
+    """
     row = require(conn, rollout)
-    if action == "resume" and row["stage"] >= len(p.read_plan(row["plan"]).stages):
+    is_possible = (row["state"], action) in core.TRANSITIONS
+    if action == "roll_back" and is_possible and row["stable"] == row["candidate"]:
+        raise Conflict(
+            "first_bundle", "this is the model's first bundle here, so there is none to go back to; abort takes it away"
+        )
+    if action == "resume" and is_possible and row["stage"] >= len(p.read_plan(row["plan"]).stages):
         # It was paused while completing, and goes on there.
         action = "complete"
     evidence = gather(conn, row).to_builtins()
-    decision = core.Decision(action=action, verdict="", reason=reason or f"{action} by {actor}", evidence=evidence)
+    words = core.COMMANDS.get(action, action)
+    decision = core.Decision(action=action, verdict="", reason=reason or f"{words} by {actor}", evidence=evidence)
     return carry_out(conn, rollout, decision, actor=actor, now_ms=now_ms, seen_s=seen_s)
 
 

@@ -286,10 +286,18 @@ def resume(
 
 
 @app.command()
+def rollback(
+    context: typer.Context, rollout: Annotated[str, typer.Argument()], reason: Reason, if_version: IfVersion = None
+) -> None:
+    """Sends every candidate back to the stable bundle; the rollout ends when no device online answers with the other."""
+    _command(session(context).api, rollout, "rollback", reason, if_version)
+
+
+@app.command()
 def abort(
     context: typer.Context, rollout: Annotated[str, typer.Argument()], reason: Reason, if_version: IfVersion = None
 ) -> None:
-    """Sends every candidate back to the stable bundle."""
+    """Ends it now: sends every candidate back to the stable bundle and waits for none."""
     _command(session(context).api, rollout, "abort", reason, if_version)
 
 

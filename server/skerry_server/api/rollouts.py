@@ -167,7 +167,14 @@ def resume(context: Ctx, caller: Operator, rollout: str, why: Why | None = None)
     return _command(context, caller.actor, rollout, "resume", why)
 
 
-@router.post("/{rollout}/abort", summary="End it: every device goes back to the stable bundle")
+@router.post(
+    "/{rollout}/rollback", summary="Every device goes back to the stable bundle; ends when none online has the other"
+)
+def rollback(context: Ctx, caller: Operator, rollout: str, why: Why | None = None) -> dict[str, Any]:
+    return _command(context, caller.actor, rollout, "roll_back", why)
+
+
+@router.post("/{rollout}/abort", summary="End it now: every device goes back to the stable bundle")
 def abort(context: Ctx, caller: Operator, rollout: str, why: Why | None = None) -> dict[str, Any]:
     return _command(context, caller.actor, rollout, "abort", why)
 

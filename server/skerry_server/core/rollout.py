@@ -58,17 +58,23 @@ ACTIVE: frozenset[State] = frozenset({"draft", "running", "paused", "completing"
 OFFERING: frozenset[State] = frozenset({"running", "paused", "completing"})
 """States in which the group document names the candidate."""
 
+COMMANDS: dict[Action, str] = {"abort": "abort", "pause": "pause", "resume": "resume", "roll_back": "roll back"}
+"""What a person can ask for, in words; the other actions follow from evidence."""
+
 SMALLEST_SAMPLE = 20
 """Rates and quantiles of fewer requests than this break no gate."""
 
 
 class NotAllowed(Exception):
-    """The table has no such transition. Names the state and the actions it has."""
+    """The table has no such transition. Names the state and what a person can ask for in it."""
 
-    def __init__(self, state: State, action: Action) -> None:
+    def __init__(self, state: State, action: Action, *, first: bool = False) -> None:
         self.state, self.action = state, action
-        allowed = sorted(a for s, a in TRANSITIONS if s == state)
-        super().__init__(f"a rollout that is {state} cannot {action}; it can {', '.join(allowed) or 'do nothing more'}")
+        possible = [words for name, words in COMMANDS.items() if (state, name) in TRANSITIONS]
+        if first and COMMANDS["roll_back"] in possible:
+            possible.remove(COMMANDS["roll_back"])
+        asked = COMMANDS.get(action, action)
+        super().__init__(f"a rollout that is {state} cannot {asked}; it can {', '.join(possible) or 'do nothing more'}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,8 +168,11 @@ class Finding:
     missing: tuple[str, ...] = ()
 
 
-def transition(state: State, action: Action) -> State:
+def transition(state: State, action: Action, *, first: bool = False) -> State:
     """The state after the action.
+
+    Args:
+        first: the rollout brings the model's first bundle, so that a person cannot ask to roll back.
 
     Raises:
         NotAllowed: when the table has none.
@@ -173,7 +182,7 @@ def transition(state: State, action: Action) -> State:
     try:
         return TRANSITIONS[state, action]
     except KeyError:
-        raise NotAllowed(state, action) from None
+        raise NotAllowed(state, action, first=first) from None
 
 
 def broken_gate(gates: Gates, minimum: int, evidence: Evidence) -> str | None:

@@ -53,6 +53,8 @@ def test_a_bundle_goes_from_a_folder_to_a_rollout(cli: Cli, bundle: Path) -> Non
     assert late.code == FAILED and "moved_on" in late.err and "rollout.pause by token:admin" in late.err
     assert cli("rollout", "list", "--json").json()["items"][0]["state"] == "paused"
     assert cli("rollout", "resume", "r-1", "--reason", "seen").code == OK
+    first = cli("rollout", "rollback", "r-1", "--reason", "it hums")
+    assert first.code == FAILED and "first_bundle" in first.err and "abort takes it away" in first.err
     assert cli("rollout", "abort", "r-1", "--reason", "a test").code == OK
     watched = cli("rollout", "watch", "r-1", "--timeout", "20")
     assert watched.code == FAILED and "a test" in watched.out

@@ -40,6 +40,7 @@ COMMANDS: list[tuple[str, str, object, set[str]]] = [
     ("POST", "/api/v1/rollouts/none/pause", None, {"operator", "admin"}),
     ("POST", "/api/v1/rollouts/none/resume", None, {"operator", "admin"}),
     ("POST", "/api/v1/rollouts/none/abort", None, {"operator", "admin"}),
+    ("POST", "/api/v1/rollouts/none/rollback", None, {"operator", "admin"}),
     ("POST", "/api/v1/repository/metadata", {"role": "root", "metadata": "x"}, {"admin"}),
     ("POST", "/api/v1/repository/metadata", {"role": "targets", "metadata": "x"}, {"admin"}),
     ("POST", "/api/v1/repository/metadata", {"role": "catalog", "metadata": "x"}, {"approver", "admin"}),

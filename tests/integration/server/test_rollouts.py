@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from skerry_contract import group as g
 from skerry_contract import window as w
 from skerry_contract import wire
@@ -109,6 +110,47 @@ def test_devices_that_go_back_fail_the_rollout_at_the_stated_count(
     assert sum(verdict["evidence"]["reverted"].values()) >= 2
 
 
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_person_rolls_back_and_it_ends_when_no_device_answers_with_the_candidate(
+    rig: ServerRig, maker: Operator, fleet: Fleet, paused: bool
+) -> None:
+    one = first_version(rig, maker, fleet)
+    two = maker.publish(MODEL, "1.1.0", seed=1)
+    rollout = start(rig, two, [{"devices": 2, "min_inferences": 10**6}, {"share": 1}])
+    path = f"/api/v1/rollouts/{rollout}"
+    rig.wait("candidates", lambda: fleet.follow() or len(fleet.runs(two)) == 2)
+    rig.wait("their word", lambda: fleet.follow() or rig.good("GET", path)["now"]["evidence"]["still"] == 2)
+    if paused:
+        rig.good("POST", f"{path}/pause", {"reason": "odd noises"})
+    found = rig.good("POST", f"{path}/rollback", {"reason": "it hums"})
+    assert (found["state"], found["reason"]) == ("rolling_back", "it hums")
+    assert rig.ask("POST", f"{path}/rollback").code == "not_allowed"
+    rig.wait("stable for all", lambda: published(rig).models[MODEL].rollout is None)
+    assert rig.good("GET", path)["state"] == "rolling_back", "two devices answer with the candidate still"
+    fleet.drive(rollout, {"rolled_back"})
+    assert fleet.runs(one) == {device.id for device in fleet.devices}
+    assert ("roll_back", "") in decisions(rig, rollout)
+    audited = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
+    (row,) = [
+        item for item in audited if item["action"] == "rollout.roll_back" and item["subject"] == f"rollout:{rollout}"
+    ]
+    assert (row["reason"], row["actor"]) == ("it hums", "token:admin")
+
+
+def test_a_first_bundle_cannot_be_rolled_back_and_the_answer_names_abort(
+    rig: ServerRig, maker: Operator, fleet: Fleet
+) -> None:
+    one = maker.publish(MODEL, "1.0.0")
+    rollout = start(rig, one, [{"share": 1}])
+    path = f"/api/v1/rollouts/{rollout}"
+    refused = rig.ask("POST", f"{path}/rollback")
+    assert (refused.status, refused.code) == (409, "first_bundle")
+    rig.good("POST", f"{path}/pause")
+    assert "it can abort, resume" in (told := rig.ask("POST", f"{path}/pause").data.decode())
+    assert "roll back" not in told
+    rig.good("POST", f"{path}/abort")
+
+
 def test_a_quiet_candidate_never_passes_and_a_deadline_only_pauses(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
@@ -122,7 +164,9 @@ def test_a_quiet_candidate_never_passes_and_a_deadline_only_pauses(
         "POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": two, "stages": [{"share": 1}]}
     )
     assert (taken.status, taken.code) == (409, "rollout_active")
-    assert rig.ask("POST", f"/api/v1/rollouts/{rollout}/pause").code == "not_allowed"
+    again = rig.ask("POST", f"/api/v1/rollouts/{rollout}/pause")
+    assert again.code == "not_allowed"
+    assert "it can abort, resume, roll back" in again.data.decode()
     rig.good("POST", f"/api/v1/rollouts/{rollout}/resume", {"reason": "traffic is back"})
     fleet.follow()
     found = rig.good("POST", f"/api/v1/rollouts/{rollout}/abort", {"reason": "not today"})

@@ -66,7 +66,7 @@ def test_a_rollout_that_moved_on_takes_no_command_about_its_past(server: ServerR
     made = server.good("POST", "/api/v1/rollouts", body)
     path = "/api/v1/rollouts/r-steered"
     paused = server.good("POST", f"{path}/pause", {"reason": "look", "version": made["version"]})
-    for verb in ("pause", "resume", "abort"):
+    for verb in ("pause", "resume", "rollback", "abort"):
         found = moved_on(server.ask("POST", f"{path}/{verb}", {"version": made["version"]}))
         assert found["now"] == {"state": "paused", "stage": 0, "reason": "look"}
         assert found["last"]["action"] == "rollout.pause"

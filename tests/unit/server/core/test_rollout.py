@@ -324,6 +324,17 @@ def test_the_table_ends_where_it_should() -> None:
         core.transition("aborted", "resume")
 
 
+def test_a_refused_command_names_only_what_a_person_can_ask_for() -> None:
+    with pytest.raises(core.NotAllowed, match=r"that is paused cannot pause; it can abort, resume, roll back$"):
+        core.transition("paused", "pause")
+    with pytest.raises(core.NotAllowed, match=r"that is completing cannot resume; it can abort, pause, roll back$"):
+        core.transition("completing", "resume")
+    with pytest.raises(core.NotAllowed, match=r"that is paused cannot pause; it can abort, resume$"):
+        core.transition("paused", "pause", first=True)
+    with pytest.raises(core.NotAllowed, match=r"that is rolling_back cannot roll back; it can abort$"):
+        core.transition("rolling_back", "roll_back")
+
+
 # --- with a judge ------------------------------------------------------------------------------------------------------
 
 JUDGED = Plan(stages=(STAGE, Stage(share=1.0)), judge=Judge(end_s=60))
