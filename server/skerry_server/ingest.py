@@ -29,8 +29,9 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from skerry_server.db.engine import is_unavailable, writing
-from skerry_server.intake import Intake, Outcome, TakenEvent
+from skerry_server.intake import Intake, Outcome
 from skerry_server.mqtt import Message, ServerLink
+from skerry_server.reports import TakenEvent
 
 log = logging.getLogger(__name__)
 

@@ -25,21 +25,11 @@ from skerry_server.db.bulk import Many
 from skerry_server.mqtt import Message
 from skerry_server.presence import Known, Presence, decode_state, load, plain_json
 from skerry_server.quarantine import UNKNOWN_DEVICE, Notes
+from skerry_server.reports import TakenEvent
 
 _MOST_MS = 1 << 53
 MAX_TRANSACTION_BYTES = wire.MAX_INFLATED_BYTES
 """Inflated bytes of one transaction, but at least one message: a few kilobytes on the wire may become megabytes of objects."""
-
-
-class TakenEvent(NamedTuple):
-    """An event of a device, committed. ``at_ms`` is the device's wall clock, ``received_ms`` the server's."""
-
-    device: str
-    received_ms: int
-    at_ms: int
-    name: str
-    code: str
-    data: dict[str, Any]
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from skerry_contract import group as g
 from skerry_contract import ids
@@ -24,11 +24,19 @@ from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
 
-if TYPE_CHECKING:
-    from skerry_server.intake import TakenEvent
-
 CRASHES = ("runtime_crashed", "worker_hung")
 """Codes of a worker's event: the process died, or was killed because it no longer answered."""
+
+
+class TakenEvent(NamedTuple):
+    """An event of a device, committed. ``at_ms`` is the device's wall clock, ``received_ms`` the server's."""
+
+    device: str
+    received_ms: int
+    at_ms: int
+    name: str
+    code: str
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
