@@ -47,7 +47,9 @@ MEANINGS: dict[str, str] = {
     "below_floor": "the version is below the signed floor",
     "no_variant": "no variant for this architecture and runtime",
     "agent_too_old": "group document or manifest requires what this agent lacks",
-    "runtime_missing": "the variant's runtime is not installed",
+    "runtime_missing": (
+        "the variant's runtime is not installed, or does not work here: then the device takes another variant of the bundle where one fits"
+    ),
     "not_enough_disk": "the bundle needs more than is free",
     "not_enough_memory": "the bundle needs more than is free",
     "storage_failed": "this device could not write",
