@@ -245,6 +245,35 @@ class Manifest(_Part, frozen=True, kw_only=True, omit_defaults=True):
         return tuple({file.path: file for variant in self.variants for file in variant.files}.values())
 
 
+UNKNOWN_RUNTIME = "0"
+"""Version of a runtime that no distribution names as its own: no minimum can be held against it."""
+
+
+def runtime_suffices(version: str, minimum: str) -> bool:
+    """Whether a runtime of this version fulfils a variant's ``min``. Admission and engine ask the same question here.
+
+    A runtime's version need not be a semantic one: its leading dotted numbers count, and zeros at their end do not.
+
+    >>> [runtime_suffices(have, "1.17.0") for have in ("1.17", "1.17rc1", "1.9.1", "1.16.9+cpu", "0")]
+    [True, True, False, False, True]
+    """
+    return not minimum or version == UNKNOWN_RUNTIME or _leading(version) >= _leading(minimum)
+
+
+def _leading(version: str) -> tuple[int, ...]:
+    numbers: list[int] = []
+    for part in version.split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+        if digits != part:
+            break
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
 def encode(manifest: Manifest) -> bytes:
     """The canonical bytes of a manifest, checked as a reader would."""
     data = canonical.encode(manifest)

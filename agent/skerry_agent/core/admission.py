@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from skerry_contract import ids
-from skerry_contract.manifest import Manifest, Variant
+from skerry_contract.manifest import Manifest, Variant, runtime_suffices
 
 from skerry_agent.core.lifecycle import ATTEMPTS
 
@@ -120,7 +120,7 @@ def _admit_variant(variant: Variant, device: Device, memory: Memory) -> Admit | 
         return Refuse(
             code="runtime_missing", detail=f"{variant.id} wants {variant.runtime}, which {_why(variant, device)}"
         )
-    if variant.min and version != "0" and _numbers(version) < _numbers(variant.min):
+    if not runtime_suffices(version, variant.min):
         return Refuse(
             code="runtime_missing", detail=f"{variant.id} wants {variant.runtime} {variant.min}, here is {version}"
         )
@@ -145,22 +145,3 @@ def _why(variant: Variant, device: Device) -> str:
     if device.prefer and variant.runtime not in device.prefer:
         return "device.runtimes leaves out"
     return "is not installed"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading dotted numbers of a runtime's version: these need not be semantic versions."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        digits = ""
-        for character in part:
-            if not character.isdigit():
-                break
-            digits += character
-        if not digits:
-            break
-        numbers.append(int(digits))
-        if digits != part:
-            break
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)

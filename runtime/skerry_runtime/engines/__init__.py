@@ -9,6 +9,8 @@ import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING
 
+from skerry_contract.manifest import UNKNOWN_RUNTIME, runtime_suffices
+
 from skerry_runtime.errors import Degraded
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ _INSTALLED_AS: dict[str, tuple[tuple[str, str], ...]] = {
     "tflite": (("ai_edge_litert", "ai-edge-litert"), ("tflite_runtime", "tflite-runtime")),
 }
 """Runtime of the manifest -> modules that provide it and their distributions, the preferred first."""
-UNKNOWN_VERSION = "0"
-"""Of a module that no distribution names as its own: no minimum can be held against it."""
 
 
 def available() -> dict[str, str]:
@@ -49,7 +49,7 @@ def _of_a_vendor(module: str) -> str:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return UNKNOWN_VERSION
+    return UNKNOWN_RUNTIME
 
 
 def load_engine(runtime: str, path: Path, *, threads: int = 1, minimum: str = "") -> Engine:
@@ -68,7 +68,7 @@ def load_engine(runtime: str, path: Path, *, threads: int = 1, minimum: str = ""
     version = available().get(runtime)
     if version is None:
         raise Degraded("runtime_missing", f"{runtime}: not installed here")
-    if minimum and version != UNKNOWN_VERSION and version_tuple(version) < version_tuple(minimum):
+    if not runtime_suffices(version, minimum):
         raise Degraded("runtime_missing", f"{runtime}: wanted at least {minimum}, got {version}")
     if runtime == "onnx":
         from skerry_runtime.engines.onnx import OnnxEngine
@@ -77,18 +77,3 @@ def load_engine(runtime: str, path: Path, *, threads: int = 1, minimum: str = ""
     from skerry_runtime.engines.tflite import TfliteEngine
 
     return TfliteEngine(path, threads=threads, version=version)
-
-
-def version_tuple(text: str) -> tuple[int, ...]:
-    """The leading numbers of a runtime's version, for comparison.
-
-    >>> version_tuple("1.17") <= version_tuple("1.17.0rc1") < version_tuple("1.32.0")
-    True
-    """
-    numbers: list[int] = []
-    for part in text.split(".")[:4]:
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,8 @@ from skerry_agent.core import backoff, liveness, trial
 from skerry_agent.core import plan as p
 from skerry_contract import group, ids
 from skerry_contract import manifest as m
+from skerry_runtime import engines
+from skerry_runtime.errors import BundleFault
 
 GOOD = a.Device(
     runtimes={"onnx": "1.20.1"}, arch="x86_64", memory_free_mb=500, disk_free_mb=500, agent="0.1.0",
@@ -124,11 +127,28 @@ def test_the_first_variant_that_fits_wins_and_the_nearest_refusal_is_told() -> N
         ("2.0", "1.99", True),
         ("1.16.9+cpu", "1.17", False),
         ("0", "1.17", True),
+        ("1.32", "1.32.0", True),
+        ("2", "2.0", True),
+        ("2.3.0", "2.3.0.0", True),
+        ("2.3.0", "2.3.0.1", False),
+        ("1.2.3.4.5", "1.2.3.4.6", False),
+        ("1.17rc1", "1.17.0", True),
     ],
 )
-def test_runtime_versions_compare_by_their_numbers(have: str, want: str, fits: bool) -> None:
+def test_admission_and_the_engine_compare_versions_of_a_runtime_alike(
+    have: str, want: str, fits: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     answer = a.admit(manifest(variant(min=want)), dataclasses.replace(GOOD, runtimes={"onnx": have}), a.Memory())
     assert isinstance(answer, a.Admit) is fits
+    # A distribution of that version in front of the installed one; the engine's next complaint is of the file.
+    folder = tmp_path / "onnxruntime-0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: onnxruntime\nVersion: {have}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert engines.available()["onnx"] == have
+    with pytest.raises(BundleFault) as fault:
+        engines.load_engine("onnx", tmp_path / "none.onnx", minimum=want)
+    assert (fault.value.code != "runtime_missing") is fits
 
 
 def test_codes_that_speak_of_the_network_never_exhaust() -> None:
