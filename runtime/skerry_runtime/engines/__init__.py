@@ -77,3 +77,20 @@ def load_engine(runtime: str, path: Path, *, threads: int = 1, minimum: str = ""
     from skerry_runtime.engines.tflite import TfliteEngine
 
     return TfliteEngine(path, threads=threads, version=version)
+
+
+def check_health(runtime: str) -> None:
+    """Builds and runs the smallest model there is, so that a file is not blamed for what its runtime does.
+
+    A runtime that is built for another CPU ends the process: ask in a child (``python -m skerry_runtime.engines``).
+
+    Raises:
+        Degraded: ``runtime_missing`` when the runtime does not work here, ``out_of_memory`` when it does not now.
+    """
+    if runtime not in available():
+        raise Degraded("runtime_missing", f"{runtime}: not installed here")
+    if runtime == "onnx":
+        from skerry_runtime.engines import onnx as engine
+    else:
+        from skerry_runtime.engines import tflite as engine  # type: ignore[no-redef]
+    engine.check_health()

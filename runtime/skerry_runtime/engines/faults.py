@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from skerry_runtime.errors import BadInput, BundleFault, Degraded, EngineFailed, Rejected, Violation
 
+_LOADER_SHORT = ("failed to map segment", "annot allocate memory")
+"""The system's loader and its C library, whichever runtime they load."""
+_NOT_SHORT = "static TLS"
+"""``cannot allocate memory in static TLS block``: a library that this process can never load, however much is free."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Words:
@@ -14,6 +19,13 @@ class Words:
     no_memory: tuple[str, ...]
     unknown_operator: tuple[str, ...]
     bad_input: tuple[str, ...]
+
+    def runtime_fault(self, runtime: str, error: Exception) -> Degraded:
+        """Why the runtime itself did not load, or cannot build anything: it does not work here, or memory is short now."""
+        text = one_line(error)
+        if not isinstance(error, ImportError):
+            text = f"{type(error).__name__}: {text}"
+        return Degraded("out_of_memory" if self._is_memory(error, text) else "runtime_missing", f"{runtime}: {text}")
 
     def load_fault(self, name: str, error: Exception) -> BundleFault:
         """Why the file ``name`` did not load."""
@@ -34,7 +46,9 @@ class Words:
         return EngineFailed("model_failed", text)
 
     def _is_memory(self, error: Exception, text: str) -> bool:
-        return isinstance(error, MemoryError) or any(part in text for part in self.no_memory)
+        if isinstance(error, MemoryError):
+            return True
+        return _NOT_SHORT not in text and any(part in text for part in (*self.no_memory, *_LOADER_SHORT))
 
 
 def one_line(error: Exception) -> str:

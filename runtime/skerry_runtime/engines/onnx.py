@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,14 +30,7 @@ _DATATYPES = {
     "tensor(string)": "BYTES",
 }
 _WORDS = Words(
-    no_memory=(
-        "Failed to allocate memory",
-        "bad_alloc",
-        "std::bad_alloc",
-        "BFCArena",
-        "annot allocate memory",
-        "failed to map segment",
-    ),
+    no_memory=("Failed to allocate memory", "bad_alloc", "BFCArena"),
     unknown_operator=(
         "is not a registered function/op",
         "No Op registered for",
@@ -49,6 +43,44 @@ _WORDS = Words(
 )
 
 
+_RELU = base64.b64decode("CAc6MwoMCgF4EgF5IgRSZWx1EgFnWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQDQ==")
+"""An ONNX file of 61 bytes: y = relu(x), one float."""
+
+
+def check_health() -> None:
+    """Builds and runs a session.
+
+    Raises:
+        Degraded: ``runtime_missing`` when that does not work here, ``out_of_memory`` when it does not now.
+    """
+    try:
+        (found,) = _session(_RELU, threads=1).run(None, {"x": np.array([2.0], np.float32)})
+    except Degraded:
+        raise
+    except Exception as error:
+        raise _WORDS.runtime_fault("onnx: installed, but no session can be built", error) from None
+    if found.tolist() != [2.0]:
+        raise Degraded("runtime_missing", f"onnx: installed, but relu(2) gives {found.tolist()}")
+
+
+def _session(model: str | bytes, *, threads: int) -> Any:
+    """Raises ``Degraded`` when the package does not load, and the package's own exceptions after that."""
+    # Read at import. Without it: an id of this device and a database of events below the home folder, and a thread.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 4  # what fails comes as an exception; the runtime's own lines would only repeat it
+        build = ort.InferenceSession
+    except Exception as error:
+        raise _WORDS.runtime_fault("onnx", error) from None
+    return build(model, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxEngine:
     """A session of ONNX Runtime; see ``base.Engine``."""
 
@@ -59,25 +91,15 @@ class OnnxEngine:
 
         Raises:
             Rejected: ``model_damaged``, ``operator_unknown``.
-            Degraded: ``runtime_missing`` when the package does not import, ``out_of_memory``.
+            Degraded: ``runtime_missing`` when the package does not load, ``out_of_memory``.
         """
-        # Read at import. Without it: an id of this device and a database of events below the home folder, and a thread.
-        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
-            import onnxruntime as ort
-        except ImportError as error:
-            no_memory = any(part in str(error) for part in _WORDS.no_memory)
-            raise Degraded("out_of_memory" if no_memory else "runtime_missing", f"onnx: {error}") from None
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 4  # what fails comes as an exception; the runtime's own lines would only repeat it
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = _session(str(path), threads=threads)
+        except Degraded:
+            raise
         except Exception as error:
             raise _WORDS.load_fault(path.name, error) from None
-        self.runtime_version: str = version or ort.__version__
+        self.runtime_version = version
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
         self._names = [spec.name for spec in self.outputs]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from skerry_runtime.engines.faults import Words, one_line
+from skerry_runtime.engines.faults import Words
 from skerry_runtime.errors import BadInput, Degraded, Violation
 from skerry_runtime.tensors import Array, Spec, Tensors, datatype_of
 
@@ -38,7 +38,11 @@ _RELU = base64.b64decode(
 
 
 def check_health() -> None:
-    """Builds and runs an interpreter. Raises ``Degraded`` (``runtime_missing``) when that does not work here."""
+    """Builds and runs an interpreter.
+
+    Raises:
+        Degraded: ``runtime_missing`` when that does not work here, ``out_of_memory`` when it does not now.
+    """
     try:
         interpreter = _interpreter_class()(model_content=_RELU, num_threads=1)
         interpreter.allocate_tensors()
@@ -48,9 +52,7 @@ def check_health() -> None:
     except Degraded:
         raise
     except Exception as error:
-        raise Degraded(
-            "runtime_missing", f"tflite: installed, but no interpreter can be built: {one_line(error)}"
-        ) from None
+        raise _WORDS.runtime_fault("tflite: installed, but no interpreter can be built", error) from None
     if found != 2.0:
         raise Degraded("runtime_missing", f"tflite: installed, but relu(2) gives {found}")
 
@@ -127,8 +129,12 @@ def _interpreter_class() -> Any:
     for module in _MODULES:
         try:
             return importlib.import_module(module).Interpreter
-        except ImportError as error:
-            faults.append(str(error))
+        except Exception as error:
+            # Not ImportError alone: a native library that does not load raises OSError, one of another version AttributeError.
+            fault = _WORDS.runtime_fault(module.partition(".")[0], error)
+            if fault.code == "out_of_memory":
+                raise fault from None
+            faults.append(fault.detail)
     raise Degraded("runtime_missing", f"tflite: {'; '.join(faults)}")
 
 
