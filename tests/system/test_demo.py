@@ -66,7 +66,8 @@ def test_the_demo_loses_nothing_refuses_what_it_must_and_cleans_up(tmp_path: Pat
     assert summary["without_network"]["answered_offline"] > 0
     assert summary["bell_to_confirmed_s"]["n"] >= 31
     labels = summary["labels"]
-    assert labels["sent"] >= labels["matched"] == labels["counted_by_server"] > 1000
+    assert labels["sent"] == labels["matched"] == labels["counted_by_server"] > 1000
+    assert labels["differences"] == []
     assert summary["drift"]["batch_1"] == "STEADY" and summary["drift"]["raised_on_batch"] == 2
     good, bad = summary["judged"]["second-model"], summary["judged"]["third-model"]
     assert (good["verdict"], bad["verdict"]) == ("PASS", "FAIL")

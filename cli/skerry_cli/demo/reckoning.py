@@ -6,6 +6,8 @@ import json
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,12 @@ def reckon(run: Run) -> dict[str, Any]:
     screen.progress("stopping the applications")
     fleet.processes.stop(f"app-{device}" for device in fleet.devices)
     told = {device: fleet.counts(device) for device in fleet.devices}
-    run.must(all(counts.done for counts in told.values()), "every application ended in order and left its last count")
     answered = sum(counts.answered for counts in told.values())
     labels = _labels(told)
     items, streams = _settled(run, answered, labels["matched"])
     labels["counted_by_server"] = sum(row["labelled"] for row in items)
     lost, twice, differences = compare(told, items)
+    misplaced = compare_labels(told, items)
     failures, in_crash = _failures(run, told)
     bells = _bell_times(run)
     summary: dict[str, Any] = {
@@ -74,7 +76,7 @@ def reckon(run: Run) -> dict[str, Any]:
             "by_the_crashing_bundle": len(in_crash),
             "what": [text for _, _, text in (*failures, *in_crash)][:20],
         },
-        "labels": labels,
+        "labels": {**labels, "differences": misplaced},
         "drift": run.notes.drift,
         "accuracy": run.notes.steps,
         "judged": run.notes.judged,
@@ -100,32 +102,84 @@ def reckon(run: Run) -> dict[str, Any]:
         "slowest_answer_ms": round(max((counts.slowest_ms for counts in told.values()), default=0.0), 1),
         "seconds": round(run.screen.elapsed_s, 1),
     }
-    run.must(lost == 0, f"no inference is lost; {lost} are")
-    run.must(twice == 0, f"no inference is counted twice; {twice} are")
-    run.must(
-        not failures, f"no request fails during swaps; {len(failures)} did: {[text for _, _, text in failures][:3]}"
+    end = End(
+        told=told,
+        items=items,
+        failures=[text for _, _, text in failures],
+        versions=versions_now,
+        variants=variants_now,
+        wanted_variants={device: VARIANTS[fleet.runtime(device)] for device in fleet.devices},
+        refused=len(run.notes.refusals),
+        wanted_refusals=run.notes.expected_refusals,
+        confirmed_after_bells=bells["n"],
     )
-    run.must(
-        labels["matched"] == labels["counted_by_server"],
-        f"every matched label is counted once; {labels['matched']} were matched, {labels['counted_by_server']} counted",
-    )
-    run.must(set(versions_now.values()) == {SECOND}, f"every device ends on {SECOND}; they run {versions_now}")
-    wanted, refused = run.notes.expected_refusals, len(run.notes.refusals)
-    run.must(refused == wanted, f"{wanted} bad bundles were refused; {refused} were")
-    run.must(
-        bells["n"] >= 2 * len(fleet.devices) - 1,
-        f"every device online confirmed both models after a bell; {bells['n']} did",
-    )
-    wanted_variants = {device: VARIANTS[fleet.runtime(device)] for device in fleet.devices}
-    run.must(variants_now == wanted_variants, f"every device runs the variant of its runtime; they run {variants_now}")
-    counted_as = {(row["device"], row["variant"]) for row in items}
-    run.must(
-        counted_as == set(wanted_variants.items()), f"every answer is counted under that variant; they are {counted_as}"
-    )
-    run.must(answered > 0 and all(counts.answered for counts in told.values()), "every application got answers")
+    for holds, invariant in invariants(end):
+        run.must(holds, invariant)
     summary["broken"] = list(run.notes.broken)
     summary["ok"] = not run.notes.broken
     return summary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """What the invariants are about.
+
+    Attributes:
+        told: by the applications; items: the server's counts per device, bundle and key; failures: of requests during swaps.
+        versions, variants: what each device runs at the end.
+        confirmed_after_bells: confirmations by devices that had heard a bell.
+    """
+
+    told: dict[str, Counts]
+    items: list[dict[str, Any]]
+    failures: list[str]
+    versions: dict[str, str]
+    variants: dict[str, str]
+    wanted_variants: dict[str, str]
+    refused: int
+    wanted_refusals: int
+    confirmed_after_bells: int
+
+
+def invariants(end: End) -> Iterator[tuple[bool, str]]:
+    """What must be true at the end: whether it is, and what it is, in words."""
+    lost, twice, _ = compare(end.told, end.items)
+    labels, misplaced = _labels(end.told), compare_labels(end.told, end.items)
+    others = {name: n for name, n in labels.items() if name not in ("sent", "matched", "requests_sent_again")}
+    counted_as = {(row["device"], row["variant"]) for row in end.items}
+    yield (
+        all(counts.done for counts in end.told.values()),
+        "every application ended in order and left its last count",
+    )
+    yield bool(end.told) and all(counts.answered for counts in end.told.values()), "every application got answers"
+    yield lost == 0, f"no inference is lost; {lost} are"
+    yield twice == 0, f"no inference is counted twice; {twice} are"
+    yield not end.failures, f"no request fails during swaps; {len(end.failures)} did: {end.failures[:3]}"
+    yield (
+        labels["sent"] == labels["matched"],
+        f"every label finds its answer; of {labels['sent']} these did not: {others}",
+    )
+    yield (
+        not misplaced,
+        f"every matched label is counted once, on the device and version that answered; these are not: {misplaced[:3]}",
+    )
+    yield set(end.versions.values()) == {SECOND}, f"every device ends on {SECOND}; they run {end.versions}"
+    yield (
+        end.refused == end.wanted_refusals,
+        f"{end.wanted_refusals} bad bundles were refused; {end.refused} were",
+    )
+    yield (
+        end.confirmed_after_bells >= 2 * len(end.told) - 1,
+        f"every device online confirmed both models after a bell; {end.confirmed_after_bells} did",
+    )
+    yield (
+        end.variants == end.wanted_variants,
+        f"every device runs the variant of its runtime; they run {end.variants}",
+    )
+    yield (
+        counted_as == set(end.wanted_variants.items()),
+        f"every answer is counted under that variant; they are {counted_as}",
+    )
 
 
 def write(summary: dict[str, Any], folder: Path) -> Path:
@@ -232,6 +286,21 @@ def compare(told: dict[str, Counts], items: list[dict[str, Any]]) -> tuple[int, 
         if there != here:
             differences.append({"device": device, "version": version, "answered": here, "counted": there})
     return lost, twice, differences
+
+
+def compare_labels(told: dict[str, Counts], items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per device and version that answered: where the labels that the agent matched are not those that the server counted."""
+    counted: Counter[tuple[str, str]] = Counter()
+    for row in items:
+        counted[str(row["device"]), str(row["version"])] += int(row["labelled"])
+    matched = Counter(
+        {(device, version): n for device, counts in told.items() for version, n in counts.matched.items()}
+    )
+    return [
+        {"device": key[0], "version": key[1], "matched": matched[key], "counted": counted[key]}
+        for key in sorted({*counted, *matched})
+        if matched[key] != counted[key]
+    ]
 
 
 def _failures(run: Run, told: dict[str, Counts]) -> tuple[list[tuple[str, float, str]], list[tuple[str, float, str]]]:
