@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from skerry_agent.core import lifecycle
+from skerry_cli.demo.models import MODEL
 from skerry_cli.explaining import explain_stage
 
 from tests.system.kill_draws import ENDS, Kill, Kind, Sort
 from tests.system.kill_processes import children, kill_9, soon
+from tests.system.kill_tally import Filing
 
 if TYPE_CHECKING:
     from tests.system.killing import Field
 
 STAGE_S, ROUND_S = 240.0, 300.0
+SEE_EVERY_S = 0.1
 FEW_CRASHES = lifecycle.CRASHES - 1
 """Kills of one device's worker within ``lifecycle.CRASHES_WITHIN_S``: one more, and it goes back by itself, which is its right."""
 
@@ -73,6 +76,8 @@ class Round:
         self.pardoned_s = 0.0
         self.ended_s: float | None = None
         self.decision = ""
+        self.seen: dict[str, int] = dict.fromkeys(field_.rig.devices, 0)
+        self.seen_s = 0.0
         self.may_go_back = {kill.device for kill in kills if kill.kind in ("supervisor", "worker")}
 
     def story(self) -> str:
@@ -95,6 +100,7 @@ class Round:
             now_s = time.monotonic() - self.began_s
             self._restart(now_s)
             self._kill(now_s)
+            self._see(now_s)
             if now_s - looked_s > 0.4:
                 state, looked_s = self._look(now_s), now_s
                 if state in ENDS.values() and self.ended_s is None:
@@ -222,6 +228,23 @@ class Round:
             del self.down[name]
 
     # --- looking -------------------------------------------------------------------------------------------------------------
+
+    def _see(self, now_s: float) -> None:
+        """How many answers of the candidate the applications tell of, while the agents say after that that they file it as candidate."""
+        if now_s - self.seen_s < SEE_EVERY_S:
+            return
+        self.seen_s = now_s
+        for device in self.rig.devices:
+            answered = self.fleet.counts(device).versions.get(self.candidate, [0])[0]
+            key = self.field.own_word(device).get("keys", {}).get(MODEL) if device not in self.down else None
+            if key is not None and (key["arm"], key["rollout"]) == ("candidate", self.rollout):
+                before = self.field.told[device]["answered", self.candidate]
+                self.seen[device] = max(self.seen[device], answered - before)
+
+    def filing(self, device: str) -> Filing:
+        """What must be true of the keys under which the device's counts stand."""
+        completed = ENDS[self.sort] == "completed"
+        return Filing(candidate=self.candidate, rollout=self.rollout, completed=completed, seen=self.seen[device])
 
     def _look(self, now_s: float) -> str:
         """The rollout's state, empty while there is no server. Devices that went back because of a kill are pardoned."""

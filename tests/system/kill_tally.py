@@ -78,6 +78,45 @@ def sum_of(counts: Tally, *first: str) -> int:
     return sum(n for key, n in counts.items() if key[: len(first)] == first)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Filing:
+    """How a round's counts must be filed.
+
+    Attributes:
+        candidate: version of the round's candidate; rollout: its id; completed: whether everyone ended on it.
+        seen: answers of the candidate that an application had told of while its agent still filed under the candidate's arm.
+    """
+
+    candidate: str
+    rollout: str
+    completed: bool
+    seen: int = 0
+
+
+def hold_filing(here: Tally, filing: Filing) -> None:
+    """One device, one round: what the judge reads stands where it belongs.
+
+    The candidate of a rollout answers as ``candidate`` of that rollout and under no other key, until the rollout is completed; what
+    others run is ``control`` of it, or of no arm before the rollout is heard of, after its end, and on a device that went back.
+
+    Args:
+        here: what the server counted, answers and labels alike, by ("filed", version, arm, rollout, stage).
+    """
+    filed = {key[1:]: n for key, n in here.items() if key[0] == "filed" and n}
+    for version, arm, rollout, stage in filed:
+        wanted = ("candidate",) if version == filing.candidate else ("control", "none")
+        if version == filing.candidate and filing.completed:
+            wanted = ("candidate", "none")
+        what = f"filed as {version} {arm} of {rollout or 'no rollout'}, stage {stage}; wanted {wanted} of {filing.rollout}: {filed}"
+        assert arm in wanted, f"under the wrong arm: {what}"
+        assert rollout == ("" if arm == "none" else filing.rollout), f"under the wrong rollout: {what}"
+        assert arm != "none" or stage == "0", f"under a stage of no rollout: {what}"
+    kept = sum(n for key, n in here.items() if key[:3] == ("answers", filing.candidate, "candidate"))
+    assert kept >= filing.seen, (
+        f"the judge was robbed: {filing.seen} answers of the candidate were seen, {kept} filed: {filed}"
+    )
+
+
 def hold_against(told: Tally, here: Tally, kills: Counter[str]) -> None:
     """One device, one round: nothing lost, nothing doubled, and no request failed that a kill does not account for.
 

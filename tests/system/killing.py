@@ -24,7 +24,7 @@ from tests.system.conftest import Rig
 from tests.system.kill_draws import ANOTHER_WORLD, BAD, GOOD, WORLD, Sort, drawn_kills, drawn_sort
 from tests.system.kill_processes import members
 from tests.system.kill_round import STAGE_S, Round
-from tests.system.kill_tally import Tally, Totals, hold_against, sum_of, tally
+from tests.system.kill_tally import Filing, Tally, Totals, hold_against, hold_filing, sum_of, tally
 
 SETTLE_S = 120.0
 
@@ -48,7 +48,7 @@ class Field:
     def start(self) -> None:
         """Server, agents, applications; good and bad versions approved; the first of them on every device."""
         rig, fleet = self.rig, self.fleet
-        fleet.truth_after_s = (1.0, 3.0)
+        fleet.truth_after_s, fleet.write_every_s = (1.0, 3.0), 0.1
         rig.start(world=WORLD)
         settings = {**SETTINGS, "window_s": 1.0, "trial_inferences": 10, "max_kib_s": 100}
         fleet.api.put(f"/api/v1/groups/{GROUP}", {"settings": settings})
@@ -114,7 +114,10 @@ class Field:
             if sort != "bad":
                 self.stable = candidate
             self.reached(self.stable)
-            self.settle({device: one.kills_on(device) for device in self.rig.devices})
+            self.settle(
+                {device: one.kills_on(device) for device in self.rig.devices},
+                {device: one.filing(device) for device in self.rig.devices},
+            )
             self.nothing_stale()
         except BaseException:
             print(
@@ -147,7 +150,7 @@ class Field:
 
         self.fleet.wait(f"every device to end on {version}", there, SETTLE_S)
 
-    def settle(self, kills: dict[str, Counter[str]]) -> None:
+    def settle(self, kills: dict[str, Counter[str]], filings: dict[str, Filing] | None = None) -> None:
         """Lets the applications pause and holds what they counted in this round against the server, device by device."""
         fleet, rig = self.fleet, self.rig
         fleet.change_world(0)
@@ -172,6 +175,9 @@ class Field:
             for row in items:
                 for name in ("ok", "invalid", "failed", "shed", "labelled"):
                     now[row["device"], name, row["version"]] += row[name]
+                key = (row["version"], row["arm"], row["rollout"], str(row["stage"]))
+                now["filed", row["device"], *key] += sum(row[name] for name in ("ok", "labelled"))
+                now["answers", row["device"], *key] += row["ok"]
             enough = all(
                 sum_of(now, device, name) >= sum_of(told[device], mine)
                 for device in rig.devices
@@ -184,8 +190,13 @@ class Field:
         for device in rig.devices:
             here = Counter({key[1:]: n - self.counted[key] for key, n in before.items() if key[0] == device})
             mine = told[device] - self.told.get(device, Counter())
+            filed = Counter(
+                {(key[0], *key[2:]): n - self.counted[key] for key, n in before.items() if key[1] == device}
+            )
             try:
                 hold_against(mine, here, kills.get(device, Counter()))
+                if filings is not None:
+                    hold_filing(filed, filings[device])
             except AssertionError as error:
                 raise AssertionError(f"{device}: {error}") from error
             self.totals.add(mine, here)
@@ -193,6 +204,10 @@ class Field:
         found = {(row["device"], row["epoch"]) for row in streams}
         assert found == self.epochs, f"a device began its outbox anew: {found - self.epochs}"
         self.counted, self.told = before, told
+        for item in fleet.api.items("/api/v1/accuracy", model=MODEL):
+            fates = item["labels"]
+            lost = {name: fates[name] for name in ("late", "unknown", "conflicting") if fates[name]}
+            assert not lost, f"labels that the server heard were taken for {lost}: {item}"
 
     def nothing_stale(self) -> None:
         """Nobody is left over, and everybody is where they were: addresses, one process of each part."""

@@ -107,6 +107,39 @@ def test_a_round_that_lost_or_doubled_something_is_not(told: Any, here: Any, kil
         kill_tally.hold_against(*merged)
 
 
+FILED: dict[Any, int] = {
+    ("filed", "1.0.0", "none", "", "0"): 5, ("filed", "1.0.0", "control", "r", "0"): 9, ("filed", "2.0.0", "candidate", "r", "0"): 8,
+    ("filed", "2.0.0", "candidate", "r", "1"): 12, ("answers", "2.0.0", "candidate", "r", "0"): 6,
+    ("answers", "2.0.0", "candidate", "r", "1"): 8,
+}  # fmt: skip
+ENDED = {("filed", "2.0.0", "none", "", "0"): 4, ("answers", "2.0.0", "none", "", "0"): 3}
+
+
+@pytest.mark.parametrize(("more", "completed"), [({}, False), ({}, True), (ENDED, True)])
+def test_counts_that_stand_where_they_belong_are_well(more: Any, completed: bool) -> None:
+    filing = kill_tally.Filing(candidate="2.0.0", rollout="r", completed=completed, seen=14)
+    kill_tally.hold_filing(Counter(FILED | more), filing)
+
+
+@pytest.mark.parametrize(
+    ("more", "completed", "why"),
+    [
+        (ENDED, False, "under the wrong arm"),
+        ({("filed", "2.0.0", "control", "r", "0"): 1}, True, "under the wrong arm"),
+        ({("filed", "1.0.0", "candidate", "r", "0"): 1}, True, "under the wrong arm"),
+        ({("filed", "1.0.0", "control", "older", "0"): 1}, False, "under the wrong rollout"),
+        ({("filed", "2.0.0", "candidate", "", "0"): 1}, False, "under the wrong rollout"),
+        ({("filed", "1.0.0", "none", "r", "0"): 1}, False, "under the wrong rollout"),
+        ({("filed", "1.0.0", "none", "", "1"): 1}, False, "under a stage of no rollout"),
+        ({**ENDED, ("answers", "2.0.0", "candidate", "r", "1"): 7}, True, "the judge was robbed"),
+    ],
+)
+def test_counts_that_stand_elsewhere_are_seen(more: Any, completed: bool, why: str) -> None:
+    filing = kill_tally.Filing(candidate="2.0.0", rollout="r", completed=completed, seen=14)
+    with pytest.raises(AssertionError, match=why):
+        kill_tally.hold_filing(Counter(FILED | more), filing)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_seed_draws_the_same_again_and_five_rounds_have_every_kind_and_every_end(seed: int) -> None:
     kills = [kill_draws.drawn_kills(seed, number) for number in range(100)]

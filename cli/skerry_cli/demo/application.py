@@ -3,7 +3,7 @@ the truth about each answer some seconds later.
 
 A process of its own. It reads the agent's address, keeps one HTTP connection, never repeats an inference, and counts: attempts,
 answers by the version that gave them, right answers, failures with their time. The counts go to a file that is replaced as a
-whole every second and once more at the end. Rows are drawn with replacement by a seed, from the batch that the world's file
+whole every second (or as ``--write-every`` says) and once more at the end. Rows are drawn with replacement by a seed, from the batch that the world's file
 names: all applications read one such file, so that the world changes for all of them at once. Of batch 0 there are no rows: nobody
 asks, and labels are sent as they become due.
 
@@ -85,7 +85,7 @@ class Truth:
 
 
 class Application:
-    """See the module. ``truth_after_s``: between an answer and its label, at least and at most."""
+    """See the module. ``truth_after_s``: between an answer and its label, at least and at most; ``write_every_s``: the counts."""
 
     def __init__(
         self,
@@ -98,6 +98,7 @@ class Application:
         seed: int,
         rate: float,
         truth_after_s: tuple[float, float] = TRUTH_AFTER_S,
+        write_every_s: float = WRITE_EVERY_S,
     ) -> None:
         self._serving = serving
         self._out = out
@@ -106,6 +107,7 @@ class Application:
         self._world = world
         self._batches: dict[int, data.Readings] = {}
         self._truth_after_s = truth_after_s
+        self._write_every_s = write_every_s
         self._truths: list[Truth] = []
         self._labelled_s = 0.0
         self._draw = np.random.default_rng(seed)
@@ -125,7 +127,7 @@ class Application:
             if now - self._labelled_s >= _LABEL_EVERY_S:
                 self._tell(now)
                 self._labelled_s = now
-            if now - written >= WRITE_EVERY_S:
+            if now - written >= self._write_every_s:
                 self._write()
                 written = now
             # A slow answer is not made up for by a burst.
@@ -280,6 +282,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--rate", type=float, required=True)
     parser.add_argument("--truth-after", type=float, nargs=2, dest="truth_after_s", default=TRUTH_AFTER_S)
+    parser.add_argument("--write-every", type=float, dest="write_every_s", default=WRITE_EVERY_S)
     application = Application(**vars(parser.parse_args()))
     ended: list[int] = []
     # The request under way is finished and counted before the process ends.

@@ -19,7 +19,7 @@ from skerry_contract import enrolment
 
 from skerry_cli import key_files, keys, publishing
 from skerry_cli.client import Api, quote
-from skerry_cli.demo.application import TRUTH_AFTER_S, Counts, read_counts, write_world
+from skerry_cli.demo.application import TRUTH_AFTER_S, WRITE_EVERY_S, Counts, read_counts, write_world
 from skerry_cli.demo.control import ask_agent
 from skerry_cli.demo.models import MODEL
 from skerry_cli.demo.processes import Processes
@@ -68,7 +68,7 @@ class Fleet:
         batch: which rows the applications read now; ``change_world`` changes it.
         cable_ports: of each device whose network can be cut; mirrored: the one behind the mirror that lies.
         tflite: the devices that run TFLite and nothing else; the others run ONNX and nothing else.
-        truth_after_s: between an answer and its label, at least and at most.
+        truth_after_s: between an answer and its label, at least and at most; write_every_s: how often applications leave their counts.
     """
 
     def __init__(self, folder: Path, processes: Processes, *, seed: int) -> None:
@@ -81,6 +81,7 @@ class Fleet:
         self.mirrored = ""
         self.tflite: frozenset[str] = frozenset()
         self.truth_after_s = TRUTH_AFTER_S
+        self.write_every_s = WRITE_EVERY_S
         self.overlay = folder / "mirror"
 
     def start_server(self) -> Server:
@@ -215,7 +216,7 @@ class Fleet:
                 *("--serving", str(self.device_folder(device) / "state" / "run" / "serving.json")),
                 *("--out", str(self._counts_file(device)), "--world", str(self._world_file), "--rate", str(RATE)),
                 *("--seed", str(self.seed * 1000 + self.devices.index(device))),
-                *("--truth-after", *map(str, self.truth_after_s)),
+                *("--truth-after", *map(str, self.truth_after_s), "--write-every", str(self.write_every_s)),
             ],
         )
 
