@@ -7,6 +7,7 @@ runtime works is proved by the worker that loads it.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import platform
 import shutil
 from pathlib import Path
@@ -32,6 +33,7 @@ def runtimes(config: Config) -> dict[str, str]:
     # Here and not above: who only asks an agent how it is needs none of this. It loads neither numpy nor a runtime.
     from skerry_runtime import engines
 
+    importlib.invalidate_caches()
     here = engines.available()
     return {name: here[name] for name in config.device.runtimes or here if name in here}
 

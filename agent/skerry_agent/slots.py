@@ -194,6 +194,14 @@ class Slots:
         except (OSError, ContractError):
             return None
 
+    def variant(self, slot: Slot) -> m.Variant | None:
+        """What a slot runs, as its manifest says; None when that cannot be read."""
+        manifest = self.manifest(slot.digest)
+        try:
+            return manifest.variant(slot.variant) if manifest is not None else None
+        except KeyError:
+            return None
+
     def whole(self, digest: str, variant: str) -> bool:
         """Whether the slot has its manifest and every file of the variant in the right size. Hashes are read at load."""
         manifest = self.manifest(digest)
@@ -275,17 +283,30 @@ class Slots:
         if not source.exists():
             return
         try:
+            self._carry_over(digest)
             for path in sorted(source.rglob("*")):
                 _sync_folder(path) if path.is_dir() else _sync_file(path)
             _sync_folder(source)
             if target.exists():
-                # A slot that lacks a variant's files, or was damaged: nothing runs from it, or plan would not have come here.
+                # A slot that lacks a variant's files, or was damaged. What another variant runs from was carried over.
                 target.rename(self.staging / f"{digest}.old")
             source.rename(target)
             _sync_folder(self.root)
             shutil.rmtree(self.staging / f"{digest}.old", ignore_errors=True)
         except OSError as error:
             raise Degraded("not_enough_disk", f"{target}: {error.strerror}", advice="make room on the disk") from error
+
+    def _carry_over(self, digest: str) -> None:
+        """Files of other variants that the slot has whole come along: the pointer file names one until the new one is confirmed."""
+        source, target = self.staging_path(digest), self.path(digest)
+        manifest = self.manifest(digest)
+        for file in manifest.files() if manifest is not None else ():
+            held, wanted = target / file.path, source / file.path
+            if not wanted.exists() and held.is_file() and _sha256(held) == file.sha256:
+                wanted.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(OSError):
+                    # On a disk without links it is fetched again, should it be wanted again.
+                    os.link(held, wanted)
 
     def discard(self, digest: str) -> bool:
         """Removes what was wrong of a bundle: what was staged, else the slot itself. Returns whether it was the slot."""
@@ -311,7 +332,21 @@ class Slots:
         for entry in self.staging.iterdir():
             if entry.name.removesuffix(".old") not in named or entry.name.endswith(".old"):
                 shutil.rmtree(entry, ignore_errors=True)
+        self._drop_other_variants()
         return gone
+
+    def _drop_other_variants(self) -> None:
+        """Files of variants that no pointer names any more: a worker reads every file that is there, and one that rots stops it."""
+        needed: dict[str, set[str]] = {}
+        for pointers in self._models.values():
+            for slot in (pointers.confirmed, pointers.previous, pointers.active):
+                if slot is not None and (variant := self.variant(slot)) is not None:
+                    needed.setdefault(slot.digest, set()).update(file.path for file in variant.files)
+        for digest, paths in needed.items():
+            manifest = self.manifest(digest)
+            for file in manifest.files() if manifest is not None else ():
+                if file.path not in paths:
+                    (self.path(digest) / file.path).unlink(missing_ok=True)
 
     def size_bytes(self) -> int:
         """What all bundles take, staging included."""

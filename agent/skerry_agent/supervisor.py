@@ -28,7 +28,7 @@ from skerry_agent import facts, hold, reporting
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, identity
 from skerry_agent.control import Answer, ControlServer
-from skerry_agent.core import backoff
+from skerry_agent.core import admission, backoff
 from skerry_agent.core import effects as e
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
 from skerry_agent.errand import COURIER, Errands
@@ -38,6 +38,7 @@ from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
 from skerry_agent.logs import kv
 from skerry_agent.notify import Notify
 from skerry_agent.restoring import Restoring
+from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Entry, open_store
@@ -90,8 +91,8 @@ class Supervisor:
         )
         self._clock.set_lower_bound(float(self._store.get("lower_bound_s", 0.0)))
         self._slots = Slots(config.state_dir / "slots")
-        self._runtimes = facts.runtimes(config)
-        self._stratum = facts.stratum(config, self._runtimes)
+        self._runtimes = Runtimes(config, self._clock, self._draw)
+        self._stratum = facts.stratum(config, self._runtimes.usable)
         self._group = ids.group_name(self._store.get("group", self._identity.group))
         self._document: group.GroupDocument | None = None
         self._settings = group.Settings()
@@ -110,7 +111,7 @@ class Supervisor:
             self._address["socket"] = str(self._local.path)
         self._serving = Serving(
             config, self._store, self._slots, self._clock, listeners, roll, on_health=self._health, on_crash=self._crash,
-            on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
+            on_start=self._started, on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(
@@ -233,6 +234,9 @@ class Supervisor:
                 self._event("worker", error.code, {"detail": error.detail})
                 self._serving.start_later({n: s for n, s in models.items() if self._slots.whole(s.digest, s.variant)})
         self._booted = True
+        if any(self._must_be_replaced(slot) for slot in models.values()):
+            # What to run instead may be here, and the network may not.
+            self._follow_plan()
 
     def _damaged(self, model: str, slot: Slot, detail: str) -> None:
         log.error("slot damaged", extra=kv(model=model, version=slot.version, digest=slot.digest, detail=detail))
@@ -249,6 +253,9 @@ class Supervisor:
             self._serving.tick()
             self._updating.tick()
             self._pump()
+            if self._runtimes.try_again():
+                self._changed("", {})
+                self.sync()
             answers = self._serving.answering()
             if answers != self._answers:
                 # A worker died, or is back: the server must not hold the one for the other until the next sync.
@@ -560,6 +567,7 @@ class Supervisor:
         running = {
             name: Running(digest=slot.digest, arm=slot.arm, rollout=slot.rollout, stage=slot.stage)
             for name, slot in answering.items()
+            if not self._must_be_replaced(slot)
         }
         if not update.resting and update.state != "revert":
             running[update.model] = Running(
@@ -576,6 +584,15 @@ class Supervisor:
                     self._change(step, waiting)
                 case _:
                     pass
+
+    def _must_be_replaced(self, slot: Slot) -> bool:
+        """Whether a slot's runtime does not work any more, so that the plan takes its bundle up again, in a variant that runs."""
+        manifest, variant = self._slots.manifest(slot.digest), self._slots.variant(slot)
+        if manifest is None or variant is None or not self._runtimes.lacks(variant):
+            return False
+        # A live worker goes on with what it has loaded, unless something else can take its place.
+        answer = self._updating.admission(manifest, slot.digest)
+        return not self._serving.answering() or isinstance(answer, admission.Admit)
 
     def _rested(self) -> None:
         self._follow_plan()
@@ -619,6 +636,28 @@ class Supervisor:
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
+    def _started(self, models: Mapping[str, Slot], error: AgentError | None) -> None:
+        """What the end of a start says of the runtimes."""
+        if error is None:
+            proved = {variant.runtime for slot in models.values() if (variant := self._slots.variant(slot)) is not None}
+            news = self._runtimes.worked(proved)
+        else:
+            slot = models.get(error.model) if error.code == "runtime_missing" else None
+            variant = self._slots.variant(slot) if slot is not None else None
+            news = variant is not None and self._runtimes.failed(variant, error.detail)
+            if news and slot is not None:
+                told = {
+                    "model": error.model,
+                    "digest": slot.digest,
+                    "variant": slot.variant,
+                    "detail": error.detail[:500],
+                }
+                self._event("worker", error.code, told)
+                asyncio.get_running_loop().call_soon(self._follow_plan)
+                self.sync()
+        if news:
+            self._changed("", {})
+
     def _health(self, generation: Generation) -> None:
         del generation
         self._updating.judge()
@@ -652,7 +691,7 @@ class Supervisor:
             device=self._identity.device, group=self._group, birth=self._link.birth if self._link else 0,
             generation=self._document.generation if self._document else 0, boot_id=self._clock.boot_id,
             epoch=self._store.epoch, seq=self._store.last_seq, stratum=self._stratum, arch=facts.arch(),
-            abilities=tuple(sorted(facts.ABILITIES)), runtimes=self._runtimes, tuf=dict(self._store.get("tuf", {})),
+            abilities=tuple(sorted(facts.ABILITIES)), runtimes=self._runtimes.usable, tuf=dict(self._store.get("tuf", {})),
             models=serving.models(), answering=serving.answering(), update=self._updating.update,
             lost=self._store.lost(), linked=bool(self._link and self._link.connected),
             server_online=self._server is not None and self._server.status == "online", pending=pending,

@@ -30,6 +30,7 @@ from skerry_agent.errors import AgentError, Degraded, Rejected
 from skerry_agent.failures import Failures
 from skerry_agent.logs import kv
 from skerry_agent.restoring import Restoring
+from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Store
@@ -76,7 +77,7 @@ class Updating:
         serving: Serving,
         errands: Errands,
         clock: Clock,
-        runtimes: dict[str, str],
+        runtimes: Runtimes,
         restoring: Restoring,
         *,
         errand_input: Callable[[], dict[str, Any]],
@@ -93,7 +94,6 @@ class Updating:
         self._errands = errands
         self._clock = clock
         self._runtimes = runtimes
-        self._broken: set[str] = set()
         self._restoring = restoring
         self._errand_input = errand_input
         self._on_change = on_change
@@ -267,6 +267,8 @@ class Updating:
         # What this device confirmed itself needs no catalog to come back to, only to be above the floor.
         own = any(slot is not None and slot.digest == update.digest for slot in (pointers.confirmed, pointers.previous))
         manifest = self._slots.manifest(update.digest) if own else None
+        if manifest is not None:
+            self._text = (self._slots.path(update.digest) / m.MANIFEST_FILE).read_text()
         if manifest is None:
             answer = await self._errands.run(
                 "manifest",
@@ -288,18 +290,18 @@ class Updating:
 
     def _admit(self) -> e.Event:
         assert self._manifest is not None
-        answer = self._admission(self._manifest)
+        answer = self.admission(self._manifest, self.update.digest)
         if isinstance(answer, admission.Refuse):
             raise Rejected(answer.code, answer.detail)
         return e.Admitted(variant=answer.variant)
 
-    def _admission(self, manifest: m.Manifest) -> admission.Admit | admission.Refuse:
-        digest = self.update.digest
+    def admission(self, manifest: m.Manifest, digest: str) -> admission.Admit | admission.Refuse:
+        """May the bundle run here, now? As which variant?"""
         return admission.admit(
             manifest,
-            facts.device(self._config, self._runtimes, frozenset(self._broken)),
+            facts.device(self._config, self._runtimes.usable, self._runtimes.broken),
             admission.Memory(
-                floor=str(self._store.get("floors", {}).get(self.update.model, "")),
+                floor=str(self._store.get("floors", {}).get(manifest.model, "")),
                 failures=self.failures.of(digest),
                 present_bytes=self._slots.present_bytes(digest, manifest.files()),
             ),
@@ -342,11 +344,11 @@ class Updating:
         for model in self._slots.models():
             confirmed = self._slots.pointers(model).confirmed
             if model != self.update.model and running:
-                if model in running:
+                if model in running and (self._serving.answering() or not self._lost(running[model])):
                     found[model] = running[model]
                 continue
             slot = self._slots.runnable(model)
-            if slot is not None:
+            if slot is not None and (model == self.update.model or not self._lost(slot)):
                 found[model] = slot
             elif confirmed is not None and model in running and running[model].digest == confirmed.digest:
                 # Damaged on disk, and still answering.
@@ -354,32 +356,21 @@ class Updating:
         return found
 
     async def _prove(self) -> e.Event:
-        try:
-            self._new = await self._serving.start(self._next_models(), timeout_s=lifecycle.DEADLINES_S["prove"])
-        except AgentError as error:
-            if error.code == "runtime_missing" and error.model == self.update.model:
-                self._drop_runtime(error.detail)
-            raise
+        self._new = await self._serving.start(self._next_models(), timeout_s=lifecycle.DEADLINES_S["prove"])
         return e.Proved()
 
-    def _drop_runtime(self, detail: str) -> None:
-        # It is installed, or admission had not chosen it. Until the next start of the agent it counts as missing, here and in
-        # what the server is told; the stratum stays, or the device would leave the part of a rollout that it was drawn in.
-        assert self._manifest is not None
-        runtime = self._manifest.variant(self.update.variant).runtime
-        if self._runtimes.pop(runtime, None) is not None:
-            self._broken.add(runtime)
-            log.error(
-                "runtime does not work here", extra=kv(runtime=runtime, detail=detail, left=sorted(self._runtimes))
-            )
+    def _lost(self, slot: Slot) -> bool:
+        """Whether a worker with this slot could not be started, for want of its runtime: it must keep no other model down."""
+        variant = self._slots.variant(slot)
+        return variant is not None and self._runtimes.lacks(variant)
 
     def _has_another_variant(self) -> bool:
         """Whether the variant failed for a runtime that does not work here, and another of the bundle may run."""
-        if self.update.failed_in != "prove" or self._manifest is None or not self._broken:
+        if self.update.failed_in != "prove" or self._manifest is None:
             return False
-        if self._manifest.variant(self.update.variant).runtime not in self._broken:
+        if not self._runtimes.lacks(self._manifest.variant(self.update.variant)):
             return False
-        return isinstance(self._admission(self._manifest), admission.Admit)
+        return isinstance(self.admission(self._manifest, self.update.digest), admission.Admit)
 
     async def _hand_over(self) -> e.Event:
         new = self._new
@@ -464,7 +455,8 @@ class Updating:
             return
         now = self._slots.pointers(update.model).confirmed
         # After a restart the pointer file may know a later key of the same bundle: it stays.
-        if (now is None or now.digest != update.digest) and self._slots.whole(update.digest, update.variant):
+        same = now is not None and (now.digest, now.variant) == (update.digest, update.variant)
+        if not same and self._slots.whole(update.digest, update.variant):
             self._slots.confirm(update.model, self._slot(update.state))
 
     async def _confirm(self) -> None:

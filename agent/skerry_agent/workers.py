@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ from skerry_agent.logs import kv
 log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 5.0
+_HEALTH_S = 60.0
+_FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT})
+HEALTH: tuple[str, ...] = (sys.executable, "-P", "-m", "skerry_runtime.engines")
 WORKER: tuple[str, ...] = (sys.executable, "-P", "-m", "skerry_agent.worker")
 
 
@@ -74,6 +78,29 @@ class Worker:
     def close(self) -> None:
         """Gives up the channel of a worker that is gone."""
         self._channel.close()
+
+
+async def runtime_fault(runtime: str) -> str:
+    """Why a runtime does not work here, tried on the smallest model in a process of its own; empty when it does, or is unclear."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *HEALTH, runtime, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+    except OSError:
+        return ""
+    try:
+        said, _ = await asyncio.wait_for(process.communicate(), _HEALTH_S)
+    except TimeoutError:
+        return ""
+    finally:
+        if process.returncode is None:
+            process.kill()
+    code = process.returncode or 0
+    if code == 1 and said.startswith(b"runtime_missing"):
+        return said.decode(errors="replace").strip()
+    # Killed from outside, for want of memory say, it tells nothing of the runtime.
+    return f"it ends its process with signal {-code}" if code < 0 and -code not in _FROM_OUTSIDE else ""
 
 
 async def spawn(

@@ -20,6 +20,7 @@ CHECKS: tuple[tuple[str, Callable[[Patient], Iterator[Finding]]], ...] = (
     ("slots", models.check_slots),
     ("runtime", models.check_runtime),
     ("worker", models.check_worker),
+    ("update", models.check_update),
     ("fleet", network.check_fleet),
     ("server", network.check_server),
     ("broker", network.check_broker),

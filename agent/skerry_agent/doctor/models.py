@@ -13,6 +13,7 @@ from skerry_agent import facts
 from skerry_agent.doctor.finding import NET_S, Finding, Patient
 from skerry_agent.slots import Slots, read_pointers
 
+_NO_FAULT = frozenset({"withdrawn", "interrupted", "reverted_by_operator"})
 _INTERPRETER_S = 120.0
 _INTERPRETER = """
 import sys
@@ -61,11 +62,17 @@ def check_worker(patient: Patient) -> Iterator[Finding]:
     if status is None:
         return
     if not status["running"]:
+        named = read_pointers(patient.config.state_dir / "slots")
+        wanted = [
+            f"{model} {slot.version}"
+            for model, p in sorted(named.items())
+            if (slot := p.active or p.confirmed) is not None
+        ]
         yield Finding(
             check="worker",
-            verdict="warn",
-            detail="nothing is served yet",
-            advice="skerry-agent status says what the last sync and update came to",
+            verdict="fail" if wanted else "warn",
+            detail=f"nothing is served, and {', '.join(wanted)} should be" if wanted else "nothing is served yet",
+            advice="skerry-agent status says what the last sync and update came to; the agent's log why no worker starts",
         )
         return
     serving = status["serving"]
@@ -107,6 +114,23 @@ def _not_ready(where: str, why: str) -> Finding:
     )
 
 
+def check_update(patient: Patient) -> Iterator[Finding]:
+    """What the last update came to."""
+    update = patient.status["update"] if patient.status is not None else None
+    if update is None:
+        return
+    said = f"{update['model']} {update['version']}: {update['state'].replace('_', ' ')}"
+    if not update["code"] or update["code"] in _NO_FAULT:
+        yield Finding(check="update", verdict="ok", detail=said)
+        return
+    yield Finding(
+        check="update",
+        verdict="warn",
+        detail=f"{said}, {update['code']}" + (f": {update['detail']}" if update["detail"] else ""),
+        advice="docs/reference/reason-codes.md has the code; skerry-agent sync --pardon tries a bundle again that is given up",
+    )
+
+
 def check_runtime(patient: Patient) -> Iterator[Finding]:
     """Whether a runtime builds and proves what should serve, in a child process."""
     installed = facts.runtimes(patient.config)
@@ -118,10 +142,18 @@ def check_runtime(patient: Patient) -> Iterator[Finding]:
             advice="install skerry-agent with one of the extras onnx, litert, tflite, or change device.runtimes",
         )
         return
-    said = ", ".join(f"{name} {version}" for name, version in sorted(installed.items()))
+    left_out = set(installed) - set(patient.status["runtimes"] if patient.status is not None else installed)
+    for name in sorted(left_out):
+        yield Finding(
+            check="runtime",
+            verdict="fail",
+            detail=f"{name} {installed[name]} is installed, and the agent left it out: no worker could load a model on it",
+            advice="the agent's log says why; repair the runtime, then restart the agent or wait until it tries again by itself",
+        )
+    said = ", ".join(f"{name} {version}" for name, version in sorted(installed.items()) if name not in left_out)
     named = read_pointers(patient.config.state_dir / "slots")
     chosen = [(name, p.active or p.confirmed) for name, p in sorted(named.items())]
-    if not any(slot for _, slot in chosen):
+    if said and not any(slot for _, slot in chosen):
         yield Finding(check="runtime", verdict="ok", detail=f"{said}; no bundle here to build an interpreter from")
     for name, slot in chosen:
         if slot is not None:

@@ -31,7 +31,7 @@ from skerry_agent.serving.generation import Generation, counts_of, exit_words, s
 from skerry_agent.serving.rings import Rings, book_of
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Store
-from skerry_agent.workers import WORKER, spawn
+from skerry_agent.workers import WORKER, runtime_fault, spawn
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Serving:
         roll: the record of living workers.
         on_health: a report of the serving generation came.
         on_crash: the serving generation died by itself; answers whether ``Serving`` shall start it again.
+        on_start: a worker proved these models, or could not, and why; called before ``start`` returns or raises.
         on_records: the outbox grew.
         on_fault: the store cannot be used any more.
         draw: uniform in [0, 1).
@@ -66,6 +67,7 @@ class Serving:
         *,
         on_health: Callable[[Generation], None],
         on_crash: Callable[[Generation, int], bool],
+        on_start: Callable[[Mapping[str, Slot], AgentError | None], None],
         on_records: Callable[[], None],
         on_fault: Callable[[Degraded], None],
         draw: Callable[[], float],
@@ -79,6 +81,7 @@ class Serving:
         self._roll = roll
         self._on_health = on_health
         self._on_crash = on_crash
+        self._on_start = on_start
         self._draw = draw
         self._worker_command = worker_command
         self._rings = Rings(config.state_dir / "rings", store, clock, on_records=on_records, on_fault=on_fault)
@@ -146,14 +149,28 @@ class Serving:
         except TimeoutError:
             await self.retire(generation)
             raise Rejected("start_timeout", f"not ready after {timeout_s:g} s") from None
-        except AgentError:
+        except AgentError as error:
             await self.retire(generation)
-            raise
+            found_out = await self._found_out(models, error)
+            self._on_start(models, found_out)
+            raise found_out from None
         except asyncio.CancelledError:
             self._background(self.retire(generation))
             raise
         generation.proofs = {proved.name: proved for proved in found.models}
+        self._on_start(models, None)
         return generation
+
+    async def _found_out(self, models: Mapping[str, Slot], error: AgentError) -> AgentError:
+        """Of a worker that died without a word: the runtime's fault when that does not work with the smallest model either."""
+        if error.code != "runtime_crashed" or error.model:
+            return error
+        for model, slot in sorted(models.items()):
+            variant = self._slots.variant(slot)
+            fault = await runtime_fault(variant.runtime) if variant is not None else ""
+            if variant is not None and fault:
+                return Rejected("runtime_missing", f"{model}: {variant.runtime}: {fault}", model=model)
+        return error
 
     def _next_number(self) -> int:
         """Names the next generation's rings as no ring was ever named."""
@@ -411,6 +428,9 @@ class Serving:
                 log.error(
                     "worker does not start", extra=kv(code=error.code, detail=error.detail, failures=self._failures)
                 )
+                if error.code == "runtime_missing" and error.model in models and len(models) > 1:
+                    # It keeps no other model down; the plan brings it back when it can run.
+                    models = {name: slot for name, slot in models.items() if name != error.model}
             except Exception:
                 # A bug, or a fault without a name: this loop is all that brings the models back.
                 self._failures += 1

@@ -1,6 +1,7 @@
 """A worker for tests: the real channel and no models. The file ``act`` in its folder says how it behaves when it is started.
 
 ``ready`` (or no file): says ready and does what it is told. ``wait``: says ready once the file ``go`` is there. ``die``: says ready and dies.
+``lacks NAME``: has no runtime for that model, and ends.
 On ``flush`` it sends a window of three inferences. What it hears is appended to ``heard``, one line per message: generation, kind, arm.
 """
 
@@ -45,6 +46,11 @@ class Worker:
     def begin(self, act: str) -> None:
         if act == "wait" and not (folder / "go").exists():
             asyncio.get_running_loop().call_later(0.01, self.begin, act)
+            return
+        lacks, _, name = act.partition(" ")
+        if lacks == "lacks" and name in {served.name for served in self.start.models}:
+            self.channel.send(ww.Failed(model=name, code="runtime_missing", detail="as told"))
+            self.over.set()
             return
         self.channel.send(ww.Ready(pid=os.getpid(), models=()))
         if act == "die":

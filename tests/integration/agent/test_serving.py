@@ -8,20 +8,21 @@ import signal
 import socket
 import sqlite3
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from skerry_agent import config, facts
+from skerry_agent import config
 from skerry_agent.clock import Clock
 from skerry_agent.core import effects as e
 from skerry_agent.errand import Errands
-from skerry_agent.errors import Degraded
+from skerry_agent.errors import AgentError, Degraded
 from skerry_agent.leftovers import Roll
 from skerry_agent.restoring import Restoring
+from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import open_store
@@ -48,12 +49,13 @@ class Bench:
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.faults: list[Degraded] = []
+        self.started: list[tuple[set[str], str]] = []
         self.program = folder / "worker"
         self.install()
         roll = Roll(folder / "run" / "workers.json", self.clock.boot_id)
         self.serving = Serving(
             self.config, self.store, self.slots, self.clock, [self.listener], roll, on_health=lambda _: None,
-            on_crash=lambda generation, _code: not self.updating.crashed(generation, "killed"), on_records=lambda: None,
+            on_crash=lambda generation, _code: not self.updating.crashed(generation, "killed"), on_start=self.note, on_records=lambda: None,
             on_fault=self.faults.append, draw=lambda: 0.5, worker_command=(str(self.program), str(folder)),
         )  # fmt: skip
         who = config.Identity(
@@ -63,10 +65,13 @@ class Bench:
         refuses = (sys.executable, "-c", 'print(\'{"error": {"kind": "rejected", "code": "expired", "detail": "x"}}\')')
         self.updating = Updating(
             self.config, who, self.store, self.slots, self.serving, Errands(refuses), self.clock,
-            facts.runtimes(self.config), Restoring(self.slots, self.serving, on_damage=lambda *_: None),
+            Runtimes(self.config, self.clock, lambda: 0.5), Restoring(self.slots, self.serving, on_damage=lambda *_: None),
             errand_input=dict, on_change=lambda _code, _data: None, on_rest=lambda: None, on_fault=self.faults.append,
             draw=lambda: 0.5,
         )  # fmt: skip
+
+    def note(self, models: Mapping[str, Slot], error: AgentError | None) -> None:
+        self.started.append((set(models), f"{error.code} {error.model}" if error is not None else ""))
 
     def install(self) -> None:
         self.program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "stand_in_worker.py"}" "$@"\n')
@@ -146,6 +151,31 @@ def test_a_worker_that_dies_between_its_proof_and_its_first_request_is_started_a
         wait_for(lambda: not psutil.pid_exists(second.worker.pid), why="its death")
         (bench.folder / "act").write_text("ready")
         await until(lambda: bench.serving.answering() and bench.serving.current not in (first, second))
+
+    on_bench(act)
+
+
+def test_a_model_whose_runtime_went_missing_keeps_no_other_one_down(on_bench: Run) -> None:
+    async def act(bench: Bench) -> None:
+        first = await bench.serve(gas=GAS, pump=GAS)
+        (bench.folder / "act").write_text("lacks gas")
+        os.kill(first.worker.pid, signal.SIGKILL)
+        await until(lambda: bench.serving.answering() and bench.serving.current is not first)
+        assert set(bench.serving.models()) == {"pump"}
+        assert bench.started == [({"gas", "pump"}, ""), ({"gas", "pump"}, "runtime_missing gas"), ({"pump"}, "")]
+
+    on_bench(act)
+
+
+def test_a_single_model_whose_runtime_went_missing_is_tried_until_it_works(on_bench: Run) -> None:
+    async def act(bench: Bench) -> None:
+        first = await bench.serve(gas=GAS)
+        (bench.folder / "act").write_text("lacks gas")
+        os.kill(first.worker.pid, signal.SIGKILL)
+        await until(lambda: len(bench.started) > 3)
+        (bench.folder / "act").write_text("ready")
+        await until(lambda: bench.serving.answering() and bench.serving.current is not first)
+        assert set(bench.serving.models()) == {"gas"}
 
     on_bench(act)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from skerry_agent.errors import Rejected
 from skerry_agent.slots import Slot, Slots
@@ -51,6 +52,51 @@ def test_a_staged_bundle_becomes_a_slot_and_staging_is_empty(slots: Slots, tmp_p
     assert slots.whole(slot.digest, slot.variant)
     slots.stage(slot.digest)
     assert Slots(slots.root).boot() == ({"gas": slot}, [])
+
+
+def put_variant(slots: Slots, folder: Path, name: str) -> Slot:
+    """Leaves one of the two variants of a bundle in staging: each has the model under a name of its own."""
+    models.build_bundle(folder / "1.0.0", version="1.0.0")
+    found = m.parse((folder / "1.0.0" / "manifest.json").read_bytes())
+    (plain,) = found.variants
+    others = []
+    for variant in ("a", "b"):
+        renamed = tuple(
+            msgspec.structs.replace(f, path=f"{variant}.onnx") if f.path == plain.model else f for f in plain.files
+        )
+        others.append(msgspec.structs.replace(plain, id=variant, model=f"{variant}.onnx", files=renamed))
+    text = m.encode(msgspec.structs.replace(found, variants=tuple(others)))
+    staging = slots.staging_path(m.digest(text))
+    shutil.copytree(folder / "1.0.0", staging)
+    (staging / plain.model).rename(staging / f"{name}.onnx")
+    (staging / "manifest.json").write_bytes(text)
+    shutil.rmtree(folder / "1.0.0")
+    return Slot(digest=m.digest(text), version="1.0.0", variant=name, standing="confirmed")
+
+
+@pytest.mark.parametrize("rotten", [False, True], ids=["whole", "rotten"])
+def test_a_variant_that_runs_stays_until_another_of_its_bundle_is_confirmed(
+    slots: Slots, tmp_path: Path, rotten: bool
+) -> None:
+    first = put_variant(slots, tmp_path, "a")
+    slots.stage(first.digest)
+    slots.confirm("gas", first)
+    if rotten:
+        model = slots.path(first.digest) / "a.onnx"
+        model.write_bytes(b"x" * model.stat().st_size)
+    second = put_variant(slots, tmp_path, "b")
+    slots.stage(second.digest)
+    assert slots.whole(second.digest, "b")
+    # A boot in between starts what is confirmed; what rotted would keep the new variant from loading.
+    assert slots.whole(first.digest, "a") is not rotten
+    slots.activate("gas", second)
+    slots.collect({second.digest})
+    assert slots.whole(first.digest, "a") is not rotten
+    slots.confirm("gas", second)
+    slots.collect({second.digest})
+    assert slots.whole(second.digest, "b")
+    assert not slots.whole(first.digest, "a")
+    assert slots.pointers("gas").previous is None
 
 
 @pytest.mark.parametrize(
