@@ -105,7 +105,8 @@ class Round:
                 state, looked_s = self._look(now_s), now_s
                 if state in ENDS.values() and self.ended_s is None:
                     self.ended_s = now_s
-            if state in ENDS.values() and not self.left and not self.down:
+            if state in ENDS.values() and not self.left and not self.down and self._look(now_s) == state:
+                # Looked at anew: a server that was started again a moment ago may not answer yet.
                 break
             assert state not in ("paused", "aborted"), f"the rollout is {state}"
             dead = [text for text in self.rig.processes.died() if text.split()[0] not in self.down]

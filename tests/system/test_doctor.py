@@ -17,7 +17,7 @@ from tests.system.conftest import Rig, utc_now
 DEVICE = "gas-1"
 CHECKS = {
     "configuration", "agent", "state folder", "disk", "store", "outbox", "clock", "identity", "root of trust", "slots",
-    "runtime", "worker", "fleet", "server", "broker",
+    "runtime", "worker", "update", "fleet", "server", "broker",
 }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def test_a_well_device_has_no_failure_and_each_thing_that_breaks_is_named(one: R
     fleet.processes.stop([DEVICE])
     status, found = findings(one)
     assert (status, failed(found)) == (1, {"agent"})
-    assert set(found) - {"losses"} == CHECKS - {"worker", "fleet"}
+    assert set(found) - {"losses"} == CHECKS - {"worker", "update", "fleet"}
 
     fleet.processes.stop(["server"])
     status, text = examine(one)
