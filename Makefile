@@ -16,7 +16,7 @@ TFLITE  := .venv-tflite
 BIN     := $(VENV)/bin
 SOURCES := contract/skerry_contract runtime/skerry_runtime agent/skerry_agent server/skerry_server cli/skerry_cli
 MEMBERS := $(wildcard */pyproject.toml)
-PARALLEL ?= 2
+PARALLEL ?= 3
 ARCH    ?= amd64
 
 .PHONY: demo test test-slow test-tflite test-deb check bench format deb image clean setup setup-demo
@@ -25,7 +25,7 @@ demo: $(VENV)/.ready-demo
 	$(BIN)/skerry demo $(if $(KEEP),--keep)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=1500 $(ARGS)

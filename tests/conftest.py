@@ -18,3 +18,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
 def models() -> ModuleType:
     """Maker of bundles; loaded where it is asked for, since it brings both runtimes' makers of files."""
     return importlib.import_module("tests.models")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of whole processes first: by file they go to the next free worker, and a long one must not be the last."""
+    order = {"system": 0, "integration": 1}
+    items.sort(key=lambda item: order.get(item.path.relative_to(item.config.rootpath).parts[1], 2))

@@ -1,12 +1,13 @@
 """Counts that merge exactly: any partition, order and re-merge equals counting the raw data at once.
 
-Everything is a Python integer. Three kinds:
+Everything is a Python integer. Four kinds:
 
 * ``Exponential``: OpenTelemetry's exponential histogram (data model, "ExponentialHistogram"). Every device records at
   ``SCALE``; coarser scales come from shifting indices, which is exact. Bucket ``i`` holds ``2**(i/2**scale) < v <=
   2**((i+1)/2**scale)``; the relative error of a quantile is at most ``(b-1)/(b+1)`` with ``b = 2**(2**-scale)``, 1.08 % at 5.
 * edge counts: how many values fell between the reference edges of the bundle; ``edge_bin`` says where.
 * ``Moments``: count, sum and sum of squares of quantized values ``q``.
+* registers of a HyperLogLog (Flajolet et al. 2007): about how many different things there were; merging takes the greater.
 
 The numpy code that folds many values at once must give the same integers; a property test compares both.
 """
@@ -247,3 +248,48 @@ def mean_and_sd(moments: Moments, centre: float, scale: float) -> tuple[float, f
     variance_q = (moments.n * moments.squares - moments.total**2) / (moments.n * (moments.n - 1))
     step = scale / (1 << Q_BITS)
     return centre + mean_q * step, math.sqrt(max(0.0, variance_q)) * step
+
+
+DISTINCT_REGISTERS = 256
+"""Relative standard error 1.04 / sqrt(256) = 6.5 %."""
+_DISTINCT_BITS = 8
+_ALPHA = 0.7213 / (1 + 1.079 / DISTINCT_REGISTERS)
+
+
+def distinct_register(hashed: int) -> tuple[int, int]:
+    """(register, rank) of a 64-bit hash: its lowest 8 bits choose, the rest's trailing zeros plus one rank it.
+
+    >>> distinct_register(0x0500), distinct_register(0x0203), distinct_register(7)
+    ((0, 1), (3, 2), (7, 57))
+    """
+    rest = hashed >> _DISTINCT_BITS
+    rank = (rest & -rest).bit_length() if rest else 64 - _DISTINCT_BITS + 1
+    return hashed & (DISTINCT_REGISTERS - 1), rank
+
+
+def distinct_of(hashes: Iterable[int]) -> bytes:
+    """Registers of 64-bit hashes, one by one: the definition that faster code must equal. Empty for none."""
+    registers = bytearray(DISTINCT_REGISTERS)
+    for hashed in hashes:
+        register, rank = distinct_register(hashed)
+        registers[register] = max(registers[register], rank)
+    return bytes(registers) if any(registers) else b""
+
+
+def merge_distinct(a: bytes, b: bytes) -> bytes:
+    """The registers of both; empty is the zero."""
+    if not a or not b:
+        return a or b
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} registers cannot be merged with {len(b)}")
+    return bytes(map(max, a, b))
+
+
+def distinct_estimate(registers: bytes) -> float:
+    """About how many different hashes there were, with linear counting while few registers are set."""
+    if not registers:
+        return 0.0
+    size = len(registers)
+    raw = _ALPHA * size * size / sum(2.0**-rank for rank in registers)
+    empty = registers.count(0)
+    return size * math.log(size / empty) if empty and raw <= 2.5 * size else raw

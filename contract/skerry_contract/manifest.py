@@ -21,8 +21,13 @@ SCHEMA = 1
 MAX_BYTES = 1 << 20
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "model.sig"
+MOST_STREAMS = 4096
+MOST_STATE_ELEMENTS = 1 << 20
 
 Runtime = Literal["onnx", "tflite"]
+GuardPolicy = Literal["", "count", "reject", "impute", "fallback"]
+ABILITIES: frozenset[str] = frozenset({"guards", "states"})
+"""What a manifest may ask for that an agent of the first release lacks: who uses one names it in ``requires``."""
 Precision = Literal["int8", "fp16", "fp32", "mixed"]
 Datatype = Literal[
     "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BYTES"
@@ -120,6 +125,10 @@ class Feature(_Part, frozen=True, kw_only=True, omit_defaults=True):
         ttl_s: age after which a value is stale, seconds; 0 for never.
         edges: inner bin edges, ascending; ``len + 1`` bins.
         centre, scale: for the quantized moments; scale > 0.
+        on_null, on_outside, on_stale: what a NaN, a value outside ``range``, one older than ``ttl_s`` does to its request.
+            Empty: a NaN is refused unless ``nullable``, the others are counted. ``impute`` puts ``impute`` in its place,
+            ``fallback`` has the manifest's fallback model answer.
+        impute: the value; needed where a policy is ``impute``.
     """
 
     name: str
@@ -133,6 +142,53 @@ class Feature(_Part, frozen=True, kw_only=True, omit_defaults=True):
     edges: tuple[float, ...] = ()
     centre: float = 0.0
     scale: float = 1.0
+    on_null: GuardPolicy = ""
+    on_outside: GuardPolicy = ""
+    on_stale: GuardPolicy = ""
+    impute: float | None = None
+
+
+class StateTensor(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """A tensor that the model hands from one inference of a stream to the next; applications neither send nor get it.
+
+    Attributes:
+        input: of the model file; output: of the model file, which becomes ``input`` of the stream's next inference.
+        shape: of one stream's state, fixed; it begins as zeros.
+    """
+
+    input: str
+    output: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+
+
+class Streams(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """How a stateful model keeps its clients' streams apart (``sequence_id`` of the Open Inference Protocol's requests).
+
+    Attributes:
+        states: tensors handed on.
+        internal: the runtime itself holds the state (a TFLite file with variables): every stream has an interpreter.
+        most: streams kept; the one that was quiet longest goes first. idle_s: after so long it goes anyway.
+    """
+
+    states: tuple[StateTensor, ...] = ()
+    internal: bool = False
+    most: int = 16
+    idle_s: float = 60.0
+
+
+class Explanations(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """Which answers are explained, by occlusion against the reference medians.
+
+    Attributes:
+        share: of requests, chosen by hash; 0 for none.
+        audit: class labels whose every answer is explained.
+        medians: by feature, what takes a value's place.
+    """
+
+    share: float = 0.0
+    audit: tuple[str, ...] = ()
+    medians: dict[str, float] = {}
 
 
 class Slice(_Part, frozen=True, kw_only=True, omit_defaults=True):
@@ -212,7 +268,15 @@ class Provenance(_Part, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Manifest(_Part, frozen=True, kw_only=True, omit_defaults=True):
-    """See the module. ``created`` is RFC 3339 UTC. ``requires``: agent abilities without which it must not run."""
+    """See the module.
+
+    Attributes:
+        created: RFC 3339 UTC.
+        requires: agent abilities without which it must not run.
+        isolate: wants a worker of its own.
+        fallback: model of the same inputs and outputs that answers where a guard says so.
+        streams: of a stateful model.
+    """
 
     schema: int
     model: str
@@ -232,6 +296,10 @@ class Manifest(_Part, frozen=True, kw_only=True, omit_defaults=True):
     provenance: Provenance = Provenance()
     min_agent: str = ""
     requires: tuple[str, ...] = ()
+    isolate: bool = False
+    fallback: str = ""
+    streams: Streams | None = None
+    explanations: Explanations = Explanations()
 
     def variant(self, variant_id: str) -> Variant:
         """The variant of that id. Raises ``KeyError``."""
@@ -330,6 +398,7 @@ def _check(m: Manifest) -> None:
         for i, tensor in enumerate(tensors):
             _require(all(d == -1 or d > 0 for d in tensor.shape), f"$.{kind}[{i}].shape", "wanted -1 or positive sizes")
     _check_features(m)
+    _check_abilities(m)
 
 
 def _check_variant(variant: Variant, where: str) -> None:
@@ -372,9 +441,50 @@ def _check_features(m: Manifest) -> None:
         column = m.reference.features.get(feature.name)
         fits = column is None or len(column.counts) == len(feature.edges) + 1
         _require(fits, f"$.reference.features.{feature.name}", f"wanted {len(feature.edges) + 1} counts")
+        for name in ("on_null", "on_outside", "on_stale"):
+            policy = getattr(feature, name)
+            _require(policy != "impute" or feature.impute is not None, f"{where}.{name}", "impute wants a value")
+            _require(policy != "fallback" or bool(m.fallback), f"{where}.{name}", "fallback wants $.fallback")
+        _require(feature.impute is None or math.isfinite(feature.impute), f"{where}.impute", "wanted a finite number")
     known = {feature.name for feature in m.features}
     for part in m.slices:
         _require(part.feature in known and part.low < part.high, "$.slices", f"{part.name} cannot be")
+
+
+def _check_abilities(m: Manifest) -> None:
+    if m.fallback:
+        ids.model_name(m.fallback)
+        _require(m.fallback != m.model, "$.fallback", "a model cannot stand in for itself")
+    used: set[str] = set()
+    if any(f.on_null or f.on_outside or f.on_stale for f in m.features):
+        used.add("guards")
+    if m.streams is not None:
+        used.add("states")
+        _check_streams(m.streams)
+    _require(used <= set(m.requires), "$.requires", f"wanted {', '.join(sorted(used - set(m.requires)))} named")
+    known = {feature.name for feature in m.features}
+    explanations = m.explanations
+    _require(0 <= explanations.share <= 1, "$.explanations.share", f"wanted 0 to 1, got {explanations.share}")
+    _require(set(explanations.medians) <= known, "$.explanations.medians", "wanted names of features")
+    finite = all(map(math.isfinite, explanations.medians.values()))
+    _require(finite, "$.explanations.medians", "wanted finite numbers")
+    labels = {label for tensor in m.outputs for label in tensor.labels}
+    _require(set(explanations.audit) <= labels, "$.explanations.audit", "wanted labels of an output")
+
+
+def _check_streams(streams: Streams) -> None:
+    where = "$.streams"
+    _require(bool(streams.states) != streams.internal, where, "wanted states, or internal, and not both")
+    _unique([state.input for state in streams.states], f"{where}.states", nonempty=False)
+    _unique([state.output for state in streams.states], f"{where}.states", nonempty=False)
+    for state in streams.states:
+        size = math.prod(state.shape)
+        fits = all(d > 0 for d in state.shape) and size <= MOST_STATE_ELEMENTS and state.datatype != "BYTES"
+        _require(
+            fits, f"{where}.states", f"{state.input}: wanted a fixed shape of at most {MOST_STATE_ELEMENTS} numbers"
+        )
+    _require(1 <= streams.most <= MOST_STREAMS, f"{where}.most", f"wanted 1 to {MOST_STREAMS}, got {streams.most}")
+    _require(0 < streams.idle_s <= 86_400, f"{where}.idle_s", f"wanted up to a day, got {streams.idle_s}")
 
 
 def _unique(names: list[str], where: str, *, nonempty: bool) -> None:

@@ -18,6 +18,19 @@ from skerry_contract.errors import Malformed
 
 MAX_BINS = 4096
 """Counts of one feature or output."""
+MAX_TALLIES = 512
+MAX_SHADOWS = 8
+LATER_FIELDS = ("tallies", "freshness", "attributions", "shadows", "distinct")
+"""Fields that came after the first release: left out of the bytes while they are empty, so that what has none is as it was."""
+
+GUARD_KINDS: tuple[str, ...] = (
+    "null.rejected", "null.imputed", "null.fallback",
+    "outside.rejected", "outside.imputed", "outside.fallback",
+    "stale.counted", "stale.rejected", "stale.imputed", "stale.fallback",
+    "access.denied", "access.rate", "access.throttled",
+    "load.cold", "load.waiting", "provider.fallback",
+)  # fmt: skip
+"""What a guard did to a request, one bit each from the lowest, in a device's records; the names are keys of ``tallies``."""
 
 
 class Key(NamedTuple):
@@ -117,8 +130,38 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True):
     conflicting: int = 0
 
 
+class Shadow(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate that saw the same inputs and answered nobody, paired by request with what was answered.
+
+    Attributes:
+        pairs: requests that both answered.
+        dropped: requests of the share that have no pair, by reason: ``busy``, ``hot``, ``failed``, ``late``.
+        agreed: pairs with the same predicted class, or equal outputs within the golden tolerance where there are no classes.
+        distance: greatest absolute difference of an output per pair, in millionths.
+        slower, faster: nanoseconds by which the candidate took longer, or less long, than what answered.
+        labelled: labelled pairs: both right, only the answer right, only the candidate right, both wrong.
+    """
+
+    pairs: int = 0
+    dropped: dict[str, int] = {}
+    agreed: int = 0
+    distance: h.Exponential = h.Exponential()
+    slower: h.Exponential = h.Exponential()
+    faster: h.Exponential = h.Exponential()
+    labelled: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
 class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """See the module. ``resources`` holds integer readings by name: sums as ``*_sum``, peaks as ``*_max``, counts as ``*_n``."""
+    """See the module.
+
+    Attributes:
+        resources: integer readings by name: sums as ``*_sum``, peaks as ``*_max``, counts as ``*_n``.
+        tallies: further counts of requests by name, among them ``GUARD_KINDS``; names ending in ``_max`` are peaks.
+        freshness: age of the oldest feature of a request, milliseconds, of requests that said how old they are.
+        attributions: by feature, quantized mean absolute attribution of explained rows.
+        shadows: by the candidate's digest.
+        distinct: registers of ``histogram.Distinct``: how many different requests there were; empty when nobody counts them.
+    """
 
     key: Key
     start: Instant
@@ -131,6 +174,11 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     labels: Labels = Labels()
     resources: dict[str, int] = {}
     merged: int = 1
+    tallies: dict[str, int] = {}
+    freshness: h.Exponential = h.Exponential()
+    attributions: dict[str, h.Moments] = {}
+    shadows: dict[str, Shadow] = {}
+    distinct: bytes = b""
     extra: dict[str, Any] = {}
 
 
@@ -159,11 +207,13 @@ def merge(a: Window, b: Window) -> Window:
         outputs=_merge_maps(a.outputs, b.outputs, _merge_output),
         slices=_merge_maps(a.slices, b.slices, _merge_slice),
         labels=_merge_labels(a.labels, b.labels),
-        resources={
-            name: _merge_resource(name, a.resources.get(name), b.resources.get(name))
-            for name in sorted({*a.resources, *b.resources})
-        },
+        resources=_merge_readings(a.resources, b.resources),
         merged=a.merged + b.merged,
+        tallies=_merge_readings(a.tallies, b.tallies),
+        freshness=h.merge_exponential(a.freshness, b.freshness),
+        attributions=_merge_maps(a.attributions, b.attributions, h.merge_moments),
+        shadows=_merge_maps(a.shadows, b.shadows, _merge_shadow),
+        distinct=h.merge_distinct(a.distinct, b.distinct),
     )
 
 
@@ -222,6 +272,22 @@ def _merge_labels(a: Labels, b: Labels) -> Labels:
     )
 
 
+def _merge_shadow(a: Shadow, b: Shadow) -> Shadow:
+    return Shadow(
+        pairs=a.pairs + b.pairs,
+        dropped=_merge_readings(a.dropped, b.dropped),
+        agreed=a.agreed + b.agreed,
+        distance=h.merge_exponential(a.distance, b.distance),
+        slower=h.merge_exponential(a.slower, b.slower),
+        faster=h.merge_exponential(a.faster, b.faster),
+        labelled=tuple(x + y for x, y in zip(a.labelled, b.labelled, strict=True)),  # type: ignore[arg-type]  # four and four
+    )
+
+
+def _merge_readings(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    return {name: _merge_resource(name, a.get(name), b.get(name)) for name in sorted({*a, *b})}
+
+
 def _merge_resource(name: str, a: int | None, b: int | None) -> int:
     if a is None or b is None:
         return a if a is not None else (b or 0)
@@ -258,15 +324,32 @@ def check_relations(window: Window) -> Window:
         _check_instant(getattr(window, end), end)
     for part in window.latency.__struct_fields__:
         h.check_buckets(getattr(window.latency, part), where=f"latency.{part}")
-    _check_moments("features", window.features)
-    _check_moments("outputs", window.outputs)
+    _check_moments("features", {name: part.moments for name, part in window.features.items()})
+    _check_moments("outputs", {name: part.moments for name, part in window.outputs.items()})
+    _check_later(window)
     return window
 
 
-def _check_moments(kind: str, parts: Mapping[str, FeatureCounts | OutputCounts]) -> None:
+def _check_later(window: Window) -> None:
+    h.check_buckets(window.freshness, where="freshness")
+    _check_moments("attributions", window.attributions)
+    if len(window.tallies) > MAX_TALLIES:
+        raise Malformed("window", f"wanted at most {MAX_TALLIES} names", where="tallies")
+    if len(window.shadows) > MAX_SHADOWS:
+        raise Malformed("window", f"wanted at most {MAX_SHADOWS} candidates", where="shadows")
+    for digest, shadow in window.shadows.items():
+        ids.bundle_digest(digest)
+        for part in ("distance", "slower", "faster"):
+            h.check_buckets(getattr(shadow, part), where=f"shadows.{part}")
+        if shadow.agreed > shadow.pairs or sum(shadow.labelled) > shadow.pairs:
+            raise Malformed("window", "wanted no more than there are pairs", where="shadows")
+    if len(window.distinct) not in (0, h.DISTINCT_REGISTERS):
+        raise Malformed("window", f"wanted {h.DISTINCT_REGISTERS} bytes or none", where="distinct")
+
+
+def _check_moments(kind: str, parts: Mapping[str, h.Moments]) -> None:
     # |sum of q| <= n * limit and sum of q*q <= n * limit**2: anything else is no sum of quantized values.
-    for name, part in parts.items():
-        moments = part.moments
+    for name, moments in parts.items():
         most = moments.n * h.Q_LIMIT
         if not -most <= moments.total <= most or moments.squares > most * h.Q_LIMIT:
             raise Malformed("window", "these moments cannot be", where=f"{kind}.{name[:40]}")
@@ -297,6 +380,16 @@ def _check_ranges(window: Window) -> None:
         raise Malformed("window", "wanted readings from 0 to 2**63", where="resources")
     if not 1 <= window.merged < h.MAX_COUNT:
         raise Malformed("window", "wanted >= 1", where="merged")
+    if not h.counts_fit(tuple(window.tallies.values())):
+        raise Malformed("window", "wanted counts >= 0", where="tallies")
+    h.check_counts(window.freshness, where="freshness")
+    for name, moments in window.attributions.items():
+        _check_row((), moments, f"attributions.{name[:40]}")
+    for shadow in window.shadows.values():
+        if not h.counts_fit((shadow.pairs, shadow.agreed, *shadow.labelled, *shadow.dropped.values())):
+            raise Malformed("window", "wanted counts >= 0", where="shadows")
+        for part in ("distance", "slower", "faster"):
+            h.check_counts(getattr(shadow, part), where=f"shadows.{part}")
 
 
 def _check_instant(instant: Instant, where: str) -> None:

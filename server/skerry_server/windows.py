@@ -81,6 +81,16 @@ class _Labels(w.Labels, frozen=True, kw_only=True, gc=False):
     conflicting: Count = 0
 
 
+class _Shadow(w.Shadow, frozen=True, kw_only=True):
+    pairs: Count = 0
+    dropped: dict[str, Count] = msgspec.field(default_factory=dict)
+    agreed: Count = 0
+    distance: _Exponential = _Exponential()
+    slower: _Exponential = _Exponential()
+    faster: _Exponential = _Exponential()
+    labelled: tuple[Count, Count, Count, Count] = (0, 0, 0, 0)
+
+
 class _Window(w.Window, frozen=True, kw_only=True, forbid_unknown_fields=True):
     counts: _Counts = _Counts()
     latency: _Latency = _Latency()
@@ -91,6 +101,10 @@ class _Window(w.Window, frozen=True, kw_only=True, forbid_unknown_fields=True):
     labels: _Labels = _Labels()
     resources: dict[str, Sum] = msgspec.field(default_factory=dict)
     merged: Annotated[int, Meta(ge=1, le=h.MAX_COUNT - 1)] = 1
+    tallies: dict[str, Count] = msgspec.field(default_factory=dict)
+    freshness: _Exponential = _Exponential()
+    attributions: dict[str, _Moments] = msgspec.field(default_factory=dict)  # type: ignore[assignment]
+    shadows: dict[str, _Shadow] = msgspec.field(default_factory=dict)  # type: ignore[assignment]
 
 
 _decoder = msgspec.msgpack.Decoder(_Window)

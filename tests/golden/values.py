@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from skerry_contract import enrolment, group, manifest, wire
 from skerry_contract import histogram as h
 from skerry_contract import window as w
@@ -152,4 +153,41 @@ MANIFEST = manifest.Manifest(
 FLOORS = {"gas": "1.0.0", "pump": "2.1.0-rc.3"}
 TOKEN = enrolment.Enrolment(
     server_url="https://fleet.example.org:8443", token="k3y-Of_the.server", ca_sha256="9a" * 32, root_sha256="bc" * 32
+)
+
+LATER_MANIFEST = msgspec.structs.replace(
+    MANIFEST,
+    features=(
+        msgspec.structs.replace(
+            MANIFEST.features[0], on_null="impute", on_outside="fallback", on_stale="reject", impute=0.75
+        ),
+    ),
+    requires=("guards", "states"),
+    isolate=True,
+    fallback="gas-spare",
+    streams=manifest.Streams(
+        states=(manifest.StateTensor(input="h", output="hn", datatype="FP32", shape=(2, 1, 128)),), most=4, idle_s=5.0
+    ),
+    explanations=manifest.Explanations(share=0.01, audit=("ammonia",), medians={"s1": 0.5}),
+)
+LATER_STREAMS = msgspec.structs.replace(
+    LATER_MANIFEST, streams=manifest.Streams(internal=True), requires=("guards", "states")
+)
+LATER_WINDOW = msgspec.structs.replace(
+    WINDOW,
+    tallies={"null.imputed": 3, "load.cold": 1, "cold_ms_max": 120},
+    freshness=h.exponential_of([0, 250, 31_000]),
+    attributions={"s1": h.moments_of([12, 4096])},
+    shadows={
+        "9a" * 32: w.Shadow(
+            pairs=9,
+            dropped={"busy": 2},
+            agreed=8,
+            distance=h.exponential_of([0, 1_500]),
+            slower=h.exponential_of([20_000]),
+            faster=h.exponential_of([7]),
+            labelled=(3, 1, 0, 1),
+        )
+    },
+    distinct=h.distinct_of([1, 1 << 60, 12345 << 8]),
 )

@@ -51,6 +51,17 @@ def without(path: str) -> Change:
     return change
 
 
+STATE = {"input": "h", "output": "hn", "datatype": "FP32", "shape": [2, 1, 128]}
+
+
+def streams(**fields: object) -> Change:
+    return lambda v: v.update(streams=fields)
+
+
+def explanations(**fields: object) -> Change:
+    return lambda v: v.update(explanations=fields)
+
+
 REFUSALS: dict[str, tuple[Change, str]] = {
     "no schema": (without("schema"), "schema"),
     "schema 0": (lambda v: v.update(schema=0), r"\$\.schema"),
@@ -110,7 +121,41 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     "reference on other bins": (feature(edges=[0.0]), r"\$\.reference\.features\.s1: wanted 2 counts"),
     "a slice of no feature": (lambda v: v["slices"][0].update(feature="s9"), r"\$\.slices: high"),
     "an empty slice": (lambda v: v["slices"][0].update(low=10.0), r"\$\.slices: high"),
+    "an unknown policy": (feature(on_null="guess"), r"\$\.features\[0\]\.on_null"),
+    "impute without a value": (feature(on_null="impute"), r"\$\.features\[0\]\.on_null: impute wants a value"),
+    "fallback without a model": (feature(on_outside="fallback"), r"on_outside: fallback wants \$\.fallback"),
+    "a policy that no ability names": (feature(on_stale="reject"), r"\$\.requires: wanted guards named"),
+    "a model as its own fallback": (lambda v: v.update(fallback=v["model"]), r"\$\.fallback"),
+    "streams without state": (streams(), r"\$\.streams: wanted states, or internal"),
+    "streams with both kinds": (streams(states=[STATE], internal=True), r"\$\.streams: wanted states, or internal"),
+    "streams that no ability names": (streams(states=[STATE]), r"\$\.requires: wanted states named"),
+    "a state of no fixed shape": (streams(states=[STATE | {"shape": [-1]}]), r"\$\.streams\.states: h"),
+    "a state of text": (streams(states=[STATE | {"datatype": "BYTES"}]), r"\$\.streams\.states: h"),
+    "a state past its limit": (streams(states=[STATE | {"shape": [1 << 21]}]), r"\$\.streams\.states: h"),
+    "a state twice": (streams(states=[STATE, STATE]), r"\$\.streams\.states: names must be unique"),
+    "no stream": (streams(internal=True, most=0), r"\$\.streams\.most"),
+    "streams that end at once": (streams(internal=True, idle_s=0.0), r"\$\.streams\.idle_s"),
+    "a share above 1": (explanations(share=1.5), r"\$\.explanations\.share"),
+    "a median of no feature": (explanations(medians={"s9": 1.0}), r"\$\.explanations\.medians"),
+    "an audit of no class": (explanations(audit=["gold"]), r"\$\.explanations\.audit"),
 }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: (feature(on_null="impute", impute=1.5)(v), v.update(requires=["guards"])),
+        lambda v: (feature(on_stale="fallback")(v), v.update(requires=["guards"], fallback="spare")),
+        lambda v: (streams(states=[STATE])(v), v.update(requires=["states"])),
+        lambda v: (streams(internal=True, most=3)(v), v.update(requires=["states"])),
+        explanations(share=0.01, medians={"s1": 0.5}),
+        lambda v: v.update(isolate=True),
+    ],
+)
+def test_what_came_after_the_first_release_is_read_and_named_where_an_older_agent_must_not_run_it(
+    change: Change,
+) -> None:
+    assert parse(change) != golden.MANIFEST
 
 
 def test_the_base_of_the_refusals_is_accepted() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from skerry_contract import histogram as h
 from skerry_contract import window as w
+from skerry_contract import wire
 from skerry_contract.errors import Malformed
 
 from tests.unit.contract import values
@@ -86,7 +90,7 @@ def test_windows_of_other_bins_never_merge() -> None:
 
 @given(values.windows)
 def test_a_window_of_ours_passes_the_check(window: w.Window) -> None:
-    if all(getattr(window.latency, part).total < h.MAX_SUM for part in window.latency.__struct_fields__):
+    if values.sums_fit(window):
         assert w.check(window) is window
 
 
@@ -94,3 +98,22 @@ def test_a_window_of_ours_passes_the_check(window: w.Window) -> None:
 def test_a_window_that_no_device_can_make_is_refused_by_name(changes: dict, named: str) -> None:
     with pytest.raises(Malformed, match=named.replace(".", r"\.")):
         w.check(msgspec.structs.replace(values.EMPTY, **changes))
+
+
+def test_a_window_without_later_fields_has_the_bytes_of_the_first_release() -> None:
+    fields = msgspec.msgpack.decode(wire.encode(values.EMPTY))
+    assert not set(w.LATER_FIELDS) & set(fields)
+    tallied = msgspec.structs.replace(values.EMPTY, tallies={"null.imputed": 1})
+    assert msgspec.msgpack.decode(wire.encode(tallied))["tallies"] == {"null.imputed": 1}
+    assert wire.decode_window(wire.encode(tallied)) == tallied
+
+
+@given(st.lists(st.integers(0, (1 << 64) - 1)), st.lists(st.integers(0, (1 << 64) - 1)))
+def test_distinct_registers_merge_to_those_of_all(a: list[int], b: list[int]) -> None:
+    assert h.merge_distinct(h.distinct_of(a), h.distinct_of(b)) == h.distinct_of(a + b)
+
+
+@pytest.mark.parametrize("n", [10, 300, 5_000, 100_000])
+def test_distinct_counts_are_within_four_standard_errors(n: int) -> None:
+    hashes = [int.from_bytes(hashlib.sha256(str(i).encode()).digest()[:8], "big") for i in range(n)]
+    assert h.distinct_estimate(h.distinct_of(hashes * 2)) == pytest.approx(n, rel=4 * 1.04 / 16)

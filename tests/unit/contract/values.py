@@ -60,6 +60,20 @@ def _all_of(kind: type) -> st.SearchStrategy:
     return st.builds(kind, **dict.fromkeys(kind.__struct_fields__, counts))
 
 
+_few = st.sampled_from([h.exponential_of(values) for values in ((), (0, 0), (1, 7, 1 << 40), (9,))])
+_shadows = st.builds(
+    lambda agreed, others, labelled, **rest: w.Shadow(
+        pairs=agreed + others + sum(labelled), agreed=agreed, labelled=labelled, **rest
+    ),
+    agreed=counts,
+    others=counts,
+    labelled=st.tuples(counts, counts, counts, counts),
+    dropped=st.dictionaries(st.sampled_from(["busy", "hot"]), counts),
+    distance=_few,
+    slower=_few,
+    faster=_few,
+)
+
 windows = st.builds(
     w.Window,
     key=st.just(KEY),
@@ -90,7 +104,18 @@ windows = st.builds(
     ),
     resources=st.dictionaries(st.sampled_from(["rss_mb_sum", "rss_mb_n", "rss_mb_max", "temp_max"]), counts),
     merged=st.integers(1, 1000),
+    tallies=st.dictionaries(st.sampled_from([*w.GUARD_KINDS[:3], "cold_ms_max"]), counts),
+    freshness=_few,
+    attributions=st.dictionaries(st.sampled_from(["f1", "f2"]), moments),
+    shadows=st.dictionaries(st.sampled_from(["b" * 64, "c" * 64]), _shadows),
+    distinct=st.sampled_from([b"", h.distinct_of([1, 2, 3 << 60]), h.distinct_of([256, 1 << 40])]),
 )
+
+
+def sums_fit(window: w.Window) -> bool:
+    """Whether no sum of nanoseconds left the range that the wire has for it."""
+    return all(getattr(window.latency, part).total < h.MAX_SUM for part in window.latency.__struct_fields__)
+
 
 bodies = st.binary(max_size=60)
 
@@ -136,5 +161,18 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"labels": w.Labels(confusion=(-1,))}, "labels"),
     ({"resources": {"rss_max": 1 << 63}}, "resources"),
     ({"merged": 0}, "merged"),
+    ({"tallies": {"null.rejected": -1}}, "tallies"),
+    ({"tallies": {f"t{i}": 1 for i in range(513)}}, "tallies"),
+    ({"freshness": h.Exponential(zero=-1)}, "freshness"),
+    ({"freshness": h.Exponential(scale=6)}, "freshness"),
+    ({"attributions": {"f": h.Moments(n=1, total=h.Q_LIMIT + 1)}}, "attributions.f"),
+    ({"attributions": {"f": h.Moments(n=-1)}}, "attributions.f"),
+    ({"shadows": {"x": w.Shadow()}}, "bundle digest"),
+    ({"shadows": {"b" * 64: w.Shadow(pairs=1, agreed=2)}}, "shadows"),
+    ({"shadows": {"b" * 64: w.Shadow(pairs=1, labelled=(1, 1, 0, 0))}}, "shadows"),
+    ({"shadows": {"b" * 64: w.Shadow(dropped={"busy": -1})}}, "shadows"),
+    ({"shadows": {"b" * 64: w.Shadow(slower=h.Exponential(total=1 << 63))}}, "shadows.slower"),
+    ({"shadows": {f"{i:064x}": w.Shadow() for i in range(9)}}, "shadows"),
+    ({"distinct": b"\x01"}, "distinct"),
 ]
 """Changes to ``EMPTY`` that no device can make, and what the refusal names."""
