@@ -1,6 +1,7 @@
 """One inference over local HTTP with a binary 1x3x224x224 float tensor, telemetry on, beside MLServer given the same bytes raw.
 
-MLServer's REST side takes no binary tensors, its gRPC side does: that is the peer, its client in its own environment.
+MLServer's REST side takes no binary tensors, its gRPC side does: that is the peer, its client in its own environment. LitServe, which
+takes them as a file of a form, stands in the note.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import onnxruntime as ort
 
 from tests.bench import image_bundle
 from tests.bench.http_client import Client
+from tests.bench.litserve_peer import LitServe, form
 from tests.bench.mlserver_peer import GrpcClient, MLServer
 from tests.bench.result import Result, percentile
 from tests.integration.worker.rig import Rig
@@ -39,21 +41,30 @@ def run() -> Result:
         head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
         body, headers = head + x.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
         (folder / "tensor").write_bytes(x.tobytes())
-        with Rig(folder) as rig, MLServer(folder / "mlserver", folder / "b" / "model.onnx") as peer:
+        posted, form_headers = form(x.tobytes())
+        with (
+            Rig(folder) as rig,
+            MLServer(folder / "mlserver", folder / "b" / "model.onnx") as peer,
+            LitServe(folder / "litserve", folder / "b" / "model.onnx", shape=SHAPE) as second,
+        ):
             worker = rig.start(rig.served(folder / "b"), fold_interval_s=5.0)
             with (
                 Client(rig.port, "/v2/models/gas/infer", body, headers) as ours,
                 GrpcClient(peer.grpc_port, folder / "tensor", SHAPE) as theirs,
+                Client(second.port, "/predict", posted, form_headers) as lit,
             ):
                 theirs.block(1)
                 np.testing.assert_allclose(_answer(ours.ask()), theirs.answer, rtol=1e-4)
+                np.testing.assert_allclose(json.loads(lit.ask())["data"], theirs.answer, rtol=1e-4)
                 mine: list[float] = []
                 other: list[float] = []
+                third: list[float] = []
                 for i in range(ROUNDS + 2):
-                    a, b = ours.block(BLOCK), theirs.block(BLOCK)
-                    if i >= 2:  # warm on both sides
+                    a, b, c = ours.block(BLOCK), theirs.block(BLOCK), lit.block(BLOCK)
+                    if i >= 2:  # warm on all sides
                         mine += a
                         other += b
+                        third += c
             rig.flush(worker)
             asked = 1 + BLOCK * (ROUNDS + 2)
             if rig.total().ok != asked:
@@ -68,7 +79,8 @@ def run() -> Result:
         n=len(mine),
         note=(
             f"p50, {x.nbytes} bytes in binary, mean over each channel and a small classifier; p99 {percentile(mine, 0.99):.2f} "
-            f"against {percentile(other, 0.99):.2f}; the runtime alone {bare:.2f}; budget ratio 0.5"
+            f"against {percentile(other, 0.99):.2f}; LitServe 0.2.19 with a form {percentile(third, 0.5):.2f}, p99 "
+            f"{percentile(third, 0.99):.2f}; the runtime alone {bare:.2f}; budget ratio 0.5"
         ),
     )
 

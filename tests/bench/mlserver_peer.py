@@ -51,7 +51,7 @@ class MLServer:
     def __init__(self, folder: Path, model: Path) -> None:
         python = interpreter("mlserver")
         folder.mkdir()
-        ports = _free_ports(3)
+        ports = free_ports(3)
         self.port, self.grpc_port = ports[:2]
         settings = {
             "host": "127.0.0.1", "http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2],
@@ -71,6 +71,11 @@ class MLServer:
             env={**os.environ, "PYTHONPATH": str(folder)},
         )
         self._folder = folder
+
+    @property
+    def pid(self) -> int:
+        """Of its only process."""
+        return self._process.pid
 
     def __enter__(self) -> Self:
         end = time.monotonic() + 60
@@ -127,7 +132,8 @@ class GrpcClient:
         self._process.communicate()
 
 
-def _free_ports(n: int) -> list[int]:
+def free_ports(n: int) -> list[int]:
+    """Ports that nobody listens on just now."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
     found = [sock.getsockname()[1] for sock in sockets]
     for sock in sockets:
