@@ -35,3 +35,11 @@ def counted(folder: Path, x: np.ndarray) -> Counted:
     changes = {"features": features, "reference": {"n": len(x), "features": columns}}
     digest = models.build_bundle(folder / "b", n_features=FEATURES, classes=CLASSES, n_golden=CLASSES, changes=changes)
     return Counted(folder / "b", digest, folder)
+
+
+def latencies(blocks: int = 20, values: int = 5000) -> np.ndarray:
+    """Made-up latencies in whole nanoseconds, int64[blocks, values]: log-normal about 100 us with a tail of ten times that."""
+    rng = np.random.default_rng(2)
+    usual = rng.lognormal(np.log(1e5), 0.3, (blocks, values))
+    slow = rng.random((blocks, values)) < 0.03
+    return np.rint(np.where(slow, usual * 10, usual)).astype(np.int64)

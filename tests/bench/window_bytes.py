@@ -25,7 +25,7 @@ def run() -> Result:
         batch = wire.Batch(epoch=ids.epoch("1" * 32), records=(wire.Record(seq=1, kind="window", body=body),))
         messages.append(len(wire.encode_batch(batch)))
         bodies.append(len(body))
-    peer = whylogs_peer.measure(x)
+    peer = whylogs_peer.measure(x, gas_windows.latencies())
     return Result(
         bench="window_bytes",
         value=median(messages),
