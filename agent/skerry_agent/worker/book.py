@@ -145,7 +145,7 @@ class Book:
             mapped.Damaged: it cannot be read, or is of another boot than ``boot_id``.
             mapped.Locked: that worker still writes it.
         """
-        file, header = mapped.open_existing(path, MAGIC, VERSION, Header, boot_id=boot_id, write=True)
+        file, header = mapped.open_existing(path, MAGIC, (VERSION,), Header, boot_id=boot_id, write=True)
         try:
             if header.capacity < 1 or header.records < 1:
                 raise mapped.Damaged(f"capacity {header.capacity}, records {header.records}")

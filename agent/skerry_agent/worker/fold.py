@@ -27,11 +27,12 @@ _Floats = npt.NDArray[np.float64]
 _BOUNDS = np.array(h.BOUNDS)
 _BUCKETS = h.MAX_INDEX - h.MIN_INDEX + 1
 _FEW_EDGES = 24
+_KINDS = 8 * r.META["kinds"].itemsize
 PARTS = r.TIMES
 
 
 class LatencyFold:
-    """An exponential histogram under way. Values are non-negative integers, nanoseconds."""
+    """An exponential histogram under way. Values are non-negative integers: nanoseconds, or milliseconds of ages."""
 
     __slots__ = ("counts", "total", "zero")
 
@@ -70,6 +71,8 @@ class Fold:
         n = len(plan.features)
         self._outcomes: _Ints = np.zeros(r.OUTCOMES, np.int64)
         self._flags: _Ints = np.zeros(3, np.int64)
+        self._kinds: _Ints = np.zeros(_KINDS, np.int64)
+        self._ages = LatencyFold()
         self._rows = 0
         self.latency = {part: LatencyFold() for part in PARTS}
         self._edges = [np.array(f.edges) for f in plan.features]
@@ -139,10 +142,18 @@ class Fold:
             request = outcome != r.ROW
             for i, flag in enumerate((r.RETRY, r.CACHED, r.FALLBACK)):
                 self._flags[i] += int(np.count_nonzero((flags & flag != 0) & request))
+            marked = (flags & r.MARKED != 0) & request
+            if marked.any():
+                self._add_marks(meta["kinds"][marked], meta["age_ms"][marked])
             counted = flags & r.VALUES != 0
             if counted.any():
                 kept = values if counted.all() else values[counted]
                 self._add_values(np.ascontiguousarray(kept.T, np.float64))
+
+    def _add_marks(self, kinds: npt.NDArray[np.uint32], ages: npt.NDArray[np.int32]) -> None:
+        for i in range(_KINDS):
+            self._kinds[i] += np.count_nonzero(kinds & np.uint32(1 << i))
+        self._ages.add(ages[ages >= 0].astype(np.int64))
 
     def _add_values(self, columns: _Floats) -> None:
         n = len(self.plan.features)
@@ -264,12 +275,19 @@ class Fold:
                 if counts[0]
             },
             resources=resources,
+            tallies={kind_name(i): int(n) for i, n in enumerate(self._kinds) if n},
+            freshness=self._ages.result(),
         )
 
     @property
     def span_ns(self) -> tuple[int, int]:
         """``at_ns`` of the first and last slot added."""
         return self._first_ns, self._last_ns
+
+
+def kind_name(bit: int) -> str:
+    """What a bit of a slot's ``kinds`` is called in ``tallies``, also one that a newer release wrote."""
+    return w.GUARD_KINDS[bit] if bit < len(w.GUARD_KINDS) else f"kind.{bit}"
 
 
 def _true_per_row(flags: npt.NDArray[np.bool_]) -> _Ints:

@@ -58,11 +58,13 @@ class Mapped:
 
     Attributes:
         memory: the whole file; start: where the kind's own part begins.
+        version: of the file.
         positions: ``positions[WRITTEN]``, ``[COMMITTED]``, ``[THIRD]`` are the file's own words, each stored at once.
     """
 
-    def __init__(self, path: str, boot_id: str, memory: mmap.mmap, start: int, lock: int = -1) -> None:
+    def __init__(self, path: str, version: int, boot_id: str, memory: mmap.mmap, start: int, lock: int = -1) -> None:
         self.path = path
+        self.version = version
         self.memory = memory
         self.start = start
         self._boot_id = boot_id
@@ -129,7 +131,7 @@ def create(path: str, magic: bytes, version: int, header: msgspec.Struct, boot_i
     memory[64 : 64 + len(text)] = text
     struct.pack_into("<II", memory, 8, version, len(text))
     memory[:8] = magic
-    found = Mapped(path, boot_id, memory, start, fd)
+    found = Mapped(path, version, boot_id, memory, start, fd)
     found.look_at_clocks()
     return found
 
@@ -143,19 +145,20 @@ def read_header(path: str, magic: bytes, version: int, kind: type[H], *, boot_id
     try:
         with open(path, "rb") as file:
             first = file.read(64)
-            length = _length(first, magic, version)
+            _, length = _version_and_length(first, magic, (version,))
             return _header(file.read(length), kind, boot_id)
     except OSError as error:
         raise Damaged(f"cannot open: {error.strerror}") from None
 
 
 def open_existing(
-    path: str, magic: bytes, version: int, kind: type[H], *, boot_id: str | None, write: bool = False
+    path: str, magic: bytes, versions: tuple[int, ...], kind: type[H], *, boot_id: str | None, write: bool = False
 ) -> tuple[Mapped, H]:
     """Maps a file that another worker left.
 
     Args:
-        path, magic, version, kind: of the file.
+        path, magic, kind: of the file.
+        versions: those that the caller reads; the first is the one it writes.
         boot_id: the boot it must be of; None for any.
         write: take its lock, to go on writing it.
 
@@ -175,12 +178,12 @@ def open_existing(
         if size < PAGE:
             raise Damaged(f"wanted at least {PAGE} bytes, got {size}")
         memory = mmap.mmap(fd, size)
-        length = _length(memory[:64], magic, version)
+        version, length = _version_and_length(memory[:64], magic, versions)
         if 64 + length > size:
             raise Damaged("cut short")
         header = _header(memory[64 : 64 + length], kind, boot_id)
         lock = fd if write else -1
-        return Mapped(path, getattr(header, "boot_id", ""), memory, _up(64 + length), lock), header
+        return Mapped(path, version, getattr(header, "boot_id", ""), memory, _up(64 + length), lock), header
     finally:
         if lock < 0:
             if write:
@@ -217,13 +220,13 @@ def clock_synchronised() -> bool:
     return 0 <= state < _TIME_ERROR
 
 
-def _length(first: bytes, magic: bytes, version: int) -> int:
+def _version_and_length(first: bytes, magic: bytes, versions: tuple[int, ...]) -> tuple[int, int]:
     if len(first) < 64 or first[:8] != magic:
         raise Damaged("not a file of this kind")
     found, length = struct.unpack_from("<II", first, 8)
-    if found != version:
-        raise Damaged(f"of version {found}, wanted {version}")
-    return int(length)
+    if found not in versions:
+        raise Damaged(f"of version {found}, wanted {versions[0]}")
+    return int(found), int(length)
 
 
 def _header(text: bytes, kind: type[H], boot_id: str | None) -> H:

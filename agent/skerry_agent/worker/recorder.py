@@ -123,6 +123,8 @@ class Recorder:
         at_ns: int,
         flags: int = 0,
         ident: int = 0,
+        kinds: int = 0,
+        age_ms: int = -1,
     ) -> None:
         """Counts an answered request; call before its reply is sent.
 
@@ -137,13 +139,31 @@ class Recorder:
             at_ns: monotonic clock now.
             flags: ``ring.RETRY``, ``CACHED``, ``FALLBACK``.
             ident: digest of the client's own id, 0 for none.
+            kinds: what guards did, a bit per ``window.GUARD_KINDS``.
+            age_ms: of the request's oldest feature; -1 where nobody said.
         """
         ring = self.ring
+        if kinds or age_ms >= 0:
+            flags |= r.MARKED
+            age_ms = min(age_ms, r.OLDEST_MS)
         if rows == 1 and self._direct:
             # The commonest case by far: one row whose bytes are what is stored.
             try:
                 tag = ring.written & r.TAG
-                slot = r.pack(r.OK, flags | r.VALUES, tag, 1, total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident)
+                slot = r.pack(
+                    r.OK,
+                    flags | r.VALUES,
+                    tag,
+                    1,
+                    total_ns,
+                    queue_ns,
+                    transform_ns,
+                    infer_ns,
+                    at_ns,
+                    ident,
+                    kinds,
+                    age_ms,
+                )
                 for name in self._input_names:
                     slot += inputs[name].tobytes()
                 for name in self._output_names:
@@ -151,19 +171,23 @@ class Recorder:
                 ring.append(slot + ring.padding)
             except (KeyError, IndexError):
                 # Not of the shape that the manifest says.
-                self._some(inputs, outputs, 1, (total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident), flags)
+                times = total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident, kinds, age_ms
+                self._some(inputs, outputs, 1, times, flags)
         elif self._width:
-            self._some(inputs, outputs, rows, (total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident), flags)
+            times = total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident, kinds, age_ms
+            self._some(inputs, outputs, rows, times, flags)
         else:
             tag = ring.written & r.TAG
-            ring.write(r.pack(r.OK, flags, tag, rows, total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident))
+            times = total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident, kinds, age_ms
+            ring.write(r.pack(r.OK, flags, tag, rows, *times))
             ring.publish(1)
         if ring.written - self._folded >= self._fold_every:
             self._wrote()
 
-    def other(self, outcome: int, total_ns: int, at_ns: int, flags: int = 0) -> None:
-        """Counts a request that got no answer: ``ring.INVALID``, ``FAILED`` or ``SHED``."""
-        self.ring.write(r.pack(outcome, flags, self.ring.written & r.TAG, 0, total_ns, 0, 0, 0, at_ns, 0))
+    def other(self, outcome: int, total_ns: int, at_ns: int, flags: int = 0, kinds: int = 0) -> None:
+        """Counts a request that got no answer: ``ring.INVALID``, ``FAILED`` or ``SHED``. ``kinds`` as in ``ok``."""
+        flags |= r.MARKED if kinds else 0
+        self.ring.write(r.pack(outcome, flags, self.ring.written & r.TAG, 0, total_ns, 0, 0, 0, at_ns, 0, kinds, -1))
         self.ring.publish(1)
         if self.ring.written - self._folded >= self._fold_every:
             self._wrote()
@@ -187,7 +211,7 @@ class Recorder:
                 if rows > 1:
                     part = ring.meta[low : low + n]
                     part["outcome"], part["flags"], part["rows"] = r.ROW, flags, 0
-                    part["at_ns"], part["ident"] = times[-2:]
+                    part["at_ns"], part["ident"] = times[4:6]
                     part["tag"] = np.arange(ring.written + done, ring.written + done + n) & r.TAG
                 done += n
         except (KeyError, ValueError, TypeError, IndexError) as error:

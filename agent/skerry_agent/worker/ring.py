@@ -17,7 +17,9 @@ from skerry_contract import window as w
 from skerry_agent.worker import mapped
 from skerry_agent.worker.plan import Plan
 
-VERSION = 3
+VERSION = 4
+READABLE = (VERSION, 3)
+"""Versions that are folded: an agent may find what its older release left in the same boot."""
 MAGIC = b"SKRYRING"
 OK, INVALID, FAILED, SHED, ROW = 1, 2, 3, 4, 5
 """Outcomes of a slot; ``ROW`` continues the request of the slot before it. 0 is a slot that was never written."""
@@ -28,8 +30,10 @@ MOST_UNCOMMITTED = 1 << 40
 """No device answers so often between two commits: a position further on is not what a recorder wrote."""
 LONGEST_NS = 1 << 53
 TIMES = ("total_ns", "queue_ns", "transform_ns", "infer_ns")
-RETRY, CACHED, FALLBACK, VALUES = 1, 2, 4, 8
-"""Flags; ``VALUES`` says that the slot's values are set."""
+RETRY, CACHED, FALLBACK, VALUES, MARKED = 1, 2, 4, 8, 16
+"""Flags; ``VALUES`` says that the slot's values are set, ``MARKED`` that ``kinds`` and ``age_ms`` say something."""
+OLDEST_MS = (1 << 31) - 1
+"""24 days: what is older counts as that old."""
 
 META = np.dtype(
     [
@@ -43,10 +47,18 @@ META = np.dtype(
         ("infer_ns", "<i8"),
         ("at_ns", "<i8"),
         ("ident", "<u8"),
+        ("kinds", "<u4"),
+        ("age_ms", "<i4"),
     ]
 )
-"""One slot. ``at_ns``: monotonic clock, when the reply was ready. ``ident``: digest of the client's own id, 0 for none."""
-pack = struct.Struct("<BBHIqqqqqQ").pack
+"""One slot: 64 bytes.
+
+``at_ns``: monotonic clock, when the reply was ready. ``ident``: digest of the client's own id, 0 for none. ``kinds``: what
+guards did, a bit per ``window.GUARD_KINDS``. ``age_ms``: of the request's oldest feature, -1 where nobody said.
+"""
+_META_3 = np.dtype(META.descr[:-2])
+_MARKS = {VERSION: RETRY | CACHED | FALLBACK | VALUES | MARKED, 3: RETRY | CACHED | FALLBACK | VALUES}
+pack = struct.Struct("<BBHIqqqqqQIi").pack
 """The bytes of one ``META``, its fields in order."""
 
 
@@ -74,9 +86,11 @@ class Ring:
         self._file = file
         self._memory = file.memory
         self._start = file.start
-        layout = _slot_layout(header.plan)
+        meta = META if file.version == VERSION else _META_3
+        layout = _slot_layout(header.plan, meta)
+        self._marks = _MARKS[file.version]
         self._slot_bytes = layout.itemsize
-        self.padding = bytes(layout.itemsize - META.itemsize - header.plan.width * np.dtype(header.plan.dtype).itemsize)
+        self.padding = bytes(layout.itemsize - meta.itemsize - header.plan.width * np.dtype(header.plan.dtype).itemsize)
         self.meta: npt.NDArray[np.void] = np.frombuffer(file.memory, layout, self.capacity, file.start)
         self.values: npt.NDArray[np.floating] = (
             self.meta["values"] if header.plan.width else np.empty((self.capacity, 0), header.plan.dtype)
@@ -97,12 +111,12 @@ class Ring:
 
     @classmethod
     def open(cls, path: str, *, boot_id: str) -> Ring:
-        """Maps a ring that another worker left.
+        """Maps a ring that another worker left, perhaps one of an older release, to read it.
 
         Raises:
             mapped.Damaged: it cannot be read, or is of another boot than ``boot_id``.
         """
-        file, header = mapped.open_existing(path, MAGIC, VERSION, Header, boot_id=boot_id)
+        file, header = mapped.open_existing(path, MAGIC, READABLE, Header, boot_id=boot_id)
         return cls._of(header, file)
 
     @classmethod
@@ -120,6 +134,7 @@ class Ring:
         slots = at % self.capacity
         found = self.meta[slots]
         written = (found["tag"] == at & TAG) & (found["outcome"] >= OK) & (found["outcome"] <= ROW)
+        written &= found["flags"] <= self._marks
         for name in TIMES:
             written &= (found[name] >= 0) & (found[name] < LONGEST_NS)
         return slots, written
@@ -184,7 +199,7 @@ def most_in(path: str, start: int, capacity: int) -> int:
     """
     written = mapped.written_in(path)
     try:
-        file, header = mapped.open_existing(path, MAGIC, VERSION, Header, boot_id=None)
+        file, header = mapped.open_existing(path, MAGIC, READABLE, Header, boot_id=None)
         ring = Ring._of(header, file)
         first = max(start, min(written, start + MOST_UNCOMMITTED) - ring.capacity)
         slots, _ = ring.span(first, min(written, first + ring.capacity))
@@ -194,9 +209,9 @@ def most_in(path: str, start: int, capacity: int) -> int:
         return int(min(max(0, written - start), capacity))
 
 
-def _slot_layout(plan: Plan) -> np.dtype[np.void]:
-    fields: list[Any] = list(META.descr)
-    used = META.itemsize
+def _slot_layout(plan: Plan, meta: np.dtype[np.void] = META) -> np.dtype[np.void]:
+    fields: list[Any] = list(meta.descr)
+    used = meta.itemsize
     if plan.width:
         fields.append(("values", plan.dtype, (plan.width,)))
         used += plan.width * np.dtype(plan.dtype).itemsize
