@@ -25,8 +25,9 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
-from scipy import special
 from skerry_contract import histogram as h
+
+from skerry_server.core import special
 
 CONFIDENCE = 0.95
 HELD_IN_CLASSES = 0.01

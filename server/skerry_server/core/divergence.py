@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy import special
 from skerry_contract import histogram as h
+
+from skerry_server.core import special
 
 PSEUDO_COUNT = 0.5
 """Added to every bin that either side fills (Jeffreys), so that an empty bin has a logarithm."""

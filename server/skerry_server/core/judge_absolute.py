@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 
-from scipy import special
-
+from skerry_server.core import special
 from skerry_server.core.judge_bounds import CONFIDENCE
 
 

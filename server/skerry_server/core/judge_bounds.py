@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import special
 
 from skerry_server.core import judge_residuals as res
+from skerry_server.core import special
 from skerry_server.core.judge_assignments import Assignments, Bools, Floats
 from skerry_server.core.judge_values import Kind
 
