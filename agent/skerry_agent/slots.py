@@ -61,7 +61,11 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Slots:
-    """The folder ``slots``. Every change of the pointer file is on disk when the method returns."""
+    """The folder ``slots``. Every change of the pointer file is on disk when the method returns.
+
+    Attributes:
+        kept: digests that no pointer names and that stay: bundles in shadow.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -69,6 +73,7 @@ class Slots:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.staging.mkdir(exist_ok=True, mode=0o700)
         self.damage = ""
+        self.kept: set[str] = set()
         self._models = self._read()
 
     # --- pointers ----------------------------------------------------------------------------------------------------
@@ -318,7 +323,7 @@ class Slots:
 
     def collect(self, keep: Collection[str]) -> tuple[str, ...]:
         """Removes bundles that no pointer names and ``keep`` does not either. Returns their digests."""
-        named = set(keep)
+        named = {*keep, *self.kept}
         for pointers in self._models.values():
             named |= {
                 slot.digest for slot in (pointers.confirmed, pointers.previous, pointers.active) if slot is not None

@@ -40,6 +40,7 @@ from skerry_agent.notify import Notify
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
+from skerry_agent.shadowing import Shadowing
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Entry, open_store
 from skerry_agent.updating import TrialRules, Updating
@@ -119,6 +120,11 @@ class Supervisor:
             self._restoring, errand_input=self._errand_input, on_change=self._changed, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
+        self._shadowing = Shadowing(
+            config, self._slots, self._serving, self._errands, self._clock, admission=self._updating.admission,
+            errand_input=self._errand_input, max_kib_s=lambda: self._updating.rules.max_kib_s,
+            on_event=lambda code, data: self._event("shadow", code, data), draw=self._draw,
+        )  # fmt: skip
         self._plain_mqtt = plain_mqtt
         self._link: Link | None = None
         self._upload = Upload(
@@ -189,6 +195,7 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(stopped, *tasks, return_exceptions=True)
         await self._updating.stop()
+        await self._shadowing.stop()
         await self._serving.stop()
         self._pump()
         await self._link.stop()
@@ -252,6 +259,7 @@ class Supervisor:
             now = self._clock.boot_s()
             self._serving.tick()
             self._updating.tick()
+            self._shadowing.tick()
             self._pump()
             if self._runtimes.try_again():
                 self._changed("", {})
@@ -584,6 +592,11 @@ class Supervisor:
                     self._change(step, waiting)
                 case _:
                     pass
+        if group.missing_abilities(document):
+            return
+        device, stratum = self._identity.device, self._stratum
+        shadows = {model: group.shadow_of(document, device, model, stratum) for model in answering}
+        self._shadowing.follow({model: found for model, found in shadows.items() if found is not None}, self._settings)
 
     def _must_be_replaced(self, slot: Slot) -> bool:
         """Whether a slot's runtime does not work any more, so that the plan takes its bundle up again, in a variant that runs."""
@@ -703,7 +716,7 @@ class Supervisor:
         )  # fmt: skip
 
     async def _answer_status(self, _body: dict[str, Any]) -> Answer:
-        return Answer(200, reporting.status(self._snapshot()))
+        return Answer(200, {**reporting.status(self._snapshot()), "shadows": self._shadowing.status()})
 
     async def _answer_metrics(self, _body: dict[str, Any]) -> Answer:
         return Answer(200, reporting.metrics(self._snapshot()))
@@ -714,6 +727,7 @@ class Supervisor:
         return Answer(200, {"ok": True, "pardoned": pardoned})
 
     async def _answer_flush(self, _body: dict[str, Any]) -> Answer:
+        await self._shadowing.flush()
         return Answer(200, {"ok": await self._serving.flush()})
 
     async def _answer_revert(self, body: dict[str, Any]) -> Answer:

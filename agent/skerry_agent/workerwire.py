@@ -73,6 +73,31 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
     label_books: int = 16
 
 
+class StartShadow(Message, frozen=True, kw_only=True, tag="start_shadow"):
+    """Load and prove one bundle that answers nobody, and compare what it says with what is answered. Answer: ``ready`` or ``failed``.
+
+    Attributes:
+        candidate: the bundle; ``ring`` only names the positions of its windows, there is no file.
+        cpu: share of one core that it may take; max_c: degrees Celsius above which it pauses, 0 for any.
+    """
+
+    candidate: Served
+    cpu: float
+    max_c: float
+    fold_interval_s: float
+    health_interval_s: float = 5.0
+
+
+class Feed(Message, frozen=True, kw_only=True, tag="feed"):
+    """The descriptor leads to a shadow, or from what answers. A worker shows this share of ``model``'s requests there.
+
+    Without a descriptor the process may open no more: there is no shadow then.
+    """
+
+    model: str
+    share: float = 0.0
+
+
 class Listen(Message, frozen=True, kw_only=True, tag="listen"):
     """Begin to accept on the listening socket.
 
@@ -276,5 +301,5 @@ class Flushed(Message, frozen=True, kw_only=True, tag="flushed"):
     id: int
 
 
-ToWorker = Start | Listen | Drain | Conn | Rekey | Committed | Recover | AdoptBook | Flush | Stop
+ToWorker = Start | StartShadow | Feed | Listen | Drain | Conn | Rekey | Committed | Recover | AdoptBook | Flush | Stop
 ToSupervisor = Ready | Failed | WindowCut | Rekeyed | Recovered | BookClosed | Health | Conn | Cut | Drained | Flushed

@@ -20,7 +20,7 @@ MAX_BYTES = 4 << 20
 EVERYONE = 1 << 64
 ANY_STRATUM = "*"
 
-FEATURES: frozenset[str] = frozenset({"pins", "canary"})
+FEATURES: frozenset[str] = frozenset({"pins", "canary", "shadow"})
 """What this release understands of a group document's ``requires``."""
 
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -31,6 +31,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "max_kib_s": (0, 10 << 20),
     "trial_s": (0.1, 7 * 86_400),
     "trial_inferences": (0, 10_000_000),
+    "shadow_share": (0, 1),
+    "shadow_cpu": (0.001, 1),
+    "shadow_c": (0, 150),
 }
 """Least and greatest value of each numeric setting. No document, by mistake or by a thief of the online key, makes devices spin,
 or look and report less than once a day."""
@@ -75,17 +78,28 @@ class Rollout(_Part, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ModelPlan(_Part, frozen=True, kw_only=True, omit_defaults=True):
-    """What the group runs of one model. ``fallback``: bundle for a device that can run neither of the others."""
+    """What the group runs of one model.
+
+    Attributes:
+        fallback: bundle for a device that can run neither of the others.
+        shadow: bundle that sees what the answering one sees, on every device, and answers nobody.
+    """
 
     stable: Target
     fallback: Target | None = None
     rollout: Rollout | None = None
+    shadow: Target | None = None
 
 
 class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
     """How the agents of the group behave. Seconds, KiB per second (0: as fast as it goes); ``networks`` empty for any.
 
     ``BOUNDS`` says what the numbers may be.
+
+    Attributes:
+        shadow_share: of the requests, that a bundle in shadow sees as well.
+        shadow_cpu: share of one core that it may take.
+        shadow_c: degrees Celsius of the hottest sensor above which it pauses; 0 for any.
     """
 
     window_s: float = 300.0
@@ -96,6 +110,9 @@ class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
     networks: tuple[str, ...] = ()
     trial_s: float = 60.0
     trial_inferences: int = 100
+    shadow_share: float = 0.1
+    shadow_cpu: float = 0.25
+    shadow_c: float = 0.0
 
 
 class GroupDocument(_Part, frozen=True, kw_only=True, omit_defaults=True):
@@ -194,6 +211,22 @@ def assign(document: GroupDocument, device: ids.DeviceId, model: str, stratum: s
     )
 
 
+def shadow_of(document: GroupDocument, device: ids.DeviceId, model: str, stratum: str) -> Target | None:
+    """The bundle that the device should run in shadow of the one that answers; None for none.
+
+    A rollout of mode ``shadow`` puts its candidate there on the devices below the cut; else it is the plan's own ``shadow``, a
+    version that was replaced and is still watched, say. A pinned device has none, and no bundle is a shadow of itself.
+    """
+    plan = document.models.get(model)
+    assigned = assign(document, device, model, stratum)
+    if plan is None or assigned is None or assigned.reason == "pin":
+        return None
+    rollout, found = plan.rollout, plan.shadow
+    if rollout is not None and rollout.mode == "shadow" and is_candidate(rollout, device, stratum):
+        found = rollout.candidate
+    return found if found is not None and found.digest != assigned.digest else None
+
+
 def missing_abilities(document: GroupDocument, abilities: frozenset[str] = FEATURES) -> tuple[str, ...]:
     """What the document requires and the reader lacks, sorted."""
     return tuple(sorted(set(document.requires) - abilities))
@@ -233,7 +266,8 @@ def _check(document: GroupDocument) -> None:
         raise Malformed("group document", "wanted >= 1", where="$.generation")
     for name, plan in document.models.items():
         ids.model_name(name)
-        for target in (plan.stable, plan.fallback, plan.rollout.candidate if plan.rollout else None):
+        candidate = plan.rollout.candidate if plan.rollout else None
+        for target in (plan.stable, plan.fallback, plan.shadow, candidate):
             if target is not None:
                 _check_target(target)
         if plan.rollout is not None:

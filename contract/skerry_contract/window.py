@@ -139,7 +139,7 @@ class Shadow(msgspec.Struct, frozen=True, kw_only=True):
         agreed: pairs with the same predicted class, or equal outputs within the golden tolerance where there are no classes.
         distance: greatest absolute difference of an output per pair, in millionths.
         slower, faster: nanoseconds by which the candidate took longer, or less long, than what answered.
-        labelled: labelled pairs: both right, only the answer right, only the candidate right, both wrong.
+        labelled: pairs by their label, which may come windows later: both right, only the answer, only the candidate, both wrong.
     """
 
     pairs: int = 0
@@ -212,7 +212,7 @@ def merge(a: Window, b: Window) -> Window:
         tallies=_merge_readings(a.tallies, b.tallies),
         freshness=h.merge_exponential(a.freshness, b.freshness),
         attributions=_merge_maps(a.attributions, b.attributions, h.merge_moments),
-        shadows=_merge_maps(a.shadows, b.shadows, _merge_shadow),
+        shadows=_merge_maps(a.shadows, b.shadows, merge_shadows),
         distinct=h.merge_distinct(a.distinct, b.distinct),
     )
 
@@ -272,7 +272,8 @@ def _merge_labels(a: Labels, b: Labels) -> Labels:
     )
 
 
-def _merge_shadow(a: Shadow, b: Shadow) -> Shadow:
+def merge_shadows(a: Shadow, b: Shadow) -> Shadow:
+    """The pairs of both. Commutative and associative in every count."""
     return Shadow(
         pairs=a.pairs + b.pairs,
         dropped=_merge_readings(a.dropped, b.dropped),
@@ -341,7 +342,7 @@ def _check_later(window: Window) -> None:
         ids.bundle_digest(digest)
         for part in ("distance", "slower", "faster"):
             h.check_buckets(getattr(shadow, part), where=f"shadows.{part}")
-        if shadow.agreed > shadow.pairs or sum(shadow.labelled) > shadow.pairs:
+        if shadow.agreed > shadow.pairs:
             raise Malformed("window", "wanted no more than there are pairs", where="shadows")
     if len(window.distinct) not in (0, h.DISTINCT_REGISTERS):
         raise Malformed("window", f"wanted {h.DISTINCT_REGISTERS} bytes or none", where="distinct")

@@ -120,6 +120,37 @@ def assign_first(conn: Connection, *, name: str, model: str, digest: str, actor:
     audit.record(conn, at_ms=now_ms, actor=actor, action="group.assign", subject=f"group:{name}", after=after)
 
 
+def set_shadow(conn: Connection, *, name: str, model: str, digest: str | None, actor: str, now_ms: int) -> None:
+    """Puts a bundle in the shadow of what a group runs of a model, on every device that can; None ends it.
+
+    Raises:
+        NotFound: no such group or bundle, or the group does not run the model. Conflict: not approved, another model's, or the
+            stable bundle itself.
+    """
+    require(conn, name)
+    ids.model_name(model)
+    c = t.group_models.c
+    row = (
+        conn.execute(select(t.group_models).where(c.group == name, c.model == model).with_for_update())
+        .mappings()
+        .first()
+    )
+    if row is None:
+        raise NotFound("model of the group", model)
+    if digest is not None:
+        runnable(conn, digest, model=model)
+        if digest == row["stable"]:
+            raise Conflict("already_stable", f"{name!r} runs this bundle; wanted another for its shadow")
+    if digest == row["shadow"]:
+        return
+    conn.execute(update(t.group_models).where(c.group == name, c.model == model).values(shadow=digest))
+    touch(conn, name)
+    audit.record(
+        conn, at_ms=now_ms, actor=actor, action="group.shadow", subject=f"group:{name}",
+        before={"model": model, "shadow": row["shadow"]}, after={"model": model, "shadow": digest},
+    )  # fmt: skip
+
+
 def runnable(conn: Connection, digest: str, *, model: str, states: tuple[str, ...] = RUNNABLE) -> dict[str, Any]:
     """The row of a bundle that devices may be told to run.
 
@@ -178,7 +209,9 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
     )
     pins = conn.execute(query_pins).all()
     digests = {row["stable"] for row in models} | {row["candidate"] for row in rollouts.values()}
-    digests |= {row["fallback"] for row in models if row["fallback"]} | {row.digest for row in pins}
+    digests |= {row[name] for row in models for name in ("fallback", "shadow") if row[name]} | {
+        row.digest for row in pins
+    }
     targets = _targets(conn, digests)
     plans: dict[str, g.ModelPlan] = {}
     for row in models:
@@ -187,6 +220,7 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
             stable=targets[row["stable"]],
             fallback=targets[row["fallback"]] if row["fallback"] else None,
             rollout=None if rollout is None else _rollout_part(dict(rollout), targets),
+            shadow=targets[row["shadow"]] if row["shadow"] else None,
         )
     pinned: dict[str, dict[str, g.Target]] = {}
     for pin in pins:

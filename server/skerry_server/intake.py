@@ -17,7 +17,7 @@ from skerry_contract import window as w
 from skerry_contract.errors import ContractError, Malformed
 from sqlalchemy import Connection, Insert, bindparam, func, insert, select
 
-from skerry_server import ledger, profiles, reports, rollups, windows
+from skerry_server import ledger, profiles, reports, rollups, shadowing, windows
 from skerry_server.core import profile as core
 from skerry_server.db import queries
 from skerry_server.db import tables as t
@@ -104,6 +104,7 @@ class _Batch:
         self._windows: list[dict[str, Any]] = []
         self._samples: list[dict[str, Any]] = []
         self._arrived: list[rollups.Arrived] = []
+        self._paired: list[shadowing.Paired] = []
 
     def take(self, messages: Sequence[Message]) -> Outcome:
         addressed = [(message, self._address(message)) for message in messages]
@@ -226,6 +227,8 @@ class _Batch:
                 rollups.arrived(device, epoch, position, body, labels_fit=labels_fit, latency_fits=latency_fits)
             )
             self._notes.count(device, "profile_unfit", self._profiles.add(device, body))
+            if body.shadows:
+                self._paired += shadowing.paired(device, body)
             self._windows.append(
                 {
                     "device": device,
@@ -287,6 +290,8 @@ class _Batch:
             reports.fold(self._connection, self._outcome.events)
         _STREAMS.run(self._connection, streams)
         rollups.fold(self._connection, self._arrived, self._now_ms)
+        for strange in shadowing.fold(self._connection, self._paired, self._now_ms):
+            self._notes.count(strange.device, "shadow_unknown")
         self._profiles.store()
         self._notes.store(self._connection, self._now_ms)
 

@@ -51,7 +51,7 @@ LAYERS = {
         (
             (
                 "publication judging rollouts devices groups registry intake presence quarantine evidence ledger access "
-                "versions profiles rollups reports"
+                "versions profiles rollups reports shadowing"
             ),
             True,
         ),

@@ -33,6 +33,7 @@ FORMATS: dict[str, Format] = {
     "manifest-later.json": Format(values.LATER_MANIFEST, manifest.encode, manifest.parse),
     "manifest-streams.json": Format(values.LATER_STREAMS, manifest.encode, manifest.parse),
     "window-later.bin": Format(values.LATER_WINDOW, wire.encode, wire.decode_window),
+    "group-later.json": Format(values.LATER_GROUP, group.encode, group.parse),
     "group.json": Format(values.GROUP, group.encode, group.parse),
     "floors.json": Format(values.FLOORS, floors.encode, floors.parse),
     "enrolment-token.txt": Format(values.TOKEN, _write_token, lambda data: enrolment.parse(data.decode())),

@@ -191,3 +191,11 @@ LATER_WINDOW = msgspec.structs.replace(
     },
     distinct=h.distinct_of([1, 1 << 60, 12345 << 8]),
 )
+LATER_GROUP = msgspec.structs.replace(
+    GROUP,
+    models={
+        name: msgspec.structs.replace(plan, shadow=group.Target(digest="ef" * 32, version="0.9.0"))
+        for name, plan in GROUP.models.items()
+    },
+    settings=msgspec.structs.replace(GROUP.settings, shadow_share=0.5, shadow_cpu=0.125, shadow_c=70.0),
+)

@@ -5,6 +5,7 @@ they count. The process and its channel are ``workers``'.
 """
 
 from skerry_agent.serving.generation import Generation
+from skerry_agent.serving.rings import SHADOW_RING
 from skerry_agent.serving.succession import Serving
 
-__all__ = ["Generation", "Serving"]
+__all__ = ["SHADOW_RING", "Generation", "Serving"]

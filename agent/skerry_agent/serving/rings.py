@@ -23,12 +23,14 @@ from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.errors import Degraded
 from skerry_agent.logs import kv
-from skerry_agent.serving.generation import Generation
 from skerry_agent.store import Entry, RingAt, Store
+from skerry_agent.workers import Worker
 
 log = logging.getLogger(__name__)
 
 _BUSY_S = 1.0
+SHADOW_RING = "shadow-"
+"""Positions of a process that answers nobody have a name that begins so, and no file; they end with it."""
 _RING_SUFFIX, _BOOK_SUFFIX = ".ring", ".labels"
 _RING_POSITIONS = struct.Struct("<QQ")
 _RING_POSITIONS_AT = 16
@@ -57,10 +59,13 @@ class Rings:
         self._clock = clock
         self._on_records = on_records
         self._on_fault = on_fault
-        self._unstored: deque[tuple[Generation, ww.WindowCut]] = deque()
+        self._unstored: deque[tuple[Worker, ww.WindowCut]] = deque()
         self._folded: set[str] = set()
         self._retry_at_s = 0.0
         folder.mkdir(exist_ok=True, mode=0o700)
+        for ring in store.rings():
+            if ring.startswith(SHADOW_RING):
+                self.remove(ring)
 
     def path(self, generation: int, model: str, serial: int = 0) -> str:
         """The ring of a model in a generation; ``serial`` counts its keys."""
@@ -72,21 +77,21 @@ class Rings:
         numbers = [name.partition("-")[0] for name in names]
         return max((int(number) for number in numbers if number.isdigit()), default=0)
 
-    def commit(self, generation: Generation, cut: ww.WindowCut) -> None:
+    def commit(self, worker: Worker, cut: ww.WindowCut) -> None:
         """Stores a window and tells its worker; keeps it for later when there is no room."""
         if self._unstored:
             # In their order, at the next try: while the store is held, every try holds up the loop a little.
-            self._unstored.append((generation, cut))
+            self._unstored.append((worker, cut))
             return
         try:
-            self._store_window(generation, cut)
+            self._store_window(worker, cut)
         except Degraded as error:
             log.error("window not stored", extra=kv(code=error.code, detail=error.detail, advice=error.advice))
-            self._unstored.append((generation, cut))
+            self._unstored.append((worker, cut))
             if error.code == "store_damaged":
                 self._on_fault(error)
 
-    def _store_window(self, generation: Generation, cut: ww.WindowCut) -> None:
+    def _store_window(self, worker: Worker, cut: ww.WindowCut) -> None:
         key = wire.decode(w.Window, cut.body, max_bytes=wire.MAX_INFLATED_BYTES).key
         entry = Entry(kind="window", body=cut.body, key="/".join(str(part) for part in key), inferences=cut.inferences)
         committed = self._store.ring_upto(cut.ring)
@@ -96,7 +101,7 @@ class Rings:
         else:
             self._store.append([entry], [RingAt(ring=cut.ring, upto=cut.upto)])
             self._on_records()
-        generation.worker.send(ww.Committed(ring=cut.ring, upto=cut.upto))
+        worker.send(ww.Committed(ring=cut.ring, upto=cut.upto))
 
     def retry(self) -> None:
         """Tries again what could not be stored; a store that another program holds, once a second."""

@@ -31,7 +31,7 @@ from skerry_agent.serving.generation import Generation, counts_of, exit_words, s
 from skerry_agent.serving.rings import Rings, book_of
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Store
-from skerry_agent.workers import WORKER, runtime_fault, spawn
+from skerry_agent.workers import WORKER, Worker, runtime_fault, spawn
 
 log = logging.getLogger(__name__)
 
@@ -263,6 +263,14 @@ class Serving:
         )
         generation.worker.send(ww.Rekey(model=model, ring=ring, arm=arm, rollout=rollout, stage=stage))
 
+    def commit(self, worker: Worker, cut: ww.WindowCut) -> None:
+        """Stores a window of a process that answers nobody, and tells it."""
+        self._rings.commit(worker, cut)
+
+    def forget(self, ring: str) -> None:
+        """The positions of such a process are of no use any more."""
+        self._rings.remove(ring)
+
     def _take_up_keys(self, generation: Generation) -> None:
         """Counts under the keys that were given while the generation was starting: the pointer file has them."""
         for model, slot in list(generation.models.items()):
@@ -300,7 +308,7 @@ class Serving:
                     detail = f"{message.model}: {message.detail}"
                     generation.ready.set_exception(Rejected(message.code, detail, model=message.model))
             case ww.WindowCut():
-                self._rings.commit(generation, message)
+                self._rings.commit(generation.worker, message)
             case ww.Health():
                 generation.health = message
                 generation.silent_s = 0.0

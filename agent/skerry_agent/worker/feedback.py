@@ -113,6 +113,7 @@ class Feedback:
     Args:
         recorders: by model; their books are the present keys'.
         send: takes ``WindowCut`` and ``BookClosed`` messages to the supervisor.
+        on_matched: hears of each first label of a prediction: book, position, true class, predicted class.
     """
 
     def __init__(
@@ -123,7 +124,9 @@ class Feedback:
         boot_id: str,
         send: Callable[[ww.Message], None],
         loop: Timer,
+        on_matched: Callable[[b.Book, int, int, int], None] | None = None,
     ) -> None:
+        self._on_matched = on_matched
         self._recorders = recorders
         self._rules = rules
         self._boot_id = boot_id
@@ -273,6 +276,8 @@ class Feedback:
             return _invalid(label, f"wanted one of {classes}, or their index, got {str(label.label)[:80]!r}")
         outcome = _taken_for(found, truth, self._rules.max_age_s)
         book.record(outcome, at_ns=at_ns, position=found.position, truth=truth, predicted=found.predicted)
+        if outcome == b.MATCHED and self._on_matched is not None:
+            self._on_matched(book, found.position, truth, found.predicted)
         return _outcome(label, outcome)
 
     def _unknown(self, label: Label, at_ns: int) -> _Outcome:

@@ -26,6 +26,7 @@ from skerry_agent.worker import http1, oip
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.feedback import digest_of
 from skerry_agent.worker.recorder import Recorder
+from skerry_agent.worker.tee import Tee
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,9 @@ class Model:
 
     Args:
         infer_us: what one golden case took.
+
+    Attributes:
+        tee: shows a share of the requests to a bundle in shadow; None without one.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Model:
         self.version = version
         self.manifest = manifest
         self.recorder = recorder
+        self.tee: Tee | None = None
         self.infer = runner.infer
         self.platform = {"onnx": "onnx_onnxv1", "tflite": "tflite_tflite"}[runner.variant.runtime]
         self._one_us = infer_us
@@ -200,6 +205,8 @@ def _reply(
     else:
         extra += b"Inference-Header-Content-Length: %d\r\n" % json_length
         reply = http1.reply(200, body, close=not head.keep_alive, content_type=b"application/octet-stream", extra=extra)
+    if model.tee is not None:
+        model.tee.offer(asked.inputs, outputs, result.transform_ns + result.infer_ns, recorder.ring.written)
     now = monotonic_ns()
     recorder.ok(
         asked.inputs, outputs, rows, now - start, queue_ns, result.transform_ns, result.infer_ns, now, flags, ident

@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Sequence
 
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel
+from skerry_agent.worker.book import Book
 from skerry_agent.worker.feedback import Feedback, Rules
 from skerry_agent.worker.generation import CannotServe, key_of, load_generation
 from skerry_agent.worker.handover import Handover
@@ -25,6 +26,7 @@ from skerry_agent.worker.inference import InferenceService, Model
 from skerry_agent.worker.recorder import recover, rss_kb
 from skerry_agent.worker.routes import Routes
 from skerry_agent.worker.server import Server
+from skerry_agent.worker.tee import Tee
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,9 @@ class Worker:
         match message:
             case ww.Conn(head=head):
                 self._adopt(fd, head)
+                return
+            case ww.Feed():
+                self._show(message, fd)
                 return
             case ww.Start():
                 self._load(message)
@@ -124,6 +129,7 @@ class Worker:
             boot_id=start.boot_id,
             send=self._channel.send,
             loop=self._loop,
+            on_matched=self._matched,
         )
         self._server = Server(Routes(self._models, self._service, self._feedback))
         # What was loaded stays for good: the collector need not look at it again.
@@ -150,6 +156,26 @@ class Worker:
             sock.close()
             raise RuntimeError("conn before ready")
         self._server.adopt(sock, head)
+
+    def _show(self, message: ww.Feed, fd: int | None) -> None:
+        """From now on a share of the model's requests goes to the shadow at the descriptor's other end; without one, none."""
+        model = self._models.get(message.model)
+        if model is not None and model.tee is not None:
+            model.tee.close()
+            model.tee = None
+        if fd is None:
+            return
+        sock = socket.socket(fileno=fd)
+        if model is None:
+            sock.close()
+            return
+        model.tee = Tee(sock, message.share, model.recorder, self._loop)
+
+    def _matched(self, book: Book, position: int, truth: int, predicted: int) -> None:
+        model = self._models.get(book.header.key.model)
+        # A label of what another bundle answered says nothing about this pair of bundles.
+        if model is not None and model.tee is not None and book.header.key.bundle == model.recorder.key.bundle:
+            model.tee.label(book.header.token, position, truth, predicted)
 
     def _rekey(self, message: ww.Rekey) -> None:
         recorder = self._models[message.model].recorder

@@ -15,7 +15,20 @@ app = typer.Typer(no_args_is_help=True, help="Make, list and configure groups of
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 Group = Annotated[str, typer.Argument(help="The group's name.")]
-_NUMBERS = frozenset({"window_s", "sample_rate", "sync_s", "jitter_s", "max_kib_s", "trial_s", "trial_inferences"})
+_NUMBERS = frozenset(
+    {
+        "window_s",
+        "sample_rate",
+        "sync_s",
+        "jitter_s",
+        "max_kib_s",
+        "trial_s",
+        "trial_inferences",
+        "shadow_share",
+        "shadow_cpu",
+        "shadow_c",
+    }
+)
 
 
 @app.command()
@@ -53,6 +66,40 @@ def show(context: typer.Context, group: Group, as_json: AsJson = False) -> None:
         output.show_json(found)
     else:
         output.show_fields(f"group {group}", found)
+
+
+@app.command()
+def shadow(
+    context: typer.Context,
+    group: Group,
+    model: Annotated[str, typer.Argument(help="The model.")],
+    digest: Annotated[
+        str | None, typer.Argument(help="The bundle for the shadow; nothing shows how it compares.")
+    ] = None,
+    off: Annotated[bool, typer.Option("--off", help="End the shadow.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Puts a bundle in the shadow of what the group runs: it sees the same requests and answers nobody. Or shows what came of it."""
+    if off and digest is not None:
+        raise Usage("wanted a digest or --off, not both")
+    api, path = session(context).api, f"/api/v1/groups/{quote(group)}/models/{quote(model)}/shadow"
+    if off:
+        api.delete(path)
+        output.say(f"{model} in {group} has no shadow any more.")
+    elif digest is not None:
+        api.put(path, {"digest": digest})
+        output.say(f"{digest[:12]} is in the shadow of {model} in {group}.")
+    else:
+        api.get(f"/api/v1/groups/{quote(group)}")
+        items = list(api.items("/api/v1/shadows", model=model))
+        if as_json:
+            output.show_json({"items": items})
+        else:
+            output.show_table("shadows", ("candidate", "beside", "devices", "pairs", "agreement", "only one right", "p"), [
+                (i["candidate"][:12], i["bundle"][:12], i["devices"], i["pairs"], i["agreement"],
+                 f"{i['labelled']['only_answer_right']} : {i['labelled']['only_candidate_right']}", i["labelled"]["p"])
+                for i in items
+            ])  # fmt: skip
 
 
 def parse_settings(texts: list[str]) -> dict[str, Any]:

@@ -33,6 +33,13 @@ class Assignment(BaseModel):
     stable: str
 
 
+class InShadow(BaseModel):
+    """A bundle that sees what the stable one sees and answers nobody."""
+
+    model_config = ConfigDict(extra="forbid")
+    digest: str
+
+
 def _shape(conn: Connection, row: dict[str, Any]) -> dict[str, Any]:
     name = row["name"]
     models = conn.execute(select(t.group_models).where(t.group_models.c.group == name)).mappings()
@@ -50,6 +57,7 @@ def _shape(conn: Connection, row: dict[str, Any]) -> dict[str, Any]:
             model["model"]: {
                 "stable": model["stable"],
                 "fallback": model["fallback"],
+                "shadow": model["shadow"],
                 "rollout": groups.active_rollout(conn, name, model["model"]),
             }
             for model in models
@@ -105,3 +113,21 @@ def assign(context: Ctx, caller: Operator, name: str, model: str, wanted: Assign
         )
     context.wake()
     return {"group": name, "model": model, "stable": wanted.stable}
+
+
+@router.put("/{name}/models/{model}/shadow", summary="Put a bundle in the shadow of what the group runs of a model")
+def put_shadow(context: Ctx, caller: Operator, name: str, model: str, wanted: InShadow) -> dict[str, Any]:
+    """A candidate before its rollout, or the version that was replaced, so that it can be put back at once."""
+    return _set_shadow(context, caller, name, model, wanted.digest)
+
+
+@router.delete("/{name}/models/{model}/shadow", summary="End a model's shadow in the group")
+def delete_shadow(context: Ctx, caller: Operator, name: str, model: str) -> dict[str, Any]:
+    return _set_shadow(context, caller, name, model, None)
+
+
+def _set_shadow(context: Ctx, caller: Operator, name: str, model: str, digest: str | None) -> dict[str, Any]:
+    with writing(context.engine) as conn:
+        groups.set_shadow(conn, name=name, model=model, digest=digest, actor=caller.actor, now_ms=context.now_ms())
+    context.wake()
+    return {"group": name, "model": model, "shadow": digest}

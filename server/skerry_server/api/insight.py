@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from skerry_contract import ids
 
-from skerry_server import findings, outcomes, registry
+from skerry_server import findings, outcomes, registry, shadowing
 from skerry_server.api.context import After, Ctx, Limit, Viewer, page, read_cursor
 from skerry_server.db.engine import reading
 from skerry_server.errors import NotFound
@@ -67,3 +67,20 @@ def accuracy(
             limit=limit,
         )
     return page(items, limit, *((items[-1]["model"], items[-1]["bundle"]) if items else ()))
+
+
+@router.get("/shadows", summary="Candidates in shadow beside what answered, paired by request, all devices added up")
+def shadows(
+    context: Ctx,
+    _caller: Viewer,
+    model: Annotated[str, Query(max_length=63)],
+    after: After = None,
+    limit: Limit = 100,
+) -> dict[str, Any]:
+    """`p` is McNemar's exact test of the labelled pairs in which only one was right; differences of latency are per pair."""
+    last = read_cursor(after, str, str)
+    with reading(context.engine) as conn:
+        registry.require_model(conn, model)
+        cursor = None if last is None else (last[0], last[1])
+        items = shadowing.comparisons(conn, model, after=cursor, limit=limit)
+    return page(items, limit, *((items[-1]["candidate"], items[-1]["bundle"]) if items else ()))

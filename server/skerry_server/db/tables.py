@@ -89,6 +89,7 @@ group_models = Table(
     Column("stable", String(64), nullable=False),  # bundle digest
     Column("fallback", String(64)),
     Column("version", Integer, nullable=False, default=1),
+    Column("shadow", String(64)),
 )
 
 devices = Table(
@@ -398,6 +399,22 @@ profiles = Table(
     Column("body", LargeBinary, nullable=False),  # features and outputs as profiles.encode writes them
     Index("profiles_by_bucket", "bundle", "bucket_ms"),
     Index("profiles_by_update", "updated_ms"),
+)
+
+shadows = Table(
+    "shadows",
+    metadata,
+    # What a device paired of a bundle that answered and a candidate in its shadow, kept as records arrive.
+    Column("device", String(63), primary_key=True),
+    Column("bundle", String(64), primary_key=True),
+    Column("candidate", String(64), primary_key=True),
+    Column("model", String(63), nullable=False),
+    Column("pairs", BigInteger, nullable=False),
+    Column("agreed", BigInteger, nullable=False),
+    Column("first_ms", BigInteger, nullable=False),
+    Column("last_ms", BigInteger, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # MessagePack of the contract's Shadow
+    Index("shadows_by_model", "model", "candidate", "bundle", "device"),
 )
 
 label_sums = Table(

@@ -220,16 +220,30 @@ class Device:
         return digest
 
     def publish(
-        self, stable: str, candidate: str = "", *, stage: int = 0, cut: int = group.EVERYONE, **fields: Any
+        self,
+        stable: str,
+        candidate: str = "",
+        *,
+        stage: int = 0,
+        cut: int = group.EVERYONE,
+        shadow: str = "",
+        mode: group.Mode = "canary",
+        **fields: Any,
     ) -> None:
-        """Publishes a group document: ``stable``, and a rollout of ``candidate`` when there is one."""
+        """Publishes a group document: ``stable``, a rollout of ``candidate`` and a bundle in ``shadow`` when there are."""
         self.generation += 1
         rollout = None
         if candidate:
             rollout = group.Rollout(
-                id="r-1", stage=stage, candidate=self._target(candidate), salt="00" * 16, cuts={"*": str(cut)}
+                id="r-1",
+                stage=stage,
+                candidate=self._target(candidate),
+                salt="00" * 16,
+                cuts={"*": str(cut)},
+                mode=mode,
             )
-        plan = group.ModelPlan(stable=self._target(stable), rollout=rollout)
+        beside = self._target(shadow) if shadow else None
+        plan = group.ModelPlan(stable=self._target(stable), rollout=rollout, shadow=beside)
         document = group.GroupDocument(
             schema=1, group=GROUP, generation=self.generation, models={"gas": plan}, **fields
         )

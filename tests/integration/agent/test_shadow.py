@@ -1,0 +1,175 @@
+"""A bundle in shadow sees what is answered and answers nobody; whatever becomes of it, serving and its counts are as ever."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from skerry_contract import group
+from skerry_contract import window as w
+
+from tests import models
+from tests.integration.agent.rig import Device, Load, Server, wait_for
+
+SETTINGS = group.Settings(shadow_share=1.0, shadow_cpu=1.0)
+
+
+def confirmed(device: Device, version: str, digest: str) -> None:
+    device.publish(digest, settings=SETTINGS)
+    device.start()
+    device.wait_running(version, "trial", "confirmed")
+    device.infer(25)
+    device.wait_running(version, "confirmed")
+
+
+def in_shadow(device: Device, digest: str) -> int:
+    """Puts a bundle in shadow of what runs and waits until it is shown something. Returns its process."""
+    wait_for(lambda: shadow(device)["digest"] == digest and shadow(device)["running"], why=lambda: device.log()[-3000:])
+    return int(shadow(device)["pid"])
+
+
+def shadow(device: Device) -> dict:
+    return dict(device.status()["shadows"]["gas"])
+
+
+def seen(server: Server, candidate: str, bundle: str = "") -> w.Shadow:
+    total = w.Shadow()
+    for window in server.windows():
+        if candidate in window.shadows and bundle in ("", window.key.bundle):
+            assert window.counts == w.Counts(), "a shadow answers nobody"
+            total = w.merge_shadows(total, window.shadows[candidate])
+    return total
+
+
+def ask(device: Device, rows: int) -> list[tuple[str, list[float]]]:
+    """(prediction id, probabilities) of live rows, asked one by one."""
+    x, _ = models.rows(rows)
+    connection = http.client.HTTPConnection("127.0.0.1", device.port, timeout=30)
+    found = []
+    for row in x.tolist():
+        tensor = {"name": "x", "datatype": "FP32", "shape": [1, len(row)], "data": row}
+        connection.request("POST", "/v2/models/gas/infer", json.dumps({"inputs": [tensor]}))
+        answer = json.loads(connection.getresponse().read())
+        found.append((answer["parameters"]["prediction_id"], answer["outputs"][0]["data"]))
+    connection.close()
+    return found
+
+
+def label(device: Device, labels: list[tuple[str, int]]) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", device.port, timeout=30)
+    body = {"feedback": [{"id": ident, "label": truth} for ident, truth in labels]}
+    connection.request("POST", "/skerry/v1/feedback", json.dumps(body))
+    outcomes = json.loads(connection.getresponse().read())["feedback"]
+    connection.close()
+    assert {one["outcome"] for one in outcomes} == {"matched"}
+
+
+def test_every_request_of_the_share_is_paired_or_named_and_labels_say_who_was_right(
+    device: Device, server: Server
+) -> None:
+    stable, other = device.bundle("1.0.0", seed=1), device.bundle("1.1.0", seed=2)
+    confirmed(device, "1.0.0", stable)
+    device.publish(stable, shadow=other, settings=SETTINGS)
+    device.sync()
+    in_shadow(device, other)
+    answered = ask(device, 200)
+    wait_for(lambda: seen(server, other).pairs + sum(seen(server, other).dropped.values()) == 200)
+    found = seen(server, other, stable)
+    assert found.pairs == 200, found.dropped
+    # What the candidate says of the same rows, worked out apart.
+    own = models.probabilities(models.rows(200)[0], seed=2)
+    same = [max(range(len(p)), key=p.__getitem__) == int(q.argmax()) for (_, p), q in zip(answered, own, strict=True)]
+    assert found.agreed == sum(same)
+    assert found.slower.n + found.faster.n == found.distance.n == 200
+    label(device, [(ident, int(q.argmax())) for (ident, _), q in zip(answered, own, strict=True)])
+    wait_for(lambda: sum(seen(server, other).labelled) == 200)
+    assert seen(server, other).labelled == (sum(same), 0, 200 - sum(same), 0)
+    assert server.inferences(bundle=stable) == 225, "the shadow's part counts no inference"
+
+
+def test_a_shadow_that_is_killed_comes_back_and_no_request_notices(device: Device, server: Server) -> None:
+    stable, other = device.bundle("1.0.0", seed=1), device.bundle("1.1.0", seed=2)
+    confirmed(device, "1.0.0", stable)
+    device.publish(stable, shadow=other, settings=SETTINGS)
+    device.sync()
+    with Load(device) as load:
+        for _ in range(2):
+            pid = in_shadow(device, other)
+            before = seen(server, other).pairs
+            wait_for(lambda before=before: seen(server, other).pairs > before)
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda pid=pid: shadow(device)["pid"] not in (0, pid))
+    assert load.failed == []
+    assert {event.code for event in server.events("shadow")} == {"runtime_crashed"}
+    assert server.events("worker") == []
+
+
+def test_a_shadow_follows_the_next_generation_and_a_promotion_puts_the_old_version_behind_it(
+    device: Device, server: Server
+) -> None:
+    stable, other = device.bundle("1.0.0", seed=1), device.bundle("1.1.0", seed=2)
+    confirmed(device, "1.0.0", stable)
+    device.publish(stable, other, mode="shadow", settings=SETTINGS)
+    device.sync()
+    pid = in_shadow(device, other)
+    ask(device, 20)
+    wait_for(lambda: seen(server, other, stable).pairs == 20)
+    # A worker that dies is replaced, and the shadow is shown what its successor answers.
+    died = device.status()["worker"]["pid"]
+    os.kill(died, signal.SIGKILL)
+    wait_for(lambda: device.status()["worker"]["pid"] not in (0, died) and shadow(device)["running"])
+    ask(device, 20)
+    wait_for(lambda: seen(server, other, stable).pairs == 40)
+    assert shadow(device)["pid"] == pid
+    device.publish(other, shadow=stable, settings=SETTINGS)
+    device.sync()
+    device.wait_running("1.1.0", "trial", "confirmed")
+    device.infer(25)
+    device.wait_running("1.1.0", "confirmed")
+    in_shadow(device, stable)
+    ask(device, 20)
+    wait_for(lambda: seen(server, stable, other).pairs >= 20)
+    # Put back at once: its files are here, whatever has become of the repository's.
+    shutil.rmtree(device.world["bundles"][stable])
+    device.publish(stable, settings=SETTINGS)
+    device.sync()
+    device.wait_running("1.0.0", "trial", "confirmed")
+    wait_for(lambda: device.status()["shadows"] == {})
+
+
+def test_a_shadow_keeps_within_its_share_of_a_core_and_what_it_missed_is_counted(
+    device: Device, server: Server
+) -> None:
+    stable, other = device.bundle("1.0.0", seed=1), device.bundle("1.1.0", seed=2)
+    confirmed(device, "1.0.0", stable)
+    settings = group.Settings(shadow_share=1.0, shadow_cpu=0.01)
+    device.publish(stable, shadow=other, settings=settings)
+    device.sync()
+    pid = in_shadow(device, other)
+    before = cpu_s(pid)
+    with Load(device, clients=4, pause_s=0.0) as load:
+        wait_for(lambda: load.ok > 5_000)
+    assert load.failed == []
+    assert cpu_s(pid) - before < 1.0
+    wait_for(lambda: seen(server, other).dropped.get("busy", 0) > 500)
+
+
+def test_a_shadow_that_cannot_be_proved_is_reported_and_serving_goes_on(device: Device, server: Server) -> None:
+    stable, bad = device.bundle("1.0.0", seed=1), device.bundle("1.1.0", seed=2, kind="wrong-golden")
+    confirmed(device, "1.0.0", stable)
+    device.publish(stable, shadow=bad, settings=SETTINGS)
+    device.sync()
+    wait_for(lambda: [event.code for event in server.events("shadow")] == ["golden_failed"])
+    assert shadow(device)["code"] == "golden_failed"
+    assert not shadow(device)["running"]
+    assert device.infer(5) == ["1.0.0"] * 5
+    assert device.status()["update"]["state"] == "confirmed"
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
