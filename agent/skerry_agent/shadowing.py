@@ -262,7 +262,7 @@ class Shadowing:
                     name=shadow.model, version=target.version, digest=target.digest, variant=variant.id,
                     path=str(self._slots.path(target.digest)), ring=shadow.ring,
                 ),
-                cpu=cpu, max_c=max_c,
+                cpu=cpu, max_c=max_c, boot_id=self._clock.boot_id,
                 fold_interval_s=self._config.timing.fold_interval_s or self._serving.window_s,
                 health_interval_s=self._config.timing.health_interval_s,
             )

@@ -85,6 +85,7 @@ class StartShadow(Message, frozen=True, kw_only=True, tag="start_shadow"):
     cpu: float
     max_c: float
     fold_interval_s: float
+    boot_id: str = ""
     health_interval_s: float = 5.0
 
 

@@ -37,7 +37,7 @@ LAYERS = {
     "skerry_agent": [
         ("cli __main__", True),
         ("supervisor doctor", False),
-        ("serving updating failures restoring runtimes reporting upload facts hold", True),
+        ("serving updating failures restoring shadowing runtimes reporting upload facts hold", True),
         ("link store slots workers leftovers errand control notify local_socket", False),
         ("config clock logs migrations channel workerwire socket_path errors", True),
         ("core", True),

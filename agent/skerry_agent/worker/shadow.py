@@ -33,9 +33,7 @@ from skerry_runtime.tensors import Array, Tensors
 
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel
-from skerry_agent.clock import Clock
-from skerry_agent.core import shadow as core
-from skerry_agent.worker import tee
+from skerry_agent.worker import mapped, share, tee
 from skerry_agent.worker.fold import LatencyFold
 from skerry_agent.worker.generation import CannotServe, code_of, load_and_prove
 from skerry_agent.worker.recorder import rss_kb
@@ -106,12 +104,12 @@ class Comparison:
         cpu, max_c: see ``workerwire.StartShadow``.
     """
 
-    def __init__(self, runner: Runner, *, cpu: float, max_c: float, clock: Clock, thermal: Path = THERMAL) -> None:
+    def __init__(self, runner: Runner, *, cpu: float, max_c: float, boot_id: str, thermal: Path = THERMAL) -> None:
         self._runner = runner
         self._manifest = runner.bundle.manifest
         self._cpu = cpu
         self._max_c = max_c
-        self._clock = clock
+        self._boot_id = boot_id
         self._thermal = thermal
         self._classes = next((t for t in self._manifest.outputs if t.labels and len(t.shape) == 2), None)
         self._tolerance = runner.variant.golden.tolerance
@@ -146,7 +144,7 @@ class Comparison:
             elif key is not None:
                 with self._turn:
                     self._take(key, frame)
-            self.stopping.wait(core.pause_s(time.thread_time() - began_s, self._cpu))
+            self.stopping.wait(share.pause_s(time.thread_time() - began_s, self._cpu))
 
     def _take(self, key: w.Key, frame: tee.Frame) -> None:
         match frame:
@@ -223,12 +221,16 @@ class Comparison:
             dropped[reason] = dropped.get(reason, 0) + n
 
     def _tally(self, key: w.Key) -> _Tally:
-        now = self._clock.instant()
+        now = self._now()
         found = self._tallies.get(key)
         if found is None:
             found = self._tallies[key] = _Tally(now, now)
         found.end = now
         return found
+
+    def _now(self) -> w.Instant:
+        boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return w.Instant(self._boot_id, boot_ns, time.time_ns() // 1_000_000, mapped.clock_synchronised())
 
     def _is_hot(self) -> bool:
         now_s = time.monotonic()
@@ -334,7 +336,7 @@ class ShadowProcess:
             self._fail(candidate.name, "shadow_stateful", "its answers depend on requests that a shadow does not see")
             return
         self._start = start
-        self._comparison = Comparison(runner, cpu=start.cpu, max_c=start.max_c, clock=Clock())
+        self._comparison = Comparison(runner, cpu=start.cpu, max_c=start.max_c, boot_id=start.boot_id)
         load_ms = (time.monotonic() - began_s) * 1e3
         proof = ww.Proof(cases=found.cases, passed=found.passed, max_abs_diff=found.max_abs_diff, recall=found.recall)
         proved = ww.Proved(name=candidate.name, proof=proof, load_ms=load_ms, infer_us=infer_us)

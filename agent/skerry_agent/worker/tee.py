@@ -19,7 +19,7 @@ from skerry_contract import window as w
 from skerry_runtime import tensors
 from skerry_runtime.tensors import Tensors
 
-from skerry_agent.core import shadow
+from skerry_agent.worker import share
 from skerry_agent.worker.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -95,17 +95,17 @@ class Tee:
 
     Args:
         sock: a stream; owned from now on.
-        share: of the requests.
+        part: of the requests, from 0 to 1.
         recorder: of the model, whose key and positions name what is shown.
 
     Attributes:
         closed: the other side is gone, or ``close`` was called.
     """
 
-    def __init__(self, sock: socket.socket, share: float, recorder: Recorder, loop: Loop) -> None:
+    def __init__(self, sock: socket.socket, part: float, recorder: Recorder, loop: Loop) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._below = shadow.threshold(share)
+        self._below = share.threshold(part)
         self._recorder = recorder
         self._loop = loop
         self._key: w.Key | None = None
@@ -118,22 +118,22 @@ class Tee:
 
     def offer(self, inputs: Tensors, outputs: Tensors, took_ns: int, position: int) -> None:
         """Takes note of an answered request, when it is one of the share. ``position``: its first slot in the ring."""
-        if self.closed or not shadow.chosen(position, self._below):
+        if self.closed or not share.chosen(position, self._below):
             return
         if len(self._waiting) >= MOST_WAITING:
             self._missed += 1
             return
         recorder = self._recorder
-        place = shadow.place(recorder.book.header.token if recorder.book is not None else "", position)
+        place = share.place(recorder.book.header.token if recorder.book is not None else "", position)
         self._waiting.append((recorder.key, place, inputs, outputs, took_ns))
         self._wake()
 
     def label(self, token: str, position: int, truth: int, predicted: int) -> None:
         """Passes on a label that was matched, when its prediction was one of the share."""
-        if self.closed or not shadow.chosen(position, self._below):
+        if self.closed or not share.chosen(position, self._below):
             return
         if self._out_bytes < 4 * MOST_BYTES:
-            self._push(Labelled(place=shadow.place(token, position), truth=truth, predicted=predicted))
+            self._push(Labelled(place=share.place(token, position), truth=truth, predicted=predicted))
             self._wake()
 
     def close(self) -> None:

@@ -10,9 +10,8 @@ from types import ModuleType
 import msgspec
 import numpy as np
 import pytest
-from skerry_agent.clock import Clock
-from skerry_agent.core import shadow as core
 from skerry_agent.worker import shadow, tee
+from skerry_agent.worker import share as core
 from skerry_contract import window as w
 from skerry_runtime.bundle import open_bundle
 from skerry_runtime.runner import Runner, load
@@ -30,7 +29,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory, models: ModuleType) -> Runn
 
 
 def make(runner: Runner, thermal: Path = Path("/nowhere"), max_c: float = 0.0) -> shadow.Comparison:
-    return shadow.Comparison(runner, cpu=1.0, max_c=max_c, clock=Clock(), thermal=thermal)
+    return shadow.Comparison(runner, cpu=1.0, max_c=max_c, boot_id="0" * 32, thermal=thermal)
 
 
 def stream(*frames: tee.Frame) -> io.BytesIO:
