@@ -91,6 +91,7 @@ class Limits:
         upload_kib: bodies per batch, KiB.
         max_inflight: local requests in work at once.
         disk_reserve_mb, memory_reserve_mb: what updates must leave free.
+        leak_slack_mb: a worker may have so much memory of its own beyond what its models need before it is replaced.
     """
 
     outbox_mb: float = 64.0
@@ -99,6 +100,7 @@ class Limits:
     max_inflight: int = 64
     disk_reserve_mb: float = 64.0
     memory_reserve_mb: float = 0.0
+    leak_slack_mb: float = 64.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +132,7 @@ class Timing:
         courier_s: longest run of a courier that moves no files.
         silent_s: a worker that reports nothing for so long, and for five reports, hangs: it is killed and replaced.
         inference_s: so does one whose inference takes so long, and ten times what it should.
+        spin_s: a worker that uses a core for so long without work is replaced.
     """
 
     fold_interval_s: float = 0.0
@@ -144,6 +147,7 @@ class Timing:
     courier_s: float = 120.0
     silent_s: float = 10.0
     inference_s: float = 60.0
+    spin_s: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,9 +188,11 @@ _SECTIONS = ("server", "repository", "mqtt", "serving", "labels", "limits", "dev
 _POSITIVE = {
     "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "timing.health_interval_s",
     "timing.drain_s", "timing.ack_s", "timing.backoff_scale", "timing.courier_s", "mqtt.keepalive_s",
-    "labels.predictions", "labels.former_keys",
+    "labels.predictions", "labels.former_keys", "timing.spin_s",
 }  # fmt: skip
-_NOT_NEGATIVE = {"limits.disk_reserve_mb", "limits.memory_reserve_mb", "timing.fold_interval_s", "labels.max_age_s"}
+_NOT_NEGATIVE = {
+    "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "timing.fold_interval_s", "labels.max_age_s",
+}  # fmt: skip
 
 
 _PORT_OR_NONE = 'wanted a port from 0 to 65535, or "none", got {!r}'

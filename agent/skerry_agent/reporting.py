@@ -22,6 +22,7 @@ class Snapshot:
         linked: whether an MQTT session is up; server_online: what the server last said of itself.
         pending, pending_bytes, pending_inferences: what waits in the outbox.
         rss_mb: of this process; worker_rss_mb: of the serving worker, as it last said.
+        worker_ends: how often a serving worker ended or was replaced, by reason code, over all starts of the agent.
     """
 
     device: str
@@ -51,6 +52,7 @@ class Snapshot:
     rss_mb: float
     worker_pid: int
     worker_rss_mb: float
+    worker_ends: dict[str, int]
     uptime_s: float
 
 
@@ -119,7 +121,7 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
         "keys": {n: {"arm": s.arm, "rollout": s.rollout, "stage": s.stage} for n, s in sorted(snapshot.models.items())},
         "update": update if snapshot.update.model else None,
         "serving": snapshot.serving,
-        "worker": {"pid": snapshot.worker_pid, "rss_mb": snapshot.worker_rss_mb},
+        "worker": {"pid": snapshot.worker_pid, "rss_mb": snapshot.worker_rss_mb, "ends": snapshot.worker_ends},
         "counts": snapshot.counts,
         "outbox": {
             "epoch": snapshot.epoch,
@@ -150,6 +152,11 @@ def metrics(snapshot: Snapshot) -> bytes:
             "skerry_agent_lost",
             "What was lost or dropped, by cause",
             [({"cause": c}, n) for c, n in sorted(snapshot.lost.items())],
+        ),
+        (
+            "skerry_agent_worker_ends",
+            "How often a serving worker ended or was replaced, by reason code",
+            [({"code": code}, n) for code, n in sorted(snapshot.worker_ends.items())],
         ),
         (
             "skerry_agent_requests",

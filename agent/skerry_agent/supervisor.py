@@ -28,7 +28,7 @@ from skerry_agent import facts, hold, reporting
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, identity
 from skerry_agent.control import Answer, ControlServer
-from skerry_agent.core import admission, backoff
+from skerry_agent.core import admission, backoff, liveness
 from skerry_agent.core import effects as e
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
 from skerry_agent.errand import COURIER, Errands
@@ -112,7 +112,7 @@ class Supervisor:
             self._address["socket"] = str(self._local.path)
         self._serving = Serving(
             config, self._store, self._slots, self._clock, listeners, roll, on_health=self._health, on_crash=self._crash,
-            on_start=self._started, on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
+            on_unruly=self._unruly, on_start=self._started, on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(
@@ -677,11 +677,24 @@ class Supervisor:
 
     def _crash(self, generation: Generation, code: int) -> bool:
         how = generation.hung or (f"signal {-code}" if code < 0 else f"exit code {code}")
+        if not generation.unruly:
+            self._worker_ended(generation, "worker_hung" if generation.hung else "runtime_crashed", how)
+        return not self._updating.crashed(generation, how)
+
+    def _unruly(self, generation: Generation, found: liveness.Unruly) -> bool:
+        self._worker_ended(generation, found.code, found.detail)
+        return self._updating.unruly(generation, found)
+
+    def _worker_ended(self, generation: Generation, code: str, how: str) -> None:
         self._event(
-            "worker", "worker_hung" if generation.hung else "runtime_crashed",
+            "worker", code,
             {"how": how, "models": {n: s.digest for n, s in generation.models.items()}, "generation": generation.number},
         )  # fmt: skip
-        return not self._updating.crashed(generation, how)
+        ends = self._store.get("worker_ends", {})
+        try:
+            self._store.put("worker_ends", {**ends, code: ends.get(code, 0) + 1})
+        except Degraded as error:
+            log.error("end of a worker not counted", extra=kv(code=error.code, detail=error.detail))
 
     # --- what is said of us ------------------------------------------------------------------------------------------
 
@@ -712,7 +725,7 @@ class Supervisor:
             serving={**self._address, "inflight": health.inflight if health else 0},
             sync=dict(self._sync_status), counts=counts, rss_mb=psutil.Process().memory_info().rss / 1e6,
             worker_pid=serving.current.worker.pid if serving.answering() and serving.current else 0,
-            worker_rss_mb=health.rss_mb if health else 0.0, uptime_s=self._clock.boot_s() - self._started_s,
+            worker_rss_mb=health.rss_mb if health else 0.0, worker_ends=self._store.get("worker_ends", {}), uptime_s=self._clock.boot_s() - self._started_s,
         )  # fmt: skip
 
     async def _answer_status(self, _body: dict[str, Any]) -> Answer:

@@ -21,7 +21,7 @@ from skerry_contract.errors import ContractError
 from skerry_agent import facts
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, Identity
-from skerry_agent.core import admission, backoff, lifecycle, trial
+from skerry_agent.core import admission, backoff, lifecycle, liveness, trial
 from skerry_agent.core import effects as e
 from skerry_agent.core.effects import Effect
 from skerry_agent.core.lifecycle import Update
@@ -426,6 +426,20 @@ class Updating:
             self.feed(e.Failed(code="trial_crashed", detail=f"the worker died: {how}"))
             # Without room to store the way back, the trial's bundle is what can answer.
             return not self._owed
+        return self._looped(generation)
+
+    def unruly(self, generation: Generation, found: liveness.Unruly) -> bool:
+        """The serving generation leaks or spins. True when it was on trial, or did so too often: the update goes back.
+
+        Otherwise another generation of the same models takes over from it.
+        """
+        slot = generation.models.get(self.update.model)
+        if slot is not None and slot.digest == self.update.digest and self.update.state == "trial":
+            self.feed(e.Failed(code=found.code, detail=found.detail))
+            return not self._owed
+        return self._looped(generation)
+
+    def _looped(self, generation: Generation) -> bool:
         now_s = self._clock.boot_s()
         self._crashes_s = [at for at in self._crashes_s if now_s - at <= lifecycle.CRASHES_WITHIN_S] + [now_s]
         if len(generation.models) != 1 or not self.update.resting or not lifecycle.loops(self._crashes_s, now_s):

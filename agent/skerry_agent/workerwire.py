@@ -198,10 +198,12 @@ class Proved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ready(Message, frozen=True, kw_only=True, tag="ready"):
-    """All models of the generation are loaded and proved."""
+    """All models of the generation are loaded and proved. ``base_mb``, ``own_mb``: its own memory before the first, and now."""
 
     pid: int
     models: tuple[Proved, ...]
+    base_mb: float = 0.0
+    own_mb: float = 0.0
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
@@ -275,6 +277,7 @@ class Health(Message, frozen=True, kw_only=True, tag="health"):
     Attributes:
         busy_s: how long the inference in the inference thread has taken so far; 0 when there is none.
         expected_s: what it should take.
+        at_s, own_mb, cpu_s, work: see ``core.liveness.Use``.
     """
 
     models: dict[str, ModelHealth]
@@ -282,6 +285,10 @@ class Health(Message, frozen=True, kw_only=True, tag="health"):
     rss_mb: float
     busy_s: float = 0.0
     expected_s: float = 0.0
+    at_s: float = 0.0
+    own_mb: float = 0.0
+    cpu_s: float = 0.0
+    work: int = 0
 
 
 class Cut(Message, frozen=True, kw_only=True, tag="cut"):

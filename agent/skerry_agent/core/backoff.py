@@ -23,11 +23,12 @@ POLICIES: dict[str, Policy] = {
     "refused": Policy(base_s=30.0, cap_s=900.0, floor_s=5.0),
     "runtime": Policy(base_s=3600.0, cap_s=86400.0, floor_s=600.0),
     "sync": Policy(base_s=2.0, cap_s=600.0, floor_s=0.5),
+    "unruly": Policy(base_s=10.0, cap_s=900.0, floor_s=2.0),
     "update": Policy(base_s=5.0, cap_s=900.0, floor_s=1.0),
     "worker": Policy(base_s=0.25, cap_s=60.0, floor_s=0.05),
 }
-"""By cause: the broker is away, the broker refuses us, a runtime does not load, a sync failed, an update failed for want of a network,
-a worker died."""
+"""By cause: the broker is away, the broker refuses us, a runtime does not load, a sync failed, a worker leaked or spun again, an update
+failed for want of a network, a worker died."""
 
 
 def delay_s(cause: str, failures: int, draw: float, *, scale: float = 1.0) -> float:

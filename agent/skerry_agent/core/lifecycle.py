@@ -35,6 +35,7 @@ ATTEMPTS: dict[str, int] = {
     "bad_signature": 3, "hash_mismatch": 3, "size_mismatch": 3, "malformed_manifest": 1,
     "model_damaged": 2, "operator_unknown": 1, "golden_failed": 1, "runtime_crashed": 2, "start_timeout": 2,
     "trial_crashed": 1, "trial_errors": 1, "trial_slow": 1, "reverted_by_operator": 1, "crash_loop": 1,
+    "worker_leaked": 1, "worker_spun": 1,
     "runtime_crashed@boot": 3, "trial_crashed@boot": 2,
 }  # fmt: skip
 """How often a bundle may fail for a reason before it is refused with ``attempts_exhausted``, until a person clears it.

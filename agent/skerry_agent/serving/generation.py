@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 
 from skerry_agent import workerwire as ww
 from skerry_agent.config import Config
+from skerry_agent.core import liveness
 from skerry_agent.core.trial import Counts
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.workers import Worker
@@ -21,6 +23,9 @@ class Generation:
         health: counts since it listens; None before the first report.
         silent_s: since the last report; see ``core.liveness``.
         hung: why it was killed as hung; empty when it was not.
+        unruly: the code for which it is being replaced although it answers; empty when it is not.
+        needs_mb: what its models declare; ready_mb: what it had when it was ready; most_mb: what it may have.
+        spins_since: see ``core.liveness``.
         listening_s: when it began to listen, seconds since boot; None before.
     """
 
@@ -36,6 +41,11 @@ class Generation:
     health: ww.Health | None = None
     silent_s: float = 0.0
     hung: str = ""
+    unruly: str = ""
+    needs_mb: float = 0.0
+    ready_mb: float = 0.0
+    most_mb: float = math.inf
+    spins_since: liveness.Use | None = None
     proofs: dict[str, ww.Proved] = field(default_factory=dict)
     listening_s: float | None = None
     leaving: bool = False
@@ -44,6 +54,18 @@ class Generation:
     def owned_rings(self) -> set[str]:
         """Rings that this worker may still write or fold."""
         return {*self.rings.values(), *self.former, *self.recovering}
+
+
+def use_of(health: ww.Health) -> liveness.Use:
+    """What ``core.liveness`` wants of a report."""
+    idle = health.inflight == 0 and health.busy_s == 0.0
+    return liveness.Use(at_s=health.at_s, own_mb=health.own_mb, cpu_s=health.cpu_s, work=health.work, idle=idle)
+
+
+def take_health(generation: Generation, health: ww.Health) -> None:
+    """Notes a report of its worker."""
+    generation.health, generation.silent_s = health, 0.0
+    generation.spins_since = liveness.spins_since(generation.spins_since, use_of(health))
 
 
 def start_message(generation: Generation, slots: Slots, config: Config, *, window_s: float, boot_id: str) -> ww.Start:

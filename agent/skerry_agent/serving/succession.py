@@ -27,8 +27,9 @@ from skerry_agent.core.trial import Counts
 from skerry_agent.errors import AgentError, Degraded, Rejected
 from skerry_agent.leftovers import Roll
 from skerry_agent.logs import kv
-from skerry_agent.serving.generation import Generation, counts_of, exit_words, start_message
+from skerry_agent.serving.generation import Generation, counts_of, exit_words, start_message, take_health
 from skerry_agent.serving.rings import Rings, book_of
+from skerry_agent.serving.unruly import OnUnruly, Replacing
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Store
 from skerry_agent.workers import WORKER, Worker, runtime_fault, spawn
@@ -50,6 +51,7 @@ class Serving:
         roll: the record of living workers.
         on_health: a report of the serving generation came.
         on_crash: the serving generation died by itself; answers whether ``Serving`` shall start it again.
+        on_unruly: the serving generation leaks or spins; answers whether somebody else replaces it.
         on_start: a worker proved these models, or could not, and why; called before ``start`` returns or raises.
         on_records: the outbox grew.
         on_fault: the store cannot be used any more.
@@ -67,6 +69,7 @@ class Serving:
         *,
         on_health: Callable[[Generation], None],
         on_crash: Callable[[Generation, int], bool],
+        on_unruly: OnUnruly,
         on_start: Callable[[Mapping[str, Slot], AgentError | None], None],
         on_records: Callable[[], None],
         on_fault: Callable[[Degraded], None],
@@ -91,6 +94,9 @@ class Serving:
         self._flushes: dict[int, asyncio.Event] = {}
         self._failures = 0
         self._number = 0
+        self._replacing = Replacing(
+            config, clock, draw, on_unruly=on_unruly, replace=self._replace, background=self._background
+        )
         self._ticked_s = self._began_s = clock.boot_s()
         self.window_s = 300.0
         self.current: Generation | None = None
@@ -302,6 +308,7 @@ class Serving:
         match message:
             case ww.Ready():
                 if not generation.ready.done():
+                    self._note_memory(generation, message)
                     generation.ready.set_result(message)
             case ww.Failed():
                 if not generation.ready.done():
@@ -310,8 +317,7 @@ class Serving:
             case ww.WindowCut():
                 self._rings.commit(generation.worker, message)
             case ww.Health():
-                generation.health = message
-                generation.silent_s = 0.0
+                take_health(generation, message)
                 if generation is self.current:
                     self._on_health(generation)
             case ww.Conn() if fd is not None:
@@ -342,18 +348,27 @@ class Serving:
         if fd is not None:
             os.close(fd)
 
+    def _note_memory(self, generation: Generation, ready: ww.Ready) -> None:
+        variants = (self._slots.variant(slot) for slot in generation.models.values())
+        generation.needs_mb = sum(float(variant.needs.rss_mb) for variant in variants if variant is not None)
+        generation.ready_mb = ready.own_mb
+        generation.most_mb = liveness.allowed_mb(
+            base_mb=ready.base_mb, ready_mb=ready.own_mb, needs_mb=generation.needs_mb,
+            slack_mb=self._config.limits.leak_slack_mb,
+        )  # fmt: skip
+
     def tick(self) -> None:
-        """Ends workers that hang, tries again what could not be stored, looks for rings whose worker is gone by now.
+        """Ends workers that hang, replaces those that leak or spin, tries again what could not be stored, looks for rings whose worker is gone by now.
 
         Called about every half second.
         """
-        self._end_hung()
+        self._end_unfit()
         if self._clock.boot_s() - self._began_s > _FORMER_S:
             self._roll.end_former()
         self._rings.retry()
         self.recover()
 
-    def _end_hung(self) -> None:
+    def _end_unfit(self) -> None:
         now_s = self._clock.boot_s()
         # What passed while this loop stood still, or the device slept, is no silence of the worker.
         passed_s, self._ticked_s = min(now_s - self._ticked_s, _LONGEST_TICK_S), now_s
@@ -367,6 +382,22 @@ class Serving:
             generation.hung = why
             # From here on it is a crash like any other.
             generation.worker.kill()
+            return
+        self._replacing.look(generation)
+
+    async def _replace(self, old: Generation) -> None:
+        """Hands over to another generation of the same models. Where it cannot be started, ``old`` is killed and started again."""
+        new: Generation | None = None
+        try:
+            new = await self.start(old.models, timeout_s=180.0)
+            if self.current is old and not self.stopping:
+                await self.switch(new)
+        except AgentError as error:
+            log.error("successor does not start", extra=kv(code=error.code, detail=error.detail, generation=old.number))
+            if self.current is old and not self.stopping:
+                old.worker.kill()
+        if new is not None and new is not self.current:
+            await self.retire(new)
 
     def _limits(self) -> liveness.Limits:
         timing = self._config.timing

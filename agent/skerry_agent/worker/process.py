@@ -23,6 +23,7 @@ from skerry_agent.worker.feedback import Feedback, Rules
 from skerry_agent.worker.generation import CannotServe, key_of, load_generation
 from skerry_agent.worker.handover import Handover
 from skerry_agent.worker.inference import InferenceService, Model
+from skerry_agent.worker.memory import own_mb
 from skerry_agent.worker.recorder import recover, rss_kb
 from skerry_agent.worker.routes import Routes
 from skerry_agent.worker.server import Server
@@ -50,6 +51,7 @@ class Worker:
         self._server: Server | None = None
         self._feedback: Feedback | None = None
         self._since = time.monotonic()
+        self._folds = 0
         self._ending: asyncio.Task[None] | None = None
         self._channel = Channel(control, self._on_message, self._on_eof)
         self._loop.add_signal_handler(signal.SIGTERM, self._on_stop)
@@ -87,14 +89,17 @@ class Worker:
                 if self._feedback is not None:
                     self._feedback.committed(ring, upto)
             case ww.AdoptBook(book=book, start=start):
+                self._folds += 1
                 if self._feedback is not None:
                     self._feedback.adopt(book, start)
             case ww.Recover():
+                self._folds += 1
                 cut, recovered = recover(message, boot_id=self._start.boot_id if self._start else "")
                 if cut is not None:
                     self._channel.send(cut)
                 self._channel.send(recovered)
             case ww.Flush(id=number):
+                self._folds += 1
                 self._cut()
                 self._channel.send(ww.Flushed(id=number))
             case ww.Stop():
@@ -111,6 +116,7 @@ class Worker:
 
     def _load(self, start: ww.Start) -> None:
         self._start = start
+        base_mb = own_mb()
         try:
             self._models, proved = load_generation(start, send=self._channel.send, later=self._loop.call_soon)
         except CannotServe as error:
@@ -135,7 +141,7 @@ class Worker:
         # What was loaded stays for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        self._channel.send(ww.Ready(pid=os.getpid(), models=proved))
+        self._channel.send(ww.Ready(pid=os.getpid(), models=proved, base_mb=base_mb, own_mb=own_mb()))
         self._every(start.fold_interval_s or start.window_s, self._cut)
         self._every(start.health_interval_s, self._report)
 
@@ -213,6 +219,10 @@ class Worker:
                 rss_mb=rss_kb() * 1024 / 1e6,
                 busy_s=busy_s,
                 expected_s=expected_s,
+                at_s=time.monotonic(),
+                own_mb=own_mb(),
+                cpu_s=time.process_time(),
+                work=self._folds + (self._server.requests if self._server is not None else 0),
             )
         )
 

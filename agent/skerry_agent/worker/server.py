@@ -43,6 +43,7 @@ class Server:
     Attributes:
         connections: open ones.
         on_boundary: called with a connection whenever it has answered a request, or was just made; ``handover`` sets it.
+        requests: taken up so far.
     """
 
     def __init__(self, handler: Handler, *, max_body_bytes: int = MAX_BODY_BYTES, partial_s: float = PARTIAL_S) -> None:
@@ -51,6 +52,7 @@ class Server:
         self.connections: set[Connection] = set()
         self.partial: dict[Connection, float] = {}
         self.on_boundary: Callable[[Connection], None] | None = None
+        self.requests = 0
         self._partial_s = partial_s
         self._loop = asyncio.get_running_loop()
         self._listeners: list[socket.socket] = []
@@ -235,6 +237,7 @@ class Connection(asyncio.Protocol):
                 self._wait_for_more(found)
                 break
             self._drop(found.size)
+            server.requests += 1
             self._continued = False
             if server.partial:
                 server.partial.pop(self, None)

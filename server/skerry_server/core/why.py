@@ -61,6 +61,8 @@ MEANINGS: dict[str, str] = {
     "trial_crashed": "the worker died, or hung and was killed, while it served on trial",
     "trial_errors": "too many requests failed on trial",
     "trial_slow": "far slower than what ran before, or than the bundle's own limit",
+    "worker_leaked": "the worker had far more memory than its models declare while it served on trial",
+    "worker_spun": "the worker used a core without work while it served on trial",
     "reverted_by_operator": "a person ordered it at the device",
     "crash_loop": "the confirmed bundle's worker died five times within ten minutes; the bundle before it came back",
     "attempts_exhausted": "it failed too often; `skerry-agent sync --pardon` tries again",
@@ -95,6 +97,8 @@ class Failure:
             "trial_crashed",
             "trial_errors",
             "trial_slow",
+            "worker_leaked",
+            "worker_spun",
             "reverted_by_operator",
             "crash_loop",
         )

@@ -1,12 +1,18 @@
-"""Runs an agent whose courier is the stand-in and whose broker speaks plain MQTT on loopback; all else is the product."""
+"""Runs an agent whose courier is the stand-in and whose broker speaks plain MQTT on loopback; all else is the product.
+
+With a file ``unruly`` in the world's folder its workers are the product's as well, in a program that leaks or spins (``unruly_worker``).
+"""
 
 import os
 import sys
 from pathlib import Path
 
 from skerry_agent import config, logs, supervisor
+from skerry_agent.workers import WORKER
 
 found = config.load(Path(sys.argv[1]), os.environ)
 logs.configure(as_json=False, level="debug")
 courier = (sys.executable, str(Path(__file__).with_name("stand_in_courier.py")))
-sys.exit(supervisor.run(found, os.environ, courier_command=courier, plain_mqtt=True))
+unruly = Path(os.environ["SKERRY_TEST_WORLD"]) / "unruly"
+worker = (sys.executable, str(Path(__file__).with_name("unruly_worker.py")), str(unruly)) if unruly.exists() else WORKER
+sys.exit(supervisor.run(found, os.environ, courier_command=courier, worker_command=worker, plain_mqtt=True))

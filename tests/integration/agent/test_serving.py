@@ -55,7 +55,7 @@ class Bench:
         roll = Roll(folder / "run" / "workers.json", self.clock.boot_id)
         self.serving = Serving(
             self.config, self.store, self.slots, self.clock, [self.listener], roll, on_health=lambda _: None,
-            on_crash=lambda generation, _code: not self.updating.crashed(generation, "killed"), on_start=self.note, on_records=lambda: None,
+            on_crash=lambda generation, _code: not self.updating.crashed(generation, "killed"), on_unruly=lambda *_: False, on_start=self.note, on_records=lambda: None,
             on_fault=self.faults.append, draw=lambda: 0.5, worker_command=(str(self.program), str(folder)),
         )  # fmt: skip
         who = config.Identity(

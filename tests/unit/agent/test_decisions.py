@@ -287,6 +287,56 @@ def test_a_worker_hangs_when_it_is_silent_or_stuck_for_longer_than_the_slowest_h
     assert liveness.judge_liveness(liveness.Life(silent_s=151), rare)
 
 
+def test_a_worker_leaks_when_it_has_more_than_its_models_need_and_more_than_it_began_with() -> None:
+    def judged(own_mb: float) -> liveness.Unruly | None:
+        most_mb = liveness.allowed_mb(base_mb=20, ready_mb=50, needs_mb=100, slack_mb=30)
+        use = liveness.Use(at_s=1, own_mb=own_mb)
+        return liveness.judge_use(use, use, most_mb=most_mb, longest_s=30)
+
+    assert judged(150) is None
+    leaked = judged(151)
+    assert leaked is not None and (leaked.code, leaked.now) == ("worker_leaked", False)
+    far = judged(226)
+    assert far is not None and far.now
+    # It declares less than it had from the beginning.
+    assert liveness.allowed_mb(base_mb=20, ready_mb=500, needs_mb=1, slack_mb=30) == 530
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 5), st.floats(0, 1), st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_a_worker_spins_only_by_processor_time_without_work(steps: list[tuple[float, float, bool, bool]]) -> None:
+    now = liveness.Use(at_s=0.0)
+    since: liveness.Use | None = None
+    for passed_s, share, works, idle in steps:
+        now = liveness.Use(
+            at_s=now.at_s + passed_s, cpu_s=now.cpu_s + share * passed_s, work=now.work + works, idle=idle
+        )
+        since = liveness.spins_since(since, now)
+        if works or not idle:
+            assert since == now
+        if now.at_s > since.at_s:
+            assert (now.cpu_s - since.cpu_s) / (now.at_s - since.at_s) >= liveness.SPINNING_SHARE
+    assert since is not None
+    found = liveness.judge_use(now, since, most_mb=1.0, longest_s=10)
+    assert (found is not None) == (now.at_s - since.at_s >= 10)
+
+
+def test_a_worker_that_uses_a_core_without_a_request_spins_and_one_in_use_does_not() -> None:
+    def last(*reports: liveness.Use) -> float:
+        since: liveness.Use | None = None
+        for report in reports:
+            since = liveness.spins_since(since, report)
+        assert since is not None
+        return reports[-1].at_s - since.at_s
+
+    spinning = [liveness.Use(at_s=at, cpu_s=0.9 * at, work=7) for at in range(0, 31, 2)]
+    assert last(*spinning) == 30
+    assert last(*(dataclasses.replace(one, work=i) for i, one in enumerate(spinning))) == 0
+    assert last(*(dataclasses.replace(one, idle=False) for one in spinning)) == 0
+    assert last(*(dataclasses.replace(one, cpu_s=0.2 * one.at_s) for one in spinning)) == 0
+    # A request came in between: it counts from there.
+    assert last(*spinning[:10], *(dataclasses.replace(one, work=8) for one in spinning[10:])) == 10
+
+
 def test_an_old_report_or_an_overdue_inference_does_not_speak_for_now() -> None:
     limits = liveness.Limits(silent_s=10, inference_s=60, interval_s=2)
     assert liveness.speaks_for_now(liveness.Life(silent_s=4), limits)

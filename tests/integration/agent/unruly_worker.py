@@ -1,0 +1,37 @@
+"""The product's worker in a process that misbehaves as the file says that is its first argument, as long as it says so.
+
+``spin``: a thread that uses a core. ``leak N``: a thread that takes N MB and keeps them. ``leak-once N``: only the process that gets
+hold of the file first.
+"""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+from skerry_agent.worker.__main__ import main
+
+orders = Path(sys.argv.pop(1))
+kept: list[bytearray] = []
+
+
+def misbehave() -> None:
+    while True:
+        what, _, size = orders.read_text().partition(" ")
+        if what == "leak-once":
+            try:
+                orders.with_name("leaked").touch(exist_ok=False)
+            except FileExistsError:
+                return
+        if what.startswith("leak"):
+            kept.append(bytearray(b"x" * (int(size) * 1_000_000)))
+            return
+        until = time.monotonic() + 0.2
+        while what == "spin" and time.monotonic() < until:
+            pass
+        if what != "spin":
+            time.sleep(0.1)
+
+
+threading.Thread(target=misbehave, daemon=True).start()
+sys.exit(main())
