@@ -36,6 +36,7 @@ class Spilled(ww.Message, frozen=True, kw_only=True, tag="spilled"):
 
 _Any = (
     ww.ToWorker
+    | ww.Loading
     | ww.Ready
     | ww.Failed
     | ww.WindowCut

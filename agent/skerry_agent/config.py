@@ -104,6 +104,25 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Pool:
+    """Workers that come and go.
+
+    Attributes:
+        on_demand: models that are loaded at their first request, each in a worker of its own.
+        idle_s: such a worker ends when no request has come for so long; 0: never.
+        warm: a worker is started ahead, so that the next one has only its models to load.
+        waiting: requests that may wait for a model whose worker is not there; more are answered 503 at once.
+        wait_s: so long at most.
+    """
+
+    on_demand: tuple[str, ...] = ()
+    idle_s: float = 600.0
+    warm: bool = False
+    waiting: int = 64
+    wait_s: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """What the operator says of this device.
 
@@ -169,6 +188,7 @@ class Config:
     serving: Serving = field(default_factory=Serving)
     labels: Labels = field(default_factory=Labels)
     limits: Limits = field(default_factory=Limits)
+    pool: Pool = field(default_factory=Pool)
     device: Device = field(default_factory=Device)
     timing: Timing = field(default_factory=Timing)
     log: Log = field(default_factory=Log)
@@ -184,14 +204,15 @@ class Config:
         return self.state_dir / "run"
 
 
-_SECTIONS = ("server", "repository", "mqtt", "serving", "labels", "limits", "device", "timing", "log")
+_SECTIONS = ("server", "repository", "mqtt", "serving", "labels", "limits", "pool", "device", "timing", "log")
 _POSITIVE = {
     "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "timing.health_interval_s",
     "timing.drain_s", "timing.ack_s", "timing.backoff_scale", "timing.courier_s", "mqtt.keepalive_s",
     "labels.predictions", "labels.former_keys", "timing.spin_s",
 }  # fmt: skip
 _NOT_NEGATIVE = {
-    "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "timing.fold_interval_s", "labels.max_age_s",
+    "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
+    "pool.wait_s",
 }  # fmt: skip
 
 

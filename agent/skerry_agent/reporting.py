@@ -10,7 +10,31 @@ from skerry_contract import wire
 
 from skerry_agent import __version__
 from skerry_agent.core.lifecycle import Update
+from skerry_agent.serving import Generation, OnDemand
 from skerry_agent.slots import Slot
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingWorker:
+    """One worker.
+
+    Attributes:
+        cell: the model that has it for itself; empty for the shared one.
+        pid: 0 while it is dead and not yet replaced.
+        accepting: it takes new connections.
+        rss_mb, own_mb, inflight, counts: as it last said; most_mb: what it may have for its own.
+    """
+
+    cell: str
+    pid: int
+    generation: int
+    models: list[str]
+    accepting: bool
+    rss_mb: float
+    own_mb: float
+    most_mb: float
+    inflight: int
+    counts: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,10 +42,14 @@ class Snapshot:
     """Everything that is reported, at one moment.
 
     Attributes:
-        answering: whether a live worker listens.
+        stopped: models whose worker is gone.
         linked: whether an MQTT session is up; server_online: what the server last said of itself.
         pending, pending_bytes, pending_inferences: what waits in the outbox.
-        rss_mb: of this process; worker_rss_mb: of the serving worker, as it last said.
+        rss_mb: of this process; workers: the serving ones, the one that takes connections first.
+        spare_pid: of a worker that was started ahead; 0 without one.
+        requests_waited: for a worker that was not there. on_demand: models that are loaded when they are wanted.
+        suspects: models that were in work when a worker died, and how often of late.
+        requests_refused: that waited too long, or with too many, for a worker that was not there.
         worker_ends: how often a serving worker ended or was replaced, by reason code, over all starts of the agent.
     """
 
@@ -38,7 +66,7 @@ class Snapshot:
     runtimes: dict[str, str]
     tuf: dict[str, int]
     models: dict[str, Slot]
-    answering: bool
+    stopped: frozenset[str]
     update: Update
     lost: dict[str, int]
     linked: bool
@@ -48,12 +76,37 @@ class Snapshot:
     pending_inferences: int
     serving: dict[str, Any]
     sync: dict[str, Any]
-    counts: dict[str, dict[str, Any]]
     rss_mb: float
-    worker_pid: int
-    worker_rss_mb: float
+    workers: tuple[ServingWorker, ...]
     worker_ends: dict[str, int]
+    suspects: dict[str, int]
+    requests_refused: int
+    requests_waited: int
+    spare_pid: int
+    on_demand: dict[str, OnDemand]
     uptime_s: float
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """By model, since its worker listens."""
+        return {model: counts for one in self.workers for model, counts in one.counts.items()}
+
+
+def worker(generation: Generation) -> ServingWorker:
+    """What is shown of a serving generation."""
+    health = generation.health
+    return ServingWorker(
+        cell=generation.cell,
+        pid=generation.worker.pid if generation.worker.alive and not generation.hung else 0,
+        generation=generation.number,
+        models=sorted(generation.models),
+        accepting=generation.accepting,
+        rss_mb=health.rss_mb if health else 0.0,
+        own_mb=health.own_mb if health else 0.0,
+        most_mb=generation.most_mb,
+        inflight=health.inflight if health else 0,
+        counts=msgspec.to_builtins(health.models) if health else {},
+    )
 
 
 def will(birth: int) -> bytes:
@@ -68,7 +121,7 @@ def running(snapshot: Snapshot) -> dict[str, wire.Running]:
             digest=slot.digest,
             version=slot.version,
             variant=slot.variant,
-            state=slot.standing if snapshot.answering else "stopped",
+            state="stopped" if name in snapshot.stopped else slot.standing,
         )
         for name, slot in sorted(snapshot.models.items())
     }
@@ -121,7 +174,30 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
         "keys": {n: {"arm": s.arm, "rollout": s.rollout, "stage": s.stage} for n, s in sorted(snapshot.models.items())},
         "update": update if snapshot.update.model else None,
         "serving": snapshot.serving,
-        "worker": {"pid": snapshot.worker_pid, "rss_mb": snapshot.worker_rss_mb, "ends": snapshot.worker_ends},
+        "worker": {
+            "pid": snapshot.workers[0].pid if snapshot.workers else 0,
+            "rss_mb": snapshot.workers[0].rss_mb if snapshot.workers else 0.0,
+            "ends": snapshot.worker_ends,
+            "suspects": snapshot.suspects,
+            "spare_pid": snapshot.spare_pid,
+        },
+        "workers": [
+            {
+                "cell": one.cell,
+                "pid": one.pid,
+                "generation": one.generation,
+                "models": one.models,
+                "rss_mb": one.rss_mb,
+                "own_mb": one.own_mb,
+                "most_mb": one.most_mb,
+                "accepting": one.accepting,
+            }
+            for one in snapshot.workers
+        ],
+        "on_demand": {
+            name: {"asleep": cell.resting, "cold_starts": cell.cold_starts, "cold_start_s": cell.cold_start_s}
+            for name, cell in sorted(snapshot.on_demand.items())
+        },
         "counts": snapshot.counts,
         "outbox": {
             "epoch": snapshot.epoch,
@@ -145,7 +221,41 @@ def metrics(snapshot: Snapshot) -> bytes:
         ("skerry_agent_up_seconds", "Seconds since the agent started", [({}, snapshot.uptime_s)]),
         ("skerry_agent_rss_bytes", "Resident memory of the supervisor", [({}, snapshot.rss_mb * 1e6)]),
         ("skerry_agent_link_up", "1 while an MQTT session is up", [({}, float(snapshot.linked))]),
-        ("skerry_agent_answering", "1 while a worker answers requests", [({}, float(snapshot.answering))]),
+        (
+            "skerry_agent_answering",
+            "1 while every model that should be is served",
+            [({}, float(bool(snapshot.models) and not snapshot.stopped))],
+        ),
+        (
+            "skerry_agent_worker_rss_bytes",
+            "Resident memory of a serving worker; cell: the model that has it for itself",
+            [({"cell": one.cell}, one.rss_mb * 1e6) for one in snapshot.workers],
+        ),
+        (
+            "skerry_agent_asleep",
+            "1 while a model that is loaded on demand has no worker",
+            [({"model": name}, float(cell.resting)) for name, cell in sorted(snapshot.on_demand.items())],
+        ),
+        (
+            "skerry_agent_cold_starts",
+            "How often a request had a model loaded, since the agent started",
+            [({"model": name}, cell.cold_starts) for name, cell in sorted(snapshot.on_demand.items())],
+        ),
+        (
+            "skerry_agent_cold_start_seconds_sum",
+            "How long that took in all",
+            [({"model": name}, cell.cold_start_s) for name, cell in sorted(snapshot.on_demand.items())],
+        ),
+        (
+            "skerry_agent_requests_waited",
+            "Requests that waited for a worker of their model, since the agent started",
+            [({}, float(snapshot.requests_waited))],
+        ),
+        (
+            "skerry_agent_requests_refused",
+            "Requests turned away since the agent started, because their model had no worker",
+            [({}, float(snapshot.requests_refused))],
+        ),
         ("skerry_agent_outbox_records", "Records that the server has not acknowledged", [({}, snapshot.pending)]),
         ("skerry_agent_outbox_bytes", "Bytes of those records", [({}, snapshot.pending_bytes)]),
         (

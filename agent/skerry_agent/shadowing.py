@@ -147,8 +147,8 @@ class Shadowing:
         }
 
     def _is_shown(self, shadow: _Shadow) -> bool:
-        generation = self._serving.current
-        alive = shadow.worker is not None and shadow.worker.alive and self._serving.answering()
+        generation = self._serving.generation_of(shadow.model)
+        alive = shadow.worker is not None and shadow.worker.alive and self._serving.answering(shadow.model)
         return alive and generation is not None and generation.worker.pid == shadow.fed
 
     async def flush(self, timeout_s: float = 5.0) -> None:
@@ -263,7 +263,7 @@ class Shadowing:
                     path=str(self._slots.path(target.digest)), ring=shadow.ring,
                 ),
                 cpu=cpu, max_c=max_c, boot_id=self._clock.boot_id,
-                fold_interval_s=self._config.timing.fold_interval_s or self._serving.window_s,
+                fold_interval_s=self._config.timing.fold_interval_s or self._serving.site.window_s,
                 health_interval_s=self._config.timing.health_interval_s,
             )
         )  # fmt: skip
@@ -287,10 +287,10 @@ class Shadowing:
 
     async def _leave(self, worker: Worker, ring: str) -> None:
         await worker.end(grace_s=2.0)
-        self._serving.forget(ring)
+        self._serving.site.rings.remove(ring)
 
     def _end(self, shadow: _Shadow) -> None:
-        generation = self._serving.current
+        generation = self._serving.generation_of(shadow.model)
         if shadow.fed and generation is not None and generation.worker.pid == shadow.fed:
             generation.worker.send(ww.Feed(model=shadow.model))
         task = shadow.task
@@ -303,7 +303,7 @@ class Shadowing:
 
     def _feed(self, shadow: _Shadow) -> None:
         """Joins the serving worker and the shadow by a socket, once per serving worker."""
-        generation = self._serving.current
+        generation = self._serving.generation_of(shadow.model)
         if generation is None or shadow.model not in generation.models or not generation.worker.alive:
             return
         if generation.worker.pid == shadow.fed or generation.models[shadow.model].digest == shadow.target.digest:
@@ -328,7 +328,7 @@ class Shadowing:
             case ww.Failed() if ready is not None and not ready.done():
                 ready.set_exception(Rejected(message.code, message.detail, model=message.model))
             case ww.WindowCut() if shadow.worker is not None:
-                self._serving.commit(shadow.worker, message)
+                self._serving.site.rings.commit(shadow.worker, message)
             case ww.Health():
                 shadow.rss_mb = message.rss_mb
             case _:

@@ -28,7 +28,7 @@ from skerry_agent import facts, hold, reporting
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, identity
 from skerry_agent.control import Answer, ControlServer
-from skerry_agent.core import admission, backoff, liveness
+from skerry_agent.core import admission, backoff, culprits, liveness
 from skerry_agent.core import effects as e
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
 from skerry_agent.errand import COURIER, Errands
@@ -114,6 +114,7 @@ class Supervisor:
             config, self._store, self._slots, self._clock, listeners, roll, on_health=self._health, on_crash=self._crash,
             on_unruly=self._unruly, on_start=self._started, on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
+        self._serving.site.on_not_waked = self._not_waked
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(
             config, self._identity, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
@@ -144,7 +145,7 @@ class Supervisor:
         self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": "", "membership": ""}
         self._ended: Degraded | None = None
         self._pumping = False
-        self._answers = False
+        self._answers: list[bool] = []
         self._booted = False
         self._started_s = self._clock.boot_s()
         self._bells: dict[str, int] = dict(self._store.get("bells", {}))
@@ -241,7 +242,7 @@ class Supervisor:
                 self._event("worker", error.code, {"detail": error.detail})
                 self._serving.start_later({n: s for n, s in models.items() if self._slots.whole(s.digest, s.variant)})
         self._booted = True
-        if any(self._must_be_replaced(slot) for slot in models.values()):
+        if any(self._must_be_replaced(name, slot) for name, slot in models.items()):
             # What to run instead may be here, and the network may not.
             self._follow_plan()
 
@@ -264,7 +265,7 @@ class Supervisor:
             if self._runtimes.try_again():
                 self._changed("", {})
                 self.sync()
-            answers = self._serving.answering()
+            answers = [self._serving.answering(model) for model in self._serving.models()]
             if answers != self._answers:
                 # A worker died, or is back: the server must not hold the one for the other until the next sync.
                 self._answers = answers
@@ -559,7 +560,7 @@ class Supervisor:
             inferences=timing.trial_inferences if timing.trial_inferences >= 0 else settings.trial_inferences,
             max_kib_s=settings.max_kib_s,
         )
-        self._serving.window_s = settings.window_s
+        self._serving.site.window_s = settings.window_s
 
     def _follow_plan(self) -> None:
         document = self._document
@@ -569,13 +570,13 @@ class Supervisor:
         update = self._updating.update
         # What a worker serves, or served until it died: that it is being restarted does not mean that its bundle must be
         # fetched. Before the first one, what the pointer file says. A slot found damaged runs only until it ends.
-        answering = self._serving.models() or {
+        answering = {**self._serving.trying(), **self._serving.models()} or {
             name: slot for name in self._slots.models() if (slot := self._slots.answering(name)) is not None
         }
         running = {
             name: Running(digest=slot.digest, arm=slot.arm, rollout=slot.rollout, stage=slot.stage)
             for name, slot in answering.items()
-            if not self._must_be_replaced(slot)
+            if not self._must_be_replaced(name, slot)
         }
         if not update.resting and update.state != "revert":
             running[update.model] = Running(
@@ -598,14 +599,14 @@ class Supervisor:
         shadows = {model: group.shadow_of(document, device, model, stratum) for model in answering}
         self._shadowing.follow({model: found for model, found in shadows.items() if found is not None}, self._settings)
 
-    def _must_be_replaced(self, slot: Slot) -> bool:
+    def _must_be_replaced(self, model: str, slot: Slot) -> bool:
         """Whether a slot's runtime does not work any more, so that the plan takes its bundle up again, in a variant that runs."""
         manifest, variant = self._slots.manifest(slot.digest), self._slots.variant(slot)
         if manifest is None or variant is None or not self._runtimes.lacks(variant):
             return False
         # A live worker goes on with what it has loaded, unless something else can take its place.
         answer = self._updating.admission(manifest, slot.digest)
-        return not self._serving.answering() or isinstance(answer, admission.Admit)
+        return not self._serving.answering(model) or isinstance(answer, admission.Admit)
 
     def _rested(self) -> None:
         self._follow_plan()
@@ -671,6 +672,10 @@ class Supervisor:
         if news:
             self._changed("", {})
 
+    def _not_waked(self, models: Mapping[str, Slot], error: AgentError) -> None:
+        told = {"models": {n: s.digest for n, s in models.items()}, "detail": error.detail[:500]}
+        self._event("worker", error.code, told)
+
     def _health(self, generation: Generation) -> None:
         del generation
         self._updating.judge()
@@ -679,7 +684,13 @@ class Supervisor:
         how = generation.hung or (f"signal {-code}" if code < 0 else f"exit code {code}")
         if not generation.unruly:
             self._worker_ended(generation, "worker_hung" if generation.hung else "runtime_crashed", how)
-        return not self._updating.crashed(generation, how)
+        apart = set(self._serving.site.apart)
+        again = not self._updating.crashed(generation, how)
+        for name, slot in generation.models.items():
+            if slot.digest in self._serving.site.apart - apart:
+                told = {"model": name, "digest": slot.digest, "version": slot.version, "how": how}
+                self._event("worker", "model_set_apart", told)
+        return again
 
     def _unruly(self, generation: Generation, found: liveness.Unruly) -> bool:
         self._worker_ended(generation, found.code, found.detail)
@@ -688,7 +699,10 @@ class Supervisor:
     def _worker_ended(self, generation: Generation, code: str, how: str) -> None:
         self._event(
             "worker", code,
-            {"how": how, "models": {n: s.digest for n, s in generation.models.items()}, "generation": generation.number},
+            {
+                "how": how, "models": {n: s.digest for n, s in generation.models.items()}, "generation": generation.number,
+                "suspects": list(generation.suspects),
+            },
         )  # fmt: skip
         ends = self._store.get("worker_ends", {})
         try:
@@ -711,21 +725,22 @@ class Supervisor:
     def _snapshot(self) -> reporting.Snapshot:
         pending, pending_bytes = self._store.pending()
         serving = self._serving
-        health = serving.current.health if serving.current is not None else None
-        counts = msgspec.to_builtins(health.models) if health is not None else {}
+        workers = [reporting.worker(generation) for generation in serving.generations()]
+        charges = culprits.charges(self._updating.crashes, self._clock.boot_s())
+        suspects = {model: n for (model, _), n in charges.items()}
         return reporting.Snapshot(
             device=self._identity.device, group=self._group, birth=self._link.birth if self._link else 0,
             generation=self._document.generation if self._document else 0, boot_id=self._clock.boot_id,
             epoch=self._store.epoch, seq=self._store.last_seq, stratum=self._stratum, arch=facts.arch(),
             abilities=tuple(sorted(facts.ABILITIES)), runtimes=self._runtimes.usable, tuf=dict(self._store.get("tuf", {})),
-            models=serving.models(), answering=serving.answering(), update=self._updating.update,
+            models=serving.models(), stopped=frozenset(m for m in serving.models() if not serving.answering(m)), update=self._updating.update,
             lost=self._store.lost(), linked=bool(self._link and self._link.connected),
             server_online=self._server is not None and self._server.status == "online", pending=pending,
             pending_bytes=pending_bytes, pending_inferences=self._store.pending_inferences(),
-            serving={**self._address, "inflight": health.inflight if health else 0},
-            sync=dict(self._sync_status), counts=counts, rss_mb=psutil.Process().memory_info().rss / 1e6,
-            worker_pid=serving.current.worker.pid if serving.answering() and serving.current else 0,
-            worker_rss_mb=health.rss_mb if health else 0.0, worker_ends=self._store.get("worker_ends", {}), uptime_s=self._clock.boot_s() - self._started_s,
+            serving={**self._address, "inflight": sum(one.inflight for one in workers)},
+            sync=dict(self._sync_status), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
+            worker_ends=self._store.get("worker_ends", {}), suspects=suspects, requests_refused=serving.passing.refused,
+            requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(), uptime_s=self._clock.boot_s() - self._started_s,
         )  # fmt: skip
 
     async def _answer_status(self, _body: dict[str, Any]) -> Answer:

@@ -21,7 +21,7 @@ from skerry_contract.errors import ContractError
 from skerry_agent import facts
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, Identity
-from skerry_agent.core import admission, backoff, lifecycle, liveness, trial
+from skerry_agent.core import admission, backoff, culprits, lifecycle, liveness, trial
 from skerry_agent.core import effects as e
 from skerry_agent.core.effects import Effect
 from skerry_agent.core.lifecycle import Update
@@ -31,7 +31,7 @@ from skerry_agent.failures import Failures
 from skerry_agent.logs import kv
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
-from skerry_agent.serving import Generation, Serving
+from skerry_agent.serving import Generation, Launch, Serving
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Store
 
@@ -66,6 +66,7 @@ class Updating:
         failures: what is remembered of bundles that failed.
         update: as it is stored.
         rules: of trials and downloads.
+        crashes: of serving workers, those that still count.
     """
 
     def __init__(
@@ -107,9 +108,9 @@ class Updating:
         self.failures = Failures(store, clock, draw, config.timing.backoff_scale)
         self._manifest: m.Manifest | None = None
         self._text = ""
-        self._new: Generation | None = None
+        self._new: Launch | None = None
         self._watching = False
-        self._crashes_s: list[float] = []
+        self.crashes: list[culprits.Crash] = []
         self.rules = TrialRules()
         self.update = msgspec.convert(store.get("update", {}), Update)
 
@@ -344,7 +345,7 @@ class Updating:
         for model in self._slots.models():
             confirmed = self._slots.pointers(model).confirmed
             if model != self.update.model and running:
-                if model in running and (self._serving.answering() or not self._lost(running[model])):
+                if model in running and (self._serving.answering(model) or not self._lost(running[model])):
                     found[model] = running[model]
                 continue
             slot = self._slots.runnable(model)
@@ -374,7 +375,7 @@ class Updating:
 
     async def _hand_over(self) -> e.Event:
         new = self._new
-        if new is None or not new.worker.alive:
+        if new is None or not new.alive:
             raise Rejected("trial_crashed", "the worker died between its proof and the hand-over")
         self._slots.activate(self.update.model, self._slot("trial"))
         # From here on it serves: whoever goes back in the middle of the drain must not end it as one that never listened.
@@ -384,7 +385,7 @@ class Updating:
 
     def judge(self) -> None:
         """Looks at the trial's counts; called with every health report and at the end of its time."""
-        generation = self._serving.current
+        generation = self._serving.generation_of(self.update.model)
         if (
             self._owed
             or not self._watching
@@ -403,7 +404,7 @@ class Updating:
         model = self.update.model
         verdict = trial.judge_trial(
             rules, self._serving.counts(model), self._serving.before.get(model), elapsed_s,
-            current=self._serving.current_counts(),
+            current=self._serving.current_counts(model),
         )  # fmt: skip
         match verdict.answer:
             case "keep":
@@ -418,8 +419,8 @@ class Updating:
     def crashed(self, generation: Generation, how: str) -> bool:
         """The serving generation died. True when it was on trial: the update goes back, and brings up what ran before.
 
-        A confirmed bundle that dies again and again goes back too, when there is one before it and no other model shares the
-        worker: of several, this does not say which one it was.
+        A confirmed bundle that brings its worker down again and again goes back too, when there is one before it; else it gets a
+        worker of its own. Of several in one worker the suspects are those that were in work.
         """
         slot = generation.models.get(self.update.model)
         if slot is not None and slot.digest == self.update.digest and self.update.state in ("trial", "revert"):
@@ -441,19 +442,30 @@ class Updating:
 
     def _looped(self, generation: Generation) -> bool:
         now_s = self._clock.boot_s()
-        self._crashes_s = [at for at in self._crashes_s if now_s - at <= lifecycle.CRASHES_WITHIN_S] + [now_s]
-        if len(generation.models) != 1 or not self.update.resting or not lifecycle.loops(self._crashes_s, now_s):
+        suspects = tuple((name, generation.models[name].digest) for name in generation.suspects)
+        self.crashes = [*culprits.remembered(self.crashes, now_s), culprits.Crash(at_s=now_s, suspects=suspects)]
+        found = culprits.culprit(self.crashes, now_s)
+        slot = generation.models.get(found[0]) if found is not None else None
+        if found is None or slot is None or not self.update.resting:
             return False
-        ((model, slot),) = generation.models.items()
+        model, digest = found
         pointers = self._slots.pointers(model)
         back = pointers.previous
-        if pointers.confirmed is None or pointers.confirmed.digest != slot.digest or back is None:
+        confirmed = pointers.confirmed is not None and pointers.confirmed.digest == digest == slot.digest
+        if not confirmed or back is None or not self._slots.whole(back.digest, back.variant):
+            if len(generation.models) > 1:
+                # There is nothing to go back to; at least it takes no other model along.
+                self._forget(digest)
+                self._serving.set_apart(model, slot)
             return False
-        if not self._slots.whole(back.digest, back.variant):
-            return False
-        self._crashes_s.clear()
-        self.feed(e.CrashLooped(model=model, digest=slot.digest, version=slot.version, variant=slot.variant))
+        self._forget(digest)
+        self.feed(e.CrashLooped(model=model, digest=digest, version=slot.version, variant=slot.variant))
         return not self._owed
+
+    def _forget(self, digest: str) -> None:
+        """Nothing counts against it any more: it was dealt with."""
+        kept = ((crash.at_s, tuple(s for s in crash.suspects if s[1] != digest)) for crash in self.crashes)
+        self.crashes = [culprits.Crash(at_s=at_s, suspects=suspects) for at_s, suspects in kept]
 
     def finish(self) -> None:
         """Before the first start: carries out what power cut off between the stored state and the pointer file."""
@@ -486,8 +498,8 @@ class Updating:
                 log.error("pointer file not written", extra=kv(detail=str(error), failures=failures))
                 wait_s = backoff.delay_s("worker", failures, self._draw(), scale=self._config.timing.backoff_scale)
                 await asyncio.sleep(wait_s)
-        generation = self._serving.current
-        if generation is not None and model in generation.models:
+        generation = self._serving.generation_of(model)
+        if generation is not None:
             slot = generation.models[model]
             generation.models[model] = msgspec.structs.replace(slot, standing=self.update.state)
         self.failures.forgive(self.update.digest)
@@ -502,7 +514,7 @@ class Updating:
 
     async def _stop_new(self) -> None:
         new, self._new = self._new, None
-        if new is not None and new is not self._serving.current:
+        if new is not None:
             await self._serving.retire(new)
 
     def ordered_back(self) -> tuple[str, Slot] | None:
@@ -534,8 +546,7 @@ class Updating:
         if not wanted:
             await self._serving.clear()
             return e.Reverted()
-        running = self._serving.current
-        if running is None or not running.worker.alive or not _same(running.models, wanted):
+        if not self._serving.runs(wanted):
             error = await self._bring_back(wanted, model if ordered is not None else "")
             if error is not None:
                 if ordered is not None:
@@ -559,11 +570,8 @@ class Updating:
             if failures < _RESTORE_TRIES:
                 wait_s = backoff.delay_s("worker", failures, self._draw(), scale=self._config.timing.backoff_scale)
                 await asyncio.sleep(wait_s)
-        running = self._serving.current
-        if running is None or not running.worker.alive:
-            # Nothing serves: go on trying what is whole, beside whatever the plan fetches.
-            await self._serving.clear()
-            self._serving.start_later({name: s for name, s in wanted.items() if self._slots.whole(s.digest, s.variant)})
+        # What nothing serves: go on trying what is whole, beside whatever the plan fetches.
+        self._serving.start_later({name: s for name, s in wanted.items() if self._slots.whole(s.digest, s.variant)})
         return last
 
     def order_revert(self, model: ids.ModelName) -> Slot:
@@ -586,7 +594,3 @@ class Updating:
             raise Rejected("no_previous", f"there is no bundle of {model} to go back to")
         self.feed(e.RevertOrdered(model=model, digest=going.digest, version=going.version, variant=going.variant))
         return back
-
-
-def _same(running: dict[str, Slot], wanted: dict[str, Slot]) -> bool:
-    return {name: slot.digest for name, slot in running.items()} == {name: slot.digest for name, slot in wanted.items()}

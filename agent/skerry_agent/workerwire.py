@@ -4,8 +4,10 @@ Both ends are on one device, of one version and one user: a message that does no
 
 Lifecycle of a worker::
 
-    start -> ready | failed          models loaded and proved; nothing is accepted before ``ready``
+    warm?                            a spare: the runtimes are loaded, no model is
+    start -> loading* (ready | failed)    models loaded and proved; nothing is accepted before ``ready``
     listen                           accept; ``conn`` from the predecessor may already have come
+    accept* elsewhere*               who takes new connections; which models are whose
     rekey* committed* flush* recover* adopt_book*    in any order, any number
     drain -> conn* window* drained   every connection passed on, every record folded; the worker then exits by itself
     stop, EOF or SIGTERM             finish what is in flight, send what can be sent, exit
@@ -58,6 +60,8 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
         label_age_s: labels that come later than this are late; 0: no labels are taken.
         label_predictions: remembered per window key.
         label_books: former keys that are kept for labels.
+
+    With several models it carries the descriptor of the note (``serving.notes``) that says which is in work.
     """
 
     generation: int
@@ -99,14 +103,36 @@ class Feed(Message, frozen=True, kw_only=True, tag="feed"):
     share: float = 0.0
 
 
+class Warm(Message, frozen=True, kw_only=True, tag="warm"):
+    """Before ``start``: load these runtimes, and wait."""
+
+    runtimes: tuple[str, ...]
+
+
 class Listen(Message, frozen=True, kw_only=True, tag="listen"):
     """Begin to accept on the listening socket.
 
     Attributes:
         books: label books of others; each will come by ``adopt_book`` once nobody writes it any more.
+        accept: take new connections, not only those that are passed on.
+        cold_ms: how long requests have waited for this worker to start; 0 when none has.
     """
 
     books: tuple[str, ...] = ()
+    accept: bool = True
+    cold_ms: int = 0
+
+
+class Accept(Message, frozen=True, kw_only=True, tag="accept"):
+    """Take new connections from now on, or no more. What waits for a connection is another worker's then."""
+
+    on: bool
+
+
+class Elsewhere(Message, frozen=True, kw_only=True, tag="elsewhere"):
+    """Models that other workers serve. A connection with a request for one of them is given away by ``conn``."""
+
+    models: tuple[str, ...]
 
 
 class Drain(Message, frozen=True, kw_only=True, tag="drain"):
@@ -120,11 +146,16 @@ class Conn(Message, frozen=True, kw_only=True, tag="conn"):
 
     Attributes:
         head: bytes already read from it and not yet answered.
+        model: to the supervisor: of another worker, for which the request is. To a worker: that model; the worker answers the
+            request itself, whatever it knows of it. Empty for a connection of a worker that leaves.
+        retry_s: to a worker: turn the request away, the client may come again after so many seconds. 0: answer it.
 
     It arrives without a descriptor when the receiver may open no more: the connection is lost then.
     """
 
     head: bytes = b""
+    model: str = ""
+    retry_s: int = 0
 
 
 class Rekey(Message, frozen=True, kw_only=True, tag="rekey"):
@@ -195,6 +226,12 @@ class Proved(msgspec.Struct, frozen=True, kw_only=True):
     proof: Proof
     load_ms: float
     infer_us: float = 0.0
+
+
+class Loading(Message, frozen=True, kw_only=True, tag="loading"):
+    """Begins to load a model: what ends the worker from here on is that one's doing."""
+
+    model: str
 
 
 class Ready(Message, frozen=True, kw_only=True, tag="ready"):
@@ -309,5 +346,23 @@ class Flushed(Message, frozen=True, kw_only=True, tag="flushed"):
     id: int
 
 
-ToWorker = Start | StartShadow | Feed | Listen | Drain | Conn | Rekey | Committed | Recover | AdoptBook | Flush | Stop
-ToSupervisor = Ready | Failed | WindowCut | Rekeyed | Recovered | BookClosed | Health | Conn | Cut | Drained | Flushed
+ToWorker = (
+    Warm
+    | Start
+    | StartShadow
+    | Feed
+    | Listen
+    | Accept
+    | Elsewhere
+    | Drain
+    | Conn
+    | Rekey
+    | Committed
+    | Recover
+    | AdoptBook
+    | Flush
+    | Stop
+)
+ToSupervisor = (
+    Loading | Ready | Failed | WindowCut | Rekeyed | Recovered | BookClosed | Health | Conn | Cut | Drained | Flushed
+)

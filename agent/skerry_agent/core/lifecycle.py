@@ -13,7 +13,6 @@ ignores it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -144,16 +143,7 @@ STEPS_BACK: frozenset[str] = frozenset({"reverted_by_operator", "crash_loop"})
 """Codes of a revert from a confirmed bundle to the one before it."""
 
 CRASHES, CRASHES_WITHIN_S = 5, 600.0
-
-
-def loops(crashes_s: Sequence[float], now_s: float) -> bool:
-    """Whether a confirmed bundle's worker died too often, so that the bundle before it is worth more.
-
-    Args:
-        crashes_s: when it died, seconds since boot.
-        now_s: now, seconds since boot.
-    """
-    return sum(now_s - at <= CRASHES_WITHIN_S for at in crashes_s) >= CRASHES
+"""So often a confirmed bundle may bring its worker down within so many seconds; then the one before it is worth more."""
 
 
 def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Effect, ...]]:

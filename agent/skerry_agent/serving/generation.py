@@ -10,6 +10,7 @@ from skerry_agent import workerwire as ww
 from skerry_agent.config import Config
 from skerry_agent.core import liveness
 from skerry_agent.core.trial import Counts
+from skerry_agent.serving.notes import Note
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.workers import Worker
 
@@ -26,14 +27,19 @@ class Generation:
         unruly: the code for which it is being replaced although it answers; empty when it is not.
         needs_mb: what its models declare; ready_mb: what it had when it was ready; most_mb: what it may have.
         spins_since: see ``core.liveness``.
+        note: which model it is at; suspects: those that were in work when it died. loading: the one that it loads.
+        accepting: it takes new connections; elsewhere: models of other cells, as it was told.
+        cold_ms: what its start took, when a request waited for it.
         listening_s: when it began to listen, seconds since boot; None before.
     """
 
     number: int
+    cell: str
     models: dict[str, Slot]
     rings: dict[str, str]
     worker: Worker
     ready: asyncio.Future[ww.Ready]
+    note: Note
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     former: set[str] = field(default_factory=set)
     books: set[str] = field(default_factory=set)
@@ -48,7 +54,17 @@ class Generation:
     spins_since: liveness.Use | None = None
     proofs: dict[str, ww.Proved] = field(default_factory=dict)
     listening_s: float | None = None
+    cold_ms: int = 0
     leaving: bool = False
+    accepting: bool = False
+    elsewhere: tuple[str, ...] = ()
+    loading: str = ""
+    suspects: tuple[str, ...] = ()
+
+    @property
+    def only(self) -> str:
+        """The name of its model, when it has but one."""
+        return next(iter(self.models)) if len(self.models) == 1 else ""
 
     @property
     def owned_rings(self) -> set[str]:
@@ -60,6 +76,16 @@ def use_of(health: ww.Health) -> liveness.Use:
     """What ``core.liveness`` wants of a report."""
     idle = health.inflight == 0 and health.busy_s == 0.0
     return liveness.Use(at_s=health.at_s, own_mb=health.own_mb, cpu_s=health.cpu_s, work=health.work, idle=idle)
+
+
+def life_of(generation: Generation) -> liveness.Life:
+    """What is known of its worker."""
+    health = generation.health
+    return liveness.Life(
+        silent_s=generation.silent_s,
+        busy_s=health.busy_s if health is not None else 0.0,
+        expected_s=health.expected_s if health is not None else 0.0,
+    )
 
 
 def take_health(generation: Generation, health: ww.Health) -> None:

@@ -138,9 +138,13 @@ class Rings:
             found.append((ring, self._continued(path)))
         return found
 
-    def books(self, *, without: Collection[str]) -> tuple[str, ...]:
-        """Label books but those of ``without``, whoever writes them."""
-        return tuple(str(path) for path in sorted(self._folder.glob(f"*{_BOOK_SUFFIX}")) if str(path) not in without)
+    def books(self, *, without: Collection[str], models: Collection[str] | None = None) -> tuple[str, ...]:
+        """Label books but those of ``without``, whoever writes them; of some ``models`` only."""
+        return tuple(
+            str(path)
+            for path in sorted(self._folder.glob(f"*{_BOOK_SUFFIX}"))
+            if str(path) not in without and (models is None or model_of(str(path)) in models)
+        )
 
     def books_left_behind(self, owned: Collection[str], *, recovering: Collection[str]) -> list[tuple[str, int]]:
         """Label books that no living worker writes: (book, position from which it is to be folded).
@@ -253,6 +257,11 @@ class Rings:
 def book_of(ring: str) -> str:
     """The label book beside a ring."""
     return str(Path(ring).with_suffix(_BOOK_SUFFIX))
+
+
+def model_of(ring: str) -> str:
+    """The model whose ring or label book it is."""
+    return Path(ring).stem.partition("-")[2].rpartition("-")[0]
 
 
 def _locked(path: Path) -> bool:

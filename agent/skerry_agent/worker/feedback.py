@@ -107,6 +107,19 @@ def digest_of(ident: str) -> int:
     return int.from_bytes(hashlib.blake2b(ident.encode(), digest_size=8).digest(), "little") or 1
 
 
+def models_of(body: bytes) -> set[str]:
+    """The models that the labels of a request are about, as far as they say so; none when it cannot be read."""
+    try:
+        labels = _decoder.decode(body).feedback
+    except (msgspec.DecodeError, RecursionError):
+        return set()
+    found = set()
+    for label in labels:
+        parts = _PREDICTION.fullmatch(label.id)
+        found.add(label.model or (parts[1] if parts else ""))
+    return found
+
+
 class Feedback:
     """Takes the labels of one worker. Not thread-safe: every call comes from the event loop's thread.
 
@@ -114,6 +127,9 @@ class Feedback:
         recorders: by model; their books are the present keys'.
         send: takes ``WindowCut`` and ``BookClosed`` messages to the supervisor.
         on_matched: hears of each first label of a prediction: book, position, true class, predicted class.
+
+    Attributes:
+        elsewhere: models that other workers serve. Labels that are all about one of them go there (``passing``).
     """
 
     def __init__(
@@ -137,6 +153,7 @@ class Feedback:
         self._waiting: list[_Waiting] = []
         self._slices: Iterator[None] | None = None
         self._leaving = False
+        self.elsewhere: frozenset[str] = frozenset()
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -283,9 +300,12 @@ class Feedback:
     def _unknown(self, label: Label, at_ns: int) -> _Outcome:
         parts = _PREDICTION.fullmatch(label.id)
         model = label.model or (parts[1] if parts else "")
+        if model in self.elsewhere:
+            return _invalid(label, f"{model} has a worker of its own: wanted its labels in a request of their own")
         if not model:
-            if len(self._recorders) != 1:
-                return _invalid(label, f"wanted the model as well: one of {', '.join(self._recorders)}")
+            if self.elsewhere or len(self._recorders) != 1:
+                names = ", ".join(sorted({*self._recorders, *self.elsewhere}))
+                return _invalid(label, f"wanted the model as well: one of {names}")
             (model,) = self._recorders
         recorder = self._recorders.get(model)
         # Of a model that is not served there is no key under which it could count.

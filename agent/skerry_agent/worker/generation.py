@@ -18,6 +18,7 @@ from skerry_runtime.tensors import Tensors
 
 from skerry_agent import workerwire as ww
 from skerry_agent.worker.inference import Model
+from skerry_agent.worker.notes import noted
 from skerry_agent.worker.plan import plan_of
 from skerry_agent.worker.recorder import Recorder
 
@@ -49,10 +50,14 @@ class CannotServe(Exception):
 def load_generation(
     start: ww.Start,
     *,
-    send: Callable[[ww.WindowCut], None],
+    send: Callable[[ww.Message], None],
     later: Callable[[Callable[[], None]], object],
+    note: int | None = None,
 ) -> tuple[dict[str, Model], tuple[ww.Proved, ...]]:
     """Loads and proves every model, and makes their rings.
+
+    Args:
+        note: descriptor of shared memory in which to say which model is in work.
 
     Raises:
         CannotServe: for the first model that fails.
@@ -61,6 +66,7 @@ def load_generation(
     proved: list[ww.Proved] = []
     for served in start.models:
         began = time.monotonic()
+        send(ww.Loading(model=served.name))
         try:
             runner, found, infer_us = load_and_prove(served)
             manifest = runner.bundle.manifest
@@ -86,6 +92,8 @@ def load_generation(
                 infer_us=infer_us,
             )
         )
+    if note is not None:
+        noted(models, note)
     return models, tuple(proved)
 
 

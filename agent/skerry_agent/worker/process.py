@@ -16,14 +16,18 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 
+from skerry_runtime import engines
+from skerry_runtime.errors import Degraded
+
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel
 from skerry_agent.worker.book import Book
-from skerry_agent.worker.feedback import Feedback, Rules
+from skerry_agent.worker.feedback import Feedback, Rules, models_of
 from skerry_agent.worker.generation import CannotServe, key_of, load_generation
 from skerry_agent.worker.handover import Handover
 from skerry_agent.worker.inference import InferenceService, Model
 from skerry_agent.worker.memory import own_mb
+from skerry_agent.worker.passing import Passing
 from skerry_agent.worker.recorder import recover, rss_kb
 from skerry_agent.worker.routes import Routes
 from skerry_agent.worker.server import Server
@@ -50,6 +54,7 @@ class Worker:
         self._service: InferenceService | None = None
         self._server: Server | None = None
         self._feedback: Feedback | None = None
+        self._passing: Passing | None = None
         self._since = time.monotonic()
         self._folds = 0
         self._ending: asyncio.Task[None] | None = None
@@ -69,16 +74,25 @@ class Worker:
 
     def _on_message(self, message: ww.ToWorker, fd: int | None) -> None:
         match message:
-            case ww.Conn(head=head):
-                self._adopt(fd, head)
+            case ww.Conn():
+                self._adopt(fd, message)
                 return
             case ww.Feed():
                 self._show(message, fd)
                 return
+            case ww.Warm(runtimes=runtimes):
+                self._warm(runtimes)
             case ww.Start():
-                self._load(message)
-            case ww.Listen(books=books):
-                self._listen(books)
+                self._load(message, fd)
+            case ww.Listen():
+                self._listen(message)
+            case ww.Accept(on=on):
+                if self._server is not None:
+                    self._server.accept(on)
+            case ww.Elsewhere(models=models):
+                if self._passing is not None and self._feedback is not None:
+                    self._passing.know(models)
+                    self._feedback.elsewhere = frozenset(models)
             case ww.Drain(deadline_s=deadline_s):
                 self._end(self._drain(deadline_s))
             case ww.Rekey():
@@ -114,11 +128,21 @@ class Worker:
     def _on_stop(self) -> None:
         self._end(self._finish())
 
-    def _load(self, start: ww.Start) -> None:
+    def _warm(self, runtimes: tuple[str, ...]) -> None:
+        for runtime in runtimes:
+            try:
+                engines.check_health(runtime)
+            except Degraded as error:
+                # The model that wants it will say so.
+                log.info("not warmed runtime=%s code=%s", runtime, error.code)
+
+    def _load(self, start: ww.Start, note: int | None) -> None:
         self._start = start
         base_mb = own_mb()
         try:
-            self._models, proved = load_generation(start, send=self._channel.send, later=self._loop.call_soon)
+            self._models, proved = load_generation(
+                start, send=self._channel.send, later=self._loop.call_soon, note=note
+            )
         except CannotServe as error:
             log.error("cannot serve model=%s code=%s detail=%s", error.model, error.code, error.detail)
             self._channel.send(ww.Failed(model=error.model, code=error.code, detail=error.detail))
@@ -138,6 +162,7 @@ class Worker:
             on_matched=self._matched,
         )
         self._server = Server(Routes(self._models, self._service, self._feedback))
+        self._passing = Passing(self._server, self._channel, models_of)
         # What was loaded stays for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -145,23 +170,29 @@ class Worker:
         self._every(start.fold_interval_s or start.window_s, self._cut)
         self._every(start.health_interval_s, self._report)
 
-    def _listen(self, books: tuple[str, ...]) -> None:
+    def _listen(self, message: ww.Listen) -> None:
         if self._server is None or self._feedback is None:
             raise RuntimeError("listen before ready")
-        self._feedback.expect(books)
+        self._feedback.expect(message.books)
         self._since = time.monotonic()
+        self._server.accept(message.accept)
+        if message.cold_ms:
+            for model in self._models.values():
+                model.recorder.cold_ms = message.cold_ms
         for listener in self._listeners:
             self._server.listen(listener)
 
-    def _adopt(self, fd: int | None, head: bytes) -> None:
+    def _adopt(self, fd: int | None, message: ww.Conn) -> None:
         if fd is None:
             self._channel.send(ww.Cut(connections=1))
             return
         sock = socket.socket(fileno=fd)
-        if self._server is None:
+        if self._server is None or self._passing is None:
             sock.close()
             raise RuntimeError("conn before ready")
-        self._server.adopt(sock, head)
+        if message.model:
+            self._passing.watch()
+        self._server.adopt(sock, message.head, settled=bool(message.model), retry_s=message.retry_s)
 
     def _show(self, message: ww.Feed, fd: int | None) -> None:
         """From now on a share of the model's requests goes to the shadow at the descriptor's other end; without one, none."""

@@ -85,6 +85,7 @@ class Recorder:
         self._past = w.Counts()
         self._past_total = LatencyFold()
         self._cpu_ns = time.process_time_ns()
+        self.cold_ms = 0
         self._attach(key, ring)
 
     def _attach(self, key: w.Key, path: str) -> None:
@@ -307,8 +308,11 @@ class Recorder:
         self._cpu_ns = cpu_ns
         rss = rss_kb()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        cold_ms, self.cold_ms = self.cold_ms, 0
+        cold = {"cold_start_ms_sum": cold_ms, "cold_start_ms_max": cold_ms, "cold_start_n": 1} if cold_ms else {}
         # CPU time and memory are the worker's, so of all models it serves.
         return {
+            **cold,
             "worker_cpu_us_sum": (cpu_ns - before) // 1000,
             "worker_rss_kb_max": max(rss, 0),
             "worker_peak_kb_max": peak,

@@ -37,12 +37,20 @@ class Handler(Protocol):
         """Returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
 
 
+class Passing(Protocol):
+    """See ``passing.Passing``."""
+
+    def takes(self, connection: Connection, found: http1.Request | http1.Incomplete) -> bool:
+        """Whether the request is not to be answered like any other."""
+
+
 class Server:
     """All connections of a worker, and the listening sockets.
 
     Attributes:
         connections: open ones.
         on_boundary: called with a connection whenever it has answered a request, or was just made; ``handover`` sets it.
+        passing: whether a request is another worker's; None while there are none.
         requests: taken up so far.
     """
 
@@ -52,10 +60,12 @@ class Server:
         self.connections: set[Connection] = set()
         self.partial: dict[Connection, float] = {}
         self.on_boundary: Callable[[Connection], None] | None = None
+        self.passing: Passing | None = None
         self.requests = 0
         self._partial_s = partial_s
         self._loop = asyncio.get_running_loop()
         self._listeners: list[socket.socket] = []
+        self._accepting = True
         self._joining: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -65,12 +75,19 @@ class Server:
         return not self.connections and not self._joining
 
     def listen(self, listener: socket.socket) -> None:
-        """Begins to accept. The socket is shared with other processes; each connection goes to one of them."""
+        """Begins to accept, unless told not to. The socket is shared with other processes; each connection goes to one of them."""
         listener.setblocking(False)
         self._listeners.append(listener)
-        self._loop.add_reader(listener.fileno(), self._accept, listener)
+        self._accept_again(listener)
         if self._sweeper is None:
             self._sweep()
+
+    def accept(self, on: bool) -> None:
+        """Takes new connections, or leaves them to the other processes."""
+        self._accepting = on
+        for listener in self._listeners:
+            self._loop.remove_reader(listener.fileno())
+            self._accept_again(listener)
 
     def stop_accepting(self) -> None:
         """Gives up the own copies of the listening sockets; what waits in their backlogs is the other processes'."""
@@ -79,10 +96,10 @@ class Server:
             listener.close()
         self._listeners.clear()
 
-    def adopt(self, sock: socket.socket, head: bytes = b"") -> None:
-        """Serves an accepted connection, of which ``head`` was already read."""
+    def adopt(self, sock: socket.socket, head: bytes = b"", *, settled: bool = False, retry_s: int = 0) -> None:
+        """Serves an accepted connection, of which ``head`` was already read. The rest: see ``Connection``."""
         sock.setblocking(False)
-        task = self._loop.create_task(self._connect(sock, head))
+        task = self._loop.create_task(self._connect(sock, head, settled, retry_s))
         # Counted from here on: a connection between accept and its first callback must not be forgotten by a drain.
         self._joining.add(task)
         task.add_done_callback(self._joining.discard)
@@ -95,11 +112,11 @@ class Server:
         for connection in list(self.connections):
             connection.close()
 
-    async def _connect(self, sock: socket.socket, head: bytes) -> None:
+    async def _connect(self, sock: socket.socket, head: bytes, settled: bool, retry_s: int) -> None:
         try:
             if sock.family in (socket.AF_INET, socket.AF_INET6):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.connect_accepted_socket(lambda: Connection(self, head), sock)
+            await self._loop.connect_accepted_socket(lambda: Connection(self, head, settled, retry_s), sock)
         except OSError as error:
             # The client was gone before it began.
             log.debug("connection not set up error=%s", error)
@@ -122,7 +139,7 @@ class Server:
             self.adopt(sock)
 
     def _accept_again(self, listener: socket.socket) -> None:
-        if listener in self._listeners:
+        if listener in self._listeners and self._accepting:
             self._loop.add_reader(listener.fileno(), self._accept, listener)
 
     def _sweep(self) -> None:
@@ -138,21 +155,23 @@ class Connection(asyncio.Protocol):
 
     Attributes:
         busy: a request is in work.
+        settled: its first request was passed to this process and goes no further; retry_s: it is to be turned away, see ``passing``.
     """
 
     __slots__ = (
         "_buffer", "_continued", "_cutter", "_eof", "_head", "_keep_alive", "_paused", "_refused", "_server",
-        "_transport", "_writable", "busy",
+        "_transport", "_writable", "busy", "retry_s", "settled",
     )  # fmt: skip
 
     _transport: asyncio.Transport
 
-    def __init__(self, server: Server, head: bytes = b"") -> None:
+    def __init__(self, server: Server, head: bytes = b"", settled: bool = False, retry_s: int = 0) -> None:
         self._server = server
         self._head = head
         self._cutter = http1.Cutter(server.max_body_bytes)
         self._buffer: bytes | bytearray = b""
         self.busy = False
+        self.settled, self.retry_s = settled, retry_s
         self._writable = True
         self._paused = self._refused = self._continued = self._eof = False
         self._keep_alive = True
@@ -233,6 +252,8 @@ class Connection(asyncio.Protocol):
             except http1.Refused as error:
                 self.refuse(error)
                 return
+            if server.passing is not None and server.passing.takes(self, found):
+                return
             if isinstance(found, http1.Incomplete):
                 self._wait_for_more(found)
                 break
@@ -271,6 +292,14 @@ class Connection(asyncio.Protocol):
     def _next_turn(self) -> None:
         self.busy = False
         self._proceed()
+
+    def answer(self, request: http1.Request, reply: bytes) -> None:
+        """Answers the first request without its handler."""
+        self._drop(request.size)
+        self._server.partial.pop(self, None)
+        self._keep_alive = request.head.keep_alive
+        self.busy = True
+        self._done(reply)
 
     def _done(self, reply: bytes) -> None:
         self.busy = False

@@ -244,9 +244,15 @@ class Device:
             )
         beside = self._target(shadow) if shadow else None
         plan = group.ModelPlan(stable=self._target(stable), rollout=rollout, shadow=beside)
-        document = group.GroupDocument(
-            schema=1, group=GROUP, generation=self.generation, models={"gas": plan}, **fields
-        )
+        self._publish({"gas": plan}, **fields)
+
+    def publish_models(self, **stable: str) -> None:
+        """Publishes a group document of several models."""
+        self.generation += 1
+        self._publish({name: group.ModelPlan(stable=self._target(digest)) for name, digest in stable.items()})
+
+    def _publish(self, plans: dict[str, group.ModelPlan], **fields: Any) -> None:
+        document = group.GroupDocument(schema=1, group=GROUP, generation=self.generation, models=plans, **fields)
         self.world["document"] = group.encode(document).decode()
         self.world["version"] = self.generation
         self.save()
@@ -311,15 +317,15 @@ class Device:
     def wait_synced(self, before_ms: int) -> None:
         wait_for(lambda: self.status()["sync"]["at_ms"] > before_ms, why=lambda: f"a sync: {self.log()[-3000:]}")
 
-    def running(self) -> tuple[str, str]:
+    def running(self, model: str = "gas") -> tuple[str, str]:
         """(version, state) of the model."""
-        found = self.status()["running"].get("gas")
+        found = self.status()["running"].get(model)
         return (found["version"], found["state"]) if found else ("", "")
 
-    def wait_running(self, version: str, *states: str) -> None:
+    def wait_running(self, version: str, *states: str, model: str = "gas") -> None:
         wanted = states or ("confirmed", "confirmed_on_golden")
         wait_for(
-            lambda: self.running() in [(version, state) for state in wanted],
+            lambda: self.running(model) in [(version, state) for state in wanted],
             why=lambda: f"{version} {wanted}: {self.log()[-3000:]}",
         )
 
@@ -337,7 +343,7 @@ class Device:
     def port(self) -> int:
         return int(msgspec.json.decode((self.state_dir / "run" / "serving.json").read_bytes())["port"])
 
-    def infer(self, n: int = 1, *, value: float | None = None) -> list[str]:
+    def infer(self, n: int = 1, *, value: float | None = None, model: str = "gas") -> list[str]:
         """Asks n times on one connection. Returns the versions that answered."""
         # The very first worker makes the address accept, a moment after it was told to.
         wait_for(lambda: socket.create_connection(("127.0.0.1", self.port), 1).close() is None, why="the address")
@@ -349,7 +355,7 @@ class Device:
             data[0] = value
         for _ in range(n):
             body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": data}]}
-            connection.request("POST", "/v2/models/gas/infer", json.dumps(body))
+            connection.request("POST", f"/v2/models/{model}/infer", json.dumps(body))
             response = connection.getresponse()
             answer = json.loads(response.read())
             assert response.status == 200, answer
@@ -361,7 +367,8 @@ class Device:
 class Load:
     """Clients that ask without end on keep-alive connections and never retry. ``failed`` holds what went wrong."""
 
-    def __init__(self, device: Device, clients: int = 2, pause_s: float = 0.005) -> None:
+    def __init__(self, device: Device, clients: int = 2, pause_s: float = 0.005, model: str = "gas") -> None:
+        self.model = model
         self.ok = 0
         self.failed: list[str] = []
         self.versions: set[str] = set()
@@ -387,7 +394,7 @@ class Load:
         body = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": x[0].tolist()}]})
         while not self._stop.is_set():
             try:
-                connection.request("POST", "/v2/models/gas/infer", body)
+                connection.request("POST", f"/v2/models/{self.model}/infer", body)
                 response = connection.getresponse()
                 answer = json.loads(response.read())
                 with self._lock:

@@ -78,8 +78,15 @@ class Bench:
         self.program.chmod(0o700)
 
     async def serve(self, **models: Slot) -> Generation:
-        generation = await self.serving.start(models, timeout_s=TIMEOUT_S)
-        await self.serving.switch(generation)
+        launch = await self.serving.start(models, timeout_s=TIMEOUT_S, anew=True)
+        await self.serving.switch(launch)
+        return self.current
+
+    @property
+    def current(self) -> Generation:
+        """The generation of the cell that all models without ``isolate`` share."""
+        generation = self.serving.cells[""].current
+        assert generation is not None
         return generation
 
     def heard(self, *line: str) -> bool:
@@ -128,7 +135,7 @@ def test_a_key_that_changes_while_the_next_generation_loads_is_counted_by_it(on_
         bench.slots.confirm("gas", GAS)
         await bench.serve(gas=GAS)
         (bench.folder / "act").write_text("wait")
-        coming = asyncio.create_task(bench.serving.start({"gas": GAS}, timeout_s=TIMEOUT_S))
+        coming = asyncio.create_task(bench.serving.start({"gas": GAS}, timeout_s=TIMEOUT_S, anew=True))
         await until(lambda: bench.heard("2", "start", ""))
         bench.slots.rekey("gas", arm="control", rollout="r-1", stage=1)
         bench.serving.rekey("gas", arm="control", rollout="r-1", stage=1)
@@ -145,12 +152,12 @@ def test_a_worker_that_dies_between_its_proof_and_its_first_request_is_started_a
         first = await bench.serve(gas=GAS)
         (bench.folder / "act").write_text("die")
         os.kill(first.worker.pid, signal.SIGKILL)
-        await until(lambda: len(bench.serving._alive) == 1 and bench.serving._alive[0] is not first)
-        second = bench.serving._alive[0]
+        await until(lambda: len(bench.serving.site.alive) == 1 and bench.serving.site.alive[0] is not first)
+        second = bench.serving.site.alive[0]
         # The loop hears of its word and of its death together, the death first.
         wait_for(lambda: not psutil.pid_exists(second.worker.pid), why="its death")
         (bench.folder / "act").write_text("ready")
-        await until(lambda: bench.serving.answering() and bench.serving.current not in (first, second))
+        await until(lambda: bench.serving.answering() and bench.current not in (first, second))
 
     on_bench(act)
 
@@ -160,7 +167,7 @@ def test_a_model_whose_runtime_went_missing_keeps_no_other_one_down(on_bench: Ru
         first = await bench.serve(gas=GAS, pump=GAS)
         (bench.folder / "act").write_text("lacks gas")
         os.kill(first.worker.pid, signal.SIGKILL)
-        await until(lambda: bench.serving.answering() and bench.serving.current is not first)
+        await until(lambda: bench.serving.answering() and bench.current is not first)
         assert set(bench.serving.models()) == {"pump"}
         assert bench.started == [({"gas", "pump"}, ""), ({"gas", "pump"}, "runtime_missing gas"), ({"pump"}, "")]
 
@@ -174,7 +181,7 @@ def test_a_single_model_whose_runtime_went_missing_is_tried_until_it_works(on_be
         os.kill(first.worker.pid, signal.SIGKILL)
         await until(lambda: len(bench.started) > 3)
         (bench.folder / "act").write_text("ready")
-        await until(lambda: bench.serving.answering() and bench.serving.current is not first)
+        await until(lambda: bench.serving.answering() and bench.current is not first)
         assert set(bench.serving.models()) == {"gas"}
 
     on_bench(act)
@@ -185,10 +192,10 @@ def test_without_a_process_for_a_worker_it_is_tried_again(on_bench: Run) -> None
         first = await bench.serve(gas=GAS)
         bench.program.unlink()
         with pytest.raises(Degraded) as caught:
-            await bench.serving.start({"gas": GAS}, timeout_s=TIMEOUT_S)
+            await bench.serving.start({"gas": GAS}, timeout_s=TIMEOUT_S, anew=True)
         assert caught.value.code == "process_not_started"
         os.kill(first.worker.pid, signal.SIGKILL)
-        await until(lambda: bench.serving._failures > 2)
+        await until(lambda: bench.serving.cells[""].failures > 2)
         bench.install()
         await until(bench.serving.answering)
 
@@ -203,7 +210,7 @@ def test_rings_of_generations_that_could_not_be_stored_are_never_named_again(on_
             assert await bench.serving.flush(TIMEOUT_S)
         # Its ring's position is committed, and the store goes on while the next supervisor takes over.
         bench.serving.tick()
-        bench.serving._number = 0
+        bench.serving.site.number = 0
         numbers.append((await bench.serve(gas=GAS)).number)
         assert numbers == sorted(set(numbers))
 
@@ -264,7 +271,7 @@ def test_a_crash_on_trial_that_cannot_be_stored_is_answered_by_another_worker_an
         assert bench.updating.update.state == "trial"
         with bench.locked():
             os.kill(generation.worker.pid, signal.SIGKILL)
-            await until(lambda: bench.serving.answering() and bench.serving.current is not generation)
+            await until(lambda: bench.serving.answering() and bench.current is not generation)
             assert bench.updating.update.state == "trial"
         bench.updating.tick()
         assert (bench.updating.update.state, bench.updating.update.code) == ("revert", "trial_crashed")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from skerry_agent.core import admission as a
-from skerry_agent.core import backoff, liveness, trial
+from skerry_agent.core import backoff, culprits, lifecycle, liveness, trial
 from skerry_agent.core import plan as p
 from skerry_contract import group, ids
 from skerry_contract import manifest as m
@@ -335,6 +335,33 @@ def test_a_worker_that_uses_a_core_without_a_request_spins_and_one_in_use_does_n
     assert last(*(dataclasses.replace(one, cpu_s=0.2 * one.at_s) for one in spinning)) == 0
     # A request came in between: it counts from there.
     assert last(*spinning[:10], *(dataclasses.replace(one, work=8) for one in spinning[10:])) == 10
+
+
+GAS, PUMP = ("gas", D1), ("pump", D2)
+
+
+def test_a_model_is_the_culprit_once_it_was_in_work_at_enough_deaths_of_late() -> None:
+    crashes = [culprits.Crash(at_s=100.0 + i, suspects=(PUMP,)) for i in range(lifecycle.CRASHES)]
+    assert culprits.culprit(crashes[1:], 110) is None
+    assert culprits.culprit(crashes, 110) == PUMP
+    # The oldest does not count any more.
+    assert culprits.culprit(crashes, 101 + lifecycle.CRASHES_WITHIN_S) is None
+    # Nobody was in work, or somebody else.
+    assert (
+        culprits.culprit([*crashes[1:], culprits.Crash(at_s=109), culprits.Crash(at_s=109, suspects=(GAS,))], 110)
+        is None
+    )
+
+
+@given(st.lists(st.lists(st.sampled_from([GAS, PUMP]), unique=True, max_size=2), max_size=12))
+def test_the_culprit_was_a_suspect_as_often_as_any_other_and_often_enough(
+    suspects: list[list[tuple[str, str]]],
+) -> None:
+    crashes = [culprits.Crash(at_s=0, suspects=tuple(found)) for found in suspects]
+    found = culprits.culprit(crashes, 0)
+    charges = {one: sum(one in mine for mine in suspects) for one in (GAS, PUMP)}
+    assert (found is not None) == (max(charges.values()) >= lifecycle.CRASHES)
+    assert found is None or charges[found] == max(charges.values())
 
 
 def test_an_old_report_or_an_overdue_inference_does_not_speak_for_now() -> None:

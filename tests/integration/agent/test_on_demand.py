@@ -1,0 +1,158 @@
+"""Models that are loaded at their first request and unloaded when nobody asks."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from tests.integration.agent.rig import Device, Load, Server, wait_for
+from tests.integration.agent.test_cells import Client, body, workers
+
+
+def with_pool(device: Device, **keys: object) -> Device:
+    lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in keys.items())
+    device.config.write_text(f"{device.config.read_text()}[pool]\n{lines}")
+    return device
+
+
+def confirmed(device: Device, server: Server, *names: str) -> dict[str, str]:
+    """Confirms a first version of each model. Returns their digests."""
+    digests = {name: device.bundle(f"{i}.0.0", model=name) for i, name in enumerate(names, start=1)}
+    device.publish_models(**digests)
+    device.start()
+    for i, name in enumerate(names, start=1):
+        device.wait_running(f"{i}.0.0", "trial", model=name)
+        device.infer(20, model=name)
+        device.wait_running(f"{i}.0.0", model=name)
+    return digests
+
+
+def asleep(device: Device, model: str = "pump") -> bool:
+    return bool(device.status()["on_demand"][model]["asleep"])
+
+
+def test_a_model_on_demand_sleeps_when_nobody_asks_and_a_request_wakes_it(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = with_pool(make_device(), on_demand=["pump"], idle_s=1.0)
+    confirmed(device, server, "gas", "pump")
+    client = Client(device)
+    wait_for(lambda: asleep(device), why="sleep")
+    assert workers(device).keys() == {""}
+    assert device.process is not None
+    wait_for(lambda: len(psutil.Process(device.process.pid).children()) == 1, why="the end of its process")
+    assert device.running("pump") == ("2.0.0", "confirmed")
+    # What it counted was folded before it went.
+    wait_for(lambda: server.inferences() == 40, why=lambda: f"40 counted, got {server.inferences()}")
+    with Load(device, clients=2) as others:
+        status, answer = client.ask("POST", "/v2/models/pump/infer", body())
+        assert (status, answer["model_version"]) == (200, "2.0.0")
+        assert not asleep(device) and workers(device).keys() == {"", "pump"}
+        # A connection that its worker held survives its sleep.
+        wait_for(lambda: asleep(device), why="sleep again")
+        assert client.ask("POST", "/v2/models/gas/infer", body())[0] == 200
+        assert client.ask("POST", "/v2/models/pump/infer", body())[0] == 200
+    assert others.failed == []
+    wait_for(lambda: server.inferences() == 43 + others.ok, why="all counted")
+    found = device.status()["on_demand"]["pump"]
+    assert found["cold_starts"] == 2 and found["cold_start_s"] > 0
+    assert b'skerry_agent_cold_starts{model="pump"} 2' in device.call("GET", "/metrics").body
+    cold = [w.resources for w in server.windows() if "cold_start_n" in w.resources]
+    assert [one["cold_start_n"] for one in cold] == [1, 1]
+    assert all(10 < one["cold_start_ms_max"] < 60_000 for one in cold)
+
+
+def test_many_first_requests_start_one_worker_and_those_beyond_the_limit_are_turned_away(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = with_pool(make_device(), on_demand=["pump"], idle_s=1.0, waiting=4, wait_s=30.0)
+    confirmed(device, server, "gas", "pump")
+    wait_for(lambda: asleep(device), why="sleep")
+    statuses: list[tuple[int, str | None]] = []
+
+    def ask() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", device.port, timeout=60)
+        connection.request("POST", "/v2/models/pump/infer", body())
+        response = connection.getresponse()
+        response.read()
+        statuses.append((response.status, response.headers["Retry-After"]))
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answered = sum(status == 200 for status, _ in statuses)
+    refused = [retry for status, retry in statuses if status == 503]
+    assert (answered, len(refused)) == (4, 8)
+    assert all(retry is not None and int(retry) >= 1 for retry in refused)
+    assert device.status()["on_demand"]["pump"]["cold_starts"] == 1
+    wait_for(lambda: server.inferences() == 44, why="44 counted")
+
+
+def test_a_device_with_nothing_but_models_on_demand_boots_asleep_and_takes_updates(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = with_pool(make_device(), on_demand=["gas"], idle_s=1.0)
+    confirmed(device, server, "gas")
+    assert device.stop() == 0
+    device.start()
+    wait_for(lambda: asleep(device, "gas"), why="a boot without its worker")
+    assert workers(device).keys() == {""}
+    assert device.infer(2) == ["1.0.0"] * 2
+    wait_for(lambda: asleep(device, "gas"), why="sleep")
+    device.publish_models(gas=device.bundle("1.1.0", seed=1))
+    device.sync()
+    device.wait_running("1.1.0", "trial")
+    # On trial it stays awake, however long nobody asks.
+    with pytest.raises(AssertionError):
+        wait_for(lambda: asleep(device, "gas"), timeout_s=3)
+    device.infer(20)
+    device.wait_running("1.1.0")
+    wait_for(lambda: asleep(device, "gas"), why="sleep")
+    assert device.infer(1) == ["1.1.0"]
+    wait_for(lambda: server.inferences() == 43, why=lambda: f"43 counted, got {server.inferences()}")
+
+
+def test_labels_wake_the_model_that_they_are_about(make_device: Callable[..., Device], server: Server) -> None:
+    device = with_pool(make_device(), on_demand=["pump"], idle_s=1.0)
+    confirmed(device, server, "gas", "pump")
+    client = Client(device)
+    client.connection.request("POST", "/v2/models/pump/infer", body())
+    response = client.connection.getresponse()
+    ident = response.headers["Skerry-Prediction-Id"]
+    response.read()
+    wait_for(lambda: asleep(device), why="sleep")
+    told = json.dumps({"feedback": [{"id": ident, "label": "class-0"}]}).encode()
+    status, answer = client.ask("POST", "/skerry/v1/feedback", told)
+    assert (status, answer["feedback"][0]["outcome"]) == (200, "matched")
+
+
+def test_a_worker_that_was_started_ahead_takes_the_next_model_and_another_one_is_started(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = with_pool(make_device(), warm=True)
+    confirmed(device, server, "gas")
+
+    def spare() -> int:
+        return int(device.status()["worker"]["spare_pid"])
+
+    first = wait_for(spare, why="a spare worker")
+    device.publish_models(gas=device.bundle("1.1.0", seed=1))
+    device.sync()
+    device.wait_running("1.1.0", "trial")
+    assert workers(device)[""] == first
+    assert device.infer(2) == ["1.1.0"] * 2
+    second = wait_for(lambda: (pid := spare()) not in (0, first) and pid, why="another spare worker")
+    # Also in the place of one that died; and a spare that dies is not missed.
+    psutil.Process(second).kill()
+    psutil.Process(first).kill()
+    wait_for(lambda: workers(device)[""] not in (0, first, second), why="another worker")
+    third = wait_for(spare, why="a spare worker")
+    assert device.stop() == 0
+    assert not psutil.pid_exists(third)
