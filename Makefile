@@ -3,6 +3,7 @@
 #   make demo [KEEP=1]      a whole fleet on this machine; KEEP=1 leaves it running and prints the addresses
 #   make test               the tests                   make test-slow   those over a minute, or that need the network
 #   make test-tflite        the agent's worker on tflite-runtime, in an environment of its own
+#   make test-clients       the acceptance suite of local inference, with kserve's client in an environment of its own
 #   make test-deb           the agent's .deb in a chroot; wants root and mmdebstrap
 #   make check              format, lint, types, import rules, docs: what CI checks beside the tests
 #   make bench [ONLY=name]  benchmarks, one JSON line each
@@ -13,13 +14,14 @@
 
 VENV    := .venv
 TFLITE  := .venv-tflite
+KSERVE  := .venv-kserve
 BIN     := $(VENV)/bin
 SOURCES := contract/skerry_contract runtime/skerry_runtime agent/skerry_agent server/skerry_server cli/skerry_cli
 MEMBERS := $(wildcard */pyproject.toml)
 PARALLEL ?= 3
 ARCH    ?= amd64
 
-.PHONY: demo test test-slow test-tflite test-deb check bench format deb image clean setup setup-demo
+.PHONY: demo test test-slow test-tflite test-clients test-deb check bench format deb image clean setup setup-demo setup-clients
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/skerry demo $(if $(KEEP),--keep)
@@ -32,6 +34,9 @@ test-slow: $(VENV)/.ready-dev
 
 test-tflite: $(VENV)/.ready-dev $(TFLITE)/.ready
 	$(BIN)/python -m pytest -rs tests/integration/worker/test_tflite_runtime.py $(ARGS)
+
+test-clients: $(VENV)/.ready-dev $(KSERVE)/.ready
+	$(BIN)/python -m pytest -rs tests/integration/worker/test_public_clients.py $(ARGS)
 
 test-deb: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -rs -m slow tests/system/test_deb.py $(ARGS)
@@ -59,6 +64,8 @@ setup: $(VENV)/.ready-dev
 
 setup-demo: $(VENV)/.ready-demo
 
+setup-clients: $(KSERVE)/.ready
+
 # The five members go in by one command, so that pip finds the exact pins between them in the tree.
 $(VENV)/.ready-demo: constraints.txt $(MEMBERS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
@@ -82,9 +89,15 @@ $(TFLITE)/.ready: constraints-tflite.txt $(MEMBERS)
 	    -e contract -e 'runtime[tflite]' -e 'agent[tflite]'
 	@touch $@
 
+# Compiled when imported: a tenth of it ever is.
+$(KSERVE)/.ready: tests/kserve.txt
+	@./.ci/make-venv $(KSERVE)
+	$(KSERVE)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r tests/kserve.txt
+	@touch $@
+
 $(VENV)/bin/python:
 	@./.ci/make-venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(TFLITE) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo .bench
+	rm -rf $(VENV) $(TFLITE) $(KSERVE) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo .bench
 	find $(SOURCES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import httptools
 
+from skerry_agent.worker import coding
+
 MAX_HEAD_BYTES = 16 * 1024
 _CACHE_BYTES = 2048
 _CACHE_ENTRIES = 256
@@ -62,6 +64,7 @@ class Head:
         json_length: ``Inference-Header-Content-Length``, or -1.
         encoding: ``Content-Encoding``, lower case, empty for none.
         attempt: ``Skerry-Attempt``: 1 unless the client says that it repeats a request.
+        accepts: the content coding that the reply may have, by ``Accept-Encoding``; empty for none.
     """
 
     method: str
@@ -73,6 +76,7 @@ class Head:
     json_length: int = -1
     encoding: bytes = b""
     attempt: int = 1
+    accepts: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +214,10 @@ def parse_head(block: bytes) -> Head:
     found = collector.headers
     if parser.get_http_version() == "1.1" and b"host" not in found:
         raise Refused(400, "malformed request: no Host header")
-    coding = found.get(b"transfer-encoding", b"").lower()
-    if coding not in (b"", b"chunked"):
+    transfer = found.get(b"transfer-encoding", b"").lower()
+    if transfer not in (b"", b"chunked"):
         raise Refused(400, "Transfer-Encoding: wanted chunked")
-    if coding and b"content-length" in found:
+    if transfer and b"content-length" in found:
         raise Refused(400, "both Content-Length and Transfer-Encoding")
     expect = found.get(b"expect", b"").lower()
     if expect not in (b"", b"100-continue"):
@@ -222,12 +226,13 @@ def parse_head(block: bytes) -> Head:
         method=parser.get_method().decode("ascii"),
         path=collector.url.partition(b"?")[0],
         keep_alive=collector.keep_alive,
-        length=-1 if coding else _number(found, b"content-length", 0),
-        has_length=bool(coding) or b"content-length" in found,
+        length=-1 if transfer else _number(found, b"content-length", 0),
+        has_length=bool(transfer) or b"content-length" in found,
         expects=bool(expect) and parser.get_http_version() == "1.1",
         json_length=_number(found, b"inference-header-content-length", -1),
         encoding=found.get(b"content-encoding", b"").lower().replace(b"identity", b""),
         attempt=_number(found, b"skerry-attempt", 1),
+        accepts=coding.accepted(found[b"accept-encoding"]) if b"accept-encoding" in found else b"",
     )
 
 

@@ -16,7 +16,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,21 @@ MAX_WINDOW_ROWS = 1 << 22
 """Below the 2**23 at which a sum of squares could leave int64."""
 
 Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+class Totals(NamedTuple):
+    """Everything counted since the recorder was made.
+
+    Attributes:
+        answered_ns: of answered requests, by part as ``ring.TIMES`` names them.
+        unanswered_ns: of all others, in all.
+        last_ms: wall clock of the latest request, milliseconds since 1970; 0 before the first.
+    """
+
+    counts: w.Counts
+    answered_ns: dict[str, int]
+    unanswered_ns: int
+    last_ms: int
 
 
 class Recorder:
@@ -84,6 +99,8 @@ class Recorder:
         self.max_rows = capacity // 4 if plan.width else 1 << 32
         self._past = w.Counts()
         self._past_total = LatencyFold()
+        self._past_ns = dict.fromkeys(r.TIMES, 0)
+        self._unanswered_ns = self._last_ms = 0
         self._cpu_ns = time.process_time_ns()
         self.cold_ms = 0
         self._attach(key, ring)
@@ -187,6 +204,7 @@ class Recorder:
 
     def other(self, outcome: int, total_ns: int, at_ns: int, flags: int = 0, kinds: int = 0) -> None:
         """Counts a request that got no answer: ``ring.INVALID``, ``FAILED`` or ``SHED``. ``kinds`` as in ``ok``."""
+        self._unanswered_ns += total_ns
         flags |= r.MARKED if kinds else 0
         self.ring.write(r.pack(outcome, flags, self.ring.written & r.TAG, 0, total_ns, 0, 0, 0, at_ns, 0, kinds, -1))
         self.ring.publish(1)
@@ -266,6 +284,9 @@ class Recorder:
         )
         self._past = _add(self._past, window.counts)
         self._past_total.merge(done.latency["total_ns"])
+        for part, fold in done.latency.items():
+            self._past_ns[part] += fold.total
+        self._last_ms = window.end.wall_ms
         self._cut = self._folded
         self._fold = Fold(self.plan)
 
@@ -285,6 +306,17 @@ class Recorder:
         """Notes that the store holds ``path`` up to ``upto``; of an older ring it is of no interest any more."""
         if path == self.ring.path:
             self.ring.commit(upto)
+
+    def totals(self) -> Totals:
+        """What was counted so far, under whatever key."""
+        self.fold()
+        now = self._fold
+        return Totals(
+            counts=_add(self._past, now.counts()),
+            answered_ns={part: before + now.latency[part].total for part, before in self._past_ns.items()},
+            unanswered_ns=self._unanswered_ns,
+            last_ms=self.ring.instant(now.span_ns[1]).wall_ms if now.slots else self._last_ms,
+        )
 
     def health(self, since_s: float) -> ww.ModelHealth:
         """Counts since the recorder was made."""

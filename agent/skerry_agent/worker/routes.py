@@ -6,19 +6,27 @@ Every error is ``{"error": "..."}``. A model of the generation is always loaded 
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 from skerry_contract import __version__
 from skerry_contract import manifest as m
 
 from skerry_agent.worker import http1, oip
+from skerry_agent.worker.coding import Packing
 from skerry_agent.worker.feedback import Feedback
 from skerry_agent.worker.inference import Done, InferenceService, Model
+from skerry_agent.worker.statistics import statistics_of
 
-EXTENSIONS = ("binary_tensor_data",)
+EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
 _CACHED_PATHS = 256
 _Json = dict[str, object]
+
+
+class _Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What may be asked of the repository's index."""
+
+    ready: bool = False
 
 
 class Routes:
@@ -28,10 +36,22 @@ class Routes:
         self._models = models
         self._service = service
         self._feedback = feedback
+        self._packing = Packing()
         self._infer_paths: dict[bytes, Model] = {}
 
     def handle(self, request: http1.Request, done: Done) -> bytes | None:
         """Returns the reply's bytes, or None and calls ``done`` with them later."""
+        head = request.head
+        if head.accepts:
+            return self._packed(request, done)
+        return self._handle(request, done)
+
+    def _packed(self, request: http1.Request, done: Done) -> bytes | None:
+        coding = request.head.accepts
+        reply = self._handle(request, self._packing.later(coding, done))
+        return reply if reply is None else self._packing.now(reply, coding, done)
+
+    def _handle(self, request: http1.Request, done: Done) -> bytes | None:
         head = request.head
         if head.method == "POST":
             model = self._infer_paths.get(head.path)
@@ -57,6 +77,10 @@ class Routes:
                 return _get(head, lambda: {"name": "skerry", "version": __version__, "extensions": EXTENSIONS})
             case ["health", "live" | "ready" as which]:
                 return _get(head, lambda: {which: True})
+            case ["repository", *rest]:
+                return self._repository(request, rest)
+            case ["models", "stats"] if "stats" not in self._models:
+                return _get(head, lambda: _statistics(self._models.values()))
             case ["models", name, *rest] if rest[:1] != ["versions"]:
                 return self._model(request, done, name, None, rest)
             case ["models", name, "versions", version, *rest]:
@@ -77,11 +101,37 @@ class Routes:
                 return _get(head, lambda: _metadata(model))
             case ["ready"]:
                 return _get(head, lambda: {"name": name, "ready": True})
+            case ["stats"]:
+                return _get(head, lambda: _statistics([model]))
             case ["infer"]:
                 _require_body(head)
                 if len(self._infer_paths) < _CACHED_PATHS:
                     self._infer_paths[head.path] = model
                 return self._service.answer(model, request, done)
+        raise _Status(404, f"no such path: {_shown(head.path)}")
+
+    def _repository(self, request: http1.Request, rest: list[str]) -> bytes:
+        head = request.head
+        match rest:
+            case ["index"]:
+                if head.method != "POST":
+                    raise _Status(405, f"{head.method}: wanted POST", allow=b"POST")
+                try:
+                    msgspec.json.decode(request.body or b"{}", type=_Index)
+                except (msgspec.DecodeError, RecursionError) as error:
+                    raise _Status(400, f"index: {error}") from None
+                # What is not ready is not in a generation: with "ready" or without, these are all.
+                found = [
+                    {"name": model.name, "version": model.version, "state": "READY", "reason": ""}
+                    for model in self._models.values()
+                ]
+                return http1.reply(200, msgspec.json.encode(found), close=not head.keep_alive)
+            case ["models", name, "load" | "unload" as act]:
+                if head.method != "POST":
+                    raise _Status(405, f"{head.method}: wanted POST", allow=b"POST")
+                raise _Status(
+                    400, f"{_shown(name)}: {act}: not done here, rollouts of the fleet decide what this device serves"
+                )
         raise _Status(404, f"no such path: {_shown(head.path)}")
 
 
@@ -121,6 +171,10 @@ def _metadata(model: Model) -> _Json:
         "inputs": shown(model.manifest.inputs),
         "outputs": shown(model.manifest.outputs),
     }
+
+
+def _statistics(models: Iterable[Model]) -> _Json:
+    return {"model_stats": [statistics_of(model.name, model.version, model.recorder.totals()) for model in models]}
 
 
 def _split(path: bytes) -> list[str]:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from onnx import TensorProto as T
-from onnx import helper as h
-from skerry_contract import manifest as mf
 from tritonclient.utils import InferenceServerException
 
+from tests.integration.worker.echo import ONNX, echo_bundle
 from tests.integration.worker.rig import Rig
 
-ONNX = {
-    "BOOL": T.BOOL, "UINT8": T.UINT8, "UINT16": T.UINT16, "UINT32": T.UINT32, "UINT64": T.UINT64, "INT8": T.INT8,
-    "INT16": T.INT16, "INT32": T.INT32, "INT64": T.INT64, "FP16": T.FLOAT16, "FP32": T.FLOAT, "FP64": T.DOUBLE,
-    "BYTES": T.STRING,
-}  # fmt: skip
 VALUES = {
     "BOOL": np.array([[True, False, True]]),
     "UINT8": np.array([[0, 255, 7]], np.uint8),
@@ -36,50 +27,6 @@ VALUES = {
     "FP64": np.array([[-1.7e308, 5e-324, 0.1]], np.float64),
     "BYTES": np.array([["", "grüße", "a\0b"]], np.object_),
 }
-
-
-def echo_bundle(folder: Path) -> Path:
-    """One input and one output of each datatype, three wide."""
-    folder.mkdir()
-    names = list(ONNX)
-    graph = h.make_graph(
-        [h.make_node("Identity", [f"in_{name}"], [f"out_{name}"]) for name in names],
-        "echo",
-        [h.make_tensor_value_info(f"in_{name}", ONNX[name], ["n", 3]) for name in names],
-        [h.make_tensor_value_info(f"out_{name}", ONNX[name], ["n", 3]) for name in names],
-    )
-    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8).SerializeToString()
-
-    def golden(prefix: str) -> list[dict[str, object]]:
-        zero = {"BOOL": False, "BYTES": "x"}
-        return [
-            {"name": f"{prefix}_{name}", "datatype": name, "shape": [1, 3], "data": [zero.get(name, 0)] * 3}
-            for name in names
-        ]
-
-    written = {
-        "model.onnx": model,
-        "golden.jsonl": json.dumps({"inputs": golden("in"), "outputs": golden("out")}).encode() + b"\n",
-    }
-    for name, data in written.items():
-        (folder / name).write_bytes(data)
-    files = tuple(
-        mf.File(path=name, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-        for name, data in sorted(written.items())
-    )
-    variant = mf.Variant(
-        id="onnx-fp32", runtime="onnx", precision="fp32", model="model.onnx", files=files,
-        golden=mf.Golden(cases="golden.jsonl", tolerance={}), needs=mf.Needs(rss_mb=200, disk_mb=1),
-    )  # fmt: skip
-    manifest = mf.Manifest(
-        schema=mf.SCHEMA, model="gas", version="1.0.0", created="2026-01-01T00:00:00Z",
-        owner=mf.Owner(name="Test Owner", contact="owner@example.org"), licence="Apache-2.0", variants=(variant,),
-        inputs=tuple(mf.Tensor(name=f"in_{name}", datatype=name, shape=(-1, 3)) for name in names),
-        outputs=tuple(mf.Tensor(name=f"out_{name}", datatype=name, shape=(-1, 3)) for name in names),
-        reference=mf.Reference(n=1), provenance=mf.Provenance(commit="0" * 40, trainer="test"),
-    )  # fmt: skip
-    (folder / mf.MANIFEST_FILE).write_bytes(mf.encode(manifest))
-    return folder
 
 
 @pytest.mark.parametrize("coding", [None, "gzip", "deflate"])

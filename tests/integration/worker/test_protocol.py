@@ -8,6 +8,7 @@ import json
 import math
 import socket
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from skerry_agent import workerwire as ww
 from tritonclient.utils import InferenceServerException
 
 from tests import models
+from tests.integration.worker.echo import ONNX, echo_bundle
 from tests.integration.worker.rig import Rig
 
 INFER = "/v2/models/gas/infer"
@@ -285,6 +287,105 @@ def test_a_request_may_come_byte_by_byte_in_chunks_or_compressed(rig: Rig, bundl
     assert ask(rig, "POST", INFER, packed, {"Content-Encoding": "gzip"})[0] == 200
     assert ask(rig, "POST", INFER, packed[:-9], {"Content-Encoding": "gzip"})[0] == 400
     assert ask(rig, "POST", INFER, packed, {"Content-Encoding": "br"})[0] == 415
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_large_answers_are_packed_as_the_request_accepts_and_small_ones_never(
+    rig: Rig, tmp_path: Path, coding: str
+) -> None:
+    models.build_bundle(tmp_path / "b", kind="identity", n_features=1000)
+    worker = rig.start(rig.served(tmp_path / "b"))
+    connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
+    unpack = {"gzip": gzip.decompress, "deflate": zlib.decompress}[coding]
+    # In one go, packed at once, packed in the thread.
+    for rows, packed in ((1, False), (9, True), (300, True)):
+        x = np.arange(rows * 1000, dtype="f4").reshape(rows, 1000) % 100
+        connection.request("POST", INFER, json.dumps({"inputs": [tensor(x)]}), {"Accept-Encoding": f"br, {coding}"})
+        response = connection.getresponse()
+        data = response.read()
+        assert (response.status, response.headers["Content-Encoding"]) == (200, coding if packed else None), rows
+        answer = json.loads(unpack(data) if packed else data)
+        assert answer["outputs"][0]["data"] == x.ravel().tolist()
+        connection.request("POST", INFER, json.dumps({"inputs": [tensor(x)]}), {"Accept-Encoding": f"{coding};q=0"})
+        response = connection.getresponse()
+        plain = json.loads(response.read())
+        assert response.headers["Content-Encoding"] is None
+        assert plain["outputs"] == answer["outputs"]
+    connection.close()
+    rig.flush(worker)
+    assert rig.total().ok == 6
+
+
+def test_what_does_not_get_smaller_goes_unpacked(rig: Rig, tmp_path: Path) -> None:
+    others = tuple(name for name in ONNX if name != "UINT8")
+    rig.start(rig.served(echo_bundle(tmp_path / "b", shape=(1000,), without=others)))
+    noise = np.random.default_rng(0).integers(0, 256, (40, 1000), np.uint8)
+    given = {"name": "in_UINT8", "datatype": "UINT8", "shape": [40, 1000]}
+    given["parameters"] = {"binary_data_size": noise.nbytes}
+    text = json.dumps({"inputs": [given], "parameters": {"binary_data_output": True}}).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
+    headers = {"Accept-Encoding": "gzip", "Inference-Header-Content-Length": str(len(text))}
+    for array, smaller in ((noise, False), (np.zeros_like(noise), True)):
+        connection.request("POST", INFER, text + array.tobytes(), headers)
+        response = connection.getresponse()
+        data = response.read()
+        assert (response.headers["Content-Encoding"] == "gzip") is smaller
+        data = gzip.decompress(data) if smaller else data
+        # The header says where the tensors begin in what was packed.
+        assert data[int(response.headers["Inference-Header-Content-Length"]) :] == array.tobytes()
+    connection.close()
+
+
+def test_half_precision_goes_and_comes_in_json_exactly(rig: Rig, tmp_path: Path) -> None:
+    rig.start(rig.served(echo_bundle(tmp_path / "echo", without=tuple(name for name in ONNX if name != "FP16"))))
+    for values in ([-65504.0, 5.960464477539063e-08, 0.0999755859375], [1, 2, None]):
+        given = {"name": "in_FP16", "datatype": "FP16", "shape": [1, 3], "data": [values]}
+        status, answer = ask(rig, "POST", INFER, {"inputs": [given]})
+        assert (status, answer["outputs"][0]["datatype"], answer["outputs"][0]["data"]) == (200, "FP16", values)
+    status, answer = ask(rig, "POST", INFER, {"inputs": [{**given, "data": [1, 2, 1e6]}]})
+    assert status == 400
+    assert "in_FP16" in answer["error"]
+
+
+def test_the_index_takes_its_filter_and_nothing_else_and_loading_is_the_fleets(rig: Rig, bundle: Path) -> None:
+    rig.start(rig.served(bundle))
+    row = [{"name": "gas", "version": "1.0.0", "state": "READY", "reason": ""}]
+    for body in (None, b"", {}, {"ready": True}, {"ready": False}):
+        assert ask(rig, "POST", "/v2/repository/index", body) == (200, row)
+    for wrong in ({"ready": 1}, {"name": "gas"}, b"[", []):
+        assert ask(rig, "POST", "/v2/repository/index", wrong)[0] == 400
+    for act in ("load", "unload"):
+        status, answer = ask(rig, "POST", f"/v2/repository/models/gas/{act}", {})
+        assert status == 400
+        assert answer["error"].startswith(f"gas: {act}: not done here, rollouts")
+    assert ask(rig, "GET", "/v2/repository/index")[0] == 405
+    assert ask(rig, "GET", "/v2/repository/models/gas/load")[0] == 405
+    assert ask(rig, "POST", "/v2/repository/nothing")[0] == 404
+
+
+def test_statistics_go_on_when_windows_are_cut_and_keys_change(rig: Rig, bundle: Path) -> None:
+    worker = rig.start(rig.served(bundle))
+    path = "/v2/models/gas/versions/1.0.0/stats"
+    assert ask(rig, "GET", path)[1]["model_stats"][0]["last_inference"] == 0
+    for turn in range(1, 4):
+        infer(rig)
+        assert infer(rig, shape=[1, 3])[0] == 400
+        ring = rig.ring_path()
+        if turn == 1:
+            rig.flush(worker)
+        elif turn == 2:
+            rig.send(worker, ww.Rekey(model="gas", ring=ring, arm="candidate", rollout="r-1", stage=1))
+            worker.wait_for(ww.Rekeyed)
+        status, answer = ask(rig, "GET", path)
+        (stats,) = answer["model_stats"]
+        assert status == 200
+        assert (stats["inference_count"], stats["execution_count"]) == (turn, turn)
+        parts = stats["inference_stats"]
+        assert (parts["success"]["count"], parts["fail"]["count"]) == (turn, turn)
+        assert parts["success"]["ns"] > 0
+        assert abs(stats["last_inference"] - time.time() * 1e3) < 60_000
+    assert ask(rig, "GET", "/v2/models/stats")[1]["model_stats"][0]["name"] == "gas"
+    assert ask(rig, "GET", "/v2/models/gas/versions/2.0.0/stats")[0] == 404
 
 
 def test_expect_100_continue_is_answered_before_the_body_comes(rig: Rig, bundle: Path) -> None:
