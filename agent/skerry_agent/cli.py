@@ -1,4 +1,4 @@
-"""``skerry-agent``: run the agent, ask it, enrol the device, examine it, go back to the previous bundle.
+"""``skerry-agent``: run the agent, ask it, enrol the device, examine it, go back to the previous bundle, say who may ask and how often.
 
 Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 3 refused for safety.
 """
@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from skerry_agent import __version__
+import msgspec
+
+from skerry_agent import __version__, clients
 from skerry_agent.config import Config, load
 from skerry_agent.control import Answer, ask
 from skerry_agent.core import lifecycle
@@ -53,13 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, function: Any, words: str) -> argparse.ArgumentParser:
         found = commands.add_parser(name, help=words, description=words)
         found.set_defaults(command=function)
-        if name != "lifecycle":
-            found.add_argument(
-                "--config",
-                type=Path,
-                default=Path(os.environ.get("SKERRY_AGENT_CONFIG", DEFAULT_CONFIG)),
-                metavar="FILE",
-            )
+        if name not in ("lifecycle", "token"):
+            _add_config(found)
         return found
 
     run = command("run", _run, "run the agent in the foreground")
@@ -76,11 +73,57 @@ def _parser() -> argparse.ArgumentParser:
     sync = command("sync", _sync, "look for updates now")
     sync.add_argument("--pardon", action="store_true", help="try bundles again that used up their attempts")
     sync.add_argument("--json", action="store_true")
+    throttle = command("throttle", _throttle, "bound how many inferences per second this device answers")
+    bound = throttle.add_mutually_exclusive_group(required=True)
+    bound.add_argument("--rate", type=float, metavar="N", help="inferences per second, of all clients together")
+    bound.add_argument("--off", action="store_true", help="no bound any more")
+    throttle.add_argument(
+        "--for", type=_duration, dest="for_s", metavar="TIME", help="e.g. 30s, 10m, 2h; else until --off"
+    )
+    throttle.add_argument("--json", action="store_true")
+    acts = command("token", None, "who may ask the local endpoint").add_subparsers(required=True, metavar="ACT")
+    _token_parsers(acts)
     doctor = command("doctor", _doctor, "check this device, whether or not the agent runs")
     doctor.add_argument("--json", action="store_true")
     table = command("lifecycle", _lifecycle, "the table of an update's states")
     table.add_argument("--print", action="store_true", dest="show", required=True)
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    known = Path(os.environ.get("SKERRY_AGENT_CONFIG", DEFAULT_CONFIG))
+    parser.add_argument("--config", type=Path, default=known, metavar="FILE")
+
+
+def _token_parsers(acts: Any) -> None:
+    def act(name: str, function: Any, words: str) -> Any:
+        found = acts.add_parser(name, help=words, description=words)
+        found.set_defaults(command=function)
+        _add_config(found)
+        return found
+
+    add = act("add", _token_add, "add a client; its token is printed once and stands nowhere")
+    add.add_argument("name")
+    who = add.add_mutually_exclusive_group()
+    who.add_argument("--uid", type=int, help="known by its user on the unix socket, in place of a token")
+    who.add_argument("--gid", type=int, help="known by its primary group on the unix socket")
+    add.add_argument("--model", action="append", default=[], help="that it may ask, again for more; without: all")
+    add.add_argument("--read-only", action="store_true", help="it may not send labels")
+    add.add_argument("--rate", type=float, help="requests per second, 0 for no limit; without: access.rate")
+    add.add_argument("--burst", type=int, help="requests at once after a pause; without: access.burst")
+    add.add_argument("--json", action="store_true")
+    act("list", _token_list, "the clients, without their tokens").add_argument("--json", action="store_true")
+    act("remove", _token_remove, "remove a client; it is refused within a second").add_argument("name")
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _duration(text: str) -> float:
+    try:
+        return float(text[:-1]) * _UNITS[text[-1:]]
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"wanted a time as 30s, 10m, 2h or 1d, got {text!r}") from None
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -133,6 +176,8 @@ def _status(options: argparse.Namespace) -> int:
     places = [f"http://{serving['host']}:{serving['port']}"] if "port" in serving else []
     places += [serving["socket"]] if "socket" in serving else []
     print(f"  answers at {', '.join(places)}")
+    if serving["throttle"] is not None:
+        print(f"  throttled: {throttle_words(serving['throttle'])}")
     return OK
 
 
@@ -180,6 +225,68 @@ def _revert(options: argparse.Namespace) -> int:
 
 def _sync(options: argparse.Namespace) -> int:
     return _ordered(options, "/skerry/v1/sync", {"pardon": options.pardon}, "looking; {pardoned} bundles pardoned")
+
+
+def _throttle(options: argparse.Namespace) -> int:
+    if options.off and options.for_s is not None:
+        print("skerry-agent: throttle: --for goes with --rate", file=sys.stderr)
+        return USAGE
+    body: dict[str, Any] = {"rate": 0 if options.off else options.rate}
+    if options.for_s is not None:
+        body["for_s"] = options.for_s
+    answer = _asked(options, "POST", "/skerry/v1/throttle", body)
+    if options.json:
+        print(json.dumps(answer.body))
+    elif answer.status == 200:
+        print(f"throttle: {throttle_words(answer.body['throttle'])}")
+    else:
+        print(f"skerry-agent: {answer.body['error']}", file=sys.stderr)
+    return OK if answer.status == 200 else USAGE if answer.status == 400 else FAILED
+
+
+def throttle_words(throttle: dict[str, Any] | None) -> str:
+    """A throttle as a person reads it."""
+    if throttle is None:
+        return "off"
+    left_s = throttle["left_s"]
+    return f"{throttle['rate']:g} inferences/s, {'until --off' if left_s is None else f'for {left_s:.0f} s more'}"
+
+
+def _token_add(options: argparse.Namespace) -> int:
+    config = _config(options)
+    client = clients.Client(
+        name=options.name, uid=options.uid, gid=options.gid, models=tuple(options.model), label=not options.read_only,
+        rate=options.rate, burst=options.burst,
+    )  # fmt: skip
+    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    token = clients.add(config.clients_file, client, token=options.uid is None and options.gid is None)
+    if options.json:
+        print(json.dumps({"name": options.name, "token": token or None}))
+    elif token:
+        print(token)
+    if not config.access.required:
+        print("skerry-agent: access.required is false: everyone who can connect may ask", file=sys.stderr)
+    return OK
+
+
+def _token_list(options: argparse.Namespace) -> int:
+    found = clients.read(_config(options).clients_file)
+    if options.json:
+        print(json.dumps([{**msgspec.to_builtins(client), "token_sha256": None} for client in found]))
+        return OK
+    for client in found:
+        known = (
+            "token" if client.token_sha256 else f"uid {client.uid}" if client.uid is not None else f"gid {client.gid}"
+        )
+        rate = "access.rate" if client.rate is None else f"{client.rate:g}/s" if client.rate else "no limit"
+        asks = ", ".join(client.models) or "all models"
+        print(f"{client.name}  {known}  {asks}  {'asks and labels' if client.label else 'asks only'}  {rate}")
+    return OK
+
+
+def _token_remove(options: argparse.Namespace) -> int:
+    clients.remove(_config(options).clients_file, options.name)
+    return OK
 
 
 def _doctor(options: argparse.Namespace) -> int:

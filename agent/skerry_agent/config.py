@@ -20,6 +20,7 @@ from skerry_contract import ids
 from skerry_contract.errors import ContractError
 from skerry_contract.manifest import Runtime
 
+from skerry_agent import clients
 from skerry_agent.errors import BadConfig, Degraded
 
 ENVIRONMENT_PREFIX = "SKERRY_AGENT_"
@@ -64,6 +65,23 @@ class Serving:
     port: int | Literal["none"] = 0
     socket: str = ""
     socket_mode: str = "0660"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Access:
+    """Who may ask, and how often.
+
+    Attributes:
+        required: only clients that ``skerry-agent token`` knows are answered.
+        rate: requests per second of each client that has no rate of its own; 0: no limit.
+        burst: at once after a pause; 0: a second's worth.
+        distinct: count different requests, about.
+    """
+
+    required: bool = False
+    rate: float = 0.0
+    burst: int = 0
+    distinct: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,6 +204,7 @@ class Config:
     repository: Repository = field(default_factory=Repository)
     mqtt: Mqtt = field(default_factory=Mqtt)
     serving: Serving = field(default_factory=Serving)
+    access: Access = field(default_factory=Access)
     labels: Labels = field(default_factory=Labels)
     limits: Limits = field(default_factory=Limits)
     pool: Pool = field(default_factory=Pool)
@@ -199,12 +218,17 @@ class Config:
         return self.state_dir / "identity"
 
     @property
+    def clients_file(self) -> Path:
+        """Who may ask the local endpoint, where that is bound to clients."""
+        return self.state_dir / clients.FILE
+
+    @property
     def run_dir(self) -> Path:
         """What lives as long as the process: control socket, addresses."""
         return self.state_dir / "run"
 
 
-_SECTIONS = ("server", "repository", "mqtt", "serving", "labels", "limits", "pool", "device", "timing", "log")
+_SECTIONS = ("server", "repository", "mqtt", "serving", "access", "labels", "limits", "pool", "device", "timing", "log")
 _POSITIVE = {
     "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "timing.health_interval_s",
     "timing.drain_s", "timing.ack_s", "timing.backoff_scale", "timing.courier_s", "mqtt.keepalive_s",
@@ -212,7 +236,7 @@ _POSITIVE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
-    "pool.wait_s",
+    "pool.wait_s", "access.rate", "access.burst",
 }  # fmt: skip
 
 
@@ -304,7 +328,7 @@ def _fault(key: str, value: Any) -> str | None:
     if key.endswith(".url") and value and not value.startswith("https://"):
         return f"wanted an https:// address, got {value!r}"
     if key == "serving.host" and value not in ("127.0.0.1", "::1", "localhost"):
-        return f"wanted a loopback address: requests are not authenticated, got {value!r}"
+        return f"wanted a loopback address: this endpoint has no TLS, got {value!r}"
     if key == "device.runtimes":
         known = get_args(Runtime)
         wrong = [name for name in value if name not in known]

@@ -43,6 +43,7 @@ from skerry_agent.serving import Generation, Serving
 from skerry_agent.shadowing import Shadowing
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Entry, open_store
+from skerry_agent.throttle import Throttle
 from skerry_agent.updating import TrialRules, Updating
 from skerry_agent.upload import Upload
 from skerry_agent.workers import WORKER
@@ -115,6 +116,7 @@ class Supervisor:
             on_unruly=self._unruly, on_start=self._started, on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
         self._serving.site.on_not_waked = self._not_waked
+        self._throttle = Throttle(self._store, self._clock, self._serving.throttle)
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(
             config, self._identity, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
@@ -168,6 +170,7 @@ class Supervisor:
                 ("POST", "/skerry/v1/sync"): self._answer_sync,
                 ("POST", "/skerry/v1/revert"): self._answer_revert,
                 ("POST", "/skerry/v1/flush"): self._answer_flush,
+                ("POST", "/skerry/v1/throttle"): self._throttle.answer,
             },
         )
         await control.start()
@@ -261,6 +264,7 @@ class Supervisor:
             self._serving.tick()
             self._updating.tick()
             self._shadowing.tick()
+            self._throttle.tick()
             self._pump()
             if self._runtimes.try_again():
                 self._changed("", {})
@@ -737,7 +741,7 @@ class Supervisor:
             lost=self._store.lost(), linked=bool(self._link and self._link.connected),
             server_online=self._server is not None and self._server.status == "online", pending=pending,
             pending_bytes=pending_bytes, pending_inferences=self._store.pending_inferences(),
-            serving={**self._address, "inflight": sum(one.inflight for one in workers)},
+            serving={**self._address, "inflight": sum(one.inflight for one in workers), "throttle": self._throttle.status()},
             sync=dict(self._sync_status), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
             worker_ends=self._store.get("worker_ends", {}), suspects=suspects, requests_refused=serving.passing.refused,
             requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(), uptime_s=self._clock.boot_s() - self._started_s,

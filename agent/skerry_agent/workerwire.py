@@ -8,7 +8,7 @@ Lifecycle of a worker::
     start -> loading* (ready | failed)    models loaded and proved; nothing is accepted before ``ready``
     listen                           accept; ``conn`` from the predecessor may already have come
     accept* elsewhere*               who takes new connections; which models are whose
-    rekey* committed* flush* recover* adopt_book*    in any order, any number
+    rekey* committed* flush* recover* adopt_book* throttle*    in any order, any number
     drain -> conn* window* drained   every connection passed on, every record folded; the worker then exits by itself
     stop, EOF or SIGTERM             finish what is in flight, send what can be sent, exit
 
@@ -45,6 +45,22 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     stage: int = 0
 
 
+class Access(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may ask, and how often.
+
+    Attributes:
+        clients: path of the clients' file; empty: everyone who can connect may ask.
+        rate: requests per second of each client that has no rate of its own; 0: no limit.
+        burst: at once after a pause; 0: a second's worth.
+        distinct: whether different requests are counted.
+    """
+
+    clients: str = ""
+    rate: float = 0.0
+    burst: int = 0
+    distinct: bool = False
+
+
 # --- supervisor -> worker -------------------------------------------------------------------------------------------
 
 
@@ -62,6 +78,7 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
         label_books: former keys that are kept for labels.
 
     With several models it carries the descriptor of the note (``serving.notes``) that says which is in work.
+        throttle: inferences per second of all clients together; 0: no bound.
     """
 
     generation: int
@@ -75,6 +92,8 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
     label_age_s: float = 86400.0
     label_predictions: int = 65536
     label_books: int = 16
+    access: Access = Access()
+    throttle: float = 0.0
 
 
 class StartShadow(Message, frozen=True, kw_only=True, tag="start_shadow"):
@@ -196,6 +215,12 @@ class Flush(Message, frozen=True, kw_only=True, tag="flush"):
     """Cut all windows now. Answer: their ``window`` messages, then ``flushed``."""
 
     id: int
+
+
+class Throttle(Message, frozen=True, kw_only=True, tag="throttle"):
+    """Let so many inferences per second through, of all clients together; 0: no bound."""
+
+    rate: float = 0.0
 
 
 class Stop(Message, frozen=True, kw_only=True, tag="stop"):
@@ -348,6 +373,7 @@ class Flushed(Message, frozen=True, kw_only=True, tag="flushed"):
 
 ToWorker = (
     Warm
+    | Throttle
     | Start
     | StartShadow
     | Feed

@@ -37,9 +37,9 @@ LAYERS = {
     "skerry_agent": [
         ("cli __main__", True),
         ("supervisor doctor", False),
-        ("serving updating failures restoring shadowing runtimes reporting upload facts hold", True),
+        ("serving updating failures restoring shadowing runtimes reporting upload facts hold throttle", True),
         ("link store slots workers leftovers errand control notify local_socket", False),
-        ("config clock logs migrations channel workerwire socket_path errors", True),
+        ("config clients clock logs migrations channel workerwire socket_path errors", True),
         ("core", True),
     ],
     "skerry_server": [
@@ -157,7 +157,7 @@ def test_modules_import_downwards_and_adapters_never_each_other(package: str) ->
 
 @pytest.mark.parametrize("process", ["worker", "courier"])
 def test_the_processes_of_the_agent_share_only_errors_and_the_wire_between_them(process: str) -> None:
-    shared = {f"skerry_agent{name}" for name in ("", ".channel", ".errors", ".logs", ".workerwire")}
+    shared = {f"skerry_agent{name}" for name in ("", ".channel", ".clients", ".errors", ".logs", ".workerwire")}
 
     def inside(name: str) -> bool:
         return name.split(".")[1:2] == [process]

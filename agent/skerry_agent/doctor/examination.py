@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from skerry_agent.config import load
-from skerry_agent.doctor import device, models, network
+from skerry_agent.doctor import access, device, models, network
 from skerry_agent.doctor.finding import Finding, Patient
 from skerry_agent.errors import BadConfig
 
@@ -19,6 +19,7 @@ CHECKS: tuple[tuple[str, Callable[[Patient], Iterator[Finding]]], ...] = (
     ("root of trust", device.check_root),
     ("slots", models.check_slots),
     ("runtime", models.check_runtime),
+    ("access", access.check_access),
     ("worker", models.check_worker),
     ("update", models.check_update),
     ("fleet", network.check_fleet),

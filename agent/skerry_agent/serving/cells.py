@@ -317,6 +317,12 @@ class Serving:
         if cell is not None:
             cell.rekey(model, arm=arm, rollout=rollout, stage=stage)
 
+    def throttle(self, rate: float) -> None:
+        """Lets so many inferences per second through from now on, whichever worker answers; 0: no bound."""
+        self.site.throttle = rate
+        for generation in self.site.alive:
+            generation.worker.send(ww.Throttle(rate=rate))
+
     # --- counts ------------------------------------------------------------------------------------------------------
 
     async def flush(self, timeout_s: float = 5.0) -> bool:

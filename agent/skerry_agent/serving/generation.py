@@ -94,8 +94,11 @@ def take_health(generation: Generation, health: ww.Health) -> None:
     generation.spins_since = liveness.spins_since(generation.spins_since, use_of(health))
 
 
-def start_message(generation: Generation, slots: Slots, config: Config, *, window_s: float, boot_id: str) -> ww.Start:
+def start_message(
+    generation: Generation, slots: Slots, config: Config, *, window_s: float, boot_id: str, throttle: float
+) -> ww.Start:
     """The first message to its worker."""
+    access = config.access
     return ww.Start(
         generation=generation.number,
         models=tuple(
@@ -120,6 +123,13 @@ def start_message(generation: Generation, slots: Slots, config: Config, *, windo
         label_age_s=config.labels.max_age_s,
         label_predictions=config.labels.predictions,
         label_books=config.labels.former_keys,
+        access=ww.Access(
+            clients=str(config.clients_file) if access.required else "",
+            rate=access.rate,
+            burst=access.burst,
+            distinct=access.distinct,
+        ),
+        throttle=throttle,
     )
 
 

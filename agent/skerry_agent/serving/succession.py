@@ -133,7 +133,14 @@ class Cell:
         holder.append(generation)
         site.alive.append(generation)
         site.background(self._watch(generation))
-        message = start_message(generation, site.slots, site.config, window_s=site.window_s, boot_id=site.clock.boot_id)
+        message = start_message(
+            generation,
+            site.slots,
+            site.config,
+            window_s=site.window_s,
+            boot_id=site.clock.boot_id,
+            throttle=site.throttle,
+        )
         worker.send(message, generation.note.fd)
         try:
             found = await asyncio.wait_for(asyncio.shield(ready), timeout_s)

@@ -97,6 +97,7 @@ class _Waiting(msgspec.Struct, eq=False):
     labels: list[Label]
     close: bool
     done: Done
+    models: tuple[str, ...] = ()
 
 
 _decoder = msgspec.json.Decoder(_Request)
@@ -157,8 +158,12 @@ class Feedback:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def answer(self, request: http1.Request, done: Done) -> bytes | None:
-        """Answers one request: returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
+    def answer(self, request: http1.Request, done: Done, models: tuple[str, ...] = ()) -> bytes | None:
+        """Answers one request: returns the reply's bytes, or None and calls ``done`` with them later, in the loop.
+
+        Args:
+            models: whose predictions this client may label; empty for all.
+        """
         close = not request.head.keep_alive
         try:
             labels = _decoder.decode(request.body).feedback
@@ -169,21 +174,24 @@ class Feedback:
                 400, oip.error_body(f"feedback: wanted at most {MOST_LABELS} labels, got {len(labels)}"), close=close
             )
         try:
-            return self._count(labels, close)
+            return self._count(labels, close, models)
         except _MustWait:
-            waiting = _Waiting(labels, close, done)
+            waiting = _Waiting(labels, close, done, models)
             self._waiting.append(waiting)
             self._loop.call_later(WAIT_S, self._give_up, waiting)
             return None
 
-    def _count(self, labels: list[Label], close: bool) -> bytes:
+    def _count(self, labels: list[Label], close: bool, models: tuple[str, ...] = ()) -> bytes:
         found = self._locate(labels)
         for book in self._books():
             if book.room < len(labels):
                 self._cut(book)
                 raise _MustWait
         at_ns, now_s = time.monotonic_ns(), time.clock_gettime(time.CLOCK_BOOTTIME)
-        outcomes = [self._judge(label, *where, at_ns, now_s) for label, where in zip(labels, found, strict=True)]
+        outcomes = [
+            self._foreign(label, where[0], models) or self._judge(label, *where, at_ns, now_s)
+            for label, where in zip(labels, found, strict=True)
+        ]
         for book in self._books():
             if book.uncut >= book.header.records // 2:
                 self._cut(book)
@@ -273,6 +281,16 @@ class Feedback:
             ):
                 recorder.fold()
 
+    def _foreign(self, label: Label, book: b.Book | None, models: tuple[str, ...]) -> _Outcome | None:
+        """What a client is told that labels what it may not."""
+        if not models:
+            return None
+        parts = _PREDICTION.fullmatch(label.id)
+        model = book.header.key.model if book is not None else label.model or (parts[1] if parts else "")
+        if model in models or (not model and set(self._recorders) <= set(models)):
+            return None
+        return _invalid(label, f"this client may label {', '.join(models)} only")
+
     def _judge(self, label: Label, book: b.Book | None, position: int, at_ns: int, now_s: float) -> _Outcome:
         if book is None:
             return self._unknown(label, at_ns)
@@ -319,7 +337,7 @@ class Feedback:
         waiting, self._waiting = self._waiting, []
         for one in waiting:
             try:
-                reply = self._count(one.labels, one.close)
+                reply = self._count(one.labels, one.close, one.models)
             except _MustWait:
                 self._waiting.append(one)
             else:

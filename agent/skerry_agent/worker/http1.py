@@ -10,9 +10,10 @@ Nothing here knows models. Not done: trailers are read and dropped, requests wit
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httptools
 
@@ -27,6 +28,8 @@ _MOST_EXTENSIONS = 4096
 REASONS = {
     200: b"OK",
     400: b"Bad Request",
+    401: b"Unauthorized",
+    403: b"Forbidden",
     404: b"Not Found",
     405: b"Method Not Allowed",
     408: b"Request Timeout",
@@ -34,6 +37,7 @@ REASONS = {
     413: b"Content Too Large",
     415: b"Unsupported Media Type",
     417: b"Expectation Failed",
+    429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",
     500: b"Internal Server Error",
     503: b"Service Unavailable",
@@ -65,6 +69,7 @@ class Head:
         encoding: ``Content-Encoding``, lower case, empty for none.
         attempt: ``Skerry-Attempt``: 1 unless the client says that it repeats a request.
         accepts: the content coding that the reply may have, by ``Accept-Encoding``; empty for none.
+        authorization: as it came; a secret, which no log may show.
     """
 
     method: str
@@ -77,6 +82,7 @@ class Head:
     encoding: bytes = b""
     attempt: int = 1
     accepts: bytes = b""
+    authorization: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +239,7 @@ def parse_head(block: bytes) -> Head:
         encoding=found.get(b"content-encoding", b"").lower().replace(b"identity", b""),
         attempt=_number(found, b"skerry-attempt", 1),
         accepts=coding.accepted(found[b"accept-encoding"]) if b"accept-encoding" in found else b"",
+        authorization=found.get(b"authorization", b""),
     )
 
 
@@ -253,6 +260,14 @@ def reply(
         extra,
         b"Connection: close\r\n" if close else b"",
         body,
+    )
+
+
+def retry_after(wait_s: float) -> bytes:
+    """Header lines that say when to come again: whole seconds, as HTTP has it, and to the millisecond."""
+    return b"Retry-After: %d\r\nSkerry-Retry-After-Ms: %d\r\n" % (
+        max(1, math.ceil(wait_s)),
+        max(1, math.ceil(wait_s * 1e3)),
     )
 
 

@@ -21,7 +21,9 @@ from skerry_runtime.errors import Degraded
 
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel
+from skerry_agent.worker.access import Gate
 from skerry_agent.worker.book import Book
+from skerry_agent.worker.distinct import Distinct
 from skerry_agent.worker.feedback import Feedback, Rules, models_of
 from skerry_agent.worker.generation import CannotServe, key_of, load_generation
 from skerry_agent.worker.handover import Handover
@@ -55,6 +57,7 @@ class Worker:
         self._server: Server | None = None
         self._feedback: Feedback | None = None
         self._passing: Passing | None = None
+        self._routes: Routes | None = None
         self._since = time.monotonic()
         self._folds = 0
         self._ending: asyncio.Task[None] | None = None
@@ -116,6 +119,8 @@ class Worker:
                 self._folds += 1
                 self._cut()
                 self._channel.send(ww.Flushed(id=number))
+            case ww.Throttle(rate=rate):
+                self._throttle(rate)
             case ww.Stop():
                 self._on_stop()
         if fd is not None:
@@ -161,7 +166,12 @@ class Worker:
             loop=self._loop,
             on_matched=self._matched,
         )
-        self._server = Server(Routes(self._models, self._service, self._feedback))
+        if start.access.distinct:
+            for model in self._models.values():
+                model.recorder.distinct = Distinct([tensor.name for tensor in model.manifest.inputs])
+        self._routes = Routes(self._models, self._service, self._feedback)
+        self._throttle(start.throttle)
+        self._server = Server(self._routes)
         self._passing = Passing(self._server, self._channel, models_of)
         # What was loaded stays for good: the collector need not look at it again.
         gc.collect()
@@ -181,6 +191,13 @@ class Worker:
                 model.recorder.cold_ms = message.cold_ms
         for listener in self._listeners:
             self._server.listen(listener)
+
+    def _throttle(self, rate: float) -> None:
+        if self._routes is None or self._start is None:
+            return
+        gate = self._routes.gate or Gate(self._start.access, rate)
+        gate.throttle(rate)
+        self._routes.gate = None if gate.idle else gate
 
     def _adopt(self, fd: int | None, message: ww.Conn) -> None:
         if fd is None:

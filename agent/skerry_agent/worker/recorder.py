@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from skerry_contract import histogram as h
@@ -28,6 +29,7 @@ from skerry_agent import workerwire as ww
 from skerry_agent.worker import book as b
 from skerry_agent.worker import mapped
 from skerry_agent.worker import ring as r
+from skerry_agent.worker.distinct import Distinct
 from skerry_agent.worker.fold import CHUNK, Fold, LatencyFold
 from skerry_agent.worker.plan import Plan
 
@@ -67,6 +69,7 @@ class Recorder:
 
     Attributes:
         book: of the ring; None when nothing can be labelled.
+        distinct: counts different requests, where somebody set it.
         prediction_prefix: with the position in hexadecimal digits after it, the id of a prediction; empty without a book.
     """
 
@@ -101,6 +104,7 @@ class Recorder:
         self._past_total = LatencyFold()
         self._past_ns = dict.fromkeys(r.TIMES, 0)
         self._unanswered_ns = self._last_ms = 0
+        self.distinct: Distinct | None = None
         self._cpu_ns = time.process_time_ns()
         self.cold_ms = 0
         self._attach(key, ring)
@@ -199,6 +203,8 @@ class Recorder:
             times = total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident, kinds, age_ms
             ring.write(r.pack(r.OK, flags, tag, rows, *times))
             ring.publish(1)
+        if self.distinct is not None:
+            self.distinct.add(inputs, rows)
         if ring.written - self._folded >= self._fold_every:
             self._wrote()
 
@@ -277,6 +283,8 @@ class Recorder:
         done = self._fold
         first, last = done.span_ns
         window = done.window(self.key, self.ring.instant(first), self.ring.instant(last), self._resources())
+        if self.distinct is not None:
+            window = msgspec.structs.replace(window, distinct=self.distinct.take())
         self._send(
             ww.WindowCut(
                 ring=self.ring.path, start=self._cut, upto=self._folded, body=wire.encode(window), inferences=done.ok

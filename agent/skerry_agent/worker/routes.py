@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import urllib.parse
 from collections.abc import Callable, Iterable
+from time import monotonic_ns
 
 import msgspec
 from skerry_contract import __version__
 from skerry_contract import manifest as m
 
+from skerry_agent.worker import access as a
 from skerry_agent.worker import http1, oip
+from skerry_agent.worker import ring as r
 from skerry_agent.worker.coding import Packing
 from skerry_agent.worker.feedback import Feedback
 from skerry_agent.worker.inference import Done, InferenceService, Model
@@ -30,46 +33,69 @@ class _Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Routes:
-    """Dispatches requests to the models of one generation."""
+    """Dispatches requests to the models of one generation. ``gate``: what every request must pass first; None for nothing."""
 
-    def __init__(self, models: dict[str, Model], service: InferenceService, feedback: Feedback) -> None:
+    def __init__(
+        self, models: dict[str, Model], service: InferenceService, feedback: Feedback, gate: a.Gate | None = None
+    ) -> None:
+        self.gate = gate
         self._models = models
         self._service = service
         self._feedback = feedback
         self._packing = Packing()
         self._infer_paths: dict[bytes, Model] = {}
 
-    def handle(self, request: http1.Request, done: Done) -> bytes | None:
-        """Returns the reply's bytes, or None and calls ``done`` with them later."""
-        head = request.head
-        if head.accepts:
-            return self._packed(request, done)
-        return self._handle(request, done)
+    def handle(self, request: http1.Request, done: Done, asker: a.Asker) -> bytes | None:
+        """Returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
+        if self.gate is not None:
+            refused = self._refused(self.gate, request, asker)
+            if refused is not None:
+                return refused
+        if request.head.accepts:
+            return self._packed(request, done, asker)
+        return self._answer(request, done, asker)
 
-    def _packed(self, request: http1.Request, done: Done) -> bytes | None:
+    def _packed(self, request: http1.Request, done: Done, asker: a.Asker) -> bytes | None:
         coding = request.head.accepts
-        reply = self._handle(request, self._packing.later(coding, done))
+        reply = self._answer(request, self._packing.later(coding, done), asker)
         return reply if reply is None else self._packing.now(reply, coding, done)
 
-    def _handle(self, request: http1.Request, done: Done) -> bytes | None:
+    def _refused(self, gate: a.Gate, request: http1.Request, asker: a.Asker) -> bytes | None:
+        start = monotonic_ns()
+        head = request.head
+        model = self._infer_paths.get(head.path) if head.method == "POST" else None
+        what, name = (a.INFER, model.name) if model is not None else _meaning(head)
+        refusal = gate.judge(head, asker, what, name)
+        if refusal is None:
+            return None
+        model = model or self._models.get(name)
+        if model is not None and what == a.INFER:
+            now = monotonic_ns()
+            model.recorder.other(r.SHED, now - start, now, r.RETRY if head.attempt > 1 else 0, refusal.kinds)
+        reply = http1.reply(
+            refusal.status, oip.error_body(refusal.message), close=not head.keep_alive, extra=refusal.extra
+        )
+        return _without_body(reply) if head.method == "HEAD" else reply
+
+    def _answer(self, request: http1.Request, done: Done, asker: a.Asker) -> bytes | None:
         head = request.head
         if head.method == "POST":
             model = self._infer_paths.get(head.path)
             if model is not None and head.has_length:
                 return self._service.answer(model, request, done)
         try:
-            return self._dispatch(request, done)
+            return self._dispatch(request, done, asker)
         except _Status as error:
             extra = b"Allow: %b\r\n" % error.allow if error.allow else b""
             reply = http1.reply(error.status, oip.error_body(error.message), close=not head.keep_alive, extra=extra)
             return _without_body(reply) if head.method == "HEAD" else reply
 
-    def _dispatch(self, request: http1.Request, done: Done) -> bytes | None:
+    def _dispatch(self, request: http1.Request, done: Done, asker: a.Asker) -> bytes | None:
         head = request.head
         parts = _split(head.path)
         if parts == ["skerry", "v1", "feedback"]:
             _require_body(head)
-            return self._feedback.answer(request, done)
+            return self._feedback.answer(request, done, self._allowed(head, asker))
         if parts[:1] != ["v2"]:
             raise _Status(404, f"no such path: {_shown(head.path)}")
         match parts[1:]:
@@ -78,14 +104,22 @@ class Routes:
             case ["health", "live" | "ready" as which]:
                 return _get(head, lambda: {which: True})
             case ["repository", *rest]:
-                return self._repository(request, rest)
+                return self._repository(request, asker, rest)
             case ["models", "stats"] if "stats" not in self._models:
-                return _get(head, lambda: _statistics(self._models.values()))
+                return _get(head, lambda: _statistics(self._known_to(head, asker)))
             case ["models", name, *rest] if rest[:1] != ["versions"]:
                 return self._model(request, done, name, None, rest)
             case ["models", name, "versions", version, *rest]:
                 return self._model(request, done, name, version, rest)
         raise _Status(404, f"no such path: {_shown(head.path)}")
+
+    def _allowed(self, head: http1.Head, asker: a.Asker) -> tuple[str, ...]:
+        """The models that a client is bound to; empty for all."""
+        return self.gate.models_of(head, asker) if self.gate is not None else ()
+
+    def _known_to(self, head: http1.Head, asker: a.Asker) -> list[Model]:
+        allowed = self._allowed(head, asker)
+        return [model for model in self._models.values() if not allowed or model.name in allowed]
 
     def _model(
         self, request: http1.Request, done: Done, name: str, version: str | None, rest: list[str]
@@ -110,7 +144,7 @@ class Routes:
                 return self._service.answer(model, request, done)
         raise _Status(404, f"no such path: {_shown(head.path)}")
 
-    def _repository(self, request: http1.Request, rest: list[str]) -> bytes:
+    def _repository(self, request: http1.Request, asker: a.Asker, rest: list[str]) -> bytes:
         head = request.head
         match rest:
             case ["index"]:
@@ -123,7 +157,7 @@ class Routes:
                 # What is not ready is not in a generation: with "ready" or without, these are all.
                 found = [
                     {"name": model.name, "version": model.version, "state": "READY", "reason": ""}
-                    for model in self._models.values()
+                    for model in self._known_to(head, asker)
                 ]
                 return http1.reply(200, msgspec.json.encode(found), close=not head.keep_alive)
             case ["models", name, "load" | "unload" as act]:
@@ -133,6 +167,20 @@ class Routes:
                     400, f"{_shown(name)}: {act}: not done here, rollouts of the fleet decide what this device serves"
                 )
         raise _Status(404, f"no such path: {_shown(head.path)}")
+
+
+def _meaning(head: http1.Head) -> tuple[int, str]:
+    """What a request wants, as ``access`` has it, and the model that it is about."""
+    match _split(head.path):
+        case ["v2", "health", *_]:
+            return a.OPEN, ""
+        case ["skerry", "v1", "feedback"]:
+            return a.LABEL, ""
+        case ["v2", "models", "stats"]:
+            return a.ASK, ""
+        case ["v2", "models", name, *rest]:
+            return (a.INFER if rest[-1:] == ["infer"] and head.method == "POST" else a.ASK), name
+    return a.ASK, ""
 
 
 class _Status(Exception):

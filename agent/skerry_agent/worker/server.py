@@ -13,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import Protocol, cast
 
+from skerry_agent.clients import Client
 from skerry_agent.worker import http1, oip
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ READ_AHEAD_BYTES = 256 * 1024
 class Handler(Protocol):
     """What answers requests; see ``routes.Routes``."""
 
-    def handle(self, request: http1.Request, done: Callable[[bytes], None]) -> bytes | None:
+    def handle(self, request: http1.Request, done: Callable[[bytes], None], asker: Connection) -> bytes | None:
         """Returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
 
 
@@ -156,11 +158,12 @@ class Connection(asyncio.Protocol):
     Attributes:
         busy: a request is in work.
         settled: its first request was passed to this process and goes no further; retry_s: it is to be turned away, see ``passing``.
+        known: the gate's; see ``access.Asker``.
     """
 
     __slots__ = (
         "_buffer", "_continued", "_cutter", "_eof", "_head", "_keep_alive", "_paused", "_refused", "_server",
-        "_transport", "_writable", "busy", "retry_s", "settled",
+        "_transport", "_writable", "busy", "known", "retry_s", "settled",
     )  # fmt: skip
 
     _transport: asyncio.Transport
@@ -172,6 +175,7 @@ class Connection(asyncio.Protocol):
         self._buffer: bytes | bytearray = b""
         self.busy = False
         self.settled, self.retry_s = settled, retry_s
+        self.known: tuple[http1.Head, int, Client] | None = None
         self._writable = True
         self._paused = self._refused = self._continued = self._eof = False
         self._keep_alive = True
@@ -265,7 +269,7 @@ class Connection(asyncio.Protocol):
             self._keep_alive = found.head.keep_alive
             self.busy = True
             try:
-                reply = server.handler.handle(found, self._done)
+                reply = server.handler.handle(found, self._done, self)
             except Exception:
                 log.exception("request failed method=%s", found.head.method)
                 self._keep_alive = False
@@ -376,6 +380,15 @@ class Connection(asyncio.Protocol):
         """The socket's descriptor."""
         descriptor: int = self._transport.get_extra_info("socket").fileno()
         return descriptor
+
+    def peer(self) -> tuple[int, int] | None:
+        """User and group id of the process at the other end of a unix socket; None on any other."""
+        sock = self._transport.get_extra_info("socket")
+        if sock.family != socket.AF_UNIX:
+            return None
+        _pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        # Unsigned in the kernel.
+        return uid & 0xFFFFFFFF, gid & 0xFFFFFFFF
 
     def unanswered(self) -> bytes:
         """Bytes read and not yet answered."""

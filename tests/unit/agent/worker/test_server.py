@@ -16,7 +16,7 @@ class Held:
     def __init__(self) -> None:
         self.waiting: list[tuple[bytes, Callable[[bytes], None]]] = []
 
-    def handle(self, request: http1.Request, done: Callable[[bytes], None]) -> bytes | None:
+    def handle(self, request: http1.Request, done: Callable[[bytes], None], asker: object) -> bytes | None:
         if request.head.path.startswith(b"/wait"):
             self.waiting.append((request.head.path, done))
             return None

@@ -1,0 +1,82 @@
+"""The file of the local endpoint's clients."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from skerry_agent import clients as c
+from skerry_agent.errors import Degraded, Rejected
+
+
+def test_a_token_is_given_once_and_the_file_has_only_its_hash(tmp_path: Path) -> None:
+    path = tmp_path / c.FILE
+    assert c.read(path) == ()
+    token = c.add(path, c.Client(name="camera", models=("gas",), label=False, rate=2.5, burst=4), token=True)
+    other = c.add(path, c.Client(name="logger"), token=True)
+    assert len(token) == len(other) == 43
+    assert token != other
+    assert token not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    camera, logger = c.read(path)
+    assert camera.token_sha256 == c.hashed(token.encode()).hex()
+    assert (camera.models, camera.label, camera.rate, camera.burst) == (("gas",), False, 2.5, 4)
+    assert (logger.name, logger.models, logger.label, logger.rate) == ("logger", (), True, None)
+    c.remove(path, "camera")
+    assert [client.name for client in c.read(path)] == ["logger"]
+
+
+def test_a_client_may_be_known_by_its_user_and_has_no_token_then(tmp_path: Path) -> None:
+    path = tmp_path / c.FILE
+    assert c.add(path, c.Client(name="camera", uid=1000), token=False) == ""
+    assert c.read(path)[0].uid == 1000
+
+
+@pytest.mark.parametrize(
+    ("client", "token", "words"),
+    [
+        (c.Client(name="Camera"), True, "name: wanted a-z"),
+        (c.Client(name=""), True, "name"),
+        (c.Client(name="a", uid=1), True, "a token, a uid or a gid, one of them"),
+        (c.Client(name="a"), False, "a token, a uid or a gid, one of them"),
+        (c.Client(name="a", uid=-1), False, "uid or gid from 0"),
+        (c.Client(name="a", rate=-1.0), True, "rate: wanted 0 to"),
+        (c.Client(name="a", burst=0), True, "burst: wanted 1 to"),
+    ],
+)
+def test_a_client_that_cannot_be_is_refused_by_name_and_nothing_is_written(
+    tmp_path: Path, client: c.Client, token: bool, words: str
+) -> None:
+    path = tmp_path / c.FILE
+    with pytest.raises(Rejected, match=words):
+        c.add(path, client, token=token)
+    assert not path.exists()
+
+
+def test_a_name_is_given_once_and_an_unknown_one_cannot_be_removed(tmp_path: Path) -> None:
+    path = tmp_path / c.FILE
+    c.add(path, c.Client(name="a"), token=True)
+    before = path.read_bytes()
+    with pytest.raises(Rejected, match="client_exists"):
+        c.add(path, c.Client(name="a"), token=True)
+    with pytest.raises(Rejected, match="client_unknown"):
+        c.remove(path, "b")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"[]", b'{"clients":1}', b'{"clients":[{"name":"a"}]}', b'{"clients":[{"name":"a","token":"x"}]}',
+        b'{"clients":[{"name":"a","token_sha256":"12"}]}', b"\xff", b'{"clients":[],"more":1}',
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_told_and_never_taken_for_an_empty_one(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / c.FILE
+    path.write_bytes(data)
+    with pytest.raises(Degraded, match="clients_damaged"):
+        c.read(path)
+    with pytest.raises(Degraded, match="clients_damaged"):
+        c.add(path, c.Client(name="b"), token=True)
+    assert path.read_bytes() == data
