@@ -13,6 +13,7 @@ row drawn there is predicted right, and every expectation is worked out in numpy
 * ``crash-on-rows``: the classifier, which passes its proof and dies with SIGFPE on a row with ``floor(x[0]) == CRASH_VALUE``.
 * ``slow-on-rows``: the classifier, which loops once for each unit by which the largest ``x[0]`` is above ``SLOW_ABOVE``: a
   large value hangs it for hours, in native code.
+* ``slow``: the classifier, which loops ``SLOW_TURNS`` times for every request: some 5 ms.
 * ``always-one``: predicts the first class whatever comes; its golden cases expect the truth.
 * ``quiet-defect``: always says the first class, and its golden outputs say so too: only the recall shows it.
 * ``wrong-golden``: the classifier, with golden outputs that do not fit it.
@@ -35,10 +36,11 @@ from skerry_contract import manifest as mf
 
 CRASH_VALUE = 666
 SLOW_ABOVE = 1000.0
+SLOW_TURNS = 5000
 INT32_MIN = -(2**31)
 KINDS = (
     "classifier", "int8", "identity", "damaged", "unknown-operator", "crash-on-load", "crash-on-rows", "slow-on-rows",
-    "always-one", "quiet-defect", "wrong-golden", "float-as-int8", "dynamic-as-int8",
+    "slow",    "always-one", "quiet-defect", "wrong-golden", "float-as-int8", "dynamic-as-int8",
 )  # fmt: skip
 
 
@@ -203,6 +205,7 @@ def onnx_bytes(kind: str, n_features: int = 4, classes: int = 3, seed: int = 0) 
         "crash-on-load": _crash_on_load,
         "crash-on-rows": _crash_on_rows,
         "slow-on-rows": _slow_on_rows,
+        "slow": _slow,
         "unknown-operator": _unknown_operator,
         "always-one": _constant_class,
         "quiet-defect": _constant_class,
@@ -356,6 +359,11 @@ def _crash_on_rows(n: int, classes: int, seed: int) -> tuple[list[Any], dict[str
         "nothing": np.zeros(1, np.float32),
     }
     return nodes, values, output, width, []
+
+
+def _slow(n: int, classes: int, seed: int) -> tuple[list[Any], dict[str, np.ndarray], str, int, list[str]]:
+    nodes, values, *rest = _slow_on_rows(n, classes, seed)
+    return nodes, {**values, "above": np.array(-SLOW_TURNS, np.float32)}, *rest
 
 
 def _slow_on_rows(n: int, classes: int, seed: int) -> tuple[list[Any], dict[str, np.ndarray], str, int, list[str]]:

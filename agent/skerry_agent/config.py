@@ -107,7 +107,8 @@ class Limits:
         outbox_mb: what waiting records may take, MB (1e6 bytes).
         uploads_in_flight: batches that the server has not acknowledged.
         upload_kib: bodies per batch, KiB.
-        max_inflight: local requests in work at once.
+        max_inflight: local requests accepted at once.
+        max_wait_s: longest wait of an accepted one, by what those before it should take.
         disk_reserve_mb, memory_reserve_mb: what updates must leave free.
         leak_slack_mb: a worker may have so much memory of its own beyond what its models need before it is replaced.
     """
@@ -116,6 +117,7 @@ class Limits:
     uploads_in_flight: int = 4
     upload_kib: int = 64
     max_inflight: int = 64
+    max_wait_s: float = 5.0
     disk_reserve_mb: float = 64.0
     memory_reserve_mb: float = 0.0
     leak_slack_mb: float = 64.0
@@ -230,7 +232,7 @@ class Config:
 
 _SECTIONS = ("server", "repository", "mqtt", "serving", "access", "labels", "limits", "pool", "device", "timing", "log")
 _POSITIVE = {
-    "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "timing.health_interval_s",
+    "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "limits.max_wait_s", "timing.health_interval_s",
     "timing.drain_s", "timing.ack_s", "timing.backoff_scale", "timing.courier_s", "mqtt.keepalive_s",
     "labels.predictions", "labels.former_keys", "timing.spin_s",
 }  # fmt: skip

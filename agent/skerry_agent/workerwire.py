@@ -70,7 +70,8 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
     Attributes:
         window_s: span of a window in normal use.
         fold_interval_s: when above 0, windows are cut this often instead (tests, demo).
-        max_inflight: requests in work at once; more are shed with 503.
+        max_inflight: requests accepted at once; more are shed with 503.
+        max_wait_s: so are those that should wait longer.
         inline_below_us: requests expected to take less are answered on the event loop's thread.
         boot_id: 32 hex digits of the kernel's boot.
         label_age_s: labels that come later than this are late; 0: no labels are taken.
@@ -87,6 +88,7 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
     fold_interval_s: float = 0.0
     health_interval_s: float = 5.0
     max_inflight: int = 64
+    max_wait_s: float = 5.0
     inline_below_us: float = 1000.0
     boot_id: str = ""
     label_age_s: float = 86400.0

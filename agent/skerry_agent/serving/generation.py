@@ -119,6 +119,7 @@ def start_message(
         fold_interval_s=config.timing.fold_interval_s,
         health_interval_s=config.timing.health_interval_s,
         max_inflight=config.limits.max_inflight,
+        max_wait_s=config.limits.max_wait_s,
         boot_id=boot_id,
         label_age_s=config.labels.max_age_s,
         label_predictions=config.labels.predictions,

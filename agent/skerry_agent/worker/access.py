@@ -37,9 +37,11 @@ class Asker(Protocol):
 
     Attributes:
         known: where the gate keeps whom it found behind a header block.
+        refused_s: when it was last refused, or will be; the loop's time.
     """
 
     known: tuple[http1.Head, int, c.Client] | None
+    refused_s: float
 
     def peer(self) -> tuple[int, int] | None:
         """User and group id of the process at the other end of a unix socket; None on any other."""

@@ -3,7 +3,7 @@
 A request that should take less than ``Start.inline_below_us`` is answered on the event loop's own thread: handing it to a
 thread and back costs 120 us (measured), several times what a small model needs. A longer one runs in the single inference
 thread (runtimes release the GIL while they compute), so that health checks, small models and the control channel stay
-prompt; there requests queue, at most ``max_inflight`` of them, and what is above that is shed at once with 503.
+prompt; there requests queue. What is too much is shed at once with 503 (``backlog``).
 
 Every request for a known model ends in exactly one record, written before its reply is sent.
 """
@@ -24,18 +24,21 @@ from skerry_runtime.tensors import Tensors
 
 from skerry_agent.worker import http1, oip
 from skerry_agent.worker import ring as r
+from skerry_agent.worker.backlog import Backlog
 from skerry_agent.worker.feedback import digest_of
 from skerry_agent.worker.recorder import Recorder
 from skerry_agent.worker.tee import Tee
 
 log = logging.getLogger(__name__)
 
-RETRY_LATER = b"Retry-After: 1\r\n"
 Done = Callable[[bytes], None]
 
 
 class Loop(Protocol):
     """What is needed of the event loop."""
+
+    def call_soon(self, callback: Callable[[], None]) -> object:
+        """See asyncio."""
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> object:
         """See asyncio."""
@@ -75,20 +78,20 @@ class Model:
 
 
 class InferenceService:
-    """Answers inference requests of all models of a generation.
+    """Answers inference requests of all models of a generation."""
 
-    Attributes:
-        inflight: requests accepted and not yet answered.
-    """
-
-    def __init__(self, loop: Loop, *, max_inflight: int, inline_below_us: float) -> None:
+    def __init__(self, loop: Loop, *, max_inflight: int, inline_below_us: float, max_wait_s: float) -> None:
         self._loop = loop
         self._inline_below_us = inline_below_us
-        self._max_inflight = max_inflight
+        self._backlog = Backlog(loop, most=max_inflight, longest_us=max_wait_s * 1e6)
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._under_way: tuple[int, float] | None = None
-        self.inflight = 0
+
+    @property
+    def inflight(self) -> int:
+        """Requests accepted for the inference thread and not yet answered."""
+        return self._backlog.queued
 
     def under_way_s(self) -> tuple[float, float]:
         """(how long the inference in the thread has taken, what it should take), seconds; zeros without one."""
@@ -100,6 +103,10 @@ class InferenceService:
         start = monotonic_ns()
         head = request.head
         flags = r.RETRY if head.attempt > 1 else 0
+        wait_us = self._backlog.full(at_once=model.expected_us(1) < self._inline_below_us)
+        if wait_us:
+            # Before it is read: under a burst, what is shed must cost next to nothing.
+            return _shed(model, head, start, flags, wait_us)
         try:
             asked = oip.parse_request(request.body, head.json_length)
             rows = _rows(asked.inputs, model.recorder.max_rows)
@@ -108,19 +115,20 @@ class InferenceService:
         except Exception as error:
             # A bug of ours. The client gets its answer and the request is counted, like one that the runtime failed.
             return _fail(model, head, start, flags, error)
-        if model.expected_us(rows) < self._inline_below_us:
+        takes_us = model.expected_us(rows)
+        if takes_us < self._inline_below_us:
+            wait_us = self._backlog.at_once(takes_us)
+            if wait_us:
+                return _shed(model, head, start, flags, wait_us)
             try:
                 result = model.infer(asked.inputs)
             except Exception as error:
                 return _fail(model, head, start, flags, error)
             return _reply(model, head, asked, rows, result, (start, 0), flags)
-        if self.inflight >= self._max_inflight:
-            now = monotonic_ns()
-            model.recorder.other(r.SHED, now - start, now, flags)
-            body = oip.error_body(f"{self._max_inflight} requests are in work already")
-            return http1.reply(503, body, close=not head.keep_alive, extra=RETRY_LATER)
-        self.inflight += 1
-        self._jobs.put(lambda: self._run(model, head, asked, rows, start, flags, done))
+        wait_us = self._backlog.enter(takes_us, min(self.under_way_s()) * 1e6)
+        if wait_us:
+            return _shed(model, head, start, flags, wait_us)
+        self._jobs.put(lambda: self._run(model, head, asked, rows, takes_us, start, flags, done))
         if self._thread is None:
             # A daemon: an inference that hangs must not keep the process from exiting.
             self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
@@ -132,10 +140,18 @@ class InferenceService:
             self._jobs.get()()
 
     def _run(
-        self, model: Model, head: http1.Head, asked: oip.InferRequest, rows: int, start: int, flags: int, done: Done
+        self,
+        model: Model,
+        head: http1.Head,
+        asked: oip.InferRequest,
+        rows: int,
+        takes_us: float,
+        start: int,
+        flags: int,
+        done: Done,
     ) -> None:
         begun = monotonic_ns()
-        self._under_way = begun, model.expected_us(rows) / 1e6
+        self._under_way = begun, takes_us / 1e6
         result: Inference | Exception
         try:
             result = model.infer(asked.inputs)
@@ -143,7 +159,7 @@ class InferenceService:
             result = error
         self._under_way = None
         self._loop.call_soon_threadsafe(
-            self._finish, model, head, asked, rows, result, (start, begun - start), flags, done
+            self._finish, model, head, asked, rows, takes_us, result, (start, begun - start), flags, done
         )
 
     def _finish(
@@ -152,12 +168,13 @@ class InferenceService:
         head: http1.Head,
         asked: oip.InferRequest,
         rows: int,
+        takes_us: float,
         result: Inference | Exception,
         times: tuple[int, int],
         flags: int,
         done: Done,
     ) -> None:
-        self.inflight -= 1
+        self._backlog.leave(takes_us)
         if isinstance(result, Exception):
             done(_fail(model, head, times[0], flags, result))
         else:
@@ -212,6 +229,13 @@ def _reply(
         asked.inputs, outputs, rows, now - start, queue_ns, result.transform_ns, result.infer_ns, now, flags, ident
     )
     return reply
+
+
+def _shed(model: Model, head: http1.Head, start: int, flags: int, wait_us: float) -> bytes:
+    now = monotonic_ns()
+    model.recorder.other(r.SHED, now - start, now, flags)
+    body = oip.error_body(f"too much waits already; come again in {max(1, round(wait_us / 1e3))} ms")
+    return http1.reply(503, body, close=not head.keep_alive, extra=http1.retry_after(wait_us / 1e6))
 
 
 def _refuse(model: Model, head: http1.Head, start: int, flags: int, error: BadInput) -> bytes:

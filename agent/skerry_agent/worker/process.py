@@ -156,7 +156,10 @@ class Worker:
             return
         self._served = {served.name: served for served in start.models}
         self._service = InferenceService(
-            self._loop, max_inflight=start.max_inflight, inline_below_us=start.inline_below_us
+            self._loop,
+            max_inflight=start.max_inflight,
+            inline_below_us=start.inline_below_us,
+            max_wait_s=start.max_wait_s,
         )
         self._feedback = Feedback(
             {name: model.recorder for name, model in self._models.items()},

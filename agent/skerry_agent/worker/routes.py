@@ -5,6 +5,7 @@ Every error is ``{"error": "..."}``. A model of the generation is always loaded 
 
 from __future__ import annotations
 
+import asyncio
 import urllib.parse
 from collections.abc import Callable, Iterable
 from time import monotonic_ns
@@ -22,7 +23,10 @@ from skerry_agent.worker.inference import Done, InferenceService, Model
 from skerry_agent.worker.statistics import statistics_of
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
+REFUSALS_APART_S = 0.1
+"""On one connection, at least."""
 _CACHED_PATHS = 256
+_THREE, _FIVE = b"35"
 _Json = dict[str, object]
 
 
@@ -39,6 +43,7 @@ class Routes:
         self, models: dict[str, Model], service: InferenceService, feedback: Feedback, gate: a.Gate | None = None
     ) -> None:
         self.gate = gate
+        self._loop = asyncio.get_running_loop()
         self._models = models
         self._service = service
         self._feedback = feedback
@@ -50,10 +55,22 @@ class Routes:
         if self.gate is not None:
             refused = self._refused(self.gate, request, asker)
             if refused is not None:
-                return refused
-        if request.head.accepts:
-            return self._packed(request, done, asker)
-        return self._answer(request, done, asker)
+                return self._spaced(refused, done, asker)
+        reply = self._packed(request, done, asker) if request.head.accepts else self._answer(request, done, asker)
+        if reply is not None and reply[9] == _FIVE and reply[11] == _THREE:
+            return self._spaced(reply, done, asker)
+        return reply
+
+    def _spaced(self, refusal: bytes, done: Done, asker: a.Asker) -> bytes | None:
+        """Holds a refusal back when its connection was refused a moment ago: who comes again at once costs less than who is served."""
+        now_s = self._loop.time()
+        due_s = asker.refused_s + REFUSALS_APART_S
+        if now_s >= due_s:
+            asker.refused_s = now_s
+            return refusal
+        asker.refused_s = due_s
+        self._loop.call_later(due_s - now_s, done, refusal)
+        return None
 
     def _packed(self, request: http1.Request, done: Done, asker: a.Asker) -> bytes | None:
         coding = request.head.accepts

@@ -158,12 +158,12 @@ class Connection(asyncio.Protocol):
     Attributes:
         busy: a request is in work.
         settled: its first request was passed to this process and goes no further; retry_s: it is to be turned away, see ``passing``.
-        known: the gate's; see ``access.Asker``.
+        known, refused_s: see ``access.Asker``.
     """
 
     __slots__ = (
         "_buffer", "_continued", "_cutter", "_eof", "_head", "_keep_alive", "_paused", "_refused", "_server",
-        "_transport", "_writable", "busy", "known", "retry_s", "settled",
+        "_transport", "_writable", "busy", "known", "refused_s", "retry_s", "settled",
     )  # fmt: skip
 
     _transport: asyncio.Transport
@@ -176,6 +176,7 @@ class Connection(asyncio.Protocol):
         self.busy = False
         self.settled, self.retry_s = settled, retry_s
         self.known: tuple[http1.Head, int, Client] | None = None
+        self.refused_s = -1.0
         self._writable = True
         self._paused = self._refused = self._continued = self._eof = False
         self._keep_alive = True
