@@ -168,6 +168,7 @@ class Streams(_Part, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         states: tensors handed on.
         internal: the runtime itself holds the state (a TFLite file with variables): every stream has an interpreter.
+            With neither, only ``transforms`` look back.
         most: streams kept; the one that was quiet longest goes first. idle_s: after so long it goes anyway.
     """
 
@@ -460,6 +461,10 @@ def _check_abilities(m: Manifest) -> None:
         used.add("guards")
     if m.streams is not None:
         used.add("states")
+        steps = bool(m.transforms.pre or m.transforms.post)
+        _require(
+            steps or m.streams.internal or bool(m.streams.states), "$.streams", "wanted states, or internal, or steps"
+        )
         _check_streams(m.streams)
     _require(used <= set(m.requires), "$.requires", f"wanted {', '.join(sorted(used - set(m.requires)))} named")
     known = {feature.name for feature in m.features}
@@ -474,7 +479,7 @@ def _check_abilities(m: Manifest) -> None:
 
 def _check_streams(streams: Streams) -> None:
     where = "$.streams"
-    _require(bool(streams.states) != streams.internal, where, "wanted states, or internal, and not both")
+    _require(not (streams.states and streams.internal), where, "wanted states, or internal, and not both")
     _unique([state.input for state in streams.states], f"{where}.states", nonempty=False)
     _unique([state.output for state in streams.states], f"{where}.states", nonempty=False)
     for state in streams.states:

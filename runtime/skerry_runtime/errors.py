@@ -34,6 +34,8 @@ ADVICE = {
 class Violation(NamedTuple):
     """What does not fit: a field (a tensor's name, or a place in it), what it got and what it wanted.
 
+    ``kind`` is one of the contract's ``GUARD_KINDS`` where a guard of the manifest refused a value, else empty.
+
     >>> str(Violation("x", "FP64", "FP32"))
     'x: wanted FP32, got FP64'
     """
@@ -41,6 +43,7 @@ class Violation(NamedTuple):
     field: str
     got: str
     wanted: str
+    kind: str = ""
 
     def __str__(self) -> str:
         return f"{self.field}: wanted {self.wanted}, got {self.got}"

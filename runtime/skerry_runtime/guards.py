@@ -1,9 +1,9 @@
 """Whether a request's tensors fit the model, decided before the model sees them.
 
 Refused: a missing or unknown name, another datatype, another shape, an empty tensor, NaN in a watched column that is not
-``nullable``. A value outside a feature's ``range`` is counted and not refused (a strange world is what the model is there
-to be watched in), unless ``strict_ranges``. The accepting path costs about a microsecond per tensor; only a refusal takes
-the time to say what is wrong.
+``nullable`` or whose ``on_null`` is ``reject``. A value outside a feature's ``range`` is counted and not refused (a strange
+world is what the model is there to be watched in), unless ``strict_ranges``. What else a manifest's policies ask for is done
+in ``policies``. The accepting path costs about a microsecond per tensor; only a refusal takes the time to say what is wrong.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Guard:
         found: dict[str, int] = {}
         for name, rule in self._rules.items():
             for column in rule.ranged:
-                values = _column(tensors[name], column.index)
+                values = _column(tensors[name], column.index, rule.spec)
                 count = int(np.count_nonzero((values < column.low) | (values > column.high)))
                 if count:
                     found[column.name] = count
@@ -101,11 +101,14 @@ class Guard:
     def _outside_violation(self, tensors: Tensors) -> Violation | None:
         for name, rule in self._rules.items():
             for column in rule.ranged:
-                values = _column(tensors[name], column.index)
+                values = _column(tensors[name], column.index, rule.spec)
                 wrong = values[(values < column.low) | (values > column.high)]
                 if wrong.size:
                     return Violation(
-                        f"{name}[{column.index}] ({column.name})", str(wrong[0]), f"{column.low} to {column.high}"
+                        f"{name}[{column.index}] ({column.name})",
+                        str(wrong[0]),
+                        f"{column.low} to {column.high}",
+                        "outside.rejected",
                     )
         return None
 
@@ -148,7 +151,8 @@ def _single(guard: Guard, rule: _Rule) -> Check:
 def _rule(tensor: mf.Tensor, features: tuple[mf.Feature, ...]) -> _Rule:
     mine = [f for f in features if f.input == tensor.name]
     dtype = DTYPES[tensor.datatype]
-    no_null = [f for f in mine if not f.nullable] if dtype.kind == "f" else []
+    refused = [f for f in mine if f.on_null == "reject" or not (f.on_null or f.nullable)]
+    no_null = refused if dtype.kind == "f" else []
     numeric = dtype.kind in "fiu"
     return _Rule(
         spec=Spec(tensor.name, tensor.datatype, tensor.shape),
@@ -169,9 +173,10 @@ def _explain_one(array: Array, rule: _Rule) -> Violation | None:
     if not array.size:
         return Violation(spec.name, f"shape {list(array.shape)}", "at least one element")
     for column in rule.no_null:
-        nulls = np.flatnonzero(np.isnan(_column(array, column.index).astype(np.float64)))
+        nulls = np.flatnonzero(np.isnan(_column(array, column.index, spec).astype(np.float64)))
         if nulls.size:
-            return Violation(f"{spec.name}[{nulls[0]}][{column.index}] ({column.name})", "NaN", "a number")
+            where = f"{spec.name}[{nulls[0]}][{column.index}] ({column.name})"
+            return Violation(where, "NaN", "a number", "null.rejected")
     return None
 
 
@@ -182,8 +187,11 @@ def _datatype(array: Array) -> str:
     return str(array.dtype)
 
 
-def _column(array: Array, index: int) -> Array:
-    return array[..., index].ravel() if array.ndim else array.reshape(1)
+def _column(array: Array, index: int, spec: Spec) -> Array:
+    if array.ndim == 0:
+        return array.reshape(1)
+    # A list of rows has one column: its only axis is the batch.
+    return array if spec.shape == (-1,) else array[..., index].ravel()
 
 
 def _may_hold_nan(array: Array) -> bool:

@@ -104,11 +104,13 @@ def prove(runner: Runner) -> Proof:
     failures: list[Failure] = []
     passed = 0
     widest = 0.0
+    # Cases of a stateful model are one sequence, from zeros.
+    infer = runner.steady()
     truths: list[str] = []
     predictions: list[str | None] = []
     for case in cases:
         try:
-            found = runner.infer(case.inputs).outputs
+            found = infer(case.inputs).outputs
         except (BadInput, EngineFailed) as error:
             if error.code == "out_of_memory":
                 raise Degraded("out_of_memory", f"golden case {case.line}: {error}") from None
@@ -146,14 +148,15 @@ def prove_batch(runner: Runner, *, at_most: int = 16) -> str:
     """Replays golden cases of one row as one batch: a row's answer must not depend on the rows beside it.
 
     Returns:
-        What differs; empty when nothing does, or when the model takes one row at a time.
+        What differs; empty when nothing does, when the model takes one row at a time, or when rows go on from each other.
 
     Raises:
         BadInput, EngineFailed: the model does not take the batch that its manifest allows.
     """
     manifest = runner.bundle.manifest
     tensors = (*manifest.inputs, *manifest.outputs)
-    if not all(tensor.shape and tensor.shape[0] == -1 for tensor in tensors):
+    # Rows of a stream do depend on those before them.
+    if runner.streams is not None or not all(tensor.shape and tensor.shape[0] == -1 for tensor in tensors):
         return ""
     cases = [c for c in read_cases(runner.bundle, runner.variant) if {len(a) for a in c.inputs.values()} == {1}][
         :at_most

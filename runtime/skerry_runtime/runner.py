@@ -1,8 +1,9 @@
-"""One loaded variant of a bundle: guard, steps before, engine, steps after.
+"""One loaded variant of a bundle: guard, policies, steps before, engine, steps after.
 
 ``load`` works out everything that does not depend on the request, and refuses a bundle whose parts do not fit together
 (names, datatypes, widths through every step). ``infer`` then only computes. Of its own it adds about a microsecond to the
-runtime's call; steps cost what they compute.
+runtime's call; steps cost what they compute. A bundle with policies or streams takes a longer way; one without pays nothing
+for theirs.
 
 Leaves to others: counting (the worker's recorder), batching, timeouts.
 """
@@ -10,6 +11,7 @@ Leaves to others: counting (the worker's recorder), batching, timeouts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import NamedTuple, NoReturn
 
@@ -19,8 +21,10 @@ from skerry_runtime import transforms
 from skerry_runtime.bundle import Bundle
 from skerry_runtime.engines import load_engine
 from skerry_runtime.engines.base import Engine
-from skerry_runtime.errors import BadInput, EngineFailed, Rejected
-from skerry_runtime.guards import Guard
+from skerry_runtime.errors import BadInput, EngineFailed, Rejected, Violation
+from skerry_runtime.guards import Check, Guard
+from skerry_runtime.policies import Policies
+from skerry_runtime.streams import States
 from skerry_runtime.tensors import Array, Spec, Tensors
 
 
@@ -44,11 +48,17 @@ class Runner:
     Attributes:
         bundle, variant, engine: what it runs.
         guard: the rules of its inputs; ``guard.outside`` counts values outside their range.
+        policies: what strange values do to a request; None when the manifest asks for nothing.
+        streams: the manifest's, when an inference depends on those before it; else None.
         infer: takes inputs by name (raw, as the application sees them), gives an ``Inference``. Raises ``BadInput`` for what
-            the guard refuses, ``EngineFailed`` when a step or the runtime fails. May be called from several threads.
+            the guard or a policy refuses (and for what the fallback model should answer: there is none in here),
+            ``EngineFailed`` when a step or the runtime fails. May be called from several threads. With ``streams`` each
+            call is a stream of its own, from zeros.
+        compute: the same for inputs that ``policies.judge`` has passed: nothing is looked at again.
     """
 
     infer: Callable[[Tensors], Inference]
+    compute: Callable[[Tensors], Inference]
 
     def __init__(self, bundle: Bundle, variant: mf.Variant, engine: Engine, *, strict_ranges: bool = False) -> None:
         """Puts the parts together. Raises ``Rejected`` (``transform_invalid``, ``malformed_manifest``) when they do not fit."""
@@ -57,24 +67,101 @@ class Runner:
         self.variant = variant
         self.engine = engine
         self.guard = Guard(manifest.inputs, manifest.features, strict_ranges=strict_ranges)
+        self.streams = manifest.streams
         raw = [Spec(t.name, t.datatype, t.shape) for t in manifest.inputs]
         pre = transforms.compile_steps(manifest.transforms.pre, raw, where="transforms.pre")
+        post = self._compile_post(pre)
+        sources = {step.source for step in post.steps} | {tensor.name for tensor in manifest.outputs}
+        self._parts = _Parts(
+            pre=pre,
+            post=post,
+            names=tuple(spec.name for spec in engine.outputs if spec.name in sources),
+            feeds=tuple(spec.name for spec in engine.inputs if spec.name not in self._state_inputs),
+            answers=tuple(tensor.name for tensor in manifest.outputs),
+        )
+        policies = self._policies = Policies(manifest.inputs, manifest.features, self.guard.check)
+        self.policies = policies if policies.any else None
+        if self.streams is not None:
+            self.compute = self._alone
+            self.infer = _guarded(policies, self.compute)
+            return
+        run = engine.prepare(self._parts.names)
+        plain = not pre.steps and not post.steps and set(self._parts.feeds) == {t.name for t in manifest.inputs}
+
+        def assemble(check: Check) -> Callable[[Tensors], Inference]:
+            return _bare(check, run, self._parts.names) if plain else _stepped(check, run, self._parts)
+
+        self.compute = assemble(_passed)
+        self.infer = _guarded(policies, self.compute) if policies.always else assemble(self.guard.check)
+
+    def begin_stream(self) -> Callable[[Tensors], Inference]:
+        """An inference like ``compute`` that begins a stream: each call goes on where the last that succeeded left off.
+
+        Raises:
+            ValueError: the manifest has no streams.
+            Rejected, Degraded: as ``load``, where each stream has an interpreter.
+        """
+        if self.streams is None:
+            raise ValueError(f"{self.bundle.manifest.model}: the manifest has no streams")
+        engine = self.engine
+        if self.streams.internal:
+            engine = self.engine.again()
+        names = (*self._parts.names, *(state.output for state in self.streams.states))
+        return _streamed(engine.prepare(names), names, self._parts, States(self.streams.states))
+
+    def _alone(self, inputs: Tensors) -> Inference:
+        return self.begin_stream()(inputs)
+
+    def steady(self) -> Callable[[Tensors], Inference]:
+        """What requests usually run, for proof and timing: one stream where there are streams, else ``infer``."""
+        if self.streams is None:
+            return self.infer
+        return _guarded(self._policies, self.begin_stream())
+
+    @property
+    def _state_inputs(self) -> frozenset[str]:
+        return frozenset(state.input for state in self.streams.states) if self.streams else frozenset()
+
+    def _compile_post(self, pre: transforms.Steps) -> transforms.Steps:
+        """The steps after the model, everything held against everything. Raises ``Rejected``."""
+        manifest, engine, file = self.bundle.manifest, self.engine, self.variant.model
+        states = manifest.streams.states if manifest.streams else ()
+        for state in states:
+            for name, specs, what in ((state.input, engine.inputs, "input"), (state.output, engine.outputs, "output")):
+                found = next((spec for spec in specs if spec.name == name), None)
+                _require_fit(found, Spec(name, state.datatype, state.shape), f"state {what} of {file}")
+            if state.input in pre.after:
+                raise Rejected("malformed_manifest", f"streams.states: {state.input} is no state, requests bring it")
+        if manifest.streams is not None and manifest.streams.internal and engine.runtime == "onnx":
+            raise Rejected(
+                "malformed_manifest", "streams.internal: onnx keeps nothing between runs: wanted streams.states"
+            )
         for wanted in engine.inputs:
-            _require_fit(pre.after.get(wanted.name), wanted, f"input of {variant.model}")
-        post = transforms.compile_steps(manifest.transforms.post, engine.outputs, where="transforms.post")
+            if wanted.name not in self._state_inputs:
+                _require_fit(pre.after.get(wanted.name), wanted, f"input of {file}")
+        handed_on = {state.output for state in states}
+        given = [spec for spec in engine.outputs if spec.name not in handed_on]
+        post = transforms.compile_steps(manifest.transforms.post, given, where="transforms.post")
         for tensor in manifest.outputs:
             _require_fit(
                 post.after.get(tensor.name), Spec(tensor.name, tensor.datatype, tensor.shape), "output in the manifest"
             )
-        sources = {step.source for step in post.steps} | {tensor.name for tensor in manifest.outputs}
-        from_engine = tuple(spec.name for spec in engine.outputs if spec.name in sources)
-        run = engine.prepare(from_engine)
-        feeds = tuple(spec.name for spec in engine.inputs)
-        answers = tuple(tensor.name for tensor in manifest.outputs)
-        if not pre.steps and not post.steps and set(feeds) == {t.name for t in manifest.inputs}:
-            self.infer = _bare(self.guard, run, from_engine)
-        else:
-            self.infer = _stepped(self.guard, run, from_engine, pre, post, feeds, answers)
+        if manifest.streams is None and (pre.windows or post.windows):
+            raise Rejected(
+                "transform_invalid", "lag and rolling look back over a stream: wanted streams in the manifest"
+            )
+        return post
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What a request goes through: steps, ``names`` of the engine's outputs they read, what it feeds, what is answered."""
+
+    pre: transforms.Steps
+    post: transforms.Steps
+    names: tuple[str, ...]
+    feeds: tuple[str, ...]
+    answers: tuple[str, ...]
 
 
 def load(bundle: Bundle, variant: mf.Variant | str, *, threads: int = 1, strict_ranges: bool = False) -> Runner:
@@ -100,10 +187,26 @@ def load(bundle: Bundle, variant: mf.Variant | str, *, threads: int = 1, strict_
     return Runner(bundle, variant, engine, strict_ranges=strict_ranges)
 
 
+def _passed(_tensors: Tensors) -> Violation | None:
+    """A check of what was checked before."""
+    return None
+
+
+def _guarded(policies: Policies, compute: Callable[[Tensors], Inference]) -> Callable[[Tensors], Inference]:
+    judge = policies.judge
+
+    def infer(inputs: Tensors) -> Inference:
+        judged = judge(inputs)
+        if judged.fallback is not None:
+            raise BadInput(judged.fallback)
+        return compute(judged.inputs)
+
+    return infer
+
+
 def _bare(
-    guard: Guard, run: Callable[[Tensors], Sequence[Array]], names: tuple[str, ...]
+    check: Check, run: Callable[[Tensors], Sequence[Array]], names: tuple[str, ...]
 ) -> Callable[[Tensors], Inference]:
-    check = guard.check
     new, kind = tuple.__new__, Inference  # past the NamedTuple's Python-level constructor
     if len(names) == 1:
         (only,) = names
@@ -129,20 +232,12 @@ def _bare(
     return infer
 
 
-def _stepped(
-    guard: Guard,
-    run: Callable[[Tensors], Sequence[Array]],
-    names: tuple[str, ...],
-    pre: transforms.Steps,
-    post: transforms.Steps,
-    feeds: tuple[str, ...],
-    answers: tuple[str, ...],
-) -> Callable[[Tensors], Inference]:
-    check = guard.check
-    before, after = pre.steps, post.steps
+def _stepped(check: Check, run: Callable[[Tensors], Sequence[Array]], parts: _Parts) -> Callable[[Tensors], Inference]:
+    before, after = parts.pre.steps, parts.post.steps
+    names, feeds, answers = parts.names, parts.feeds, parts.answers
     new, kind = tuple.__new__, Inference
     # Only rename or pick when there is something to pick: building a dict costs as much as a step.
-    exact_feeds = set(pre.after) == set(feeds)
+    exact_feeds = set(parts.pre.after) == set(feeds)
     exact_answers = {*names, *(step.target for step in after)} == set(answers)
 
     def infer(inputs: Tensors) -> Inference:
@@ -170,6 +265,40 @@ def _stepped(
         if not exact_answers:
             outputs = {name: outputs[name] for name in answers}
         return new(kind, (outputs, ready - start + perf_counter_ns() - done, done - ready))
+
+    return infer
+
+
+def _streamed(
+    run: Callable[[Tensors], Sequence[Array]], names: tuple[str, ...], parts: _Parts, states: States
+) -> Callable[[Tensors], Inference]:
+    pre, post, feeds, answers = parts.pre, parts.post, parts.feeds, parts.answers
+    before, after = pre.begin(), post.begin()
+
+    def infer(inputs: Tensors) -> Inference:
+        nonlocal before, after
+        start = perf_counter_ns()
+        tensors = inputs.copy()
+        try:
+            next_before = pre.run_on(tensors, before)
+        except Exception as error:
+            _raise_step_fault("before", error)
+        fed = {name: tensors[name] for name in feeds}
+        fed.update(states.now)
+        ready = perf_counter_ns()
+        found = run(fed)
+        done = perf_counter_ns()
+        outputs = dict(zip(names, found, strict=True))
+        next_states = states.take(outputs)
+        try:
+            next_after = post.run_on(outputs, after)
+        except Exception as error:
+            _raise_step_fault("after", error)
+        # Only now, when nothing can fail any more: what failed can be sent again.
+        before, after, states.now = next_before, next_after, next_states
+        return Inference(
+            {name: outputs[name] for name in answers}, ready - start + perf_counter_ns() - done, done - ready
+        )
 
     return infer
 

@@ -45,3 +45,9 @@ class Engine(Protocol):
 
         Raises as ``run`` does.
         """
+
+    def again(self) -> Engine:
+        """The same file loaded once more, the same way: whatever a runtime keeps between runs begins anew.
+
+        Raises as loading does.
+        """

@@ -93,6 +93,7 @@ class OnnxEngine:
             Rejected: ``model_damaged``, ``operator_unknown``.
             Degraded: ``runtime_missing`` when the package does not load, ``out_of_memory``.
         """
+        self._loaded = (path, threads)
         try:
             self._session = _session(str(path), threads=threads)
         except Degraded:
@@ -122,6 +123,11 @@ class OnnxEngine:
         if not texts:
             return run
         return lambda feeds: run(_with_strings(feeds, texts))
+
+    def again(self) -> OnnxEngine:
+        """See ``base.Engine``."""
+        path, threads = self._loaded
+        return OnnxEngine(path, threads=threads, version=self.runtime_version)
 
     def _prepare(self, names: list[str]) -> Callable[[Tensors], Sequence[Array]]:
         # InferenceSession.run spends about 1 us per call on checks that the guard has made already (names, owners). The

@@ -69,6 +69,7 @@ class TfliteEngine:
             Rejected: ``model_damaged``, ``operator_unknown``.
             Degraded: ``runtime_missing`` when no interpreter can be built at all, ``out_of_memory``.
         """
+        self._loaded = (path, threads)
         build = _interpreter_class()
         try:
             self._interpreter = build(model_path=str(path), num_threads=threads)
@@ -94,6 +95,11 @@ class TfliteEngine:
         """See ``base.Engine``."""
         names = list(outputs)
         return lambda feeds: self._invoke(feeds, names)
+
+    def again(self) -> TfliteEngine:
+        """See ``base.Engine``."""
+        path, threads = self._loaded
+        return TfliteEngine(path, threads=threads, version=self.runtime_version)
 
     def _invoke(self, feeds: Tensors, names: list[str]) -> list[Array]:
         interpreter = self._interpreter

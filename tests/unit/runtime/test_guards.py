@@ -63,7 +63,7 @@ def test_nan_is_refused_where_the_feature_is_not_nullable():
         found = guard.check({"x": array})
         assert (found is not None) == wrong
         if found:
-            assert found == Violation(f"x[1][{column}] (f{column})", "NaN", "a number")
+            assert found == Violation(f"x[1][{column}] (f{column})", "NaN", "a number", "null.rejected")
 
 
 @given(st.lists(st.floats(width=32, allow_nan=True), min_size=3, max_size=3))
@@ -101,5 +101,5 @@ def test_strict_ranges_refuse_them():
     guard = Guard([tensor()], ALL, strict_ranges=True)
     assert guard.check({"x": x()}) is None
     found = guard.check({"x": np.array([[0, 0, 5]], np.float32)})
-    assert found == Violation("x[2] (f2)", "5.0", "-1.0 to 1.0")
+    assert found == Violation("x[2] (f2)", "5.0", "-1.0 to 1.0", "outside.rejected")
     assert guard.check({"x": x(dtype=np.float64)}).got == "FP64"
