@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from skerry_contract import manifest as mf
@@ -23,13 +23,8 @@ from skerry_runtime.errors import EngineFailed
 from skerry_runtime.tensors import DTYPES, Array, Tensors
 
 Clock = Callable[[], float]
-
-
-class Computing(Protocol):
-    """One stream's inference, past all guards."""
-
-    def __call__(self, inputs: Tensors) -> Any:
-        """Runs it and remembers what the next one needs."""
+Computing = Callable[[Tensors], Any]
+"""One stream's inference, past all guards: it remembers what the next one needs."""
 
 
 class Sequence(NamedTuple):

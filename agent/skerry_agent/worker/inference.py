@@ -14,15 +14,16 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from time import monotonic_ns
+from time import monotonic, monotonic_ns
 from typing import Protocol
 
 from skerry_contract import manifest as m
 from skerry_runtime.errors import BadInput, Violation
 from skerry_runtime.runner import Inference, Runner
+from skerry_runtime.streams import StreamTable
 from skerry_runtime.tensors import Tensors
 
-from skerry_agent.worker import http1, oip
+from skerry_agent.worker import calls, http1, oip
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.backlog import Backlog
 from skerry_agent.worker.feedback import digest_of
@@ -52,6 +53,11 @@ class Model:
 
     Attributes:
         tee: shows a share of the requests to a bundle in shadow; None without one.
+        infer: raw inputs to an answer; compute: the same past the policies.
+        streams: of a stateful model; policies: of one whose requests are judged.
+        special: whether every request takes the longer way (``calls``).
+        kinds: bits of ``GUARD_KINDS`` that every request of the model has.
+        fallback: the model that answers where a policy says so; ``no_fallback`` says why there is none.
     """
 
     def __init__(
@@ -63,9 +69,25 @@ class Model:
         self.recorder = recorder
         self.tee: Tee | None = None
         self.infer = runner.infer
+        self.compute = runner.compute
+        self.policies = runner.policies
+        self.streams = (
+            None if runner.streams is None else StreamTable(runner.streams, runner.begin_stream, clock=monotonic)
+        )
+        self.kinds = 0
+        self.special = self.streams is not None or (self.policies is not None and self.policies.always)
+        self.fallback: Model | None = None
+        self.no_fallback = "it is not served here"
+        self._check = runner.guard.check
         self.platform = {"onnx": "onnx_onnxv1", "tflite": "tflite_tflite"}[runner.variant.runtime]
         self._one_us = infer_us
         self._row_us = infer_us
+
+    def check(self, inputs: Tensors) -> None:
+        """Raises ``BadInput`` for inputs that do not fit."""
+        violation = self._check(inputs)
+        if violation is not None:
+            raise BadInput(violation)
 
     def expected_us(self, rows: int) -> float:
         """What a request of that many rows should take."""
@@ -103,6 +125,7 @@ class InferenceService:
         start = monotonic_ns()
         head = request.head
         flags = r.RETRY if head.attempt > 1 else 0
+        call: calls.Call | None = None
         wait_us = self._backlog.full(at_once=model.expected_us(1) < self._inline_below_us)
         if wait_us:
             # Before it is read: under a burst, what is shed must cost next to nothing.
@@ -110,25 +133,32 @@ class InferenceService:
         try:
             asked = oip.parse_request(request.body, head.json_length)
             rows = _rows(asked.inputs, model.recorder.max_rows)
+            if model.special or asked.more is not None or asked.ages is not None:
+                call = calls.prepare(model, asked)
+                flags |= call.flags
         except BadInput as error:
             return _refuse(model, head, start, flags, error)
+        except calls.Unserved as error:
+            return _unserved(model, head, start, flags, error)
         except Exception as error:
             # A bug of ours. The client gets its answer and the request is counted, like one that the runtime failed.
             return _fail(model, head, start, flags, error)
-        takes_us = model.expected_us(rows)
-        if takes_us < self._inline_below_us:
+        doing = model if call is None else call.answerer
+        takes_us = doing.expected_us(rows)
+        # Requests of a stream keep their order: behind one that waits for the thread, the next waits too.
+        if takes_us < self._inline_below_us and not (doing.streams is not None and self.inflight):
             wait_us = self._backlog.at_once(takes_us)
             if wait_us:
                 return _shed(model, head, start, flags, wait_us)
             try:
-                result = model.infer(asked.inputs)
+                result = model.infer(asked.inputs) if call is None else call.run()
             except Exception as error:
                 return _fail(model, head, start, flags, error)
-            return _reply(model, head, asked, rows, result, (start, 0), flags)
+            return _reply(model, head, asked, rows, result, (start, 0), flags, call)
         wait_us = self._backlog.enter(takes_us, min(self.under_way_s()) * 1e6)
         if wait_us:
             return _shed(model, head, start, flags, wait_us)
-        self._jobs.put(lambda: self._run(model, head, asked, rows, takes_us, start, flags, done))
+        self._jobs.put(lambda: self._run(model, head, asked, rows, takes_us, start, flags, done, call))
         if self._thread is None:
             # A daemon: an inference that hangs must not keep the process from exiting.
             self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
@@ -149,17 +179,18 @@ class InferenceService:
         start: int,
         flags: int,
         done: Done,
+        call: calls.Call | None,
     ) -> None:
         begun = monotonic_ns()
         self._under_way = begun, takes_us / 1e6
         result: Inference | Exception
         try:
-            result = model.infer(asked.inputs)
+            result = model.infer(asked.inputs) if call is None else call.run()
         except Exception as error:
             result = error
         self._under_way = None
         self._loop.call_soon_threadsafe(
-            self._finish, model, head, asked, rows, takes_us, result, (start, begun - start), flags, done
+            self._finish, model, head, asked, rows, takes_us, result, (start, begun - start), flags, done, call
         )
 
     def _finish(
@@ -173,12 +204,13 @@ class InferenceService:
         times: tuple[int, int],
         flags: int,
         done: Done,
+        call: calls.Call | None,
     ) -> None:
         self._backlog.leave(takes_us)
         if isinstance(result, Exception):
             done(_fail(model, head, times[0], flags, result))
         else:
-            done(_reply(model, head, asked, rows, result, times, flags))
+            done(_reply(model, head, asked, rows, result, times, flags, call))
 
 
 def _rows(inputs: Tensors, most: int) -> int:
@@ -198,21 +230,25 @@ def _reply(
     result: Inference,
     times: tuple[int, int],
     flags: int,
+    call: calls.Call | None,
 ) -> bytes:
     start, queue_ns = times
     outputs = result.outputs
+    doing, notes, kinds, age_ms, extra = model, None, 0, -1, b""
+    if call is not None:
+        doing, notes, kinds, age_ms, extra = call.answerer, call.notes, call.kinds, call.age_ms, call.header
     if rows > 1:
-        model.learn(rows, (result.transform_ns + result.infer_ns) / 1e3)
+        doing.learn(rows, (result.transform_ns + result.infer_ns) / 1e3)
     recorder = model.recorder
-    prediction, extra, ident = b"", b"", 0
-    if recorder.prediction_prefix:
+    prediction, ident = b"", 0
+    if recorder.prediction_prefix and doing is model:
         # Where the record will be, made here and now: nothing else runs between this and ``recorder.ok``.
         prediction = b"%b%x" % (recorder.prediction_prefix, recorder.ring.written)
-        extra = b"Skerry-Prediction-Id: %b\r\n" % prediction
+        extra += b"Skerry-Prediction-Id: %b\r\n" % prediction
         if asked.id:
             ident = digest_of(asked.id)
     try:
-        body, json_length = oip.build_response(model.name, model.version, asked, outputs, prediction)
+        body, json_length = oip.build_response(doing.name, doing.version, asked, outputs, prediction, notes)
     except BadInput as error:
         return _refuse(model, head, start, flags, error)
     except Exception as error:
@@ -222,11 +258,25 @@ def _reply(
     else:
         extra += b"Inference-Header-Content-Length: %d\r\n" % json_length
         reply = http1.reply(200, body, close=not head.keep_alive, content_type=b"application/octet-stream", extra=extra)
-    if model.tee is not None:
+    if doing is not model:
+        outputs = calls.unknown_outputs(model, rows)
+    elif model.tee is not None and model.streams is None:
+        # A bundle in shadow has no part in the streams: of a stateful model it would see rows without what came before.
         model.tee.offer(asked.inputs, outputs, result.transform_ns + result.infer_ns, recorder.ring.written)
     now = monotonic_ns()
     recorder.ok(
-        asked.inputs, outputs, rows, now - start, queue_ns, result.transform_ns, result.infer_ns, now, flags, ident
+        asked.inputs,
+        outputs,
+        rows,
+        now - start,
+        queue_ns,
+        result.transform_ns,
+        result.infer_ns,
+        now,
+        flags,
+        ident,
+        kinds,
+        age_ms,
     )
     return reply
 
@@ -240,15 +290,21 @@ def _shed(model: Model, head: http1.Head, start: int, flags: int, wait_us: float
 
 def _refuse(model: Model, head: http1.Head, start: int, flags: int, error: BadInput) -> bytes:
     now = monotonic_ns()
-    model.recorder.other(r.INVALID, now - start, now, flags)
+    model.recorder.other(r.INVALID, now - start, now, flags & ~r.FALLBACK, calls.kind_of(error))
     return http1.reply(400, oip.error_body(str(error)), close=not head.keep_alive)
+
+
+def _unserved(model: Model, head: http1.Head, start: int, flags: int, error: calls.Unserved) -> bytes:
+    now = monotonic_ns()
+    model.recorder.other(r.SHED, now - start, now, flags, error.kinds)
+    return http1.reply(503, oip.error_body(str(error)), close=not head.keep_alive)
 
 
 def _fail(model: Model, head: http1.Head, start: int, flags: int, error: Exception) -> bytes:
     if isinstance(error, BadInput):
         return _refuse(model, head, start, flags, error)
     now = monotonic_ns()
-    model.recorder.other(r.FAILED, now - start, now, flags)
+    model.recorder.other(r.FAILED, now - start, now, flags & ~r.FALLBACK)
     # The runtime's words may quote values of the request: they go to the caller, who sent them, and not to the log.
     log.error(
         "inference failed model=%s error=%s code=%s", model.name, type(error).__name__, getattr(error, "code", "")

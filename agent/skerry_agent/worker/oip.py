@@ -22,6 +22,8 @@ from skerry_runtime.tensors import Array
 
 MOST_TENSORS = 1024
 """Inputs, and outputs asked for, of one request: above what any model has, and little enough to be looked at one by one."""
+MORE = frozenset({"age_ms", "sequence_id", "sequence_start", "sequence_end"})
+"""Parameters of a request that are not about its form: ``calls`` reads them."""
 _FLOAT_CODES = {"FP32": "f", "FP64": "d"}
 
 
@@ -33,12 +35,15 @@ class InferRequest(msgspec.Struct, frozen=True):
         inputs: by name.
         wanted: names of the outputs asked for and whether in binary; None for all of them.
         binary: whether outputs that say nothing are wanted in binary.
+        more: the request's parameters where some of them are of ``MORE``; ages: ``age_ms`` of inputs that have it.
     """
 
     id: str
     inputs: dict[str, Array]
     wanted: tuple[tuple[str, bool], ...] | None
     binary: bool
+    more: dict[str, Any] | None = None
+    ages: dict[str, Any] | None = None
 
 
 class _Input(msgspec.Struct):
@@ -84,7 +89,7 @@ class _Response(msgspec.Struct, omit_defaults=True):
     model_version: str
     id: str
     outputs: list[_Output | _BinaryOutput]
-    parameters: _Prediction | None = None
+    parameters: _Prediction | dict[str, Any] | None = None
 
 
 _request = msgspec.json.Decoder(_Request)
@@ -114,11 +119,15 @@ def parse_request(body: bytes, json_length: int = -1) -> InferRequest:
         request, loose = _with_bare_nan(text, error)
     at = len(text)
     inputs: dict[str, Array] = {}
+    ages: dict[str, Any] | None = None
     for i, tensor in enumerate(request.inputs):
         name = tensor.name
         if name in inputs:
             raise _bad(name, "it twice", "every input once")
         size = _binary_size(tensor, len(body) - at if json_length >= 0 else 0) if tensor.parameters else None
+        if tensor.parameters and "age_ms" in tensor.parameters:
+            ages = ages or {}
+            ages[name] = tensor.parameters["age_ms"]
         if size is not None:
             array = tensors.from_binary(name, tensor.datatype, tensor.shape, memoryview(body)[at : at + size])
             # Where the JSON part ends decides the alignment; runtimes may want it whole.
@@ -136,11 +145,17 @@ def parse_request(body: bytes, json_length: int = -1) -> InferRequest:
     if wanted is not None and len(dict(wanted)) != len(wanted):
         names = [name for name, _ in wanted]
         raise _bad(next(name for name in names if names.count(name) > 1), "it twice", "every output once")
-    return InferRequest(request.id or "", inputs, wanted, binary)
+    more = parameters if parameters is not None and not MORE.isdisjoint(parameters) else None
+    return InferRequest(request.id or "", inputs, wanted, binary, more, ages)
 
 
 def build_response(
-    model: str, version: str, request: InferRequest, outputs: dict[str, Array], prediction: bytes = b""
+    model: str,
+    version: str,
+    request: InferRequest,
+    outputs: dict[str, Array],
+    prediction: bytes = b"",
+    notes: dict[str, Any] | None = None,
 ) -> tuple[bytes, int]:
     """The body of the answer, and the length of its JSON part when binary tensors follow, else -1.
 
@@ -149,6 +164,7 @@ def build_response(
         request: what was asked.
         outputs: all that the model gave.
         prediction: id for late labels; empty for none.
+        notes: further parameters of the answer.
 
     Raises:
         BadInput: an output was asked for that the model does not have.
@@ -171,7 +187,9 @@ def build_response(
             # msgspec writes NaN and infinities as null; only text needs more than that.
             values = tensors.to_json(array) if array.dtype.kind in "OSU" else array.ravel().tolist()
             described.append(_Output(name, datatype, array.shape, values))
-    parameters = _Prediction(prediction.decode()) if prediction else None
+    parameters: _Prediction | dict[str, Any] | None = _Prediction(prediction.decode()) if prediction else None
+    if notes:
+        parameters = {**notes, "prediction_id": prediction.decode()} if prediction else notes
     head = _encoder.encode(_Response(model, version, request.id, described, parameters))
     return (b"".join([head, *raw]), len(head)) if raw else (head, -1)
 
