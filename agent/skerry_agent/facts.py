@@ -13,13 +13,13 @@ import shutil
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # ships no types
-from skerry_contract import group
+from skerry_contract import group, manifest
 
 from skerry_agent import __version__
 from skerry_agent.config import Config, Identity
 from skerry_agent.core.admission import Device
 
-ABILITIES: frozenset[str] = frozenset(group.FEATURES)
+ABILITIES: frozenset[str] = group.FEATURES | manifest.ABILITIES
 """What this agent understands of ``requires``, in group documents and manifests."""
 
 

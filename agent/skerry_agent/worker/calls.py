@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from skerry_runtime.errors import BadInput, Violation
@@ -19,9 +19,7 @@ from skerry_runtime.tensors import Tensors
 
 from skerry_agent.worker import oip
 from skerry_agent.worker import ring as r
-
-if TYPE_CHECKING:
-    from skerry_agent.worker.inference import Model
+from skerry_agent.worker.model import Model
 
 MOST_ID_BYTES: Final = 256
 """Of a ``sequence_id`` that is text."""

@@ -18,7 +18,7 @@ from skerry_runtime.tensors import Tensors
 
 from skerry_agent import workerwire as ww
 from skerry_agent.worker.calls import link_fallbacks
-from skerry_agent.worker.inference import Model
+from skerry_agent.worker.model import Model
 from skerry_agent.worker.notes import noted
 from skerry_agent.worker.plan import plan_of
 from skerry_agent.worker.recorder import Recorder

@@ -14,21 +14,18 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from time import monotonic, monotonic_ns
+from time import monotonic_ns
 from typing import Protocol
 
-from skerry_contract import manifest as m
 from skerry_runtime.errors import BadInput, Violation
-from skerry_runtime.runner import Inference, Runner
-from skerry_runtime.streams import StreamTable
+from skerry_runtime.runner import Inference
 from skerry_runtime.tensors import Tensors
 
 from skerry_agent.worker import calls, http1, oip
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.backlog import Backlog
 from skerry_agent.worker.feedback import digest_of
-from skerry_agent.worker.recorder import Recorder
-from skerry_agent.worker.tee import Tee
+from skerry_agent.worker.model import Model
 
 log = logging.getLogger(__name__)
 
@@ -43,60 +40,6 @@ class Loop(Protocol):
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> object:
         """See asyncio."""
-
-
-class Model:
-    """A loaded and proved model with its recorder.
-
-    Args:
-        infer_us: what one golden case took.
-
-    Attributes:
-        tee: shows a share of the requests to a bundle in shadow; None without one.
-        infer: raw inputs to an answer; compute: the same past the policies.
-        streams: of a stateful model; policies: of one whose requests are judged.
-        special: whether every request takes the longer way (``calls``).
-        kinds: bits of ``GUARD_KINDS`` that every request of the model has.
-        fallback: the model that answers where a policy says so; ``no_fallback`` says why there is none.
-    """
-
-    def __init__(
-        self, name: str, version: str, manifest: m.Manifest, runner: Runner, recorder: Recorder, *, infer_us: float
-    ) -> None:
-        self.name = name
-        self.version = version
-        self.manifest = manifest
-        self.recorder = recorder
-        self.tee: Tee | None = None
-        self.infer = runner.infer
-        self.compute = runner.compute
-        self.policies = runner.policies
-        self.streams = (
-            None if runner.streams is None else StreamTable(runner.streams, runner.begin_stream, clock=monotonic)
-        )
-        self.kinds = 0
-        self.special = self.streams is not None or (self.policies is not None and self.policies.always)
-        self.fallback: Model | None = None
-        self.no_fallback = "it is not served here"
-        self._check = runner.guard.check
-        self.platform = {"onnx": "onnx_onnxv1", "tflite": "tflite_tflite"}[runner.variant.runtime]
-        self._one_us = infer_us
-        self._row_us = infer_us
-
-    def check(self, inputs: Tensors) -> None:
-        """Raises ``BadInput`` for inputs that do not fit."""
-        violation = self._check(inputs)
-        if violation is not None:
-            raise BadInput(violation)
-
-    def expected_us(self, rows: int) -> float:
-        """What a request of that many rows should take."""
-        return self._one_us if rows <= 1 else self._one_us + self._row_us * (rows - 1)
-
-    def learn(self, rows: int, took_us: float) -> None:
-        """Corrects the cost of a further row, which starts at the cost of the first, by what a batch took."""
-        further = max(0.0, took_us - self._one_us) / (rows - 1)
-        self._row_us += 0.2 * (further - self._row_us)
 
 
 class InferenceService:

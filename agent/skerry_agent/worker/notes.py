@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from threading import get_ident
 from typing import Any
 
-from skerry_agent.worker.inference import Model
+from skerry_agent.worker.model import Model
 
 
 def noted(models: Mapping[str, Model], descriptor: int) -> None:

@@ -27,8 +27,9 @@ from skerry_agent.worker.distinct import Distinct
 from skerry_agent.worker.feedback import Feedback, Rules, models_of
 from skerry_agent.worker.generation import CannotServe, key_of, load_generation
 from skerry_agent.worker.handover import Handover
-from skerry_agent.worker.inference import InferenceService, Model
+from skerry_agent.worker.inference import InferenceService
 from skerry_agent.worker.memory import own_mb
+from skerry_agent.worker.model import Model
 from skerry_agent.worker.passing import Passing
 from skerry_agent.worker.recorder import recover, rss_kb
 from skerry_agent.worker.routes import Routes

@@ -19,7 +19,8 @@ from skerry_agent.worker import http1, oip
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.coding import Packing
 from skerry_agent.worker.feedback import Feedback
-from skerry_agent.worker.inference import Done, InferenceService, Model
+from skerry_agent.worker.inference import Done, InferenceService
+from skerry_agent.worker.model import Model
 from skerry_agent.worker.statistics import statistics_of
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
