@@ -26,6 +26,7 @@ from skerry_runtime.errors import BadInput, BundleFault, Rejected
 from skerry_runtime.validation import Line, Progress, ValidationResult, VariantResult
 
 _TIMED_RUNS, _WARM_RUNS = 100, 10
+_MOST_TRIED_STREAMS = 32
 Report = Callable[[Line], None]
 
 
@@ -175,8 +176,19 @@ def _check_graph(bundle: Bundle, variant: mf.Variant) -> None:
     else:
         graph = precision_tflite.read_model(path)
         _check_listed(variant, graph.external_files)
+        _check_variables(bundle.manifest, variant, graph)
         if variant.precision == "int8":
             precision_tflite.check_int8(graph, name=variant.model)
+
+
+def _check_variables(manifest: mf.Manifest, variant: mf.Variant, graph: precision_tflite.Model) -> None:
+    kept = any(operator.kind == "VAR_HANDLE" for part in graph.graphs for operator in part.operators)
+    internal = manifest.streams is not None and manifest.streams.internal
+    if kept and not internal:
+        raise Rejected(
+            "malformed_manifest",
+            f"{variant.model} keeps variables from run to run: wanted streams.internal, or clients mix",
+        )
 
 
 def _check_listed(variant: mf.Variant, external: Iterable[str]) -> None:
@@ -202,7 +214,11 @@ def _try_variant(bundle: Bundle, variant: mf.Variant, at: Callable[[str], None])
     batch_fault = proof.prove_batch(loaded) if replay.ok else ""
     at(f"timing variant {variant.id}")
     p50_us, p95_us = _time_runs(loaded) if replay.ok else (0.0, 0.0)
-    added_mb = max(0.0, _memory_mb("VmHWM") - before_mb)
+    streams_mb = 0.0
+    if loaded.streams is not None and replay.ok:
+        at(f"filling the streams of variant {variant.id}")
+        streams_mb = _streams_mb(loaded, loaded.streams.most)
+    added_mb = max(0.0, _memory_mb("VmHWM") - before_mb) + streams_mb
     code, detail = "", ""
     if not replay.ok or batch_fault:
         code, detail = "golden_failed", replay.detail or batch_fault
@@ -236,6 +252,17 @@ def _time_runs(loaded: runner.Runner) -> tuple[float, float]:
         took.append(time.perf_counter_ns() - start)
     ordered = sorted(took[_WARM_RUNS:])
     return ordered[len(ordered) // 2] / 1e3, ordered[int(len(ordered) * 0.95)] / 1e3
+
+
+def _streams_mb(loaded: runner.Runner, most: int) -> float:
+    """What more streams than are tried here would take, MB: those that are tried are in the peak."""
+    inputs = proof.read_cases(loaded.bundle, loaded.variant)[0].inputs
+    before_mb = _memory_mb("VmRSS")
+    tried = [loaded.begin_stream() for _ in range(min(most, _MOST_TRIED_STREAMS))]
+    for infer in tried:
+        infer(inputs)
+    each_mb = max(0.0, _memory_mb("VmRSS") - before_mb) / len(tried)
+    return each_mb * (most - len(tried))
 
 
 def _forget_peak() -> None:

@@ -66,3 +66,8 @@ class Model:
         """Corrects the cost of a further row, which starts at the cost of the first, by what a batch took."""
         further = max(0.0, took_us - self._one_us) / (rows - 1)
         self._row_us += 0.2 * (further - self._row_us)
+
+    def forget_quiet(self) -> None:
+        """Lets go of streams that were quiet for too long."""
+        if self.streams is not None:
+            self.streams.forget_quiet()

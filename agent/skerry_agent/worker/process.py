@@ -262,6 +262,8 @@ class Worker:
             self._feedback.cut()
 
     def _report(self) -> None:
+        for model in self._models.values():
+            model.forget_quiet()
         since_s = time.monotonic() - self._since
         busy_s, expected_s = self._service.under_way_s() if self._service is not None else (0.0, 0.0)
         self._channel.send(

@@ -19,6 +19,8 @@ from skerry_contract import canonical
 from skerry_runtime import child
 from skerry_runtime.validation import ValidationResult, validate_bundle
 
+from tests import streaming
+
 X86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the division traps on x86 only")
 
 
@@ -29,11 +31,15 @@ def rewrite(folder, change):
 
 
 def put_model(folder, data):
-    (folder / "model.onnx").write_bytes(data)
+    put_file(folder, "model.onnx", data)
+
+
+def put_file(folder, name, data):
+    (folder / name).write_bytes(data)
 
     def relist(manifest):
         for file in manifest["variants"][0]["files"]:
-            if file["path"] == "model.onnx":
+            if file["path"] == name:
                 file.update(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
     rewrite(folder, relist)
@@ -354,3 +360,99 @@ def _gone(pid):
             return True
         time.sleep(0.02)
     return False
+
+
+@pytest.mark.parametrize("kind", ["summing", "smoothing"])
+def test_a_stateful_bundle_proves_itself_as_one_sequence_from_zeros(tmp_path, kind):
+    streaming.build(tmp_path, kind)
+    found = validate_bundle(tmp_path)
+    assert found.ok, found
+    assert found.variants[0].proof.passed == 6
+    cases = (tmp_path / "golden.jsonl").read_text().splitlines()
+    put_file(tmp_path, "golden.jsonl", "\n".join(reversed(cases)).encode())
+    assert validate_bundle(tmp_path).code == "golden_failed"
+
+
+def test_all_streams_that_a_bundle_may_have_are_held_against_its_needs(tmp_path):
+    streaming.build(tmp_path)
+    assert validate_bundle(tmp_path).ok
+    wide = onnx.load(tmp_path / "model.onnx")
+    for value in (*wide.graph.input, *wide.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_value = 200_000
+    put_file(tmp_path, "model.onnx", wide.SerializeToString())
+    row = {"shape": [1, 200_000], "datatype": "FP32", "data": [0.0] * 200_000}
+    case = json.dumps({"inputs": [{"name": "x", **row}], "outputs": [{"name": "y", **row}]})
+    put_file(tmp_path, "golden.jsonl", case.encode())
+
+    def widen(manifest, most):
+        manifest["inputs"][0]["shape"] = manifest["outputs"][0]["shape"] = [1, 200_000]
+        manifest["streams"] = {"states": [{**manifest["streams"]["states"][0], "shape": [1, 200_000]}], "most": most}
+        manifest["variants"][0]["needs"] = {"rss_mb": 200, "disk_mb": 9}
+
+    # 0.8 MB each: 100 take 80 MB, 1000 take 800.
+    rewrite(tmp_path, lambda manifest: widen(manifest, 100))
+    assert validate_bundle(tmp_path).ok
+    rewrite(tmp_path, lambda manifest: widen(manifest, 1000))
+    found = validate_bundle(tmp_path)
+    assert found.code == "needs_understated"
+    assert "needs.rss_mb is 200" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (
+            lambda m: m["streams"]["states"][0].update(shape=[1, 3]),
+            "malformed_manifest",
+            "state input of model.onnx: h wants",
+        ),
+        (lambda m: m["streams"]["states"][0].update(output="h2"), "malformed_manifest", "nothing gives 'h2'"),
+        (
+            lambda m: m["streams"]["states"][0].update(input="x"),
+            "malformed_manifest",
+            "x is no state, requests bring it",
+        ),
+        (lambda m: m.update(streams={"internal": True}), "malformed_manifest", "onnx keeps nothing between runs"),
+        (lambda m: m.pop("streams"), "malformed_manifest", "nothing gives 'h'"),
+        (
+            lambda m: m["outputs"].append({"name": "hn", "datatype": "FP32", "shape": [1, 2]}),
+            "malformed_manifest",
+            "nothing gives 'hn'",
+        ),
+    ],
+)
+def test_streams_that_do_not_fit_the_model_are_refused(tmp_path, change, code, words):
+    streaming.build(tmp_path)
+    rewrite(tmp_path, change)
+    found = validate_bundle(tmp_path)
+    assert (found.ok, found.code) == (False, code)
+    assert words in found.detail
+
+
+def test_a_step_that_looks_back_wants_streams(tmp_path):
+    streaming.build(tmp_path, "smoothing")
+    rewrite(tmp_path, lambda m: m.pop("streams"))
+    found = validate_bundle(tmp_path)
+    assert (found.code, found.detail.rpartition(": ")[2]) == ("transform_invalid", "wanted streams in the manifest")
+
+
+def test_a_bundle_with_policies_is_proved_through_them(models, tmp_path):
+    models.build_bundle(tmp_path)
+    cases = (tmp_path / "golden.jsonl").read_text().splitlines()
+    first = json.loads(cases[0])
+    first["inputs"][0]["data"][3] = None
+    put_file(tmp_path, "golden.jsonl", "\n".join([json.dumps(first), *cases[1:]]).encode())
+
+    def policy(manifest, **fields):
+        manifest["requires"] = ["guards"]
+        manifest["features"][3].update(fields)
+
+    true_value = json.loads(cases[0])["inputs"][0]["data"][3]
+    rewrite(tmp_path, lambda m: policy(m, on_null="impute", impute=true_value))
+    assert validate_bundle(tmp_path).ok
+    rewrite(tmp_path, lambda m: (policy(m, on_null="fallback"), m.update(fallback="spare")))
+    found = validate_bundle(tmp_path)
+    assert found.code == "golden_failed"
+    assert "case 1: x[0][3] (f3): wanted a number, got NaN" in found.detail
+    rewrite(tmp_path, lambda m: policy(m, on_null="count", on_stale="reject"))
+    assert "f3: on_stale reject wants a ttl_s above 0" in validate_bundle(tmp_path).detail
