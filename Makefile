@@ -2,6 +2,7 @@
 #
 #   make demo [KEEP=1]      a whole fleet on this machine; KEEP=1 leaves it running and prints the addresses
 #   make test               the tests                   make test-slow   those over a minute, or that need the network
+#   make real-models        fetches the wheels whose models some tests run, into build/real-models (the tests do so too)
 #   make test-tflite        the agent's worker on tflite-runtime, in an environment of its own
 #   make test-clients       the acceptance suite of local inference, with kserve's client in an environment of its own
 #   make test-deb           the agent's .deb in a chroot; wants root and mmdebstrap
@@ -21,7 +22,8 @@ MEMBERS := $(wildcard */pyproject.toml)
 PARALLEL ?= 3
 ARCH    ?= amd64
 
-.PHONY: demo test test-slow test-tflite test-clients test-deb check bench format deb image clean setup setup-demo setup-clients
+.PHONY: demo test real-models test-slow test-tflite test-clients test-deb check bench format deb image clean
+.PHONY: setup setup-demo setup-clients
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/skerry demo $(if $(KEEP),--keep)
@@ -31,6 +33,9 @@ test: $(VENV)/.ready-dev
 
 test-slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=1500 $(ARGS)
+
+real-models: $(VENV)/.ready-dev
+	$(BIN)/python -m tests.real_models
 
 test-tflite: $(VENV)/.ready-dev $(TFLITE)/.ready
 	$(BIN)/python -m pytest -rs tests/integration/worker/test_tflite_runtime.py $(ARGS)
