@@ -338,8 +338,8 @@ def build(
                 "files": [model_file.name, "golden.jsonl"],
                 "golden": {
                     "cases": "golden.jsonl",
-                    # One step of an int8 output; of float kernels what another CPU may round otherwise.
-                    "tolerance": {"FP32": 1 / 256 if precision == "int8" else 1e-4},
+                    # LiteRT and tflite-runtime round int8 kernels differently, and states carry it on; float ones differ by CPU.
+                    "tolerance": {"FP32": 0.1 if precision == "int8" else 1e-4},
                     "minimum_recall": recall or {},
                 },
                 "needs": {"rss_mb": 200, "disk_mb": 8},
