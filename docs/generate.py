@@ -85,7 +85,7 @@ def agent_keys() -> str:
     for section, kind in get_type_hints(config.Config).items():
         if dataclasses.is_dataclass(kind):
             for field in dataclasses.fields(kind):
-                lines.append(f"| `{section}.{field.name}` | {_shown(field.default)} |")
+                lines.append(f"| `{section}.{field.name}` | {_shown(_default(field))} |")
     return "\n".join(lines)
 
 
@@ -98,6 +98,10 @@ def server_keys() -> str:
     for section, kind in config.SECTIONS.items():
         lines += [f"| `{section}.{field.name}` | {_shown(field.default)} |" for field in msgspec.structs.fields(kind)]
     return "\n".join(lines)
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _shown(value: Any) -> str:

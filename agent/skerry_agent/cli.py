@@ -161,6 +161,9 @@ def _status(options: argparse.Namespace) -> int:
     print(f"device {body['device']}  group {body['group']}  agent {body['agent']}")
     for name, slot in body["running"].items():
         print(f"  {name} {slot['version']}  {slot['state']}  {slot['variant']}  {slot['digest'][:12]}")
+        engine = body["engines"].get(name, {})
+        if engine.get("fallback"):
+            print(f"    on the CPU: {engine['fallback']}")
     if not body["running"]:
         print("  nothing runs yet")
     update = body["update"]

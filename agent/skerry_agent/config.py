@@ -26,6 +26,7 @@ from skerry_agent.errors import BadConfig, Degraded
 ENVIRONMENT_PREFIX = "SKERRY_AGENT_"
 MOST_PATH_BYTES = 107
 """``sun_path`` of unix(7), less its terminating zero."""
+MOST_THREADS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +157,43 @@ class Device:
     runtimes: tuple[str, ...] = ()
 
 
+class Delegate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A delegate of TFLite: its library, and options as it takes them."""
+
+    library: str
+    options: dict[str, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engines:
+    """What models should run on; where that is not here or does not take a model, the CPU runs it.
+
+    Attributes:
+        threads: within one inference, on the CPU.
+        onnx_providers: execution providers of ONNX Runtime, the preferred first; the CPU's need not be named.
+        onnx_provider_options: by provider.
+        tflite_delegates: libraries with a delegate of TFLite, and their options; used all together.
+        tflite_xnnpack: whether TFLite may use the CPU kernels of XNNPACK.
+    """
+
+    threads: int = 1
+    onnx_providers: tuple[str, ...] = ()
+    onnx_provider_options: dict[str, dict[str, str]] = field(default_factory=dict)
+    tflite_delegates: tuple[Delegate, ...] = ()
+    tflite_xnnpack: bool = True
+
+    @property
+    def acceleration(self) -> dict[str, Any]:
+        """The same as builtins, by the names of ``skerry_runtime.acceleration``, which is not loaded here."""
+        return {
+            "threads": self.threads,
+            "providers": list(self.onnx_providers),
+            "provider_options": self.onnx_provider_options,
+            "delegates": msgspec.to_builtins(self.tflite_delegates),
+            "xnnpack": self.tflite_xnnpack,
+        }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
     """Seconds. A value below 0 leaves the choice to the group's settings.
@@ -211,6 +249,7 @@ class Config:
     limits: Limits = field(default_factory=Limits)
     pool: Pool = field(default_factory=Pool)
     device: Device = field(default_factory=Device)
+    runtime: Engines = field(default_factory=Engines)
     timing: Timing = field(default_factory=Timing)
     log: Log = field(default_factory=Log)
 
@@ -230,11 +269,24 @@ class Config:
         return self.state_dir / "run"
 
 
-_SECTIONS = ("server", "repository", "mqtt", "serving", "access", "labels", "limits", "pool", "device", "timing", "log")
+_SECTIONS = (
+    "server",
+    "repository",
+    "mqtt",
+    "serving",
+    "access",
+    "labels",
+    "limits",
+    "pool",
+    "device",
+    "runtime",
+    "timing",
+    "log",
+)
 _POSITIVE = {
     "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "limits.max_wait_s", "timing.health_interval_s",
     "timing.drain_s", "timing.ack_s", "timing.backoff_scale", "timing.courier_s", "mqtt.keepalive_s",
-    "labels.predictions", "labels.former_keys", "timing.spin_s",
+    "labels.predictions", "labels.former_keys", "timing.spin_s", "runtime.threads",
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
@@ -279,6 +331,10 @@ def build(tree: Mapping[str, Any], environment: Mapping[str, str], *, what: str 
         faults.append(f"{what}: state_dir: wanted the path of a folder, got {state_dir!r}")
     elif not Path(state_dir).is_absolute():
         faults.append(f"{what}: state_dir: wanted an absolute path, got {state_dir!r}")
+    runtime = values["runtime"]
+    loose = sorted(set(runtime.onnx_provider_options) - set(runtime.onnx_providers))
+    if loose:
+        faults.append(f"{what}: runtime.onnx_provider_options: {', '.join(loose)} is not one of runtime.onnx_providers")
     serving = values["serving"]
     if serving.port == "none" and not serving.socket:
         faults.append(f'{what}: serving.port: "none" wants a serving.socket, or nothing could ask this agent')
@@ -338,6 +394,10 @@ def _fault(key: str, value: Any) -> str | None:
             return f"wanted some of {', '.join(known)}, got {', '.join(map(repr, wrong))}"
         if len(set(value)) != len(value):
             return f"wanted each runtime once, got {', '.join(value)}"
+    if key == "runtime.threads" and value > MOST_THREADS:
+        return f"wanted at most {MOST_THREADS}, got {value}"
+    if key == "runtime.onnx_providers" and len(set(value)) != len(value):
+        return f"wanted each provider once, got {', '.join(value)}"
     if key == "serving.socket" and value and not (value.startswith("/") and len(value.encode()) <= MOST_PATH_BYTES):
         return f"wanted an absolute path of at most {MOST_PATH_BYTES} bytes, got {value!r}"
     if key == "serving.socket_mode" and re.fullmatch("0?[0-7]{3}", value) is None:

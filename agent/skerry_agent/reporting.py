@@ -9,6 +9,7 @@ import msgspec
 from skerry_contract import wire
 
 from skerry_agent import __version__
+from skerry_agent.accelerators import engines_of
 from skerry_agent.core.lifecycle import Update
 from skerry_agent.serving import Generation, OnDemand
 from skerry_agent.slots import Slot
@@ -23,6 +24,7 @@ class ServingWorker:
         pid: 0 while it is dead and not yet replaced.
         accepting: it takes new connections.
         rss_mb, own_mb, inflight, counts: as it last said; most_mb: what it may have for its own.
+        engines: by model, what it runs on and why not on what was configured.
     """
 
     cell: str
@@ -35,6 +37,7 @@ class ServingWorker:
     most_mb: float
     inflight: int
     counts: dict[str, Any]
+    engines: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +90,11 @@ class Snapshot:
     uptime_s: float
 
     @property
+    def engines(self) -> dict[str, dict[str, Any]]:
+        """By model, what it runs on and why not on what was configured."""
+        return {model: engine for one in self.workers for model, engine in one.engines.items()}
+
+    @property
     def counts(self) -> dict[str, Any]:
         """By model, since its worker listens."""
         return {model: counts for one in self.workers for model, counts in one.counts.items()}
@@ -106,6 +114,7 @@ def worker(generation: Generation) -> ServingWorker:
         most_mb=generation.most_mb,
         inflight=health.inflight if health else 0,
         counts=msgspec.to_builtins(health.models) if health else {},
+        engines=engines_of(generation.proofs),
     )
 
 
@@ -198,6 +207,7 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
             name: {"asleep": cell.resting, "cold_starts": cell.cold_starts, "cold_start_s": cell.cold_start_s}
             for name, cell in sorted(snapshot.on_demand.items())
         },
+        "engines": snapshot.engines,
         "counts": snapshot.counts,
         "outbox": {
             "epoch": snapshot.epoch,

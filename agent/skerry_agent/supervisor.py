@@ -25,6 +25,8 @@ from skerry_contract import group, ids, topics, wire
 from skerry_contract.errors import ContractError
 
 from skerry_agent import facts, hold, reporting
+from skerry_agent import workerwire as ww
+from skerry_agent.accelerators import Fallbacks
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, identity
 from skerry_agent.control import Answer, ControlServer
@@ -144,6 +146,7 @@ class Supervisor:
         self._idle_bells = 0
         self._renew_after_s = 0.0
         self._self_code = ""
+        self._fallbacks = Fallbacks()
         self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": "", "membership": ""}
         self._ended: Degraded | None = None
         self._pumping = False
@@ -654,8 +657,10 @@ class Supervisor:
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
-    def _started(self, models: Mapping[str, Slot], error: AgentError | None) -> None:
+    def _started(self, models: Mapping[str, Slot], error: AgentError | None, proofs: Mapping[str, ww.Proved]) -> None:
         """What the end of a start says of the runtimes."""
+        for data in self._fallbacks.news(models, proofs):
+            self._event("worker", "provider_fallback", data)
         if error is None:
             proved = {variant.runtime for slot in models.values() if (variant := self._slots.variant(slot)) is not None}
             news = self._runtimes.worked(proved)

@@ -17,6 +17,8 @@ This module loads only msgspec: the supervisor imports it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 
@@ -77,9 +79,10 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
         label_age_s: labels that come later than this are late; 0: no labels are taken.
         label_predictions: remembered per window key.
         label_books: former keys that are kept for labels.
+        acceleration: what models should run on, fields of ``skerry_runtime.acceleration.Acceleration``.
+        throttle: inferences per second of all clients together; 0: no bound.
 
     With several models it carries the descriptor of the note (``serving.notes``) that says which is in work.
-        throttle: inferences per second of all clients together; 0: no bound.
     """
 
     generation: int
@@ -96,6 +99,7 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
     label_books: int = 16
     access: Access = Access()
     throttle: float = 0.0
+    acceleration: dict[str, Any] = {}
 
 
 class StartShadow(Message, frozen=True, kw_only=True, tag="start_shadow"):
@@ -247,12 +251,19 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Proved(msgspec.Struct, frozen=True, kw_only=True):
-    """One model is loaded and proved. ``infer_us``: median time of one golden case, microseconds."""
+    """One model is loaded and proved.
+
+    Attributes:
+        infer_us: median time of one golden case, microseconds.
+        runs_on: execution providers or delegates, the CPU last; fallback: why not on what was wished for, empty when it is.
+    """
 
     name: str
     proof: Proof
     load_ms: float
     infer_us: float = 0.0
+    runs_on: tuple[str, ...] = ("cpu",)
+    fallback: str = ""
 
 
 class Loading(Message, frozen=True, kw_only=True, tag="loading"):

@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 from skerry_contract import manifest as mf
 
 from skerry_runtime import transforms
+from skerry_runtime.acceleration import CPU, Acceleration
 from skerry_runtime.bundle import Bundle
 from skerry_runtime.engines import load_engine
 from skerry_runtime.engines.base import Engine
@@ -49,6 +50,7 @@ class Runner:
         bundle, variant, engine: what it runs.
         guard: the rules of its inputs; ``guard.outside`` counts values outside their range.
         policies: what strange values do to a request; None when the manifest asks for nothing.
+        fallback: why it runs on less than was wished for; empty when it does not.
         streams: the manifest's, when an inference depends on those before it; else None.
         infer: takes inputs by name (raw, as the application sees them), gives an ``Inference``. Raises ``BadInput`` for what
             the guard or a policy refuses (and for what the fallback model should answer: there is none in here),
@@ -68,6 +70,7 @@ class Runner:
         self.engine = engine
         self.guard = Guard(manifest.inputs, manifest.features, strict_ranges=strict_ranges)
         self.streams = manifest.streams
+        self.fallback = engine.fallback
         raw = [Spec(t.name, t.datatype, t.shape) for t in manifest.inputs]
         pre = transforms.compile_steps(manifest.transforms.pre, raw, where="transforms.pre")
         post = self._compile_post(pre)
@@ -164,13 +167,15 @@ class _Parts:
     answers: tuple[str, ...]
 
 
-def load(bundle: Bundle, variant: mf.Variant | str, *, threads: int = 1, strict_ranges: bool = False) -> Runner:
+def load(
+    bundle: Bundle, variant: mf.Variant | str, *, acceleration: Acceleration = CPU, strict_ranges: bool = False
+) -> Runner:
     """Loads a variant of an opened bundle.
 
     Args:
         bundle: opened and checked.
         variant: itself or its id.
-        threads: threads within one inference.
+        acceleration: what it should run on.
         strict_ranges: refuse values outside a feature's range instead of only counting them.
 
     Raises:
@@ -183,7 +188,7 @@ def load(bundle: Bundle, variant: mf.Variant | str, *, threads: int = 1, strict_
         except KeyError:
             known = ", ".join(v.id for v in bundle.manifest.variants)
             raise Rejected("no_variant", f"wanted {variant!r}, the bundle has {known}") from None
-    engine = load_engine(variant.runtime, bundle.path(variant.model), threads=threads, minimum=variant.min)
+    engine = load_engine(variant.runtime, bundle.path(variant.model), acceleration=acceleration, minimum=variant.min)
     return Runner(bundle, variant, engine, strict_ranges=strict_ranges)
 
 

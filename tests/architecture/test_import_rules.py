@@ -37,7 +37,10 @@ LAYERS = {
     "skerry_agent": [
         ("cli __main__", True),
         ("supervisor doctor", False),
-        ("serving updating failures restoring shadowing runtimes reporting upload facts hold throttle", True),
+        (
+            "serving updating failures restoring shadowing runtimes reporting upload facts hold throttle accelerators",
+            True,
+        ),
         ("link store slots workers leftovers errand control notify local_socket", False),
         ("config clients clock logs migrations channel workerwire socket_path errors", True),
         ("core", True),

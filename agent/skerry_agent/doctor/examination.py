@@ -21,6 +21,7 @@ CHECKS: tuple[tuple[str, Callable[[Patient], Iterator[Finding]]], ...] = (
     ("runtime", models.check_runtime),
     ("access", access.check_access),
     ("worker", models.check_worker),
+    ("engine", models.check_engines),
     ("update", models.check_update),
     ("fleet", network.check_fleet),
     ("server", network.check_server),

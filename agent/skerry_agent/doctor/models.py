@@ -114,6 +114,22 @@ def _not_ready(where: str, why: str) -> Finding:
     )
 
 
+def check_engines(patient: Patient) -> Iterator[Finding]:
+    """Whether models run on what the configuration asks for."""
+    engines = patient.status.get("engines", {}) if patient.status is not None else {}
+    for model, engine in engines.items():
+        where = ", ".join(engine["runs_on"])
+        if engine["fallback"]:
+            yield Finding(
+                check="engine",
+                verdict="warn",
+                detail=f"{model} runs on {where}: {engine['fallback']}",
+                advice="correct [runtime] in the configuration, or install what it names; the CPU answers meanwhile",
+            )
+        elif engine["runs_on"] != ["cpu"]:
+            yield Finding(check="engine", verdict="ok", detail=f"{model} runs on {where}")
+
+
 def check_update(patient: Patient) -> Iterator[Finding]:
     """What the last update came to."""
     update = patient.status["update"] if patient.status is not None else None

@@ -91,7 +91,7 @@ class Serving:
         on_health: Callable[[Generation], None],
         on_crash: Callable[[Generation, int], bool],
         on_unruly: OnUnruly,
-        on_start: Callable[[Mapping[str, Slot], AgentError | None], None],
+        on_start: Callable[[Mapping[str, Slot], AgentError | None, Mapping[str, ww.Proved]], None],
         on_records: Callable[[], None],
         on_fault: Callable[[Degraded], None],
         draw: Callable[[], float],

@@ -131,6 +131,7 @@ def start_message(
             distinct=access.distinct,
         ),
         throttle=throttle,
+        acceleration=config.runtime.acceleration,
     )
 
 

@@ -57,7 +57,7 @@ class Site:
     on_health: Callable[[Generation], None]
     on_crash: Callable[[Generation, int], bool]
     on_unruly: OnUnruly
-    on_start: Callable[[Mapping[str, Slot], AgentError | None], None]
+    on_start: Callable[[Mapping[str, Slot], AgentError | None, Mapping[str, ww.Proved]], None]
     on_not_waked: Callable[[Mapping[str, Slot], AgentError], None] = _nothing
     on_connection: Callable[[Generation, ww.Conn, int], None] = _nothing
     on_change: Callable[[], None] = _nothing

@@ -150,7 +150,7 @@ class Cell:
         except AgentError as error:
             await retire(generation)
             found_out = await self._found_out(generation, error)
-            site.on_start(models, found_out)
+            site.on_start(models, found_out, {})
             raise found_out from None
         except asyncio.CancelledError:
             site.background(retire(generation))
@@ -159,7 +159,7 @@ class Cell:
         self.start_s = site.clock.boot_s() - began_s
         variants = (site.slots.variant(slot) for slot in models.values())
         site.spare.refill_soon(tuple(sorted({variant.runtime for variant in variants if variant is not None})))
-        site.on_start(models, None)
+        site.on_start(models, None, generation.proofs)
         return generation
 
     async def _found_out(self, generation: Generation, error: AgentError) -> AgentError:

@@ -88,10 +88,8 @@ def _computed(
     age_ms: int,
 ) -> Call:
     call = Call(model, run, kinds, age_ms)
-    table = model.streams
-    if table is None:
-        return call
-    if sequence is None:
+    next_of = model.go_on
+    if next_of is None or sequence is None:
         return call
     # What would be refused must be refused now: the stream is a step further afterwards.
     if model.policies is None:
@@ -103,7 +101,7 @@ def _computed(
 
     def go_on() -> Inference:
         found: Inference
-        found, begun = table.infer(sequence, inputs)
+        found, begun = next_of(sequence, inputs)
         if begun:
             call.notes["sequence_begun"] = True
         return found

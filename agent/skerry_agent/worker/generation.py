@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import msgspec
 from skerry_contract import window as w
 from skerry_runtime import proof
+from skerry_runtime.acceleration import CPU, Acceleration
 from skerry_runtime.bundle import open_bundle
 from skerry_runtime.errors import BundleFault
 from skerry_runtime.runner import Runner, load
@@ -63,13 +65,14 @@ def load_generation(
     Raises:
         CannotServe: for the first model that fails.
     """
+    acceleration = msgspec.convert(start.acceleration, Acceleration)
     models: dict[str, Model] = {}
     proved: list[ww.Proved] = []
     for served in start.models:
         began = time.monotonic()
         send(ww.Loading(model=served.name))
         try:
-            runner, found, infer_us = load_and_prove(served)
+            runner, found, infer_us = load_and_prove(served, acceleration)
             manifest = runner.bundle.manifest
             recorder = Recorder(
                 key_of(served, arm=served.arm, rollout=served.rollout, stage=served.stage),
@@ -82,7 +85,9 @@ def load_generation(
             )
         except (BundleFault, MemoryError, OSError) as error:
             raise CannotServe(served.name, *code_of(error)) from error
-        models[served.name] = Model(served.name, served.version, manifest, runner, recorder, infer_us=infer_us)
+        models[served.name] = Model(
+            served.name, served.version, manifest, runner, recorder, infer_us=infer_us, fell_back=bool(runner.fallback)
+        )
         proved.append(
             ww.Proved(
                 name=served.name,
@@ -91,6 +96,8 @@ def load_generation(
                 ),
                 load_ms=(time.monotonic() - began) * 1e3,
                 infer_us=infer_us,
+                runs_on=runner.engine.runs_on,
+                fallback=runner.fallback,
             )
         )
     if note is not None:
@@ -116,7 +123,7 @@ def key_of(served: ww.Served, *, arm: str, rollout: str, stage: int) -> w.Key:
     return w.Key(served.name, served.digest, served.variant, arm, rollout, stage)
 
 
-def load_and_prove(served: ww.Served) -> tuple[Runner, proof.Proof, float]:
+def load_and_prove(served: ww.Served, acceleration: Acceleration = CPU) -> tuple[Runner, proof.Proof, float]:
     """One model, its proof, and the median time of a golden case, microseconds.
 
     Raises:
@@ -129,8 +136,14 @@ def load_and_prove(served: ww.Served) -> tuple[Runner, proof.Proof, float]:
             "malformed_manifest",
             f"wanted {served.name} {served.version}, it is {bundle.manifest.model} {bundle.manifest.version}",
         )
-    runner = load(bundle, served.variant)
+    runner = load(bundle, served.variant, acceleration=acceleration)
     found = proof.prove(runner)
+    if not found.ok and runner.engine.runs_on != ("cpu",):
+        # An accelerator that answers otherwise is none for this model; whether the model is sound, the CPU tells.
+        why = f"{', '.join(runner.engine.runs_on)} fails the golden cases: {found.detail}"
+        runner = load(bundle, served.variant, acceleration=acceleration.on_cpu())
+        runner.fallback = why
+        found = proof.prove(runner)
     if not found.ok:
         raise CannotServe(served.name, "golden_failed", found.detail)
     return runner, found, _median_us(runner, proof.read_cases(bundle, runner.variant)[0].inputs)

@@ -6,6 +6,7 @@ from time import monotonic
 
 from skerry_contract import manifest as m
 from skerry_runtime.errors import BadInput
+from skerry_runtime.policies import KIND
 from skerry_runtime.runner import Runner
 from skerry_runtime.streams import StreamTable
 from skerry_runtime.tensors import Tensors
@@ -19,18 +20,27 @@ class Model:
 
     Args:
         infer_us: what one golden case took.
+        fell_back: it runs on the CPU although something else was wished for.
 
     Attributes:
         tee: shows a share of the requests to a bundle in shadow; None without one.
         infer: raw inputs to an answer; compute: the same past the policies.
-        streams: of a stateful model; policies: of one whose requests are judged.
+        streams: of a stateful model; go_on: the next inference of one of them; policies: of one whose requests are judged.
         special: whether every request takes the longer way (``calls``).
         kinds: bits of ``GUARD_KINDS`` that every request of the model has.
         fallback: the model that answers where a policy says so; ``no_fallback`` says why there is none.
     """
 
     def __init__(
-        self, name: str, version: str, manifest: m.Manifest, runner: Runner, recorder: Recorder, *, infer_us: float
+        self,
+        name: str,
+        version: str,
+        manifest: m.Manifest,
+        runner: Runner,
+        recorder: Recorder,
+        *,
+        infer_us: float,
+        fell_back: bool = False,
     ) -> None:
         self.name = name
         self.version = version
@@ -43,8 +53,10 @@ class Model:
         self.streams = (
             None if runner.streams is None else StreamTable(runner.streams, runner.begin_stream, clock=monotonic)
         )
-        self.kinds = 0
-        self.special = self.streams is not None or (self.policies is not None and self.policies.always)
+        self.go_on = None if self.streams is None else self.streams.infer
+        self.kinds = KIND["provider.fallback"] if fell_back else 0
+        judged = self.policies is not None and self.policies.always
+        self.special = judged or self.streams is not None or bool(self.kinds)
         self.fallback: Model | None = None
         self.no_fallback = "it is not served here"
         self._check = runner.guard.check

@@ -18,7 +18,11 @@ def noted(models: Mapping[str, Model], descriptor: int) -> None:
     """Makes every model's inferences leave a note. Called in the event loop's thread; ``descriptor`` may be closed afterwards."""
     shared = mmap.mmap(descriptor, mmap.PAGESIZE)
     for number, name in enumerate(sorted(models), start=1):
-        models[name].infer = _noting(models[name].infer, shared, number, get_ident())
+        model = models[name]
+        model.infer = _noting(model.infer, shared, number, get_ident())
+        model.compute = _noting(model.compute, shared, number, get_ident())
+        if model.go_on is not None:
+            model.go_on = _noting(model.go_on, shared, number, get_ident())
 
 
 def _noting(infer: Callable[..., Any], shared: mmap.mmap, number: int, loop_thread: int) -> Callable[..., Any]:

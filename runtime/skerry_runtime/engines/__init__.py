@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from skerry_contract.manifest import UNKNOWN_RUNTIME, runtime_suffices
 
+from skerry_runtime.acceleration import CPU, Acceleration
 from skerry_runtime.errors import Degraded
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ def _of_a_vendor(module: str) -> str:
     return UNKNOWN_RUNTIME
 
 
-def load_engine(runtime: str, path: Path, *, threads: int = 1, minimum: str = "") -> Engine:
+def load_engine(runtime: str, path: Path, *, acceleration: Acceleration = CPU, minimum: str = "") -> Engine:
     """Loads a model file.
 
     Args:
         runtime: ``onnx`` or ``tflite``, as in the manifest.
         path: the model file, verified by the caller.
-        threads: threads within one inference.
+        acceleration: what it should run on; where that does not take the model, the CPU does.
         minimum: lowest version of the runtime, empty for any.
 
     Raises:
@@ -73,10 +74,10 @@ def load_engine(runtime: str, path: Path, *, threads: int = 1, minimum: str = ""
     if runtime == "onnx":
         from skerry_runtime.engines.onnx import OnnxEngine
 
-        return OnnxEngine(path, threads=threads, version=version)
+        return OnnxEngine(path, acceleration=acceleration, version=version)
     from skerry_runtime.engines.tflite import TfliteEngine
 
-    return TfliteEngine(path, threads=threads, version=version)
+    return TfliteEngine(path, acceleration=acceleration, version=version)
 
 
 def check_health(runtime: str) -> None:

@@ -32,6 +32,14 @@ class Engine(Protocol):
     def outputs(self) -> tuple[Spec, ...]:
         """What the model file can give."""
 
+    @property
+    def runs_on(self) -> tuple[str, ...]:
+        """Execution providers or delegates in use, the CPU last, e.g. ``("cpu",)``."""
+
+    @property
+    def fallback(self) -> str:
+        """Why it runs on less than was wished for; empty when it does not."""
+
     def run(self, feeds: Tensors) -> Tensors:
         """Runs the model once and gives all outputs.
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from skerry_runtime.engines.faults import Words
+from skerry_runtime.acceleration import CPU, Acceleration
+from skerry_runtime.engines.faults import Words, one_line
 from skerry_runtime.errors import BadInput, Degraded, Violation
 from skerry_runtime.tensors import Array, Spec, Tensors
 
@@ -43,6 +44,7 @@ _WORDS = Words(
 )
 
 
+_CPU = "CPUExecutionProvider"
 _RELU = base64.b64decode("CAc6MwoMCgF4EgF5IgRSZWx1EgFnWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQDQ==")
 """An ONNX file of 61 bytes: y = relu(x), one float."""
 
@@ -54,7 +56,7 @@ def check_health() -> None:
         Degraded: ``runtime_missing`` when that does not work here, ``out_of_memory`` when it does not now.
     """
     try:
-        (found,) = _session(_RELU, threads=1).run(None, {"x": np.array([2.0], np.float32)})
+        (found,) = _session(_RELU, CPU, ()).run(None, {"x": np.array([2.0], np.float32)})
     except Degraded:
         raise
     except Exception as error:
@@ -63,22 +65,60 @@ def check_health() -> None:
         raise Degraded("runtime_missing", f"onnx: installed, but relu(2) gives {found.tolist()}")
 
 
-def _session(model: str | bytes, *, threads: int) -> Any:
-    """Raises ``Degraded`` when the package does not load, and the package's own exceptions after that."""
+def _session(model: str | bytes, acceleration: Acceleration, providers: Sequence[str]) -> Any:
+    """A session on these providers and the CPU's. Raises ``Degraded`` when the package does not load, and the package's own exceptions after that."""
     # Read at import. Without it: an id of this device and a database of events below the home folder, and a thread.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = acceleration.threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 4  # what fails comes as an exception; the runtime's own lines would only repeat it
         build = ort.InferenceSession
     except Exception as error:
         raise _WORDS.runtime_fault("onnx", error) from None
-    return build(model, options, providers=["CPUExecutionProvider"])
+    wished = [(name, acceleration.provider_options.get(name, {})) for name in providers]
+    found = build(model, options, providers=[*wished, _CPU] if wished else [_CPU])
+    found.disable_fallback()  # what a provider cannot run fails: it must not quietly become another session
+    return found
+
+
+def _accelerated(path: str, acceleration: Acceleration) -> tuple[Any, str]:
+    """A session on the wished providers that take the model, and why not all of them."""
+    if not acceleration.providers:
+        return _session(path, acceleration, ()), ""
+    here = _providers()
+    faults = [
+        f"{name} is not in this onnxruntime, which has {', '.join(here)}"
+        for name in acceleration.providers
+        if name not in here
+    ]
+    left = [name for name in acceleration.providers if name in here and name != _CPU]
+    while left:
+        try:
+            session = _session(path, acceleration, left)
+        except Degraded:
+            raise
+        except Exception as error:
+            # Which of them it was is not told: without the least preferred it may do.
+            faults.append(f"{left.pop()} does not take the model: {one_line(error)}")
+            continue
+        missing = [name for name in left if name not in session.get_providers()]
+        faults += [f"{name} does not take the model" for name in missing]
+        return session, "; ".join(faults)
+    return _session(path, acceleration, ()), "; ".join(faults)
+
+
+def _providers() -> list[str]:
+    try:
+        import onnxruntime as ort
+
+        return list(ort.get_available_providers())
+    except Exception as error:
+        raise _WORDS.runtime_fault("onnx", error) from None
 
 
 class OnnxEngine:
@@ -86,21 +126,22 @@ class OnnxEngine:
 
     runtime = "onnx"
 
-    def __init__(self, path: Path, *, threads: int = 1, version: str = "") -> None:
+    def __init__(self, path: Path, *, acceleration: Acceleration = CPU, version: str = "") -> None:
         """Loads the file.
 
         Raises:
             Rejected: ``model_damaged``, ``operator_unknown``.
             Degraded: ``runtime_missing`` when the package does not load, ``out_of_memory``.
         """
-        self._loaded = (path, threads)
         try:
-            self._session = _session(str(path), threads=threads)
+            self._session, self.fallback = _accelerated(str(path), acceleration)
         except Degraded:
             raise
         except Exception as error:
             raise _WORDS.load_fault(path.name, error) from None
         self.runtime_version = version
+        self._loaded = (path, acceleration)
+        self.runs_on = tuple(name if name != _CPU else "cpu" for name in self._session.get_providers())
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
         self._names = [spec.name for spec in self.outputs]
@@ -126,8 +167,8 @@ class OnnxEngine:
 
     def again(self) -> OnnxEngine:
         """See ``base.Engine``."""
-        path, threads = self._loaded
-        return OnnxEngine(path, threads=threads, version=self.runtime_version)
+        path, acceleration = self._loaded
+        return OnnxEngine(path, acceleration=acceleration, version=self.runtime_version)
 
     def _prepare(self, names: list[str]) -> Callable[[Tensors], Sequence[Array]]:
         # InferenceSession.run spends about 1 us per call on checks that the guard has made already (names, owners). The

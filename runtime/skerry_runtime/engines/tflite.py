@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from skerry_runtime.engines.faults import Words
+from skerry_runtime.acceleration import CPU, Acceleration
+from skerry_runtime.engines.faults import Words, one_line
 from skerry_runtime.errors import BadInput, Degraded, Violation
 from skerry_runtime.tensors import Array, Spec, Tensors, datatype_of
 
@@ -62,23 +63,24 @@ class TfliteEngine:
 
     runtime = "tflite"
 
-    def __init__(self, path: Path, *, threads: int = 1, version: str = "") -> None:
+    def __init__(self, path: Path, *, acceleration: Acceleration = CPU, version: str = "") -> None:
         """Loads the file.
 
         Raises:
             Rejected: ``model_damaged``, ``operator_unknown``.
             Degraded: ``runtime_missing`` when no interpreter can be built at all, ``out_of_memory``.
         """
-        self._loaded = (path, threads)
-        build = _interpreter_class()
         try:
-            self._interpreter = build(model_path=str(path), num_threads=threads)
-            self._interpreter.allocate_tensors()
+            self._interpreter, self.runs_on, self.fallback = _accelerated(str(path), acceleration)
             inputs, outputs = _details(self._interpreter)
+        except Degraded:
+            raise
         except Exception as error:
             check_health()  # when that fails too, the file is not to blame
             raise _WORDS.load_fault(path.name, error) from None
         self.runtime_version = version
+        # What fell back once need not try again for every stream.
+        self._loaded = (path, acceleration.on_cpu() if self.runs_on == ("cpu",) else acceleration)
         self._indices = {name: int(detail["index"]) for name, detail in (inputs | outputs).items()}
         self.inputs = tuple(_spec(name, detail) for name, detail in inputs.items())
         self.outputs = tuple(_spec(name, detail) for name, detail in outputs.items())
@@ -98,8 +100,8 @@ class TfliteEngine:
 
     def again(self) -> TfliteEngine:
         """See ``base.Engine``."""
-        path, threads = self._loaded
-        return TfliteEngine(path, threads=threads, version=self.runtime_version)
+        path, acceleration = self._loaded
+        return TfliteEngine(path, acceleration=acceleration, version=self.runtime_version)
 
     def _invoke(self, feeds: Tensors, names: list[str]) -> list[Array]:
         interpreter = self._interpreter
@@ -130,11 +132,48 @@ class TfliteEngine:
             self._allocated = True
 
 
+def _accelerated(path: str, acceleration: Acceleration) -> tuple[Any, tuple[str, ...], str]:
+    """An interpreter with its tensors, on the wished delegates if they load and take the model: what it runs on, and why not."""
+    delegates, faults = [], []
+    for wished in acceleration.delegates:
+        try:
+            delegates.append(_interpreter_module().load_delegate(wished.library, dict(wished.options)))
+        except Degraded:
+            raise
+        except Exception as error:
+            faults.append(f"{wished.library} does not load: {one_line(error)}")
+    if delegates and not faults:
+        names = tuple(Path(wished.library).name for wished in acceleration.delegates)
+        try:
+            return _interpreter(path, acceleration, delegates), (*names, "cpu"), ""
+        except Exception as error:
+            faults.append(f"{', '.join(names)} does not take the model: {one_line(error)}")
+    return _interpreter(path, acceleration, []), ("cpu",), "; ".join(faults)
+
+
+def _interpreter(path: str, acceleration: Acceleration, delegates: list[Any]) -> Any:
+    module = _interpreter_module()
+    options: dict[str, Any] = {}
+    if not acceleration.xnnpack:
+        options["experimental_op_resolver_type"] = module.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    if delegates:
+        options["experimental_delegates"] = delegates
+    found = module.Interpreter(model_path=path, num_threads=acceleration.threads, **options)
+    found.allocate_tensors()
+    return found
+
+
 def _interpreter_class() -> Any:
+    return _interpreter_module().Interpreter
+
+
+def _interpreter_module() -> Any:
     faults = []
     for module in _MODULES:
         try:
-            return importlib.import_module(module).Interpreter
+            found = importlib.import_module(module)
+            found.Interpreter  # noqa: B018  (a package of another version lacks it)
+            return found
         except Exception as error:
             # Not ImportError alone: a native library that does not load raises OSError, one of another version AttributeError.
             fault = _WORDS.runtime_fault(module.partition(".")[0], error)
