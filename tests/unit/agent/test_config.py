@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from skerry_agent import config as c
 from skerry_agent.errors import BadConfig, Degraded
@@ -247,3 +248,45 @@ def test_a_missing_key_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "identity" / "device.pem").unlink()
     with pytest.raises(Degraded, match=r"device\.pem"):
         c.identity(config)
+
+
+def test_what_models_run_on_is_read_as_engines_take_it(tmp_path: Path) -> None:
+    from skerry_runtime.acceleration import CPU, Acceleration, Delegate
+
+    text = """
+        state_dir = "/var/lib/skerry"
+        [runtime]
+        threads = 2
+        onnx_providers = ["A", "B"]
+        onnx_provider_options = { A = { device_id = "0" } }
+        tflite_delegates = [{ library = "libedgetpu.so.1", options = { device = "usb" } }, { library = "other.so" }]
+        tflite_xnnpack = false
+    """
+    found = c.load(write(tmp_path, text), {"SKERRY_AGENT_RUNTIME_ONNX_PROVIDERS": "A,C"})
+    assert msgspec.convert(found.runtime.acceleration, Acceleration) == Acceleration(
+        threads=2,
+        providers=("A", "C"),
+        provider_options={"A": {"device_id": "0"}},
+        delegates=(Delegate(library="libedgetpu.so.1", options={"device": "usb"}), Delegate(library="other.so")),
+        xnnpack=False,
+    )
+    plain = c.load(write(tmp_path, 'state_dir = "/var/lib/skerry"'), {})
+    assert msgspec.convert(plain.runtime.acceleration, Acceleration) == CPU
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("threads = 0", "runtime.threads: wanted more than 0"),
+        ("threads = 1000", "runtime.threads: wanted at most 256"),
+        ('onnx_providers = ["A", "A"]', "runtime.onnx_providers: wanted each provider once"),
+        ("onnx_provider_options = { A = { x = 1 } }", "runtime.onnx_provider_options"),
+        ('onnx_provider_options = { A = { x = "1" } }', "A is not one of runtime.onnx_providers"),
+        ('tflite_delegates = [{ path = "a.so" }]', "runtime.tflite_delegates"),
+    ],
+)
+def test_wishes_that_make_no_sense_are_faults(tmp_path: Path, line: str, told: str) -> None:
+    with pytest.raises(BadConfig) as caught:
+        c.load(write(tmp_path, f'state_dir = "/x"\n[runtime]\n{line}\n'), {})
+    (fault,) = caught.value.faults
+    assert told in fault
