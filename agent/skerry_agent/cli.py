@@ -8,24 +8,21 @@ Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 3 refused for safety
 from __future__ import annotations
 
 import argparse
-import asyncio
-import dataclasses
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from skerry_agent import __version__, clients
-from skerry_agent.config import Config, load
-from skerry_agent.control import Answer, ask
-from skerry_agent.core import lifecycle
-from skerry_agent.errand import Errands
+from skerry_agent import __version__
+from skerry_agent.asking import Answer, ask, control_socket
 from skerry_agent.errors import AgentError, BadConfig, Rejected
+
+if TYPE_CHECKING:
+    from skerry_agent.config import Config
 
 OK, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 DEFAULT_CONFIG = "/etc/skerry/agent.toml"
@@ -83,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     throttle.add_argument("--json", action="store_true")
     acts = command("token", None, "who may ask the local endpoint").add_subparsers(required=True, metavar="ACT")
     _token_parsers(acts)
+    reload = command("reload", _reload, "read the configuration again, as far as that goes without a restart")
+    reload.add_argument("--json", action="store_true")
     doctor = command("doctor", _doctor, "check this device, whether or not the agent runs")
     doctor.add_argument("--json", action="store_true")
     table = command("lifecycle", _lifecycle, "the table of an update's states")
@@ -127,6 +126,9 @@ def _duration(text: str) -> float:
 
 
 def _config(options: argparse.Namespace) -> Config:
+    # Checks every key, which takes longer than to ask an agent that runs.
+    from skerry_agent.config import load
+
     return load(options.config, os.environ)
 
 
@@ -137,10 +139,14 @@ def _run(options: argparse.Namespace) -> int:
     config = _config(options)
     logs.configure(as_json=options.log_json or config.log.json, level=config.log.level)
     os.umask(0o077)
-    return supervisor.run(config, os.environ)
+    return supervisor.run(config, os.environ, config_path=options.config)
 
 
 def _asked(options: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
+    found = control_socket(options.config, os.environ)
+    if found is not None:
+        with contextlib.suppress(OSError):
+            return ask(found, method, path, body)
     config = _config(options)
     try:
         return ask(config.run_dir / "control.sock", method, path, body)
@@ -189,6 +195,10 @@ def _enrol(options: argparse.Namespace) -> int:
     if not token:
         print("skerry-agent: enrol: no token given", file=sys.stderr)
         return USAGE
+    import asyncio
+
+    from skerry_agent.errand import Errands
+
     config = _config(options)
     config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     message = {
@@ -256,6 +266,8 @@ def throttle_words(throttle: dict[str, Any] | None) -> str:
 
 
 def _token_add(options: argparse.Namespace) -> int:
+    from skerry_agent import clients
+
     config = _config(options)
     client = clients.Client(
         name=options.name, uid=options.uid, gid=options.gid, models=tuple(options.model), label=not options.read_only,
@@ -273,8 +285,12 @@ def _token_add(options: argparse.Namespace) -> int:
 
 
 def _token_list(options: argparse.Namespace) -> int:
+    from skerry_agent import clients
+
     found = clients.read(_config(options).clients_file)
     if options.json:
+        import msgspec
+
         print(json.dumps([{**msgspec.to_builtins(client), "token_sha256": None} for client in found]))
         return OK
     for client in found:
@@ -288,12 +304,31 @@ def _token_list(options: argparse.Namespace) -> int:
 
 
 def _token_remove(options: argparse.Namespace) -> int:
+    from skerry_agent import clients
+
     clients.remove(_config(options).clients_file, options.name)
     return OK
 
 
+def _reload(options: argparse.Namespace) -> int:
+    answer = _asked(options, "POST", "/skerry/v1/reload", {})
+    if options.json:
+        print(json.dumps(answer.body))
+    elif answer.status != 200:
+        for fault in answer.body.get("faults", [answer.body["error"]]):
+            print(f"skerry-agent: {fault}", file=sys.stderr)
+        print("  nothing was changed", file=sys.stderr)
+    else:
+        words = {"live": "changed", "next_worker": "with the next worker", "restart": "wait for a restart"}
+        said = [f"{words[when]}: {', '.join(keys)}" for when, keys in answer.body.items() if keys]
+        print("; ".join(said) or "nothing is different")
+    return OK if answer.status == 200 else USAGE if answer.body.get("code") == "bad_config" else FAILED
+
+
 def _doctor(options: argparse.Namespace) -> int:
     # Only this command needs what it looks at.
+    import dataclasses
+
     from skerry_agent.doctor.examination import examine
 
     findings = []
@@ -310,6 +345,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _lifecycle(_options: argparse.Namespace) -> int:
+    from skerry_agent.core import lifecycle
+
     print(lifecycle.printed())
     return OK
 

@@ -86,6 +86,23 @@ class Access:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Apps:
+    """Applications that run a confirmed bundle in their own process (``skerry_agent.sdk``).
+
+    Attributes:
+        socket: of theirs; empty for ``run/apps.sock`` below the state folder, where only the agent's own user comes.
+        socket_mode: of its file, octal digits.
+        users: names or numbers of users that may, besides the agent's own and root.
+        clients: connected at once, one for each model that an application has open; 0: no socket.
+    """
+
+    socket: str = ""
+    socket_mode: str = "0660"
+    users: tuple[str, ...] = ()
+    clients: int = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Labels:
     """Late labels.
 
@@ -210,6 +227,7 @@ class Timing:
         silent_s: a worker that reports nothing for so long, and for five reports, hangs: it is killed and replaced.
         inference_s: so does one whose inference takes so long, and ten times what it should.
         spin_s: a worker that uses a core for so long without work is replaced.
+        unserved_s: when nothing has answered for so long that should, the service manager is told no more that the agent is well.
     """
 
     fold_interval_s: float = 0.0
@@ -225,6 +243,20 @@ class Timing:
     silent_s: float = 10.0
     inference_s: float = 60.0
     spin_s: float = 30.0
+    unserved_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Telemetry:
+    """Traces of local inferences.
+
+    Attributes:
+        otlp_endpoint: of an OpenTelemetry collector, OTLP/HTTP, with its path (``http://127.0.0.1:4318/v1/traces``); empty: none.
+        trace_share: of the requests without a ``traceparent`` header that begin a trace; those with one follow it.
+    """
+
+    otlp_endpoint: str = ""
+    trace_share: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,12 +277,14 @@ class Config:
     mqtt: Mqtt = field(default_factory=Mqtt)
     serving: Serving = field(default_factory=Serving)
     access: Access = field(default_factory=Access)
+    apps: Apps = field(default_factory=Apps)
     labels: Labels = field(default_factory=Labels)
     limits: Limits = field(default_factory=Limits)
     pool: Pool = field(default_factory=Pool)
     device: Device = field(default_factory=Device)
     runtime: Engines = field(default_factory=Engines)
     timing: Timing = field(default_factory=Timing)
+    telemetry: Telemetry = field(default_factory=Telemetry)
     log: Log = field(default_factory=Log)
 
     @property
@@ -275,21 +309,23 @@ _SECTIONS = (
     "mqtt",
     "serving",
     "access",
+    "apps",
     "labels",
     "limits",
     "pool",
     "device",
     "runtime",
     "timing",
+    "telemetry",
     "log",
 )
 _POSITIVE = {
     "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "limits.max_wait_s", "timing.health_interval_s",
     "timing.drain_s", "timing.ack_s", "timing.backoff_scale", "timing.courier_s", "mqtt.keepalive_s",
-    "labels.predictions", "labels.former_keys", "timing.spin_s", "runtime.threads",
+    "labels.predictions", "labels.former_keys", "timing.spin_s", "timing.unserved_s", "runtime.threads",
 }  # fmt: skip
 _NOT_NEGATIVE = {
-    "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
+    "apps.clients", "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
     "pool.wait_s", "access.rate", "access.burst",
 }  # fmt: skip
 
@@ -398,10 +434,14 @@ def _fault(key: str, value: Any) -> str | None:
         return f"wanted at most {MOST_THREADS}, got {value}"
     if key == "runtime.onnx_providers" and len(set(value)) != len(value):
         return f"wanted each provider once, got {', '.join(value)}"
-    if key == "serving.socket" and value and not (value.startswith("/") and len(value.encode()) <= MOST_PATH_BYTES):
+    if key.endswith(".socket") and value and not (value.startswith("/") and len(value.encode()) <= MOST_PATH_BYTES):
         return f"wanted an absolute path of at most {MOST_PATH_BYTES} bytes, got {value!r}"
-    if key == "serving.socket_mode" and re.fullmatch("0?[0-7]{3}", value) is None:
+    if key.endswith(".socket_mode") and re.fullmatch("0?[0-7]{3}", value) is None:
         return f"wanted octal digits as 0660, got {value!r}"
+    if key == "telemetry.otlp_endpoint" and value and not value.startswith(("http://", "https://")):
+        return f"wanted an http:// or https:// address, got {value!r}"
+    if key == "telemetry.trace_share" and not 0 <= value <= 1:
+        return f"wanted a share from 0 to 1, got {value}"
     if key == "log.level" and value not in ("debug", "info", "warning", "error"):
         return f"wanted debug, info, warning or error, got {value!r}"
     return None

@@ -1,6 +1,6 @@
 """The control socket: HTTP/1.1 over a unix socket in the state folder, for the person and the exporter on the device.
 
-``GET /skerry/v1/status``, ``GET /metrics``, ``POST /skerry/v1/sync``, ``.../revert``, ``.../flush``, ``.../throttle``. Who may open the folder (mode 0700)
+``GET /skerry/v1/status``, ``GET /metrics``, ``POST /skerry/v1/sync``, ``.../revert``, ``.../flush``, ``.../reload``, ``.../throttle``. Who may open the folder (mode 0700)
 may ask. One request per connection: the clients are tools, not loads.
 """
 
@@ -11,25 +11,21 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
+from skerry_agent.asking import Answer, ask
 from skerry_agent.errors import AgentError
 from skerry_agent.logs import kv
 from skerry_agent.socket_path import short
+
+__all__ = ["MAX_BODY", "Answer", "ControlServer", "Handler", "ask"]
 
 log = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024
 _TIMEOUT_S = 10.0
-
-
-class Answer(NamedTuple):
-    """What a handler gives back. ``body``: bytes as they are, else encoded as JSON."""
-
-    status: int
-    body: Any
 
 
 Handler = Callable[[dict[str, Any]], Awaitable[Answer]]
@@ -125,31 +121,3 @@ class ControlServer:
 
 def _refusal(status: int, text: str) -> Answer:
     return Answer(status, {"error": text})
-
-
-def ask(path: Path, method: str, target: str, body: dict[str, Any] | None = None, *, timeout_s: float = 10.0) -> Answer:
-    """Asks a running agent, from another process.
-
-    Returns:
-        Status, and the decoded JSON or the bytes.
-
-    Raises:
-        OSError: nobody listens there.
-    """
-    payload = msgspec.json.encode(body) if body is not None else b""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(timeout_s)
-        with short(path) as address:
-            sock.connect(address)
-        sock.sendall(
-            f"{method} {target} HTTP/1.1\r\nHost: agent\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload
-        )
-        data = b""
-        while chunk := sock.recv(65536):
-            data += chunk
-    head, _, content = data.partition(b"\r\n\r\n")
-    if not head:
-        raise ConnectionError("the agent closed the connection")
-    status = int(head.split(b" ", 2)[1])
-    is_json = b"application/json" in head
-    return Answer(status, msgspec.json.decode(content) if is_json else content)

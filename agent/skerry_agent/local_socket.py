@@ -32,21 +32,25 @@ class LocalSocket:
                 self.path.unlink()
 
 
-def bind(path: Path, mode: int) -> LocalSocket:
+def bind(
+    path: Path, mode: int, *, kind: int = socket.SOCK_STREAM, advice: str = "change serving.socket"
+) -> LocalSocket:
     """Binds the socket.
 
     Args:
         path: absolute; its folder exists.
         mode: of the file, e.g. 0o660: who may connect.
+        kind: of the socket.
+        advice: for who meets another program there.
 
     Raises:
         Degraded: ``address_in_use`` when something else is there or the folder cannot be written.
     """
     # Bound under another name and moved into place with its mode: nobody meets it with the mode of the umask.
     temporary = path.with_name(f".{os.getpid()}.sock")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, kind)
     try:
-        _require_free(path)
+        _require_free(path, kind, advice)
         temporary.unlink(missing_ok=True)
         with short(temporary) as address:
             sock.bind(address)
@@ -57,25 +61,26 @@ def bind(path: Path, mode: int) -> LocalSocket:
         sock.close()
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Degraded("address_in_use", f"{path}: {error.strerror or error}", advice="change serving.socket") from None
+        raise Degraded("address_in_use", f"{path}: {error.strerror or error}", advice=advice) from None
     except Degraded:
         sock.close()
         raise
 
 
-def _require_free(path: Path) -> None:
+def _require_free(path: Path, type_: int, advice: str) -> None:
     try:
         kind = os.stat(path, follow_symlinks=False).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(kind):
-        raise Degraded("address_in_use", f"{path} is there and no socket", advice="change serving.socket, or remove it")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        raise Degraded("address_in_use", f"{path} is there and no socket", advice=f"{advice}, or remove it")
+    with socket.socket(socket.AF_UNIX, type_) as probe:
         probe.settimeout(1.0)
         try:
-            probe.connect(str(path))
+            with short(path) as address:
+                probe.connect(address)
         except (ConnectionRefusedError, FileNotFoundError):
             return
         except OSError as error:
-            raise Degraded("address_in_use", f"{path}: {error}", advice="change serving.socket") from None
-    raise Degraded("address_in_use", f"{path}: another program answers there", advice="change serving.socket")
+            raise Degraded("address_in_use", f"{path}: {error}", advice=advice) from None
+    raise Degraded("address_in_use", f"{path}: another program answers there", advice=advice)

@@ -1,4 +1,10 @@
-"""The store's schema, by numbered migrations. ``PRAGMA user_version`` says which were done; a newer file is left alone."""
+"""The store's schema, by numbered migrations. ``PRAGMA user_version`` says which were done, ``application_id`` who may use it.
+
+An agent is also put back to an older version, and then must serve. A migration that only adds (a table, an index, a column with a
+default) leaves ``LEAST`` as it is: older agents that know schema ``LEAST`` go on with the file as they did, and the newer one finds
+its migrations done when it returns. One that changes what older agents read raises ``LEAST`` to its own number, and they
+leave the file alone.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +26,20 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE rings (ring TEXT PRIMARY KEY, upto INTEGER NOT NULL)",
     ),
 )
+LEAST = 1
+"""Who knows this schema can use a file of the newest."""
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Brings the file to the newest schema, one transaction per step.
+    """Brings the file to the newest schema, one transaction per step; one that a newer agent only added to stays as it is.
 
     Raises:
-        Degraded: ``store_too_new`` when a newer agent wrote it.
+        Degraded: ``store_too_new`` when a newer agent changed what this one reads.
     """
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    least = int(connection.execute("PRAGMA application_id").fetchone()[0])
+    if version > len(MIGRATIONS) and 0 < least <= len(MIGRATIONS):
+        return
     if version > len(MIGRATIONS):
         raise Degraded(
             "store_too_new",
@@ -41,6 +52,7 @@ def migrate(connection: sqlite3.Connection) -> None:
             for statement in statements:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number}")
+            connection.execute(f"PRAGMA application_id = {LEAST}")
             connection.execute("COMMIT")
         except BaseException:
             connection.execute("ROLLBACK")

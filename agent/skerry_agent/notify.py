@@ -1,13 +1,14 @@
-"""Tells systemd how the agent is: READY, WATCHDOG, STOPPING. Does nothing when nobody listens.
+"""Tells systemd how the agent is: READY, RELOADING, WATCHDOG, STOPPING. Does nothing when nobody listens.
 
 The protocol is sd_notify(3): datagrams to ``NOTIFY_SOCKET``. Pings come from the supervisor's loop itself, so that a loop
-that hangs is noticed.
+that hangs is noticed, and only while ``core.watchdog`` finds it well.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 
 _PATIENCE_S = 0.5
@@ -37,3 +38,7 @@ class Notify:
                 sock.sendto("\n".join(lines).encode(), address)
             except OSError:
                 return
+
+    def reloading(self) -> None:
+        """The configuration is being read again; ``READY=1`` says that it was."""
+        self.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")

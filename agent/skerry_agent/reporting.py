@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -54,6 +54,7 @@ class Snapshot:
         suspects: models that were in work when a worker died, and how often of late.
         requests_refused: that waited too long, or with too many, for a worker that was not there.
         worker_ends: how often a serving worker ended or was replaced, by reason code, over all starts of the agent.
+        applications: who runs a bundle in a process of its own.
     """
 
     device: str
@@ -88,6 +89,7 @@ class Snapshot:
     spare_pid: int
     on_demand: dict[str, OnDemand]
     uptime_s: float
+    applications: dict[str, Any] = field(default_factory=dict)
 
     @property
     def engines(self) -> dict[str, dict[str, Any]]:
@@ -208,6 +210,7 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
             for name, cell in sorted(snapshot.on_demand.items())
         },
         "engines": snapshot.engines,
+        "applications": snapshot.applications,
         "counts": snapshot.counts,
         "outbox": {
             "epoch": snapshot.epoch,

@@ -17,6 +17,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,17 +25,18 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 from skerry_contract import group, ids, topics, wire
 from skerry_contract.errors import ContractError
 
-from skerry_agent import facts, hold, reporting
+from skerry_agent import facts, hold, logs, probe, reloading, reporting
 from skerry_agent import workerwire as ww
 from skerry_agent.accelerators import Fallbacks
+from skerry_agent.applications import Applications
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, identity
 from skerry_agent.control import Answer, ControlServer
-from skerry_agent.core import admission, backoff, culprits, liveness
+from skerry_agent.core import admission, backoff, culprits, liveness, watchdog
 from skerry_agent.core import effects as e
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
 from skerry_agent.errand import COURIER, Errands
-from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
+from skerry_agent.errors import AgentError, BadConfig, Degraded, Rejected, Transient
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
 from skerry_agent.logs import kv
@@ -54,6 +56,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
 _RENEW_EVERY_S = 3600.0
+_PROBE_S = 5.0
 
 
 class Supervisor:
@@ -64,6 +67,7 @@ class Supervisor:
         environment: for the service manager's sockets.
         courier_command, worker_command: what to run as courier and worker.
         plain_mqtt: no TLS; for tests on loopback.
+        config_path: the file that ``config`` was read from, to be read again when asked.
 
     Raises:
         Degraded: not enrolled, or the state folder cannot be used.
@@ -77,8 +81,11 @@ class Supervisor:
         courier_command: Sequence[str] = COURIER,
         worker_command: Sequence[str] = WORKER,
         plain_mqtt: bool = False,
+        config_path: Path | None = None,
     ) -> None:
         self._config = config
+        self._config_path = config_path
+        self._environment = environment
         self._identity = identity(config)
         config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         config.run_dir.mkdir(exist_ok=True, mode=0o700)
@@ -119,6 +126,12 @@ class Supervisor:
         )  # fmt: skip
         self._serving.site.on_not_waked = self._not_waked
         self._throttle = Throttle(self._store, self._clock, self._serving.throttle)
+        self._applications: Applications | None = None
+        if config.apps.clients:
+            self._applications = Applications(
+                config, self._store, self._slots, self._clock, self._serving.site.rings,
+                window_s=lambda: self._settings.window_s, on_event=self._event,
+            )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(
             config, self._identity, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
@@ -152,7 +165,7 @@ class Supervisor:
         self._pumping = False
         self._answers: list[bool] = []
         self._booted = False
-        self._started_s = self._clock.boot_s()
+        self._started_s = self._answered_s = self._clock.boot_s()
         self._bells: dict[str, int] = dict(self._store.get("bells", {}))
         self._heard: dict[str, int] = {}
 
@@ -163,6 +176,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         _write(self._config.run_dir / "supervisor.pid", f"{os.getpid()}\n".encode())
         _write(self._config.run_dir / "serving.json", msgspec.json.encode(self._address))
         control = ControlServer(
@@ -174,6 +188,7 @@ class Supervisor:
                 ("POST", "/skerry/v1/revert"): self._answer_revert,
                 ("POST", "/skerry/v1/flush"): self._answer_flush,
                 ("POST", "/skerry/v1/throttle"): self._throttle.answer,
+                ("POST", "/skerry/v1/reload"): self._answer_reload,
             },
         )
         await control.start()
@@ -184,6 +199,8 @@ class Supervisor:
             # Of another group, or of a newer agent that was here: the next sync brings one that fits.
             log.warning("stored group document set aside", extra=kv(code=error.code, detail=str(error)))
         await self._boot()
+        if self._applications is not None:
+            self._applications.start()
         self._link = Link(
             self._identity, context=None if self._plain_mqtt else lambda: tls_context(self._identity),
             next_birth=self._next_birth, will=reporting.will, on_happening=self._happened,
@@ -203,6 +220,8 @@ class Supervisor:
         await asyncio.gather(stopped, *tasks, return_exceptions=True)
         await self._updating.stop()
         await self._shadowing.stop()
+        if self._applications is not None:
+            self._applications.stop()
         await self._serving.stop()
         self._pump()
         await self._link.stop()
@@ -268,6 +287,8 @@ class Supervisor:
             self._updating.tick()
             self._shadowing.tick()
             self._throttle.tick()
+            if self._applications is not None:
+                self._applications.tick()
             self._pump()
             if self._runtimes.try_again():
                 self._changed("", {})
@@ -278,8 +299,51 @@ class Supervisor:
                 self._answers = answers
                 self._changed("", {})
             if pings_s is not None and now - pinged >= pings_s:
-                self._notify.tell("WATCHDOG=1")
                 pinged = now
+                # Beside the loop: what does not answer must not hold up what ends it.
+                ping = asyncio.get_running_loop().create_task(self._ping(), name="ping")
+                ping.add_done_callback(_pinged)
+
+    async def _ping(self) -> None:
+        """Tells the service manager that all is well, if it is."""
+        # What is loaded on demand is no one's to wake but an application's.
+        awake = not all(cell.resting for cell in self._serving.cells.values())
+        here = any(self._slots.answering(model) is not None for model in self._slots.models())
+        should = self._booted and here and (awake or not self._serving.cells)
+        if not should or await probe.answers(self._address, _PROBE_S):
+            self._answered_s = self._clock.boot_s()
+        health = watchdog.Health(
+            store_failed=self._ended is not None,
+            should_answer=should,
+            unanswered_s=self._clock.boot_s() - self._answered_s,
+        )
+        withheld = watchdog.judge_health(health, self._config.timing.unserved_s)
+        if withheld:
+            log.critical("watchdog not told", extra=kv(detail=withheld))
+        else:
+            self._notify.tell("WATCHDOG=1")
+
+    def _reload(self) -> Answer:
+        """Reads the configuration again: SIGHUP, or a person's wish."""
+        if self._config_path is None:
+            return Answer(409, {"error": "this agent was not started from a file", "code": "no_file"})
+        self._notify.reloading()
+        try:
+            config, changes = reloading.read_again(self._config, self._config_path, self._environment)
+        except BadConfig as error:
+            log.error("configuration not taken", extra=kv(faults="; ".join(error.faults)))
+            self._notify.tell("READY=1", f"STATUS=configuration not taken: {error.faults[0]}")
+            return Answer(409, {"error": "; ".join(error.faults), "code": "bad_config", "faults": error.faults})
+        self._config = config
+        for part in (self._serving, self._updating, self._applications):
+            if part is not None:
+                part.configure(config)
+        self._store.bound_bytes = int(config.limits.outbox_mb * 1e6)
+        logs.configure(as_json=config.log.json, level=config.log.level)
+        self._apply_settings()
+        self._notify.tell("READY=1", "STATUS=")
+        self.sync()
+        return Answer(200, {"live": changes.live, "next_worker": changes.next_worker, "restart": changes.restart})
 
     def _fault(self, error: Degraded) -> None:
         # Crash-only: the next start moves the file aside and goes on; the rings keep what was not committed.
@@ -749,7 +813,8 @@ class Supervisor:
             serving={**self._address, "inflight": sum(one.inflight for one in workers), "throttle": self._throttle.status()},
             sync=dict(self._sync_status), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
             worker_ends=self._store.get("worker_ends", {}), suspects=suspects, requests_refused=serving.passing.refused,
-            requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(), uptime_s=self._clock.boot_s() - self._started_s,
+            requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(),
+            applications=self._applications.report() if self._applications is not None else {}, uptime_s=self._clock.boot_s() - self._started_s,
         )  # fmt: skip
 
     async def _answer_status(self, _body: dict[str, Any]) -> Answer:
@@ -767,6 +832,9 @@ class Supervisor:
         await self._shadowing.flush()
         return Answer(200, {"ok": await self._serving.flush()})
 
+    async def _answer_reload(self, _body: dict[str, Any]) -> Answer:
+        return self._reload()
+
     async def _answer_revert(self, body: dict[str, Any]) -> Answer:
         models = sorted(self._serving.models())
         wanted = body.get("model") or (models[0] if len(models) == 1 else None)
@@ -777,6 +845,11 @@ class Supervisor:
         except (Rejected, ContractError) as error:
             return Answer(409, {"error": str(error), "code": error.code})
         return Answer(200, {"ok": True, "model": wanted, "version": back.version, "digest": back.digest})
+
+
+def _pinged(ping: asyncio.Task[None]) -> None:
+    if not ping.cancelled() and (error := ping.exception()) is not None:
+        log.error("watchdog not told", exc_info=error)
 
 
 def _raise_descriptors() -> None:

@@ -114,6 +114,10 @@ class Updating:
         self.rules = TrialRules()
         self.update = msgspec.convert(store.get("update", {}), Update)
 
+    def configure(self, config: Config) -> None:
+        """Goes on with another configuration."""
+        self._config = config
+
     # --- the table ---------------------------------------------------------------------------------------------------
 
     def feed(self, event: e.Event) -> None:

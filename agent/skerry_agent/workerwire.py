@@ -81,6 +81,7 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
         label_books: former keys that are kept for labels.
         acceleration: what models should run on, fields of ``skerry_runtime.acceleration.Acceleration``.
         throttle: inferences per second of all clients together; 0: no bound.
+        otlp_endpoint: where spans go; empty: nowhere. trace_share: of requests without a ``traceparent``. device: whose spans.
 
     With several models it carries the descriptor of the note (``serving.notes``) that says which is in work.
     """
@@ -100,6 +101,9 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
     access: Access = Access()
     throttle: float = 0.0
     acceleration: dict[str, Any] = {}
+    otlp_endpoint: str = ""
+    trace_share: float = 0.0
+    device: str = ""
 
 
 class StartShadow(Message, frozen=True, kw_only=True, tag="start_shadow"):
@@ -353,6 +357,7 @@ class Health(Message, frozen=True, kw_only=True, tag="health"):
         busy_s: how long the inference in the inference thread has taken so far; 0 when there is none.
         expected_s: what it should take.
         at_s, own_mb, cpu_s, work: see ``core.liveness.Use``.
+        spans_sent, spans_dropped: requests whose spans the collector took, and did not get.
     """
 
     models: dict[str, ModelHealth]
@@ -364,6 +369,8 @@ class Health(Message, frozen=True, kw_only=True, tag="health"):
     own_mb: float = 0.0
     cpu_s: float = 0.0
     work: int = 0
+    spans_sent: int = 0
+    spans_dropped: int = 0
 
 
 class Cut(Message, frozen=True, kw_only=True, tag="cut"):

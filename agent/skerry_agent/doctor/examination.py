@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from skerry_agent.config import load
-from skerry_agent.doctor import access, device, models, network
+from skerry_agent.doctor import access, applications, device, models, network
 from skerry_agent.doctor.finding import Finding, Patient
 from skerry_agent.errors import BadConfig
 
@@ -22,6 +22,7 @@ CHECKS: tuple[tuple[str, Callable[[Patient], Iterator[Finding]]], ...] = (
     ("access", access.check_access),
     ("worker", models.check_worker),
     ("engine", models.check_engines),
+    ("applications", applications.check_applications),
     ("update", models.check_update),
     ("fleet", network.check_fleet),
     ("server", network.check_server),

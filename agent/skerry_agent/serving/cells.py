@@ -349,6 +349,10 @@ class Serving:
         if waiter is not None:
             waiter.set()
 
+    def configure(self, config: Config) -> None:
+        """Goes on with another configuration; a worker that runs keeps what it was started with."""
+        self.site.config = config
+
     def tick(self) -> None:
         """Looks after every cell, tries again what could not be stored, looks for rings whose worker is gone by now.
 

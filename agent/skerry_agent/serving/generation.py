@@ -95,7 +95,14 @@ def take_health(generation: Generation, health: ww.Health) -> None:
 
 
 def start_message(
-    generation: Generation, slots: Slots, config: Config, *, window_s: float, boot_id: str, throttle: float
+    generation: Generation,
+    slots: Slots,
+    config: Config,
+    *,
+    window_s: float,
+    boot_id: str,
+    throttle: float,
+    device: str = "",
 ) -> ww.Start:
     """The first message to its worker."""
     access = config.access
@@ -132,6 +139,9 @@ def start_message(
         ),
         throttle=throttle,
         acceleration=config.runtime.acceleration,
+        otlp_endpoint=config.telemetry.otlp_endpoint,
+        trace_share=config.telemetry.trace_share,
+        device=device,
     )
 
 

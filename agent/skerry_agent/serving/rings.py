@@ -15,6 +15,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Protocol
 
 from skerry_contract import window as w
 from skerry_contract import wire
@@ -24,7 +25,6 @@ from skerry_agent.clock import Clock
 from skerry_agent.errors import Degraded
 from skerry_agent.logs import kv
 from skerry_agent.store import Entry, RingAt, Store
-from skerry_agent.workers import Worker
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,38 @@ _RING_POSITIONS_AT = 16
 """Where a ring or a label book says how far it was written and, as far as its worker heard, committed."""
 
 
+class Hears(Protocol):
+    """Is told what is committed."""
+
+    def send(self, message: ww.Message, fd: int | None = None) -> None:
+        """Sends a message; dropped when nobody hears it."""
+
+
+class Guests(Protocol):
+    """Who else counts in rings of this folder (``applications``).
+
+    Attributes:
+        lent: rings and books that somebody out there writes.
+    """
+
+    lent: set[str]
+
+    def may_count(self, ring: str, key: w.Key) -> bool:
+        """Whether a ring or label book may hold windows of that key."""
+
+    def take_over(self, path: Path) -> bool:
+        """Called before a worker maps a ring or book that nobody writes any more; False when there is nothing in it."""
+
+
 class Rings:
     """The folder of rings, and the way of their windows into the store.
 
     Args:
         on_records: the outbox grew.
         on_fault: the store cannot be used any more.
+
+    Attributes:
+        guests: whose rings lie here beside the workers'.
     """
 
     def __init__(
@@ -59,7 +85,8 @@ class Rings:
         self._clock = clock
         self._on_records = on_records
         self._on_fault = on_fault
-        self._unstored: deque[tuple[Worker, ww.WindowCut]] = deque()
+        self.guests: Guests | None = None
+        self._unstored: deque[tuple[Hears, ww.WindowCut]] = deque()
         self._folded: set[str] = set()
         self._retry_at_s = 0.0
         folder.mkdir(exist_ok=True, mode=0o700)
@@ -77,7 +104,7 @@ class Rings:
         numbers = [name.partition("-")[0] for name in names]
         return max((int(number) for number in numbers if number.isdigit()), default=0)
 
-    def commit(self, worker: Worker, cut: ww.WindowCut) -> None:
+    def commit(self, worker: Hears, cut: ww.WindowCut) -> None:
         """Stores a window and tells its worker; keeps it for later when there is no room."""
         if self._unstored:
             # In their order, at the next try: while the store is held, every try holds up the loop a little.
@@ -91,13 +118,16 @@ class Rings:
             if error.code == "store_damaged":
                 self._on_fault(error)
 
-    def _store_window(self, worker: Worker, cut: ww.WindowCut) -> None:
+    def _store_window(self, worker: Hears, cut: ww.WindowCut) -> None:
         key = wire.decode(w.Window, cut.body, max_bytes=wire.MAX_INFLATED_BYTES).key
         entry = Entry(kind="window", body=cut.body, key="/".join(str(part) for part in key), inferences=cut.inferences)
         committed = self._store.ring_upto(cut.ring)
         if committed is not None and cut.start < committed:
             # Sent twice: by a worker that did not hear of the commit, and by its heir. The first one counts.
             log.warning("window known", extra=kv(ring=cut.ring, start=cut.start, upto=cut.upto, committed=committed))
+        elif self.guests is not None and not self.guests.may_count(cut.ring, key):
+            log.error("window of a foreign key", extra=kv(ring=cut.ring, inferences=cut.inferences))
+            self.count_lost("foreign_windows", 1)
         else:
             self._store.append([entry], [RingAt(ring=cut.ring, upto=cut.upto)])
             self._on_records()
@@ -128,22 +158,27 @@ class Rings:
         found = []
         for path in sorted(self._folder.glob("*.ring")):
             ring = str(path)
-            if ring in owned or _locked(path):
+            if ring in owned or ring in self._lent or _locked(path):
                 continue
             if self.spent(ring) or (ring in self._folded and not self._owes(ring)):
                 self.remove(ring)
                 continue
-            if ring in self._folded:
+            if ring in self._folded or (self.guests is not None and not self.guests.take_over(path)):
                 continue
-            found.append((ring, self._continued(path)))
+            found.append((ring, self.continued(path)))
         return found
 
+    @property
+    def _lent(self) -> set[str]:
+        return self.guests.lent if self.guests is not None else set()
+
     def books(self, *, without: Collection[str], models: Collection[str] | None = None) -> tuple[str, ...]:
-        """Label books but those of ``without``, whoever writes them; of some ``models`` only."""
+        """Label books but those of ``without``, whoever writes them, and those that are lent; of some ``models`` only."""
+        gone = {*without, *self._lent}
         return tuple(
             str(path)
             for path in sorted(self._folder.glob(f"*{_BOOK_SUFFIX}"))
-            if str(path) not in without and (models is None or model_of(str(path)) in models)
+            if str(path) not in gone and (models is None or model_of(str(path)) in models)
         )
 
     def books_left_behind(self, owned: Collection[str], *, recovering: Collection[str]) -> list[tuple[str, int]]:
@@ -165,10 +200,13 @@ class Rings:
             ring = path.with_suffix(_RING_SUFFIX)
             if _locked(path) or (ring.exists() and str(ring) not in recovering and str(ring) not in self._folded):
                 continue
-            found.append((book, self._continued(path)))
+            if self.guests is not None and not self.guests.take_over(path):
+                continue
+            found.append((book, self.continued(path)))
         return found
 
-    def _continued(self, path: Path) -> int:
+    def continued(self, path: Path) -> int:
+        """Where an heir goes on with a ring or a label book."""
         # What waits to be stored was folded already: the heir goes on behind it.
         waiting = max((cut.upto for _, cut in self._unstored if cut.ring == str(path)), default=0)
         return max(waiting, self._positions(path)[1])

@@ -140,6 +140,7 @@ class Cell:
             window_s=site.window_s,
             boot_id=site.clock.boot_id,
             throttle=site.throttle,
+            device=str(site.store.get("device", "")),
         )
         worker.send(message, generation.note.fd)
         try:

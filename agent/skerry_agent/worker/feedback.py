@@ -181,7 +181,23 @@ class Feedback:
             self._loop.call_later(WAIT_S, self._give_up, waiting)
             return None
 
+    def knows(self, ident: str) -> bool:
+        """Whether a prediction id is of a book that is here."""
+        parts = _PREDICTION.fullmatch(ident)
+        return parts is not None and any(book.header.token == parts[2] for book in self._books())
+
+    def take(self, ident: str, label: str | int, row: int | None) -> tuple[str, str] | None:
+        """Counts one label: (outcome, error); None when it must wait until windows are committed."""
+        try:
+            (found,) = self._outcomes([Label(ident, label, "", row)])
+        except _MustWait:
+            return None
+        return found.outcome, found.error
+
     def _count(self, labels: list[Label], close: bool, models: tuple[str, ...] = ()) -> bytes:
+        return http1.reply(200, msgspec.json.encode(_Answer(self._outcomes(labels, models))), close=close)
+
+    def _outcomes(self, labels: list[Label], models: tuple[str, ...] = ()) -> list[_Outcome]:
         found = self._locate(labels)
         for book in self._books():
             if book.room < len(labels):
@@ -195,7 +211,7 @@ class Feedback:
         for book in self._books():
             if book.uncut >= book.header.records // 2:
                 self._cut(book)
-        return http1.reply(200, msgspec.json.encode(_Answer(outcomes)), close=close)
+        return outcomes
 
     def _locate(self, labels: list[Label]) -> list[tuple[b.Book | None, int]]:
         """Where each prediction should be. Raises ``_MustWait`` when it may be where nobody can look yet."""
@@ -423,6 +439,11 @@ class Feedback:
                 book.commit(upto)
         if self._waiting:
             self._try_again()
+
+    def close(self) -> None:
+        """Gives all books up, for another to go on with."""
+        for book in list(self._books()):
+            book.close()
 
     def cut(self) -> None:
         """Sends the windows of all labels so far, and closes books that are too old."""

@@ -70,6 +70,7 @@ class Head:
         attempt: ``Skerry-Attempt``: 1 unless the client says that it repeats a request.
         accepts: the content coding that the reply may have, by ``Accept-Encoding``; empty for none.
         authorization: as it came; a secret, which no log may show.
+        traceparent: of W3C Trace Context, as it came; empty without.
     """
 
     method: str
@@ -83,6 +84,7 @@ class Head:
     attempt: int = 1
     accepts: bytes = b""
     authorization: bytes = field(default=b"", repr=False)
+    traceparent: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ class Cutter:
         head = _heads.get(block)
         if head is None:
             head = parse_head(block)
-            if len(block) <= _CACHE_BYTES:
+            if len(block) <= _CACHE_BYTES and not head.traceparent:
                 # A keep-alive client repeats its header block to the byte; the block alone decides what it means.
                 if len(_heads) >= _CACHE_ENTRIES:
                     _heads.clear()
@@ -240,6 +242,7 @@ def parse_head(block: bytes) -> Head:
         attempt=_number(found, b"skerry-attempt", 1),
         accepts=coding.accepted(found[b"accept-encoding"]) if b"accept-encoding" in found else b"",
         authorization=found.get(b"authorization", b""),
+        traceparent=found.get(b"traceparent", b""),
     )
 
 

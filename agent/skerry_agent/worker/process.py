@@ -34,6 +34,7 @@ from skerry_agent.worker.passing import Passing
 from skerry_agent.worker.recorder import recover, rss_kb
 from skerry_agent.worker.routes import Routes
 from skerry_agent.worker.server import Server
+from skerry_agent.worker.spans import Spans
 from skerry_agent.worker.tee import Tee
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Worker:
         self._service: InferenceService | None = None
         self._server: Server | None = None
         self._feedback: Feedback | None = None
+        self._spans: Spans | None = None
         self._passing: Passing | None = None
         self._routes: Routes | None = None
         self._since = time.monotonic()
@@ -70,6 +72,8 @@ class Worker:
     async def run(self) -> int:
         """Serves until told to end; the process's exit status."""
         await self._over.wait()
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
         await self._channel.flushed()
         self._channel.close()
         return self._status
@@ -173,7 +177,9 @@ class Worker:
         if start.access.distinct:
             for model in self._models.values():
                 model.recorder.distinct = Distinct([tensor.name for tensor in model.manifest.inputs])
-        self._routes = Routes(self._models, self._service, self._feedback)
+        if start.otlp_endpoint:
+            self._spans = Spans(start.otlp_endpoint, start.trace_share, device=start.device)
+        self._routes = Routes(self._models, self._service, self._feedback, spans=self._spans)
         self._throttle(start.throttle)
         self._server = Server(self._routes)
         self._passing = Passing(self._server, self._channel, models_of)
@@ -276,6 +282,8 @@ class Worker:
                 at_s=time.monotonic(),
                 own_mb=own_mb(),
                 cpu_s=time.process_time(),
+                spans_sent=self._spans.sent if self._spans is not None else 0,
+                spans_dropped=self._spans.dropped if self._spans is not None else 0,
                 work=self._folds + (self._server.requests if self._server is not None else 0),
             )
         )

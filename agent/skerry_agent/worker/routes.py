@@ -21,6 +21,7 @@ from skerry_agent.worker.coding import Packing
 from skerry_agent.worker.feedback import Feedback
 from skerry_agent.worker.inference import Done, InferenceService
 from skerry_agent.worker.model import Model
+from skerry_agent.worker.spans import Spans
 from skerry_agent.worker.statistics import statistics_of
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
@@ -38,15 +39,20 @@ class _Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Routes:
-    """Dispatches requests to the models of one generation. ``gate``: what every request must pass first; None for nothing."""
+    """Dispatches requests to the models of one generation. ``gate``: what every request must pass first; ``spans``: what is traced; None for nothing."""
 
     def __init__(
-        self, models: dict[str, Model], service: InferenceService, feedback: Feedback, gate: a.Gate | None = None
+        self,
+        models: dict[str, Model],
+        service: InferenceService,
+        feedback: Feedback,
+        gate: a.Gate | None = None,
+        spans: Spans | None = None,
     ) -> None:
         self.gate = gate
         self._loop = asyncio.get_running_loop()
         self._models = models
-        self._service = service
+        self._infer = service.answer if spans is None else spans.watching(service.answer)
         self._feedback = feedback
         self._packing = Packing()
         self._infer_paths: dict[bytes, Model] = {}
@@ -100,7 +106,7 @@ class Routes:
         if head.method == "POST":
             model = self._infer_paths.get(head.path)
             if model is not None and head.has_length:
-                return self._service.answer(model, request, done)
+                return self._infer(model, request, done)
         try:
             return self._dispatch(request, done, asker)
         except _Status as error:
@@ -159,7 +165,7 @@ class Routes:
                 _require_body(head)
                 if len(self._infer_paths) < _CACHED_PATHS:
                     self._infer_paths[head.path] = model
-                return self._service.answer(model, request, done)
+                return self._infer(model, request, done)
         raise _Status(404, f"no such path: {_shown(head.path)}")
 
     def _repository(self, request: http1.Request, asker: a.Asker, rest: list[str]) -> bytes:

@@ -15,4 +15,5 @@ logs.configure(as_json=False, level="debug")
 courier = (sys.executable, str(Path(__file__).with_name("stand_in_courier.py")))
 unruly = Path(os.environ["SKERRY_TEST_WORLD"]) / "unruly"
 worker = (sys.executable, str(Path(__file__).with_name("unruly_worker.py")), str(unruly)) if unruly.exists() else WORKER
-sys.exit(supervisor.run(found, os.environ, courier_command=courier, worker_command=worker, plain_mqtt=True))
+choices = {"plain_mqtt": True, "config_path": Path(sys.argv[1])}
+sys.exit(supervisor.run(found, os.environ, courier_command=courier, worker_command=worker, **choices))

@@ -263,7 +263,7 @@ class Device:
 
     # --- the process -------------------------------------------------------------------------------------------------
 
-    def start(self) -> Device:
+    def start(self, *, timeout_s: float = TIMEOUT_S) -> Device:
         environment = {**os.environ, "SKERRY_TEST_WORLD": str(self.folder)}
         with (self.folder / "agent.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -272,7 +272,7 @@ class Device:
                 stderr=log,
                 cwd=ROOT,
             )
-        wait_for(self.status, why="the control socket")
+        wait_for(self.status, timeout_s=timeout_s, why="the control socket")
         return self
 
     def stop(self) -> int:

@@ -375,6 +375,7 @@ def test_a_store_of_a_newer_agent_is_left_alone(store: Store) -> None:
     store.close()
     with closing(sqlite3.connect(store.path)) as db:
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+        db.execute(f"PRAGMA application_id = {len(MIGRATIONS) + 1}")
     before = store.path.read_bytes()
     with pytest.raises(Degraded) as caught:
         reopen(store.path)
