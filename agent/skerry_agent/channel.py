@@ -40,6 +40,7 @@ _Any = (
     | ww.Ready
     | ww.Failed
     | ww.WindowCut
+    | ww.Sampled
     | ww.Rekeyed
     | ww.Recovered
     | ww.BookClosed

@@ -248,15 +248,24 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Telemetry:
-    """Traces of local inferences.
+    """What is counted beside requests, and traces of local inferences.
 
     Attributes:
         otlp_endpoint: of an OpenTelemetry collector, OTLP/HTTP, with its path (``http://127.0.0.1:4318/v1/traces``); empty: none.
         trace_share: of the requests without a ``traceparent`` header that begin a trace; those with one follow it.
+        readings_s: how often the device itself is read (processor, memory, disk, temperature, power), seconds; 0: never.
+        samples_per_hour: rows kept whole, of each model and reason; the group's ``sample_rate`` says whether any are.
+        personal: what becomes in them of features marked ``pii``.
+        encrypt: samples are encrypted on disk; rings and label books are kept below ``memory_dir``, a tmpfs.
     """
 
     otlp_endpoint: str = ""
     trace_share: float = 0.0
+    readings_s: float = 30.0
+    samples_per_hour: int = 60
+    personal: Literal["drop", "hash"] = "drop"
+    encrypt: bool = False
+    memory_dir: str = "/dev/shm"  # noqa: S108  (only a folder of our own below it is used, its owner and mode are checked)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,7 +335,7 @@ _POSITIVE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "apps.clients", "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
-    "pool.wait_s", "access.rate", "access.burst",
+    "pool.wait_s", "access.rate", "access.burst", "telemetry.readings_s", "telemetry.samples_per_hour",
 }  # fmt: skip
 
 
@@ -419,6 +428,8 @@ def _fault(key: str, value: Any) -> str | None:
         return f"wanted 0 or more, got {value}"
     if key.endswith(".port") and value != "none" and not 0 <= value <= 65535:
         return f"wanted a port from 0 to 65535, got {value}"
+    if key == "telemetry.memory_dir" and not value.startswith("/"):
+        return f"wanted an absolute path, got {value!r}"
     if key.endswith(".url") and value and not value.startswith("https://"):
         return f"wanted an https:// address, got {value!r}"
     if key == "serving.host" and value not in ("127.0.0.1", "::1", "localhost"):

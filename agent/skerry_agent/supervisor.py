@@ -25,7 +25,7 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 from skerry_contract import group, ids, topics, wire
 from skerry_contract.errors import ContractError
 
-from skerry_agent import facts, hold, logs, probe, reloading, reporting
+from skerry_agent import at_rest, facts, hold, logs, probe, reloading, reporting
 from skerry_agent import workerwire as ww
 from skerry_agent.accelerators import Fallbacks
 from skerry_agent.applications import Applications
@@ -92,6 +92,7 @@ class Supervisor:
         self._draw = random.SystemRandom().random
         self._clock = Clock()
         self._lock = hold.lock(config)
+        at_rest.prepare(config)
         self._store, self._opened = open_store(
             config.state_dir / "state.db",
             binding=facts.binding(self._identity),
@@ -148,6 +149,7 @@ class Supervisor:
         self._upload = Upload(
             self._store, self._publish_up, window=config.limits.uploads_in_flight,
             batch_bytes=config.limits.upload_kib * 1024, ack_s=config.timing.ack_s,
+            opened=at_rest.Opener(config.identity_dir),
         )  # fmt: skip
         self._server: wire.ServerState | None = None
         self._birth = 0
@@ -631,7 +633,8 @@ class Supervisor:
             inferences=timing.trial_inferences if timing.trial_inferences >= 0 else settings.trial_inferences,
             max_kib_s=settings.max_kib_s,
         )
-        self._serving.site.window_s = settings.window_s
+        site = self._serving.site
+        site.window_s, site.sample_rate = settings.window_s, settings.sample_rate
 
     def _follow_plan(self) -> None:
         document = self._document

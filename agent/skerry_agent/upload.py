@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 from skerry_contract import wire
 from skerry_contract.window import Instant
 
@@ -47,12 +48,21 @@ class Upload:
     Args:
         outbox: where records wait.
         publish: hands bytes to the session; False without one.
+        opened: a record's body as it is sent, of what lies on the disk; None for what cannot be read any more.
         window: batches in flight at most; batch_bytes: of bodies per batch; ack_s: patience per batch, seconds.
     """
 
     def __init__(
-        self, outbox: Outbox, publish: Callable[[bytes], bool], *, window: int, batch_bytes: int, ack_s: float
+        self,
+        outbox: Outbox,
+        publish: Callable[[bytes], bool],
+        *,
+        window: int,
+        batch_bytes: int,
+        ack_s: float,
+        opened: Callable[[bytes], bytes | None] = lambda body: body,
     ) -> None:
+        self._opened = opened
         self._outbox = outbox
         self._publish = publish
         self._window = window
@@ -78,6 +88,9 @@ class Upload:
             batch = self._outbox.next_batch(flying, max_bytes=max_bytes, max_records=_MAX_RECORDS)
             if batch is None:
                 break
+            batch = self._open(batch, at)
+            if batch is None:
+                continue
             payload = wire.encode_batch(batch)
             seqs = tuple(record.seq for record in batch.records)
             if (
@@ -95,6 +108,18 @@ class Upload:
             self._flights.append(_Flight(epoch=batch.epoch, seqs=seqs, sent_s=now_s))
             sent += 1
         return sent
+
+    def _open(self, batch: wire.Batch, at: Instant) -> wire.Batch | None:
+        """The batch in the clear; None when something in it was given up, and another look is to be had."""
+        records, given_up = [], False
+        for record in batch.records:
+            body = self._opened(record.body)
+            if body is None:
+                self._outbox.drop(batch.epoch, record.seq, at, "unreadable")
+                given_up = True
+            else:
+                records.append(record if body is record.body else msgspec.structs.replace(record, body=body))
+        return None if given_up else msgspec.structs.replace(batch, records=tuple(records))
 
     def acknowledged(self, ack: wire.Ack) -> None:
         """Lets go of the batches that the server holds in full."""

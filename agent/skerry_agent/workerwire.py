@@ -66,6 +66,21 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
 # --- supervisor -> worker -------------------------------------------------------------------------------------------
 
 
+class SamplingRules(msgspec.Struct, frozen=True, kw_only=True):
+    """Which answered rows are kept whole.
+
+    Attributes:
+        rate: share by hash; 0: no row is kept, for whatever reason.
+        per_hour: most of one reason in an hour.
+        personal: what becomes of features marked ``pii``: ``drop``, or ``hash`` with ``key``.
+    """
+
+    rate: float = 0.0
+    per_hour: int = 60
+    personal: str = "drop"
+    key: bytes = b""
+
+
 class Start(Message, frozen=True, kw_only=True, tag="start"):
     """Load and prove these models.
 
@@ -104,6 +119,7 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
     otlp_endpoint: str = ""
     trace_share: float = 0.0
     device: str = ""
+    sampling: SamplingRules = SamplingRules()
 
 
 class StartShadow(Message, frozen=True, kw_only=True, tag="start_shadow"):
@@ -308,6 +324,12 @@ class WindowCut(Message, frozen=True, kw_only=True, tag="window"):
     inferences: int = 0
 
 
+class Sampled(Message, frozen=True, kw_only=True, tag="sample"):
+    """A row that was kept whole: ``wire.encode`` of a Sample, without personal data."""
+
+    body: bytes
+
+
 class Rekeyed(Message, frozen=True, kw_only=True, tag="rekeyed"):
     """The old ring of ``model`` will get no more records; all its windows were sent."""
 
@@ -410,5 +432,17 @@ ToWorker = (
     | Stop
 )
 ToSupervisor = (
-    Loading | Ready | Failed | WindowCut | Rekeyed | Recovered | BookClosed | Health | Conn | Cut | Drained | Flushed
+    Loading
+    | Ready
+    | Failed
+    | WindowCut
+    | Sampled
+    | Rekeyed
+    | Recovered
+    | BookClosed
+    | Health
+    | Conn
+    | Cut
+    | Drained
+    | Flushed
 )

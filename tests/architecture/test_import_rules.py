@@ -38,11 +38,11 @@ LAYERS = {
         ("cli __main__", True),
         ("supervisor doctor", False),
         (
-            "applications probe reloading serving updating failures restoring shadowing runtimes reporting upload facts hold throttle accelerators",
+            "applications probe reloading serving updating failures restoring shadowing runtimes reporting upload facts hold readings at_rest throttle accelerators",
             True,
         ),
         ("link store slots workers leftovers errand control notify local_socket", False),
-        ("config clients clock logs migrations channel workerwire appwire asking socket_path errors", True),
+        ("config clients clock logs migrations channel workerwire appwire asking socket_path errors sealing", True),
         ("core", True),
     ],
     "skerry_server": [

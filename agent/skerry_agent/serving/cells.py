@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skerry_agent import at_rest
 from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
@@ -24,6 +25,7 @@ from skerry_agent.core.trial import Counts
 from skerry_agent.errors import AgentError, Degraded
 from skerry_agent.leftovers import Roll
 from skerry_agent.logs import kv
+from skerry_agent.readings import Readings
 from skerry_agent.serving.generation import Generation, counts_of
 from skerry_agent.serving.on_demand import OnDemand
 from skerry_agent.serving.passing import Passing
@@ -97,7 +99,11 @@ class Serving:
         draw: Callable[[], float],
         worker_command: Sequence[str] = WORKER,
     ) -> None:
-        rings = Rings(config.state_dir / "rings", store, clock, on_records=on_records, on_fault=on_fault)
+        self._readings = Readings(config.state_dir, interval_s=config.telemetry.readings_s, clock_s=clock.boot_s)
+        rings = Rings(
+            config.state_dir / "rings", store, clock, on_records=on_records, on_fault=on_fault, readings=self._readings
+        )
+        rings.seal = at_rest.seal_of(config)
         spare = Spare(
             lambda hear: spawn(listeners, hear, command=worker_command), roll, wanted=config.pool.warm,
             room_mb=config.limits.memory_reserve_mb,
@@ -362,6 +368,7 @@ class Serving:
             cell.tick()
         if self.site.clock.boot_s() - self._began_s > _FORMER_S:
             self.site.roll.end_former()
+        self._readings.tick()
         self.site.rings.retry()
         self.passing.tick()
         self.recover()

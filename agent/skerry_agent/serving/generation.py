@@ -102,6 +102,7 @@ def start_message(
     window_s: float,
     boot_id: str,
     throttle: float,
+    sampling: ww.SamplingRules,
     device: str = "",
 ) -> ww.Start:
     """The first message to its worker."""
@@ -138,6 +139,7 @@ def start_message(
             distinct=access.distinct,
         ),
         throttle=throttle,
+        sampling=sampling,
         acceleration=config.runtime.acceleration,
         otlp_endpoint=config.telemetry.otlp_endpoint,
         trace_share=config.telemetry.trace_share,

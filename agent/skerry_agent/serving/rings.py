@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 from skerry_contract import window as w
 from skerry_contract import wire
 
@@ -24,6 +25,7 @@ from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.errors import Degraded
 from skerry_agent.logs import kv
+from skerry_agent.readings import Readings
 from skerry_agent.store import Entry, RingAt, Store
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class Rings:
 
     Attributes:
         guests: whose rings lie here beside the workers'.
+        readings: of the device, which go along with the next window.
     """
 
     def __init__(
@@ -79,8 +82,11 @@ class Rings:
         *,
         on_records: Callable[[], None],
         on_fault: Callable[[Degraded], None],
+        readings: Readings | None = None,
     ) -> None:
         self._folder = folder
+        self._readings = readings
+        self.seal: Callable[[bytes], bytes] | None = None
         self._store = store
         self._clock = clock
         self._on_records = on_records
@@ -118,18 +124,36 @@ class Rings:
             if error.code == "store_damaged":
                 self._on_fault(error)
 
+    def sampled(self, message: ww.Sampled) -> None:
+        """Stores a sample, sealed where that is wanted. Without room it is dropped: the next one is as good."""
+        body = message.body if self.seal is None else self.seal(message.body)
+        try:
+            self._store.append([Entry(kind="sample", body=body)])
+        except Degraded as error:
+            self.count_lost("samples_not_stored", 1)
+            if error.code == "store_damaged":
+                self._on_fault(error)
+            return
+        self._on_records()
+
     def _store_window(self, worker: Hears, cut: ww.WindowCut) -> None:
-        key = wire.decode(w.Window, cut.body, max_bytes=wire.MAX_INFLATED_BYTES).key
-        entry = Entry(kind="window", body=cut.body, key="/".join(str(part) for part in key), inferences=cut.inferences)
+        window = wire.decode(w.Window, cut.body, max_bytes=wire.MAX_INFLATED_BYTES)
+        body, held = cut.body, self._readings.held() if self._readings is not None else {}
+        if held:
+            window = msgspec.structs.replace(window, resources=window.resources | held)
+            body = wire.encode(window)
+        entry = Entry(kind="window", body=body, key="/".join(map(str, window.key)), inferences=cut.inferences)
         committed = self._store.ring_upto(cut.ring)
         if committed is not None and cut.start < committed:
             # Sent twice: by a worker that did not hear of the commit, and by its heir. The first one counts.
             log.warning("window known", extra=kv(ring=cut.ring, start=cut.start, upto=cut.upto, committed=committed))
-        elif self.guests is not None and not self.guests.may_count(cut.ring, key):
+        elif self.guests is not None and not self.guests.may_count(cut.ring, window.key):
             log.error("window of a foreign key", extra=kv(ring=cut.ring, inferences=cut.inferences))
             self.count_lost("foreign_windows", 1)
         else:
             self._store.append([entry], [RingAt(ring=cut.ring, upto=cut.upto)])
+            if self._readings is not None:
+                self._readings.taken(held)
             self._on_records()
         worker.send(ww.Committed(ring=cut.ring, upto=cut.upto))
 

@@ -41,6 +41,7 @@ class Site:
         on_flushed: a worker has sent all it had when it was asked.
         elsewhere: models that other cells serve.
         apart: digests that get a cell of their own although they do not ask for it; set_apart: makes it so.
+        sample_rate: share of answers that are kept whole, of workers that start; 0: none, whatever they are.
         throttle: inferences per second of all clients together, of each worker; 0: no bound.
         alive: generations whose process runs, of all cells.
     """
@@ -65,6 +66,7 @@ class Site:
     elsewhere: Callable[[Generation], tuple[str, ...]] = lambda _: ()
     window_s: float = 300.0
     throttle: float = 0.0
+    sample_rate: float = 0.0
     stopping: bool = False
     apart: set[str] = field(default_factory=set)
     set_apart: Callable[[str, Slot], None] = _nothing

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from skerry_agent import at_rest
 from skerry_agent import workerwire as ww
 from skerry_agent.core import backoff, liveness
 from skerry_agent.core.effects import Arm
@@ -141,6 +142,7 @@ class Cell:
             boot_id=site.clock.boot_id,
             throttle=site.throttle,
             device=str(site.store.get("device", "")),
+            sampling=at_rest.sampling_rules(site.config, site.sample_rate),
         )
         worker.send(message, generation.note.fd)
         try:
@@ -272,6 +274,8 @@ class Cell:
                     generation.ready.set_exception(Rejected(message.code, detail, model=message.model))
             case ww.WindowCut():
                 rings.commit(generation.worker, message)
+            case ww.Sampled():
+                rings.sampled(message)
             case ww.Health():
                 take_health(generation, message)
                 if generation is self.current:

@@ -17,6 +17,7 @@ from skerry_contract import histogram as h
 from skerry_contract import window as w
 
 from skerry_agent.worker import ring as r
+from skerry_agent.worker.choosing import Choice
 from skerry_agent.worker.plan import Plan
 
 CHUNK = 4096
@@ -66,8 +67,13 @@ class LatencyFold:
 class Fold:
     """Counts of one key under way: add slots, then take the window."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, choice: Choice | None = None) -> None:
+        """Args: ``choice`` is shown the answered rows; None for nobody."""
         self.plan = plan
+        self._choice: Choice | None = None
+        self.show(choice)
+        self._tallies: dict[str, int] = {}
+        self._attributions: dict[str, h.Moments] = {}
         n = len(plan.features)
         self._outcomes: _Ints = np.zeros(r.OUTCOMES, np.int64)
         self._flags: _Ints = np.zeros(3, np.int64)
@@ -118,11 +124,37 @@ class Fold:
         while start < upto:
             low = start % ring.capacity
             high = min(low + (upto - start), ring.capacity, low + CHUNK)
-            self.add(ring.meta[low:high], ring.values[low:high])
+            self.add(ring.meta[low:high], ring.values[low:high], np.arange(start, start + high - low))
             start += high - low
 
-    def add(self, meta: npt.NDArray[np.void], values: npt.NDArray[np.floating]) -> None:
-        """Folds at most ``CHUNK`` slots."""
+    def show(self, choice: Choice | None) -> None:
+        """Says who is shown the rows that are added from now on."""
+        self._choice = None if choice is None or choice.idle else choice
+
+    def tally(self, name: str, n: int) -> None:
+        """Adds to one of the window's ``tallies``."""
+        self._tallies[name] = self._tallies.get(name, 0) + n
+
+    def explained(self, features: tuple[str, ...], attributions: _Floats, scale: float) -> None:
+        """Adds explained rows: attributions [rows, features], of which the absolute values are quantized by ``scale``."""
+        for i, name in enumerate(features):
+            found = h.moments_of(h.quantize(abs(float(v)), 0.0, scale) for v in attributions[:, i])
+            before = self._attributions.get(name)
+            self._attributions[name] = found if before is None else h.merge_moments(before, found)
+        self.tally("explain.rows", len(attributions))
+
+    @property
+    def beside(self) -> bool:
+        """Whether it holds what came from no slot."""
+        return bool(self._tallies)
+
+    def add(
+        self,
+        meta: npt.NDArray[np.void],
+        values: npt.NDArray[np.floating],
+        positions: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Folds at most ``CHUNK`` slots. ``positions``: theirs in the ring, where rows are to be chosen."""
         if not len(meta):
             return
         outcome = meta["outcome"]
@@ -148,14 +180,24 @@ class Fold:
             counted = flags & r.VALUES != 0
             if counted.any():
                 kept = values if counted.all() else values[counted]
-                self._add_values(np.ascontiguousarray(kept.T, np.float64))
+                predicted = self._add_values(np.ascontiguousarray(kept.T, np.float64))
+                if self._choice is not None and positions is not None:
+                    # What the fallback model answered is not this model's.
+                    own = flags[counted] & r.FALLBACK == 0
+                    self._choice.look(
+                        positions[counted][own],
+                        meta["at_ns"][counted][own],
+                        kept[own],
+                        None if predicted is None else predicted[own],
+                        self.tally,
+                    )
 
     def _add_marks(self, kinds: npt.NDArray[np.uint32], ages: npt.NDArray[np.int32]) -> None:
         for i in range(_KINDS):
             self._kinds[i] += np.count_nonzero(kinds & np.uint32(1 << i))
         self._ages.add(ages[ages >= 0].astype(np.int64))
 
-    def _add_values(self, columns: _Floats) -> None:
+    def _add_values(self, columns: _Floats) -> _Ints | None:
         n = len(self.plan.features)
         rows = columns.shape[1]
         features = columns[:n]
@@ -168,6 +210,7 @@ class Fold:
             if predicted is not None:
                 chosen = predicted[inside]
                 counts[1:] += np.bincount(chosen[chosen >= 0], minlength=len(counts) - 1)
+        return predicted
 
     def _add_features(self, features: _Floats, rows: int) -> None:
         # Smallest and largest of each feature: NaN when any value is, so this finds nulls as well.
@@ -275,8 +318,9 @@ class Fold:
                 if counts[0]
             },
             resources=resources,
-            tallies={kind_name(i): int(n) for i, n in enumerate(self._kinds) if n},
+            tallies={**{kind_name(i): int(n) for i, n in enumerate(self._kinds) if n}, **self._tallies},
             freshness=self._ages.result(),
+            attributions=dict(self._attributions),
         )
 
     @property

@@ -46,6 +46,7 @@ class Model:
         self.version = version
         self.manifest = manifest
         self.recorder = recorder
+        self.runner = runner
         self.tee: Tee | None = None
         self.infer = runner.infer
         self.compute = runner.compute

@@ -18,14 +18,14 @@ from skerry_agent.worker.server import Connection, Server
 
 _POLL_S = 0.002
 _CACHED_PATHS = 256
-FEEDBACK = b"/skerry/v1/feedback"
+ABOUT_MODELS = (b"/skerry/v1/feedback", b"/skerry/v1/explain")
 
 
 class Passing:
     """Decides of each request whether it is another worker's.
 
     Args:
-        models_of: models that the labels of a request are about.
+        models_of: models that the body of a request is about, labels or a question.
     """
 
     def __init__(self, server: Server, channel: Channel, models_of: Callable[[bytes], set[str]]) -> None:
@@ -68,7 +68,7 @@ class Passing:
         model = self._paths.get(head.path)
         if model is None:
             model = self._model_in(head.path)
-        if head.path == FEEDBACK and request is not None and head.method == "POST":
+        if head.path in ABOUT_MODELS and request is not None and head.method == "POST":
             about = self._models_of(request.body)
             model = about.pop() if len(about) == 1 and about <= self._models else ""
         if not model:

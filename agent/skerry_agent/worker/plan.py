@@ -15,11 +15,15 @@ RAW_CLASSES = 32
 """Up to this many classes the probabilities are stored as they are, and the predicted class is found while folding."""
 
 # float32 holds these exactly; a feature of another datatype makes the ring store float64.
+_NOT_EXACT = frozenset({"INT64", "UINT64", "BYTES"})
 _FITS_FLOAT32 = frozenset({"BOOL", "UINT8", "UINT16", "INT8", "INT16", "FP16", "FP32"})
 
 
 class FeatureColumn(msgspec.Struct, frozen=True, kw_only=True):
-    """One watched feature: where it comes from and how it is binned. ``low``/``high``: plausible range, None for any."""
+    """One watched feature: where it comes from and how it is binned.
+
+    ``low``/``high``: plausible range, None for any. ``pii``: its values leave the device only as counts.
+    """
 
     name: str
     input: str
@@ -29,6 +33,7 @@ class FeatureColumn(msgspec.Struct, frozen=True, kw_only=True):
     scale: float = 1.0
     low: float | None = None
     high: float | None = None
+    pii: bool = False
 
 
 class OutputColumn(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +71,13 @@ class SliceColumn(msgspec.Struct, frozen=True, kw_only=True):
     high: float
 
 
+class Explain(msgspec.Struct, frozen=True, kw_only=True):
+    """Which rows are explained: ``share`` of all by hash, and all of the classes ``audit`` of the first output."""
+
+    share: float = 0.0
+    audit: tuple[int, ...] = ()
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The values stored per row: features in order, then outputs in order.
 
@@ -73,6 +85,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         wide: float64 values instead of float32.
         whole: inputs of which every column is watched, in order.
         direct: every input and output is stored whole and in the type it comes in, so that a row is its bytes.
+        explain: None when the manifest asks for none.
+        complete: what is stored of a row's features is all that the model was given.
     """
 
     features: tuple[FeatureColumn, ...] = ()
@@ -81,6 +95,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     wide: bool = False
     whole: tuple[str, ...] = ()
     direct: bool = False
+    explain: Explain | None = None
+    complete: bool = False
 
     @property
     def width(self) -> int:
@@ -129,6 +145,7 @@ def plan_of(manifest: m.Manifest) -> Plan:
                 scale=f.scale,
                 low=f.range[0] if f.range else None,
                 high=f.range[1] if f.range else None,
+                pii=f.pii,
             )
             for f in watched
         ),
@@ -147,7 +164,16 @@ def plan_of(manifest: m.Manifest) -> Plan:
         and all(tensor.datatype == ("FP64" if wide else "FP32") for tensor in sources)
         and all(tensor.name in whole for tensor in sources if tensor.name in inputs and not tensor.labels)
         and all(len(tensor.labels) <= RAW_CLASSES for tensor in classifiers),
+        explain=_explain(manifest, classifiers),
+        complete=all(tensor.name in whole and tensor.datatype not in _NOT_EXACT for tensor in manifest.inputs),
     )
+
+
+def _explain(manifest: m.Manifest, classifiers: list[m.Tensor]) -> Explain | None:
+    wanted = manifest.explanations
+    labels = classifiers[0].labels if classifiers else ()
+    audit = tuple(i for i, label in enumerate(labels) if label in wanted.audit)
+    return Explain(share=wanted.share, audit=audit) if wanted.share or audit else None
 
 
 def _width(tensor: m.Tensor) -> int:

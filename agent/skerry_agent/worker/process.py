@@ -24,6 +24,7 @@ from skerry_agent.channel import Channel
 from skerry_agent.worker.access import Gate
 from skerry_agent.worker.book import Book
 from skerry_agent.worker.distinct import Distinct
+from skerry_agent.worker.explaining import Explaining, asked_of
 from skerry_agent.worker.feedback import Feedback, Rules, models_of
 from skerry_agent.worker.generation import CannotServe, key_of, load_generation
 from skerry_agent.worker.handover import Handover
@@ -33,6 +34,7 @@ from skerry_agent.worker.model import Model
 from skerry_agent.worker.passing import Passing
 from skerry_agent.worker.recorder import recover, rss_kb
 from skerry_agent.worker.routes import Routes
+from skerry_agent.worker.sampling import Sampling
 from skerry_agent.worker.server import Server
 from skerry_agent.worker.spans import Spans
 from skerry_agent.worker.tee import Tee
@@ -59,6 +61,8 @@ class Worker:
         self._server: Server | None = None
         self._feedback: Feedback | None = None
         self._spans: Spans | None = None
+        self._explaining: Explaining | None = None
+        self._sampling: Sampling | None = None
         self._passing: Passing | None = None
         self._routes: Routes | None = None
         self._since = time.monotonic()
@@ -179,10 +183,17 @@ class Worker:
                 model.recorder.distinct = Distinct([tensor.name for tensor in model.manifest.inputs])
         if start.otlp_endpoint:
             self._spans = Spans(start.otlp_endpoint, start.trace_share, device=start.device)
-        self._routes = Routes(self._models, self._service, self._feedback, spans=self._spans)
+        service = self._service
+        self._sampling = sampling = Sampling(self._models, start.sampling, send=self._channel.send)
+        self._explaining = Explaining(
+            self._models, self._loop, busy=lambda: service.inflight > 0, on_audit=sampling.audited
+        )
+        for name, model in self._models.items():
+            model.recorder.show(explain=self._explaining.taker(name), sample=sampling.taker(name))
+        self._routes = Routes(self._models, self._service, self._feedback, self._explaining, spans=self._spans)
         self._throttle(start.throttle)
         self._server = Server(self._routes)
-        self._passing = Passing(self._server, self._channel, models_of)
+        self._passing = Passing(self._server, self._channel, lambda body: models_of(body) or asked_of(body))
         # What was loaded stays for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -240,9 +251,14 @@ class Worker:
         # A label of what another bundle answered says nothing about this pair of bundles.
         if model is not None and model.tee is not None and book.header.key.bundle == model.recorder.key.bundle:
             model.tee.label(book.header.token, position, truth, predicted)
+        if truth != predicted and self._sampling is not None:
+            self._sampling.disagreed(f"{book.header.key.model}-{book.header.token}-", position)
 
     def _rekey(self, message: ww.Rekey) -> None:
         recorder = self._models[message.model].recorder
+        if self._explaining is not None:
+            recorder.fold()
+            self._explaining.abandon(message.model)
         old, book = recorder.ring.path, recorder.book
         key = key_of(self._served[message.model], arm=message.arm, rollout=message.rollout, stage=message.stage)
         upto = recorder.rekey(key, message.ring)
@@ -266,6 +282,13 @@ class Worker:
             model.recorder.cut()
         if self._feedback is not None:
             self._feedback.cut()
+
+    def _last_cut(self) -> None:
+        if self._explaining is not None:
+            for model in self._models.values():
+                model.recorder.fold()
+            self._explaining.leave()
+        self._cut()
 
     def _report(self) -> None:
         for model in self._models.values():
@@ -309,7 +332,7 @@ class Worker:
             handover = Handover(self._server, self._channel)
             unpassed = await handover.run(deadline_s)
             log.info("drained passed=%s unpassed=%s", handover.passed, unpassed)
-        self._cut()
+        self._last_cut()
         self._report()
         self._channel.send(ww.Drained(unpassed=unpassed))
         self._over.set()
@@ -324,5 +347,5 @@ class Worker:
             while self._loop.time() < end and any(c.busy or c.unsent for c in server.connections):
                 await asyncio.sleep(_POLL_S)
             server.close()
-        self._cut()
+        self._last_cut()
         self._over.set()

@@ -29,6 +29,7 @@ from skerry_agent import workerwire as ww
 from skerry_agent.worker import book as b
 from skerry_agent.worker import mapped
 from skerry_agent.worker import ring as r
+from skerry_agent.worker.choosing import Choice, Row, Rows, Tally, seed_of
 from skerry_agent.worker.distinct import Distinct
 from skerry_agent.worker.fold import CHUNK, Fold, LatencyFold
 from skerry_agent.worker.plan import Plan
@@ -68,6 +69,7 @@ class Recorder:
         predictions: how many are remembered for late labels, in a book beside the ring; 0 for none.
 
     Attributes:
+        prefix: with a row's position in hexadecimal digits after it, the name of the row, with a book and without.
         book: of the ring; None when nothing can be labelled.
         distinct: counts different requests, where somebody set it.
         prediction_prefix: with the position in hexadecimal digits after it, the id of a prediction; empty without a book.
@@ -86,6 +88,8 @@ class Recorder:
         predictions: int = 0,
     ) -> None:
         self.plan = plan
+        self._explain: Callable[[list[Row]], int] | None = None
+        self._sample: Callable[[Rows, Tally], None] | None = None
         self._labelled = b.labelled_output(plan) if predictions else None
         self._predictions = max(predictions, capacity)
         self.book: b.Book | None = None
@@ -105,16 +109,19 @@ class Recorder:
         self._past_ns = dict.fromkeys(r.TIMES, 0)
         self._unanswered_ns = self._last_ms = 0
         self.distinct: Distinct | None = None
-        self._cpu_ns = time.process_time_ns()
         self.cold_ms = 0
         self._attach(key, ring)
 
     def _attach(self, key: w.Key, path: str) -> None:
-        header = r.Header(key=key, plan=self.plan, capacity=self._capacity, boot_id=self._boot_id)
+        token = os.urandom(5).hex()
+        prefix = f"{key.model}-{token}-"
+        seed = seed_of(prefix)
+        header = r.Header(key=key, plan=self.plan, capacity=self._capacity, boot_id=self._boot_id, seed=seed)
         self.key = key
+        self.prefix = prefix
+        self._choice = Choice(self.plan, seed, explain=self._explain, sample=self._sample)
         self.ring = r.Ring.create(path, header)
         if self._labelled is not None:
-            token = os.urandom(5).hex()
             about = b.Header(
                 key=key,
                 token=token,
@@ -124,8 +131,8 @@ class Recorder:
                 boot_id=self._boot_id,
             )
             self.book = b.Book.create(book_path(path), about)
-            self.prediction_prefix = f"{key.model}-{token}-".encode()
-        self._fold = Fold(self.plan)
+            self.prediction_prefix = prefix.encode()
+        self._fold = Fold(self.plan, self._choice)
         self._folded = self._cut = 0
         self._folding = False
         self._from_inputs = _input_copies(self.plan, self.ring.values)
@@ -278,10 +285,11 @@ class Recorder:
         """Sends the window of everything since the last cut; nothing when nothing happened."""
         self.fold()
         self.ring.look_at_clocks()
-        if self._cut == self._folded:
-            return
         done = self._fold
-        first, last = done.span_ns
+        if self._cut == self._folded and not done.beside:
+            return
+        # A window of no request holds what was found out later about older ones.
+        first, last = done.span_ns if done.slots else (time.monotonic_ns(),) * 2
         window = done.window(self.key, self.ring.instant(first), self.ring.instant(last), self._resources())
         if self.distinct is not None:
             window = msgspec.structs.replace(window, distinct=self.distinct.take())
@@ -296,7 +304,7 @@ class Recorder:
             self._past_ns[part] += fold.total
         self._last_ms = window.end.wall_ms
         self._cut = self._folded
-        self._fold = Fold(self.plan)
+        self._fold = Fold(self.plan, self._choice)
 
     def rekey(self, key: w.Key, path: str) -> int:
         """Cuts the old key's last window and counts under the new key, in a new ring with a new book.
@@ -309,6 +317,35 @@ class Recorder:
         self.ring.close()
         self._attach(key, path)
         return upto
+
+    def show(
+        self,
+        *,
+        explain: Callable[[list[Row]], int] | None = None,
+        sample: Callable[[Rows, Tally], None] | None = None,
+    ) -> None:
+        """Says who explains chosen rows and who keeps samples, from the next fold on. See ``choosing.Choice``."""
+        self._explain, self._sample = explain, sample
+        self.fold()
+        self._choice = Choice(self.plan, self.ring.header.seed, explain=explain, sample=sample)
+        self._fold.show(self._choice)
+
+    def tally(self, name: str, n: int) -> None:
+        """Adds to one of the ``tallies`` of the window under way."""
+        self._fold.tally(name, n)
+
+    def explained(self, features: tuple[str, ...], attributions: npt.NDArray[np.float64], scale: float) -> None:
+        """Counts explained rows, see ``Fold.explained``."""
+        self._fold.explained(features, attributions, scale)
+
+    def values_at(self, position: int) -> npt.NDArray[np.floating] | None:
+        """What an answered row still in the ring holds, as the plan lays it out; None when it is not there."""
+        ring = self.ring
+        if not max(0, ring.written - ring.capacity) <= position < ring.written or not self._width:
+            return None
+        slot = position % ring.capacity
+        kept = ring.meta["flags"][slot] & r.VALUES and ring.meta["outcome"][slot] in (r.OK, r.ROW)
+        return ring.values[slot].copy() if kept else None
 
     def committed(self, path: str, upto: int) -> None:
         """Notes that the store holds ``path`` up to ``upto``; of an older ring it is of no interest any more."""
@@ -344,8 +381,6 @@ class Recorder:
         )
 
     def _resources(self) -> dict[str, int]:
-        cpu_ns, before = time.process_time_ns(), self._cpu_ns
-        self._cpu_ns = cpu_ns
         rss = rss_kb()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         cold_ms, self.cold_ms = self.cold_ms, 0
@@ -353,7 +388,7 @@ class Recorder:
         # CPU time and memory are the worker's, so of all models it serves.
         return {
             **cold,
-            "worker_cpu_us_sum": (cpu_ns - before) // 1000,
+            "worker_cpu_us_sum": _cpu.since_us(),
             "worker_rss_kb_max": max(rss, 0),
             "worker_peak_kb_max": peak,
             "worker_rss_kb_sum": rss,
@@ -390,11 +425,12 @@ def _folded(ring: r.Ring, message: ww.Recover, boot_id: str) -> tuple[ww.WindowC
     if damaged and lost:
         raise mapped.Damaged(f"{damaged} of the last {len(slots)} slots are not of their positions")
     _fill_book(ring, boot_id)
-    fold = Fold(ring.header.plan)
-    kept = slots[whole]
+    # Nobody can explain what a dead worker answered: what was chosen of it counts as dropped.
+    fold = Fold(ring.header.plan, Choice(ring.header.plan, ring.header.seed))
+    kept, places = slots[whole], np.arange(message.start + lost, upto)[whole]
     for low in range(0, len(kept), CHUNK):
         part = kept[low : low + CHUNK]
-        fold.add(ring.meta[part], ring.values[part])
+        fold.add(ring.meta[part], ring.values[part], places[low : low + CHUNK])
     cut = None
     if fold.slots:
         first, last = fold.span_ns
@@ -432,6 +468,21 @@ def _fill_book(ring: r.Ring, boot_id: str) -> None:
         log.exception("label book not filled path=%s", path)
     finally:
         book.close()
+
+
+class _Cpu:
+    """CPU time of this process, each microsecond given out once, however many models share it."""
+
+    def __init__(self) -> None:
+        self._given_us = time.process_time_ns() // 1000
+
+    def since_us(self) -> int:
+        now_us = time.process_time_ns() // 1000
+        given, self._given_us = now_us - self._given_us, now_us
+        return given
+
+
+_cpu = _Cpu()
 
 
 def rss_kb() -> int:

@@ -63,12 +63,13 @@ pack = struct.Struct("<BBHIqqqqqQIi").pack
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """What a ring holds: the window key, the columns, and the boot in which it was made."""
+    """What a ring holds: the window key, the columns, and the boot in which it was made. ``seed``: see ``choosing``."""
 
     key: w.Key
     plan: Plan
     capacity: int
     boot_id: str
+    seed: int = 0
 
 
 class Ring:

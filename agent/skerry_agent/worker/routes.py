@@ -18,6 +18,7 @@ from skerry_agent.worker import access as a
 from skerry_agent.worker import http1, oip
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.coding import Packing
+from skerry_agent.worker.explaining import Explaining
 from skerry_agent.worker.feedback import Feedback
 from skerry_agent.worker.inference import Done, InferenceService
 from skerry_agent.worker.model import Model
@@ -46,9 +47,11 @@ class Routes:
         models: dict[str, Model],
         service: InferenceService,
         feedback: Feedback,
+        explaining: Explaining,
         gate: a.Gate | None = None,
         spans: Spans | None = None,
     ) -> None:
+        self._explaining = explaining
         self.gate = gate
         self._loop = asyncio.get_running_loop()
         self._models = models
@@ -120,6 +123,9 @@ class Routes:
         if parts == ["skerry", "v1", "feedback"]:
             _require_body(head)
             return self._feedback.answer(request, done, self._allowed(head, asker))
+        if parts == ["skerry", "v1", "explain"]:
+            _require_body(head)
+            return self._explaining.answer(request, done, self._allowed(head, asker))
         if parts[:1] != ["v2"]:
             raise _Status(404, f"no such path: {_shown(head.path)}")
         match parts[1:]:

@@ -1,4 +1,4 @@
-"""``skerry drift`` and ``skerry accuracy``: what the fleet's counts say about a model, in plain words."""
+"""``skerry drift``, ``skerry accuracy`` and ``skerry samples``: what the fleet's counts say about a model, in plain words."""
 
 from __future__ import annotations
 
@@ -93,6 +93,34 @@ def accuracy(
                 ("class", "recall", "of", "precision", "of"),
                 rows,
             )
+
+
+def samples(
+    context: typer.Context,
+    model: Model = None,
+    device: Annotated[str | None, typer.Option("--device", help="Only of this device.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shows single answers that devices kept whole: a share of all, and what was strange."""
+    items = list(session(context).api.items("/api/v1/telemetry/samples", model=model, device=device))
+    if as_json:
+        output.show_json({"items": items})
+        return
+    if not items:
+        output.say(f"No samples came{_of(model)}; the group's setting sample_rate says whether devices keep any.")
+        return
+    rows = [
+        (output.when(one["at_ms"]), one["device"], one["why"], one["prediction_id"], _short_values(one))
+        if "why" in one
+        else (output.when(one["received_ms"]), one["device"], "unreadable", "", "")
+        for one in items
+    ]
+    output.show_table("samples; --json shows all of each", ("at", "device", "why", "prediction", "inputs"), rows)
+
+
+def _short_values(sample: dict[str, Any]) -> str:
+    shown = [f"{name}={_number(value)}" for name, value in list(sample["inputs"].items())[:3]]
+    return " ".join([*shown, "..."] if len(sample["inputs"]) > 3 else shown)
 
 
 def _of(model: str | None) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Query
+from skerry_contract import wire
+from skerry_contract.errors import ContractError
 
-from skerry_server.api.context import After, Ctx, Limit, Viewer, cursor, read_cursor
+from skerry_server.api.context import After, Ctx, Engineer, Limit, Viewer, cursor, page, read_cursor
 from skerry_server.db import queries
 from skerry_server.db.engine import reading
 
@@ -42,3 +45,45 @@ def counts(
         "streams": [{name: row._mapping[name] for name in _STREAM} for row in streams],
         "streams_next": cursor(streams[-1].device, streams[-1].epoch) if len(streams) >= limit else None,
     }
+
+
+@router.get("/samples", summary="Single answers that devices kept whole, oldest first")
+def samples(
+    context: Ctx,
+    _caller: Engineer,
+    model: Annotated[str | None, Query(max_length=63)] = None,
+    bundle: Annotated[str | None, Query(max_length=64)] = None,
+    device: Annotated[str | None, Query(max_length=63)] = None,
+    after: After = None,
+    limit: Limit = 100,
+) -> dict[str, Any]:
+    """Values of single requests, and so for engineers: features marked as personal data are not among them."""
+    last = read_cursor(after, int)
+    with reading(context.engine) as conn:
+        rows = queries.samples_page(
+            conn, model=model, bundle=bundle, device=device, after=None if last is None else last[0], limit=limit
+        )
+    items = [{"id": row.id, "device": row.device, "received_ms": row.received_ms, **_sample(row.body)} for row in rows]
+    return page(items, limit, *((items[-1]["id"],) if items else ()))
+
+
+def _sample(body: bytes) -> dict[str, Any]:
+    """A sample as JSON has it: null for what is no number, no field for what JSON has no word for."""
+    try:
+        found = wire.decode(wire.Sample, body)
+        fields = {
+            "prediction_id": found.id,
+            "at_ms": found.at.wall_ms,
+            "why": found.why,
+            "model": found.key.model,
+            "bundle": found.key.bundle,
+            "arm": found.key.arm,
+            "rollout": found.key.rollout,
+            "inputs": found.inputs,
+            "outputs": found.outputs,
+            "attributions": found.extra.get("attributions", {}),
+        }
+        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(fields))
+    except (ContractError, TypeError, ValueError, msgspec.MsgspecError):
+        return {"unreadable": True}
+    return plain

@@ -161,6 +161,26 @@ def streams_page(
     return connection.execute(query.order_by(s.device, s.epoch).limit(_page(limit))).fetchall()
 
 
+def samples_page(
+    connection: Connection,
+    *,
+    model: str | None = None,
+    bundle: str | None = None,
+    device: str | None = None,
+    after: int | None = None,
+    limit: int = MAX_PAGE,
+) -> Sequence[Row[Any]]:
+    """Samples, oldest first: all columns of the table. ``after``: the last id of the page before."""
+    s = t.samples.c
+    query = select(t.samples)
+    for column, wanted in ((s.model, model), (s.bundle, bundle), (s.device, device)):
+        if wanted is not None:
+            query = query.where(column == wanted)
+    if after is not None:
+        query = query.where(s.id > after)
+    return connection.execute(query.order_by(s.id).limit(_page(limit))).fetchall()
+
+
 def quarantine_page(
     connection: Connection, *, device: str | None = None, after: int = 0, limit: int = 100
 ) -> Sequence[Row[Any]]:

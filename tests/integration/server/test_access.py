@@ -19,6 +19,7 @@ COMMANDS: list[tuple[str, str, object, set[str]]] = [
     ("GET", "/api/v1/rollouts", None, set(ROLES)),
     ("GET", "/api/v1/bundles", None, set(ROLES)),
     ("GET", "/api/v1/telemetry/counts", None, set(ROLES)),
+    ("GET", "/api/v1/telemetry/samples", None, {"engineer", "admin"}),
     ("GET", "/api/v1/repository/status", None, set(ROLES)),
     ("GET", "/api/v1/audit", None, {"auditor", "admin"}),
     ("GET", "/api/v1/tokens", None, {"admin"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import http.client
 import json
+import os
 import signal
 import struct
 import threading
@@ -339,3 +340,20 @@ def test_windows_hold_what_was_asked_and_answered(rig: Rig, bundle: Path) -> Non
     assert abs(window.end.wall_ms - time.time() * 1000) < 60_000
     assert window.latency.total.n == 30
     assert window.resources["worker_rss_kb_max"] > 10_000
+
+
+def test_two_models_share_a_worker_and_its_cpu_time_is_counted_once(rig: Rig, bundle: Path, tmp_path: Path) -> None:
+    models.build_bundle(tmp_path / "wear", model="wear")
+    worker = rig.start(rig.served(bundle), rig.served(tmp_path / "wear", name="wear"))
+    for _ in range(3):
+        ask(rig, 20)
+        connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
+        connection.request("POST", "/v2/models/wear/infer", body())
+        assert connection.getresponse().status == 200
+        connection.close()
+        rig.flush(worker)
+    counted_us = sum(window.resources["worker_cpu_us_sum"] for _, window in rig.windows)
+    assert {window.key.model for _, window in rig.windows} == {"gas", "wear"}
+    user, system = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    used_us = (int(user) + int(system)) * 1_000_000 // os.sysconf("SC_CLK_TCK")
+    assert 0 < counted_us <= used_us + 20_000

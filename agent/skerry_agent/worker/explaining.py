@@ -1,0 +1,342 @@
+"""Explains answers beside the answering: chosen rows into windows, and single ones on request (``POST /skerry/v1/explain``).
+
+A thread of its own, of low priority, does it while no request is in work, one row at a time, and sleeps after each so that it
+has at most ``BUDGET`` of one processor. What it cannot get to is dropped and counted: of the rows that were chosen
+(``explain.chosen``) each ends as explained (``explain.rows``) or dropped (``explain.dropped``), in this window or in a later
+one of the same key; a killed worker takes along what it had not explained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from skerry_runtime import explain, proof
+from skerry_runtime.errors import BadInput
+from skerry_runtime.tensors import DTYPES, Tensors
+
+from skerry_agent.worker import http1, oip
+from skerry_agent.worker.choosing import Row
+from skerry_agent.worker.model import Model
+
+log = logging.getLogger(__name__)
+
+BUDGET = 0.05
+MOST_WAITING = 256
+MOST_ASKED = 8
+_IDLE_S = 0.02
+_LONGEST_PAUSE_S = 5.0
+_NICE = 10
+_RETRY_LATER = b"Retry-After: 1\r\n"
+_PREDICTION = re.compile(r"([a-z0-9][a-z0-9-]{0,62}-[0-9a-f]{10}-)([0-9a-f]{1,16})")
+
+Done = Callable[[bytes], None]
+Finish = Callable[["explain.Explanation | Exception"], None]
+
+
+class Loop(Protocol):
+    """What is needed of the event loop."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> object:
+        """See asyncio."""
+
+
+class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``id`` of a prediction that is still remembered, with the ``row`` of a request with several; or ``model`` and ``inputs``."""
+
+    id: str = ""
+    row: int = 0
+    model: str = ""
+    inputs: msgspec.Raw = msgspec.Raw()
+
+
+class _Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Attributions by feature; ``withheld``: features that are personal data."""
+
+    model: str
+    version: str
+    output: str
+    value: float
+    attributions: dict[str, float]
+    label: str = ""
+    withheld: tuple[str, ...] = ()
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+_decoder = msgspec.json.Decoder(_Asked)
+
+
+def asked_of(body: bytes) -> set[str]:
+    """The model that a question is about, as far as it says so; none when it cannot be read."""
+    try:
+        asked = _decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return set()
+    parts = _PREDICTION.fullmatch(asked.id)
+    name = asked.model or (parts[1][:-12] if parts else "")
+    return {name} if name else set()
+
+
+class Explaining:
+    """Not thread-safe: every call comes from the event loop's thread.
+
+    Args:
+        busy: whether requests are in work.
+        on_audit: hears of each explained row of an audit class: model, row, attributions by feature, none of them personal.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        loop: Loop,
+        *,
+        busy: Callable[[], bool],
+        on_audit: Callable[[str, Row, dict[str, float]], None] = lambda *_: None,
+        budget: float = BUDGET,
+    ) -> None:
+        self._models = models
+        self._loop = loop
+        self._busy = busy
+        self._on_audit = on_audit
+        self._budget = budget
+        self._jobs: queue.PriorityQueue[tuple[int, int, explain.Occluder, Tensors, Finish]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._occluders: dict[str, explain.Occluder | explain.NotExplainable] = {}
+        self._waiting: dict[str, int] = dict.fromkeys(models, 0)
+        self._lives: dict[str, int] = dict.fromkeys(models, 0)
+        self._asked = 0
+
+    # --- chosen rows ------------------------------------------------------------------------------------------------
+
+    def taker(self, name: str) -> Callable[[list[Row]], int] | None:
+        """What takes a model's chosen rows; None when nothing of it is ever explained."""
+        model = self._models[name]
+        plan = model.recorder.plan
+        if plan.explain is None:
+            return None
+        try:
+            if not plan.complete:
+                raise explain.NotExplainable("not all inputs are watched, so a record does not hold what was asked")
+            self._occluder(name)
+        except explain.NotExplainable as error:
+            log.warning("chosen rows are not explained model=%s why=%s", name, error)
+            return None
+        return lambda rows: self._take(name, rows)
+
+    def _take(self, name: str, rows: list[Row]) -> int:
+        model = self._models[name]
+        room = MOST_WAITING - sum(self._waiting.values())
+        taken = rows[: max(0, room)]
+        occluder, life = self._occluder(name), self._lives[name]
+        for row in taken:
+            inputs = inputs_of(model, row.values)
+            self._put(1, occluder, inputs, lambda found, row=row: self._explained(name, life, row, found))  # type: ignore[misc]
+        self._waiting[name] += len(taken)
+        return len(taken)
+
+    def _explained(self, name: str, life: int, row: Row, found: explain.Explanation | Exception) -> None:
+        if life != self._lives[name]:
+            return  # counted as dropped, under the key it was answered under
+        self._waiting[name] -= 1
+        model = self._models[name]
+        if isinstance(found, Exception):
+            log.warning("row not explained model=%s error=%s", name, type(found).__name__)
+            model.recorder.tally("explain.dropped", 1)
+            return
+        occluder = self._occluder(name)
+        model.recorder.explained(occluder.features, found.attributions[None], occluder.scale)
+        wanted = model.recorder.plan.explain
+        if wanted is not None and row.predicted in wanted.audit:
+            self._on_audit(name, row, _open_part(model, occluder, found)[0])
+
+    def abandon(self, name: str) -> None:
+        """Drops what waits, before the model's key changes: it must count under the key it was answered under."""
+        if self._waiting[name]:
+            self._models[name].recorder.tally("explain.dropped", self._waiting[name])
+        self._waiting[name] = 0
+        self._lives[name] += 1
+
+    def leave(self) -> None:
+        """Drops all that waits: the worker goes."""
+        for name in self._models:
+            self.abandon(name)
+
+    # --- on request -------------------------------------------------------------------------------------------------
+
+    def answer(self, request: http1.Request, done: Done, models: tuple[str, ...] = ()) -> bytes | None:
+        """``POST /skerry/v1/explain``: the reply's bytes, or None and ``done`` is called with them later.
+
+        Args:
+            models: about which this client may ask; empty for all.
+        """
+        close = not request.head.keep_alive
+        try:
+            model, inputs = self._question(request.body)
+            if models and model.name not in models:
+                raise _Refused(403, f"explain: not for a client of {', '.join(models)}")
+            occluder = self._occluder(model.name)
+            if self._asked >= MOST_ASKED:
+                body = oip.error_body(f"{MOST_ASKED} explanations are in work already")
+                return http1.reply(503, body, close=close, extra=_RETRY_LATER)
+        except _Refused as error:
+            return http1.reply(error.status, oip.error_body(str(error)), close=close)
+        except explain.NotExplainable as error:
+            return http1.reply(400, oip.error_body(f"{model.name}: cannot be explained: {error}"), close=close)
+        except BadInput as error:
+            return http1.reply(400, oip.error_body(str(error)), close=close)
+        self._asked += 1
+        self._put(0, occluder, inputs, lambda found: self._reply(model, occluder, found, close, done))
+        return None
+
+    def _question(self, body: bytes) -> tuple[Model, Tensors]:
+        try:
+            asked = _decoder.decode(body)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise _Refused(400, f"explain: {error}") from None
+        if bool(asked.id) == bool(bytes(asked.inputs)):
+            raise _Refused(400, "explain: wanted the id of a prediction, or inputs")
+        if asked.id:
+            return self._remembered(asked)
+        model = self._model(asked.model)
+        found = oip.parse_request(b'{"inputs":%b}' % bytes(asked.inputs), -1).inputs
+        if any(array.shape[:1] != (1,) for array in found.values()):
+            raise _Refused(400, "explain: wanted inputs of one row")
+        violation = model.runner.guard.check(found)
+        if violation is not None:
+            raise BadInput(violation)
+        return model, found
+
+    def _model(self, name: str) -> Model:
+        if not name and len(self._models) == 1:
+            (name,) = self._models
+        if name not in self._models:
+            raise _Refused(404 if name else 400, f"explain: wanted the model, one of {', '.join(self._models)}")
+        return self._models[name]
+
+    def _remembered(self, asked: _Asked) -> tuple[Model, Tensors]:
+        parts = _PREDICTION.fullmatch(asked.id)
+        prefix = parts[1].encode() if parts else b""
+        for model in self._models.values():
+            recorder = model.recorder
+            if parts and prefix == recorder.prediction_prefix:
+                if not recorder.plan.complete:
+                    raise explain.NotExplainable("not all inputs are watched, so a record does not hold what was asked")
+                values = recorder.values_at(int(parts[2], 16) + asked.row) if 0 <= asked.row <= 1 << 32 else None
+                if values is None:
+                    raise _Refused(404, f"explain: {asked.id}: newer requests took its place")
+                return model, inputs_of(model, values)
+        raise _Refused(404, f"explain: {asked.id[:100]}: no such prediction, or not of a model that answers now")
+
+    def _reply(
+        self, model: Model, occluder: explain.Occluder, found: explain.Explanation | Exception, close: bool, done: Done
+    ) -> None:
+        self._asked -= 1
+        if isinstance(found, Exception):
+            status = 400 if isinstance(found, BadInput) else 500
+            done(http1.reply(status, oip.error_body(f"{model.name}: {found}"), close=close))
+            return
+        model.recorder.tally("explain.asked", 1)
+        attributions, withheld = _open_part(model, occluder, found)
+        labels = next(t.labels for t in model.manifest.outputs if t.name == found.output)
+        answer = _Answer(
+            model=model.name,
+            version=model.version,
+            output=found.output,
+            value=found.value,
+            attributions=attributions,
+            label=labels[found.column] if labels else "",
+            withheld=withheld,
+        )
+        done(http1.reply(200, msgspec.json.encode(answer), close=close))
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _occluder(self, name: str) -> explain.Occluder:
+        found = self._occluders.get(name)
+        if found is None:
+            try:
+                found = _made(self._models[name])
+            except explain.NotExplainable as error:
+                found = error
+            self._occluders[name] = found
+        if isinstance(found, explain.NotExplainable):
+            raise found
+        return found
+
+    def _put(self, order: int, occluder: explain.Occluder, inputs: Tensors, finish: Finish) -> None:
+        self._jobs.put((order, next(self._numbers), occluder, inputs, finish))
+        if self._thread is None:
+            # A daemon: a model that hangs must not keep the process from exiting.
+            self._thread = threading.Thread(target=self._work, name="explaining", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        while True:
+            order, _, occluder, inputs, finish = self._jobs.get()
+            while order and self._busy():
+                time.sleep(_IDLE_S)
+            before = time.thread_time()
+            found: explain.Explanation | Exception
+            try:
+                found = occluder.explain(inputs)
+            except Exception as error:
+                found = error
+            used = time.thread_time() - before
+            try:
+                self._loop.call_soon_threadsafe(finish, found)
+            except RuntimeError:
+                return  # the loop is closed: the worker is gone
+            time.sleep(min(_LONGEST_PAUSE_S, used * (1 / self._budget - 1)))
+
+
+def inputs_of(model: Model, values: npt.NDArray[np.floating]) -> Tensors:
+    """One row's inputs of what its record holds. Only of a plan that is ``complete``."""
+    found: Tensors = {}
+    at = 0
+    for name in dict.fromkeys(f.input for f in model.recorder.plan.features):
+        tensor = next(t for t in model.manifest.inputs if t.name == name)
+        width = tensor.shape[-1] if len(tensor.shape) == 2 else 1
+        part = values[at : at + width].astype(DTYPES[tensor.datatype])
+        found[name] = part.reshape(1, width) if len(tensor.shape) == 2 else part
+        at += width
+    return found
+
+
+def _made(model: Model) -> explain.Occluder:
+    occluder = explain.occluder_of(model.runner)
+    classifier = any(t.labels for t in model.manifest.outputs)
+    if not classifier:
+        name = next(t.name for t in model.manifest.outputs if t.datatype.startswith("FP"))
+        cases = proof.read_cases(model.runner.bundle, model.runner.variant)
+        answers = [case.outputs[name].ravel()[:1] for case in cases if name in case.outputs]
+        occluder.scale = explain.attribution_scale(np.concatenate(answers) if answers else None, classifier=False)
+    return occluder
+
+
+def _open_part(
+    model: Model, occluder: explain.Occluder, found: explain.Explanation
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """(attributions of features that are no personal data, names of the others)."""
+    personal = {f.name for f in model.manifest.features if f.pii}
+    pairs: list[tuple[str, Any]] = list(zip(occluder.features, found.attributions.tolist(), strict=True))
+    shown = {name: value for name, value in pairs if name not in personal}
+    return shown, tuple(name for name, _ in pairs if name in personal)
