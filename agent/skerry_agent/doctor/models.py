@@ -75,6 +75,25 @@ def check_worker(patient: Patient) -> Iterator[Finding]:
             advice="skerry-agent status says what the last sync and update came to; the agent's log why no worker starts",
         )
         return
+    for model, running in sorted(status["running"].items()):
+        if running["state"] == "stopped":
+            yield Finding(
+                check="worker",
+                verdict="fail",
+                detail=f"{model} {running['version']} has no worker now",
+                advice="the agent starts it again after growing pauses; its log says why it dies",
+            )
+    for model, times in sorted(status["worker"]["suspects"].items()):
+        yield Finding(
+            check="worker",
+            verdict="warn",
+            detail=f"{model} was in work when its worker died, {times} times of late",
+            advice="after five times within ten minutes its previous bundle comes back, or it goes on in a worker of its own",
+        )
+    for one in status["workers"]:
+        kind = f"{one['cell']}'s own worker" if one["cell"] else "the shared worker"
+        most = f", {one['own_mb']:.0f} MB of its own of at most {one['most_mb']:.0f}" if one["most_mb"] else ""
+        yield Finding(check="worker", verdict="ok", detail=f"{kind}: {', '.join(one['models']) or 'no model'}{most}")
     serving = status["serving"]
     if "port" in serving:
         tcp = http.client.HTTPConnection(serving["host"], serving["port"], timeout=NET_S)

@@ -122,7 +122,7 @@ def test_labels_reach_the_worker_of_their_model_whoever_holds_the_connection(apa
     assert told({"id": "mine", "label": "class-0"}) == ["invalid"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGSEGV])
 def test_an_isolated_model_that_dies_takes_no_other_request_along(
     apart: Device, server: Server, number: signal.Signals
 ) -> None:

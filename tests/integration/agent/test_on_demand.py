@@ -67,6 +67,7 @@ def test_a_model_on_demand_sleeps_when_nobody_asks_and_a_request_wakes_it(
     assert all(10 < one["cold_start_ms_max"] < 60_000 for one in cold)
 
 
+@pytest.mark.slow
 def test_many_first_requests_start_one_worker_and_those_beyond_the_limit_are_turned_away(
     make_device: Callable[..., Device], server: Server
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_device_with_nothing_but_models_on_demand_boots_asleep_and_takes_updat
     wait_for(lambda: server.inferences() == 43, why=lambda: f"43 counted, got {server.inferences()}")
 
 
+@pytest.mark.slow
 def test_labels_wake_the_model_that_they_are_about(make_device: Callable[..., Device], server: Server) -> None:
     device = with_pool(make_device(), on_demand=["pump"], idle_s=1.0)
     confirmed(device, server, "gas", "pump")

@@ -82,7 +82,10 @@ def test_a_spinning_worker_is_replaced_and_one_in_use_is_not(
     assert {e.code for e in server.events("worker")} == {"worker_spun"}
 
 
-@pytest.mark.parametrize(("orders", "code"), [("leak-once 320", "worker_leaked"), ("spin", "worker_spun")])
+@pytest.mark.parametrize(
+    ("orders", "code"),
+    [("leak-once 320", "worker_leaked"), pytest.param("spin", "worker_spun", marks=pytest.mark.slow)],
+)
 def test_what_leaks_or_spins_on_trial_goes_back(
     make_device: Callable[..., Device], server: Server, orders: str, code: str
 ) -> None:
