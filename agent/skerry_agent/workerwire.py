@@ -175,9 +175,9 @@ class Accept(Message, frozen=True, kw_only=True, tag="accept"):
 
 
 class Elsewhere(Message, frozen=True, kw_only=True, tag="elsewhere"):
-    """Models that other workers serve. A connection with a request for one of them is given away by ``conn``."""
+    """Models that other workers serve, and their versions. A connection with a request for one of them is given away by ``conn``."""
 
-    models: tuple[str, ...]
+    models: dict[str, str]
 
 
 class Drain(Message, frozen=True, kw_only=True, tag="drain"):
@@ -193,6 +193,7 @@ class Conn(Message, frozen=True, kw_only=True, tag="conn"):
         head: bytes already read from it and not yet answered.
         model: to the supervisor: of another worker, for which the request is. To a worker: that model; the worker answers the
             request itself, whatever it knows of it. Empty for a connection of a worker that leaves.
+        waited: to a worker: ``cold`` when the request had its model loaded, ``waiting`` when it waited for that; empty when neither.
         retry_s: to a worker: turn the request away, the client may come again after so many seconds. 0: answer it.
 
     It arrives without a descriptor when the receiver may open no more: the connection is lost then.
@@ -200,6 +201,7 @@ class Conn(Message, frozen=True, kw_only=True, tag="conn"):
 
     head: bytes = b""
     model: str = ""
+    waited: str = ""
     retry_s: int = 0
 
 

@@ -120,7 +120,7 @@ class Serving:
         self.site.elsewhere = self._elsewhere
         self.site.set_apart = self.set_apart
         self.before: dict[str, Counts] = {}
-        self._coming: set[str] = set()
+        self._coming: dict[str, str] = {}
         self._flushes: dict[int, asyncio.Event] = {}
         self._began_s = clock.boot_s()
 
@@ -250,7 +250,7 @@ class Serving:
         gone += [
             other for cell in (*launch.new, *launch.rest) if (other := self.cells.get(cell.name)) not in (None, cell)
         ]
-        self._coming = {model for generation in launch.new.values() for model in generation.models}
+        self._coming = {m: s.version for generation in launch.new.values() for m, s in generation.models.items()}
         left: list[tuple[Cell, Generation | None]] = []
         for cell, generation in launch.new.items():
             self.cells[cell.name] = cell
@@ -262,7 +262,7 @@ class Serving:
             cell.ended = True
             left.append((cell, cell.current))
         drains = [cell.drain(old) for cell, old in left if old is not None and old.worker.alive]
-        self._coming = set()
+        self._coming = {}
         self._changed()
         if drains:
             # On their own: a drain goes on when whoever asked for it has changed his mind.
@@ -429,9 +429,10 @@ class Serving:
         self.passing.hand_on()
         self.recover()
 
-    def _elsewhere(self, generation: Generation) -> tuple[str, ...]:
-        """Models that other cells serve, or will when the change under way is done."""
-        return tuple(sorted({*self.models(), *self._coming} - generation.models.keys()))
+    def _elsewhere(self, generation: Generation) -> dict[str, str]:
+        """Models that other cells serve, or will when the change under way is done, and their versions."""
+        versions = {model: slot.version for model, slot in self.models().items()} | self._coming
+        return {model: version for model, version in sorted(versions.items()) if model not in generation.models}
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, None]]) -> None:

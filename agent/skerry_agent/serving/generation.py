@@ -57,7 +57,7 @@ class Generation:
     cold_ms: int = 0
     leaving: bool = False
     accepting: bool = False
-    elsewhere: tuple[str, ...] = ()
+    elsewhere: dict[str, str] = field(default_factory=dict)
     loading: str = ""
     suspects: tuple[str, ...] = ()
 

@@ -77,11 +77,13 @@ class OnDemand(Cell):
             self._asleep[model] = msgspec.structs.replace(slot, arm=arm, rollout=rollout, stage=stage)
         super().rekey(model, arm=arm, rollout=rollout, stage=stage)
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         """A request wants it. Where it did not start lately, the next try has to wait."""
-        if self.resting and not self._waking and self._site.clock.boot_s() >= self._wake_after_s:
-            self._waking = True
-            self._site.background(self._wake(dict(self._asleep)))
+        if not self.resting or self._waking or self._site.clock.boot_s() < self._wake_after_s:
+            return False
+        self._waking = True
+        self._site.background(self._wake(dict(self._asleep)))
+        return True
 
     async def _wake(self, models: dict[str, Slot]) -> None:
         site = self._site

@@ -24,13 +24,14 @@ log = logging.getLogger(__name__)
 
 
 class _Waiting(msgspec.Struct, kw_only=True):
-    """``cell``: by name; ``model``: that the request is for, empty for a connection of a worker that left."""
+    """``cell``: by name; ``model``: that the request is for, empty for a connection of a worker that left. ``waited``: see ``Conn``."""
 
     cell: str
     model: str
     head: bytes
     fd: int
     since_s: float
+    waited: str = ""
 
 
 class CellOf(Protocol):
@@ -102,7 +103,7 @@ class Passing:
         heir = cell.current if cell is not None and cell.answering() else None
         if heir is None or heir.leaving or (heir is giver and not one.model):
             if cell is not None and one.model:
-                cell.wake()
+                one.waited = "cold" if cell.wake() else one.waited or "waiting"
             return False
         self._relay(heir, one)
         return True
@@ -117,5 +118,5 @@ class Passing:
         return True
 
     def _relay(self, heir: Generation, one: _Waiting, *, retry_s: int = 0) -> None:
-        heir.worker.send(ww.Conn(head=one.head, model=one.model, retry_s=retry_s), one.fd)
+        heir.worker.send(ww.Conn(head=one.head, model=one.model, waited=one.waited, retry_s=retry_s), one.fd)
         os.close(one.fd)

@@ -39,7 +39,7 @@ class Site:
         on_connection: a worker gives a connection away: to its heir, or to the cell of the model that it is for.
         on_change: a cell has another serving worker, or none; or a worker is gone.
         on_flushed: a worker has sent all it had when it was asked.
-        elsewhere: models that other cells serve.
+        elsewhere: models that other cells serve, and their versions.
         apart: digests that get a cell of their own although they do not ask for it; set_apart: makes it so.
         sample_rate: share of answers that are kept whole, of workers that start; 0: none, whatever they are.
         throttle: inferences per second of all clients together, of each worker; 0: no bound.
@@ -63,7 +63,7 @@ class Site:
     on_connection: Callable[[Generation, ww.Conn, int], None] = _nothing
     on_change: Callable[[], None] = _nothing
     on_flushed: Callable[[int], None] = _nothing
-    elsewhere: Callable[[Generation], tuple[str, ...]] = lambda _: ()
+    elsewhere: Callable[[Generation], dict[str, str]] = lambda _: {}
     window_s: float = 300.0
     throttle: float = 0.0
     sample_rate: float = 0.0

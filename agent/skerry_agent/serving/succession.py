@@ -91,8 +91,9 @@ class Cell:
         """Whether a request would be answered."""
         return self.answering() or self.resting
 
-    def wake(self) -> None:
-        """A request wants a worker that is not there."""
+    def wake(self) -> bool:
+        """A request wants a worker that is not there. Whether it is started for that request."""
+        return False
 
     def runs(self, models: Mapping[str, Slot]) -> bool:
         """Whether a sound worker serves exactly these bundles."""

@@ -119,6 +119,13 @@ class Gate:
                 return Refusal(403, f"{client.name} may not label", DENIED)
         return self._within(client, asker, what)
 
+    def lets_by(self, head: http1.Head, asker: Asker, model: str) -> bool:
+        """Whether ``judge`` would let the client ask the model at all; how often is not looked at, nor counted."""
+        if self._path is None:
+            return True
+        client = self._find(head, asker)
+        return client is not None and (not model or not client.models or model in client.models)
+
     def models_of(self, head: http1.Head, asker: Asker) -> tuple[str, ...]:
         """The models that who passed ``judge`` may ask; empty for all."""
         client = self._find(head, asker) if self._path is not None else None

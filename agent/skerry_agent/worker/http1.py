@@ -67,6 +67,7 @@ class Head:
         length: of the body, bytes; -1 when chunked.
         json_length: ``Inference-Header-Content-Length``, or -1.
         encoding: ``Content-Encoding``, lower case, empty for none.
+        kinds: what happened to the request before it was read, bits of ``window.GUARD_KINDS``; never of a head that is kept.
         attempt: ``Skerry-Attempt``: 1 unless the client says that it repeats a request.
         accepts: the content coding that the reply may have, by ``Accept-Encoding``; empty for none.
         authorization: as it came; a secret, which no log may show.
@@ -82,6 +83,7 @@ class Head:
     json_length: int = -1
     encoding: bytes = b""
     attempt: int = 1
+    kinds: int = 0
     accepts: bytes = b""
     authorization: bytes = field(default=b"", repr=False)
     traceparent: bytes = b""

@@ -17,12 +17,13 @@ from skerry_agent.worker.model import Model
 def noted(models: Mapping[str, Model], descriptor: int) -> None:
     """Makes every model's inferences leave a note. Called in the event loop's thread; ``descriptor`` may be closed afterwards."""
     shared = mmap.mmap(descriptor, mmap.PAGESIZE)
+    here = get_ident()
     for number, name in enumerate(sorted(models), start=1):
         model = models[name]
-        model.infer = _noting(model.infer, shared, number, get_ident())
-        model.compute = _noting(model.compute, shared, number, get_ident())
+        model.infer = _noting(model.infer, shared, number, here)
+        model.compute = _noting(model.compute, shared, number, here)
         if model.go_on is not None:
-            model.go_on = _noting(model.go_on, shared, number, get_ident())
+            model.go_on = _noting(model.go_on, shared, number, here)
 
 
 def _noting(infer: Callable[..., Any], shared: mmap.mmap, number: int, loop_thread: int) -> Callable[..., Any]:

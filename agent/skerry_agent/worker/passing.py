@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from skerry_contract import window as w
 
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel
 from skerry_agent.worker import http1, oip
+from skerry_agent.worker.access import Gate
 from skerry_agent.worker.server import Connection, Server
 
 _POLL_S = 0.002
 _CACHED_PATHS = 256
 ABOUT_MODELS = (b"/skerry/v1/feedback", b"/skerry/v1/explain")
+_KINDS = {waited: 1 << w.GUARD_KINDS.index(f"load.{waited}") for waited in ("cold", "waiting")}
 
 
 class Passing:
@@ -26,9 +30,17 @@ class Passing:
 
     Args:
         models_of: models that the body of a request is about, labels or a question.
+        gate: what requests must pass first. Who may not ask a model here wakes none elsewhere.
     """
 
-    def __init__(self, server: Server, channel: Channel, models_of: Callable[[bytes], set[str]]) -> None:
+    def __init__(
+        self,
+        server: Server,
+        channel: Channel,
+        models_of: Callable[[bytes], set[str]],
+        gate: Callable[[], Gate | None],
+    ) -> None:
+        self._gate = gate
         self._server = server
         self._channel = channel
         self._models_of = models_of
@@ -38,7 +50,7 @@ class Passing:
         self._going: set[Connection] = set()
         self.passed = 0
 
-    def know(self, models: tuple[str, ...]) -> None:
+    def know(self, models: Iterable[str]) -> None:
         """Notes which models are served elsewhere."""
         self._models = frozenset(models)
         self._paths.clear()
@@ -60,6 +72,7 @@ class Passing:
             connection.settled = False
             retry_s, connection.retry_s = connection.retry_s, 0
             if retry_s == 0:
+                connection.kinds = _KINDS.get(connection.waited, 0)
                 return False
             body = oip.error_body("the model is not ready")
             extra = b"Retry-After: %d\r\n" % retry_s
@@ -68,10 +81,12 @@ class Passing:
         model = self._paths.get(head.path)
         if model is None:
             model = self._model_in(head.path)
+        gate = self._gate()
         if head.path in ABOUT_MODELS and request is not None and head.method == "POST":
-            about = self._models_of(request.body)
-            model = about.pop() if len(about) == 1 and about <= self._models else ""
-        if not model:
+            if gate is None or gate.lets_by(head, connection, ""):
+                about = self._models_of(request.body)
+                model = about.pop() if len(about) == 1 and about <= self._models else ""
+        if not model or (gate is not None and not gate.lets_by(head, connection, model)):
             return False
         self._going.add(connection)
         self._give(connection, model)

@@ -102,9 +102,10 @@ class Worker:
                 if self._server is not None:
                     self._server.accept(on)
             case ww.Elsewhere(models=models):
-                if self._passing is not None and self._feedback is not None:
+                if self._passing is not None and self._feedback is not None and self._routes is not None:
                     self._passing.know(models)
                     self._feedback.elsewhere = frozenset(models)
+                    self._routes.elsewhere = models
             case ww.Drain(deadline_s=deadline_s):
                 self._end(self._drain(deadline_s))
             case ww.Rekey():
@@ -190,10 +191,12 @@ class Worker:
         )
         for name, model in self._models.items():
             model.recorder.show(explain=self._explaining.taker(name), sample=sampling.taker(name))
-        self._routes = Routes(self._models, self._service, self._feedback, self._explaining, spans=self._spans)
+        routes = self._routes = Routes(self._models, self._service, self._feedback, self._explaining, spans=self._spans)
         self._throttle(start.throttle)
         self._server = Server(self._routes)
-        self._passing = Passing(self._server, self._channel, lambda body: models_of(body) or asked_of(body))
+        self._passing = Passing(
+            self._server, self._channel, lambda body: models_of(body) or asked_of(body), lambda: routes.gate
+        )
         # What was loaded stays for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -230,7 +233,9 @@ class Worker:
             raise RuntimeError("conn before ready")
         if message.model:
             self._passing.watch()
-        self._server.adopt(sock, message.head, settled=bool(message.model), retry_s=message.retry_s)
+        self._server.adopt(
+            sock, message.head, settled=bool(message.model), waited=message.waited, retry_s=message.retry_s
+        )
 
     def _show(self, message: ww.Feed, fd: int | None) -> None:
         """From now on a share of the model's requests goes to the shadow at the descriptor's other end; without one, none."""

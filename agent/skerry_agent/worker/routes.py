@@ -40,7 +40,14 @@ class _Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Routes:
-    """Dispatches requests to the models of one generation. ``gate``: what every request must pass first; ``spans``: what is traced; None for nothing."""
+    """Dispatches requests to the models of one generation.
+
+    Args:
+        gate: what every request must pass first; spans: what is traced; None for nothing.
+
+    Attributes:
+        elsewhere: models that other workers serve, and their versions, for the index.
+    """
 
     def __init__(
         self,
@@ -59,6 +66,7 @@ class Routes:
         self._feedback = feedback
         self._packing = Packing()
         self._infer_paths: dict[bytes, Model] = {}
+        self.elsewhere: dict[str, str] = {}
 
     def handle(self, request: http1.Request, done: Done, asker: a.Asker) -> bytes | None:
         """Returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
@@ -185,9 +193,12 @@ class Routes:
                 except (msgspec.DecodeError, RecursionError) as error:
                     raise _Status(400, f"index: {error}") from None
                 # What is not ready is not in a generation: with "ready" or without, these are all.
+                versions = {model.name: model.version for model in self._known_to(head, asker)}
+                allowed = self._allowed(head, asker)
+                versions |= {name: at for name, at in self.elsewhere.items() if not allowed or name in allowed}
                 found = [
-                    {"name": model.name, "version": model.version, "state": "READY", "reason": ""}
-                    for model in self._known_to(head, asker)
+                    {"name": name, "version": version, "state": "READY", "reason": ""}
+                    for name, version in sorted(versions.items())
                 ]
                 return http1.reply(200, msgspec.json.encode(found), close=not head.keep_alive)
             case ["models", name, "load" | "unload" as act]:

@@ -16,6 +16,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol, cast
 
 from skerry_agent.clients import Client
@@ -98,10 +99,12 @@ class Server:
             listener.close()
         self._listeners.clear()
 
-    def adopt(self, sock: socket.socket, head: bytes = b"", *, settled: bool = False, retry_s: int = 0) -> None:
+    def adopt(
+        self, sock: socket.socket, head: bytes = b"", *, settled: bool = False, waited: str = "", retry_s: int = 0
+    ) -> None:
         """Serves an accepted connection, of which ``head`` was already read. The rest: see ``Connection``."""
         sock.setblocking(False)
-        task = self._loop.create_task(self._connect(sock, head, settled, retry_s))
+        task = self._loop.create_task(self._connect(sock, head, settled, waited, retry_s))
         # Counted from here on: a connection between accept and its first callback must not be forgotten by a drain.
         self._joining.add(task)
         task.add_done_callback(self._joining.discard)
@@ -114,11 +117,11 @@ class Server:
         for connection in list(self.connections):
             connection.close()
 
-    async def _connect(self, sock: socket.socket, head: bytes, settled: bool, retry_s: int) -> None:
+    async def _connect(self, sock: socket.socket, head: bytes, settled: bool, waited: str, retry_s: int) -> None:
         try:
             if sock.family in (socket.AF_INET, socket.AF_INET6):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.connect_accepted_socket(lambda: Connection(self, head, settled, retry_s), sock)
+            await self._loop.connect_accepted_socket(lambda: Connection(self, head, settled, waited, retry_s), sock)
         except OSError as error:
             # The client was gone before it began.
             log.debug("connection not set up error=%s", error)
@@ -158,23 +161,43 @@ class Connection(asyncio.Protocol):
     Attributes:
         busy: a request is in work.
         settled: its first request was passed to this process and goes no further; retry_s: it is to be turned away, see ``passing``.
+        waited: see ``workerwire.Conn``; kinds: what is to be recorded of the next request.
         known, refused_s: see ``access.Asker``.
     """
 
     __slots__ = (
-        "_buffer", "_continued", "_cutter", "_eof", "_head", "_keep_alive", "_paused", "_refused", "_server",
-        "_transport", "_writable", "busy", "known", "refused_s", "retry_s", "settled",
+        "_buffer",
+        "_continued",
+        "_cutter",
+        "_eof",
+        "_head",
+        "_keep_alive",
+        "_paused",
+        "_refused",
+        "_server",
+        "_transport",
+        "_writable",
+        "busy",
+        "kinds",
+        "known",
+        "refused_s",
+        "retry_s",
+        "settled",
+        "waited",
     )  # fmt: skip
 
     _transport: asyncio.Transport
 
-    def __init__(self, server: Server, head: bytes = b"", settled: bool = False, retry_s: int = 0) -> None:
+    def __init__(
+        self, server: Server, head: bytes = b"", settled: bool = False, waited: str = "", retry_s: int = 0
+    ) -> None:
         self._server = server
         self._head = head
         self._cutter = http1.Cutter(server.max_body_bytes)
         self._buffer: bytes | bytearray = b""
         self.busy = False
-        self.settled, self.retry_s = settled, retry_s
+        self.settled, self.waited, self.retry_s = settled, waited, retry_s
+        self.kinds = 0
         self.known: tuple[http1.Head, int, Client] | None = None
         self.refused_s = -1.0
         self._writable = True
@@ -262,6 +285,8 @@ class Connection(asyncio.Protocol):
             if isinstance(found, http1.Incomplete):
                 self._wait_for_more(found)
                 break
+            if self.kinds:
+                found, self.kinds = replace(found, head=replace(found.head, kinds=self.kinds)), 0
             self._drop(found.size)
             server.requests += 1
             self._continued = False

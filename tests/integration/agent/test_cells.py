@@ -82,6 +82,10 @@ def test_one_connection_asks_models_of_different_workers_and_each_counts_its_own
         assert client.connection.sock is sock, "the connection was not kept"
     for model in ("gas", "pump"):
         assert client.ask("GET", f"/v2/models/{model}/ready") == (200, {"name": model, "ready": True})
+    index = {
+        one["name"]: (one["version"], one["state"]) for one in client.ask("POST", "/v2/repository/index", b"{}")[1]
+    }
+    assert index == {"gas": ("1.0.0", "READY"), "pump": ("2.0.0", "READY")}
     assert client.ask("POST", "/v2/models/other/infer", body())[0] == 404
     assert client.ask("GET", "/v2/models/pump/versions/9.9.9")[0] == 404
     # More than is read in one go, and requests that do not wait for each other.

@@ -62,6 +62,9 @@ def test_a_model_on_demand_sleeps_when_nobody_asks_and_a_request_wakes_it(
     found = device.status()["on_demand"]["pump"]
     assert found["cold_starts"] == 2 and found["cold_start_s"] > 0
     assert b'skerry_agent_cold_starts{model="pump"} 2' in device.call("GET", "/metrics").body
+    # A window of each worker says so: of the two requests that woke it, nobody waited beside them.
+    assert sum(w.tallies.get("load.cold", 0) for w in server.windows()) == 2
+    assert not any("load.waiting" in w.tallies for w in server.windows())
     cold = [w.resources for w in server.windows() if "cold_start_n" in w.resources]
     assert [one["cold_start_n"] for one in cold] == [1, 1]
     assert all(10 < one["cold_start_ms_max"] < 60_000 for one in cold)
@@ -94,6 +97,9 @@ def test_many_first_requests_start_one_worker_and_those_beyond_the_limit_are_tur
     assert all(retry is not None and int(retry) >= 1 for retry in refused)
     assert device.status()["on_demand"]["pump"]["cold_starts"] == 1
     wait_for(lambda: server.inferences() == 44, why="44 counted")
+    tallies = [w.tallies for w in server.windows()]
+    counted = [sum(one.get(f"load.{kind}", 0) for one in tallies) for kind in ("cold", "waiting")]
+    assert counted == [1, 3]
 
 
 def test_a_device_with_nothing_but_models_on_demand_boots_asleep_and_takes_updates(
