@@ -122,7 +122,8 @@ class Limits:
     """Bounds.
 
     Attributes:
-        outbox_mb: what waiting records may take, MB (1e6 bytes).
+        outbox_mb: what the store may take on disk, its write-ahead log included, MB (1e6 bytes).
+        outbox_free_mb: what it leaves free on its file system, as far as it can.
         uploads_in_flight: batches that the server has not acknowledged.
         upload_kib: bodies per batch, KiB.
         max_inflight: local requests accepted at once.
@@ -132,6 +133,7 @@ class Limits:
     """
 
     outbox_mb: float = 64.0
+    outbox_free_mb: float = 16.0
     uploads_in_flight: int = 4
     upload_kib: int = 64
     max_inflight: int = 64
@@ -217,6 +219,7 @@ class Timing:
 
     Attributes:
         fold_interval_s: cut windows this often; 0: as the group's ``window_s``.
+        commit_s: windows that arrive within this time share a commit to the disk; 0: each has its own.
         health_interval_s: how often the worker reports its counts.
         sync_s, jitter_s, trial_s: beat the group's settings.
         trial_inferences: beats the group's.
@@ -231,6 +234,7 @@ class Timing:
     """
 
     fold_interval_s: float = 0.0
+    commit_s: float = 0.5
     health_interval_s: float = 2.0
     sync_s: float = -1.0
     jitter_s: float = -1.0
@@ -335,8 +339,11 @@ _POSITIVE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "apps.clients", "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
-    "pool.wait_s", "access.rate", "access.burst", "telemetry.readings_s", "telemetry.samples_per_hour",
+    "pool.wait_s", "access.rate", "access.burst", "limits.outbox_free_mb", "timing.commit_s", "telemetry.readings_s", "telemetry.samples_per_hour",
 }  # fmt: skip
+LEAST_OUTBOX_MB = 8.0
+"""The log of the store alone may take 4 MB."""
+LONGEST_COMMIT_S = 60.0
 
 
 _PORT_OR_NONE = 'wanted a port from 0 to 65535, or "none", got {!r}'
@@ -426,6 +433,10 @@ def _fault(key: str, value: Any) -> str | None:
         return f"wanted more than 0, got {value}"
     if key in _NOT_NEGATIVE and not value >= 0:
         return f"wanted 0 or more, got {value}"
+    if key == "limits.outbox_mb" and value < LEAST_OUTBOX_MB:
+        return f"wanted {LEAST_OUTBOX_MB:g} or more: the log of the store may take half of it, got {value}"
+    if key == "timing.commit_s" and value > LONGEST_COMMIT_S:
+        return f"wanted at most {LONGEST_COMMIT_S:g}: so much of the counts may be lost when power fails, got {value}"
     if key.endswith(".port") and value != "none" and not 0 <= value <= 65535:
         return f"wanted a port from 0 to 65535, got {value}"
     if key == "telemetry.memory_dir" and not value.startswith("/"):

@@ -25,6 +25,18 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE state (key TEXT PRIMARY KEY, value BLOB NOT NULL)",
         "CREATE TABLE rings (ring TEXT PRIMARY KEY, upto INTEGER NOT NULL)",
     ),
+    (
+        # What waits is asked for twice a second: without these every answer reads the whole outbox, bodies included.
+        "CREATE INDEX outbox_waiting ON outbox (epoch, kind, seq, size)",
+        "CREATE TABLE waiting (records INTEGER NOT NULL, bytes INTEGER NOT NULL, inferences INTEGER NOT NULL)",
+        "INSERT INTO waiting SELECT count(*), coalesce(sum(size), 0), coalesce(sum(inferences), 0) FROM outbox",
+        """CREATE TRIGGER outbox_in AFTER INSERT ON outbox BEGIN
+            UPDATE waiting SET records = records + 1, bytes = bytes + NEW.size, inferences = inferences + NEW.inferences;
+        END""",
+        """CREATE TRIGGER outbox_out AFTER DELETE ON outbox BEGIN
+            UPDATE waiting SET records = records - 1, bytes = bytes - OLD.size, inferences = inferences - OLD.inferences;
+        END""",
+    ),
 )
 LEAST = 1
 """Who knows this schema can use a file of the newest."""

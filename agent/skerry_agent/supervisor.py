@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.5
 _RENEW_EVERY_S = 3600.0
 _PROBE_S = 5.0
+_COMPACT_ROUNDS = 2
 
 
 class Supervisor:
@@ -100,6 +101,8 @@ class Supervisor:
             new_epoch=lambda: secrets.token_hex(16),
             wall_s=self._clock.wall_s(),
             bound_bytes=int(config.limits.outbox_mb * 1e6),
+            files_bound_bytes=int(config.limits.outbox_mb * 1e6),
+            free_bytes=int(config.limits.outbox_free_mb * 1e6),
         )
         self._clock.set_lower_bound(float(self._store.get("lower_bound_s", 0.0)))
         self._slots = Slots(config.state_dir / "slots")
@@ -437,8 +440,10 @@ class Supervisor:
     def _pump(self) -> None:
         self._pumping = False
         try:
-            if self._store.pending()[1] > self._store.bound_bytes:
-                freed = self._store.compact(self._clock.instant())
+            used, bound = self._store.load()
+            if used > bound:
+                # A little at a time: the loop has links and workers to look after, and comes by again.
+                freed = self._store.compact(self._clock.instant(), rounds=_COMPACT_ROUNDS)
                 log.warning("outbox compacted", extra=kv(freed_bytes=freed))
             self._upload.pump(self._clock.boot_s(), self._clock.instant())
         except Degraded as error:

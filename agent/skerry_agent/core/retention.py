@@ -16,6 +16,8 @@ from skerry_contract.wire import Kind, Range
 
 MERGE_AT_ONCE = 8
 KEPT_EVENTS = 200
+NEWEST_FIRST: frozenset[Kind] = frozenset({"event", "tombstone"})
+"""Kinds of which the newest is sent first: a person waits for it. Windows go in their order, so that the server's ledger has no gap."""
 LOW_WATER = 0.8
 """Retention goes on until this share of the bound is reached, so that it does not run at every append."""
 
@@ -117,11 +119,14 @@ def _oldest(rows: Sequence[Row], excess: int) -> tuple[int, ...]:
 def next_batch(rows: Iterable[Row], in_flight: Collection[int], *, max_bytes: int, max_records: int) -> tuple[int, ...]:
     """The seqs of the next upload, ascending; empty when nothing waits.
 
-    Events and tombstones go before windows, windows before samples: a person waits for the first. A record larger than
-    ``max_bytes`` goes alone.
+    Events and tombstones go before windows, the newest of them first; windows before samples, the oldest first. A record
+    larger than ``max_bytes`` goes alone.
     """
     rank = {"event": 0, "tombstone": 0, "window": 1, "sample": 2}
-    waiting = sorted((row for row in rows if row.seq not in in_flight), key=lambda row: (rank[row.kind], row.seq))
+    waiting = sorted(
+        (row for row in rows if row.seq not in in_flight),
+        key=lambda row: (rank[row.kind], -row.seq if row.kind in NEWEST_FIRST else row.seq),
+    )
     seqs: list[int] = []
     total = 0
     for row in waiting:

@@ -101,7 +101,13 @@ class Serving:
     ) -> None:
         self._readings = Readings(config.state_dir, interval_s=config.telemetry.readings_s, clock_s=clock.boot_s)
         rings = Rings(
-            config.state_dir / "rings", store, clock, on_records=on_records, on_fault=on_fault, readings=self._readings
+            config.state_dir / "rings",
+            store,
+            clock,
+            commit_s=config.timing.commit_s,
+            on_records=on_records,
+            on_fault=on_fault,
+            readings=self._readings,
         )
         rings.seal = at_rest.seal_of(config)
         spare = Spare(

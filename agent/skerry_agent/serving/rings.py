@@ -1,14 +1,18 @@
-"""Rings and label books and the windows cut from them: what is committed, what waits for room, what a dead worker left.
+"""Rings and label books and the windows cut from them: what is committed, what waits for it, what a dead worker left.
 
-Every window goes to the store with its ring position in one transaction, and only then the worker may reuse the slots. A window
-that cannot be stored waits here, and in its ring, for the next try. A ring's file goes when all of it is committed,
+Every window goes to the store with its ring position in one transaction, and only then the worker may reuse the slots. What arrives
+within an interval shares a commit. Until then, and while a window cannot be stored, it waits here and in its ring: a supervisor that
+dies loses none, the next one has the ring folded again. A ring's file goes when all of it is committed,
 a label book's when its worker says that no label can come for it any more. Whatever is locked is still written, by a worker of
 a supervisor that was killed, and waits.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import fcntl
+import itertools
 import logging
 import os
 import struct
@@ -33,6 +37,8 @@ log = logging.getLogger(__name__)
 _BUSY_S = 1.0
 SHADOW_RING = "shadow-"
 """Positions of a process that answers nobody have a name that begins so, and no file; they end with it."""
+_AT_ONCE = 64
+"""Windows of one commit."""
 _RING_SUFFIX, _BOOK_SUFFIX = ".ring", ".labels"
 _RING_POSITIONS = struct.Struct("<QQ")
 _RING_POSITIONS_AT = 16
@@ -66,6 +72,7 @@ class Rings:
     """The folder of rings, and the way of their windows into the store.
 
     Args:
+        commit_s: windows that arrive within so many seconds share a commit; 0: each has its own.
         on_records: the outbox grew.
         on_fault: the store cannot be used any more.
 
@@ -80,6 +87,7 @@ class Rings:
         store: Store,
         clock: Clock,
         *,
+        commit_s: float = 0.0,
         on_records: Callable[[], None],
         on_fault: Callable[[Degraded], None],
         readings: Readings | None = None,
@@ -89,11 +97,14 @@ class Rings:
         self.seal: Callable[[bytes], bytes] | None = None
         self._store = store
         self._clock = clock
+        self._commit_s = commit_s
+        self._due: asyncio.TimerHandle | None = None
         self._on_records = on_records
         self._on_fault = on_fault
         self.guests: Guests | None = None
-        self._unstored: deque[tuple[Hears, ww.WindowCut]] = deque()
+        self._unstored: deque[tuple[Hears, ww.WindowCut, Entry]] = deque()
         self._folded: set[str] = set()
+        self._refused = False
         self._retry_at_s = 0.0
         folder.mkdir(exist_ok=True, mode=0o700)
         for ring in store.rings():
@@ -111,18 +122,22 @@ class Rings:
         return max((int(number) for number in numbers if number.isdigit()), default=0)
 
     def commit(self, worker: Hears, cut: ww.WindowCut) -> None:
-        """Stores a window and tells its worker; keeps it for later when there is no room."""
-        if self._unstored:
-            # In their order, at the next try: while the store is held, every try holds up the loop a little.
-            self._unstored.append((worker, cut))
+        """Stores a window, with what else arrives soon, and tells its worker; keeps it for later when there is no room."""
+        key = wire.decode(w.Window, cut.body, max_bytes=wire.MAX_INFLATED_BYTES).key
+        if self.guests is not None and not self.guests.may_count(cut.ring, key):
+            log.error("window of a foreign key", extra=kv(ring=cut.ring, inferences=cut.inferences))
+            self.count_lost("foreign_windows", 1)
+            worker.send(ww.Committed(ring=cut.ring, upto=cut.upto))
             return
-        try:
-            self._store_window(worker, cut)
-        except Degraded as error:
-            log.error("window not stored", extra=kv(code=error.code, detail=error.detail, advice=error.advice))
-            self._unstored.append((worker, cut))
-            if error.code == "store_damaged":
-                self._on_fault(error)
+        waited = bool(self._unstored)
+        entry = Entry(kind="window", body=cut.body, key="/".join(map(str, key)), inferences=cut.inferences)
+        self._unstored.append((worker, cut, entry))
+        if self._commit_s > 0:
+            if self._due is None:
+                self._due = asyncio.get_running_loop().call_later(self._commit_s, self.retry)
+        elif not waited:
+            # Else in their order, at the next try: while the store is held, every try holds up the loop a little.
+            self.retry()
 
     def sampled(self, message: ww.Sampled) -> None:
         """Stores a sample, sealed where that is wanted. Without room it is dropped: the next one is as good."""
@@ -136,46 +151,60 @@ class Rings:
             return
         self._on_records()
 
-    def _store_window(self, worker: Hears, cut: ww.WindowCut) -> None:
-        window = wire.decode(w.Window, cut.body, max_bytes=wire.MAX_INFLATED_BYTES)
-        body, held = cut.body, self._readings.held() if self._readings is not None else {}
-        if held:
-            window = msgspec.structs.replace(window, resources=window.resources | held)
-            body = wire.encode(window)
-        entry = Entry(kind="window", body=body, key="/".join(map(str, window.key)), inferences=cut.inferences)
-        committed = self._store.ring_upto(cut.ring)
-        if committed is not None and cut.start < committed:
-            # Sent twice: by a worker that did not hear of the commit, and by its heir. The first one counts.
-            log.warning("window known", extra=kv(ring=cut.ring, start=cut.start, upto=cut.upto, committed=committed))
-        elif self.guests is not None and not self.guests.may_count(cut.ring, window.key):
-            log.error("window of a foreign key", extra=kv(ring=cut.ring, inferences=cut.inferences))
-            self.count_lost("foreign_windows", 1)
-        else:
-            self._store.append([entry], [RingAt(ring=cut.ring, upto=cut.upto)])
-            if self._readings is not None:
-                self._readings.taken(held)
-            self._on_records()
-        worker.send(ww.Committed(ring=cut.ring, upto=cut.upto))
-
     def retry(self) -> None:
-        """Tries again what could not be stored; a store that another program holds, once a second."""
-        if self._clock.boot_s() < self._retry_at_s:
+        """Stores what waits; of a store that another program holds, tries once a second."""
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        if not self._unstored or self._clock.boot_s() < self._retry_at_s:
             return
         try:
             while self._unstored:
                 try:
-                    self._store_window(*self._unstored[0])
+                    self._store_some()
+                    self._refused = False
                 except Degraded as error:
+                    log.error("window not stored", extra=kv(code=error.code, detail=error.detail, advice=error.advice))
                     if error.code == "store_busy":
-                        self._retry_at_s = self._clock.boot_s() + _BUSY_S
+                        # The lock of a moment is gone at the next tick; while one lasts, every try holds up the loop.
+                        self._retry_at_s = self._clock.boot_s() + _BUSY_S if self._refused else 0.0
+                        self._refused = True
                         return
-                    self._store.compact(self._clock.instant())
-                    return
-                self._unstored.popleft()
+                    if error.code != "store_damaged":
+                        self._store.compact(self._clock.instant())
+                        return
+                    raise
         except Degraded as error:
             # No room to make room either, or a lock: the windows wait here, and in their rings, for the next try.
             if error.code == "store_damaged":
                 self._on_fault(error)
+
+    def _store_some(self) -> None:
+        some = list(itertools.islice(self._unstored, _AT_ONCE))
+        entries: list[Entry] = []
+        at: dict[str, int] = {}
+        for _, cut, entry in some:
+            committed = at.get(cut.ring, self._store.ring_upto(cut.ring))
+            if committed is not None and cut.start < committed:
+                # Sent twice: by a worker that did not hear of the commit, and by its heir. The first one counts.
+                log.warning(
+                    "window known", extra=kv(ring=cut.ring, start=cut.start, upto=cut.upto, committed=committed)
+                )
+                continue
+            at[cut.ring] = cut.upto
+            entries.append(entry)
+        if entries:
+            held = self._readings.held() if self._readings is not None else {}
+            if held:
+                entries[0] = _with_readings(entries[0], held)
+            self._store.append(entries, [RingAt(ring=ring, upto=upto) for ring, upto in at.items()])
+            if self._readings is not None:
+                self._readings.taken(held)
+        for worker, cut, _ in some:
+            self._unstored.popleft()
+            worker.send(ww.Committed(ring=cut.ring, upto=cut.upto))
+        if entries:
+            self._on_records()
 
     def left_behind(self, owned: Collection[str]) -> list[tuple[str, int]]:
         """Rings that no living worker owns: (ring, position from which it is to be folded). Removes those without a rest."""
@@ -232,7 +261,7 @@ class Rings:
     def continued(self, path: Path) -> int:
         """Where an heir goes on with a ring or a label book."""
         # What waits to be stored was folded already: the heir goes on behind it.
-        waiting = max((cut.upto for _, cut in self._unstored if cut.ring == str(path)), default=0)
+        waiting = max((cut.upto for _, cut, _ in self._unstored if cut.ring == str(path)), default=0)
         return max(waiting, self._positions(path)[1])
 
     def _positions(self, path: Path) -> tuple[int, int]:
@@ -254,7 +283,7 @@ class Rings:
         return not path.exists() or (written == committed and not self._owes(ring))
 
     def _owes(self, ring: str) -> bool:
-        return any(cut.ring == ring for _, cut in self._unstored)
+        return any(cut.ring == ring for _, cut, _ in self._unstored)
 
     def recovered(self, message: ww.Recovered) -> bool:
         """A dead worker's ring is folded: notes what was lost in it, and removes it. False when that could not be noted."""
@@ -314,6 +343,12 @@ class Rings:
             self._store.count_lost(cause, n)
         except Degraded as error:
             log.error("loss not counted", extra=kv(cause=cause, n=n, code=error.code, detail=error.detail))
+
+
+def _with_readings(entry: Entry, held: dict[str, int]) -> Entry:
+    window = wire.decode(w.Window, entry.body, max_bytes=wire.MAX_INFLATED_BYTES)
+    window = msgspec.structs.replace(window, resources=window.resources | held)
+    return dataclasses.replace(entry, body=wire.encode(window))
 
 
 def book_of(ring: str) -> str:

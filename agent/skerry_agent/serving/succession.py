@@ -298,6 +298,7 @@ class Cell:
                 generation.books.discard(message.book)
                 rings.book_closed(message)
             case ww.Flushed(id=number):
+                rings.retry()
                 site.on_flushed(number)
             case ww.Drained():
                 generation.drained.set()
@@ -398,6 +399,7 @@ class Cell:
 
     def _clean_up(self, generation: Generation) -> None:
         rings = self._site.rings
+        rings.retry()
         for ring in generation.owned_rings:
             if rings.spent(ring):
                 rings.remove(ring)

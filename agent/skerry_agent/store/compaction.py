@@ -6,8 +6,9 @@ Only records of the present epoch that were never sent can give way: what the se
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from skerry_contract import window as w
@@ -15,42 +16,118 @@ from skerry_contract import wire
 from skerry_contract.errors import ContractError
 
 from skerry_agent.core import retention
+from skerry_agent.errors import Degraded
 from skerry_agent.logs import kv
-from skerry_agent.store.outbox import Entry, Outbox
+from skerry_agent.store.database import WAL_PAGES
+from skerry_agent.store.outbox import AT_ONCE, Entry, Outbox, RingAt
 
 log = logging.getLogger(__name__)
 
 
+_PLANNED_ROWS = 2000
+"""Records of one kind, the oldest, among which a step of retention chooses: a long backlog is never loaded whole."""
+_INDEX_BYTES = 32 * 1024
+"""What the index of the write-ahead log takes on disk."""
+_LEAST_SHARE = 8
+"""However full others make the file system, the outbox keeps this part of its bound."""
+
+
 class Store(Outbox):
-    """The device's store. Made by ``open_store``. ``bound_bytes``: what the outbox may hold."""
+    """The device's store. Made by ``open_store``.
+
+    Args:
+        bound_bytes: what waiting records may take.
+        files_bound_bytes: what the file, its write-ahead log and the index of that may take on disk; 0: not bounded.
+        free_bytes: what the outbox leaves free on its file system, as far as it can.
+    """
 
     def __init__(
-        self, path: Path, connection: sqlite3.Connection, new_epoch: Callable[[], str], bound_bytes: int
+        self,
+        path: Path,
+        connection: sqlite3.Connection,
+        new_epoch: Callable[[], str],
+        bound_bytes: int,
+        files_bound_bytes: int = 0,
+        free_bytes: int = 0,
     ) -> None:
         super().__init__(path, connection, new_epoch)
         self.bound_bytes = bound_bytes
+        self.files_bound_bytes = files_bound_bytes
+        self.free_bytes = free_bytes
 
-    def compact(self, at: w.Instant) -> int:
-        """Brings the outbox below its bound by ``core.retention``. Returns the bytes freed."""
-        started = self.pending()[1]
-        used = started
+    def load(self) -> tuple[int, int]:
+        """(bytes used, bytes allowed) of whichever bound is nearer: of records, or of pages in the file."""
+        records = self.pending()[1], self.bound_bytes
+        if not self.files_bound_bytes:
+            return records
+        pages = self.live_bytes(), self._allowed_bytes()
+        return max(records, pages, key=lambda one: one[0] / max(1, one[1]))
+
+    def _allowed_bytes(self) -> int:
+        """What the pages in use may take, so that they and the log stay within the bound and the file system keeps its rest."""
+        bound = self.files_bound_bytes - 2 * WAL_PAGES * self.page_bytes - _INDEX_BYTES
+        if self.free_bytes:
+            found = os.statvfs(self.path)
+            room = found.f_bavail * found.f_frsize - self.free_bytes
+            # Free pages of the file are room that this store has taken already.
+            ((pages,),) = self.read("PRAGMA page_count")
+            bound = min(bound, int(pages) * self.page_bytes + room)
+        return max(bound, self.files_bound_bytes // _LEAST_SHARE)
+
+    def held_up(self) -> bool:
+        """Whether the log cannot be carried over into the file, since a reader of another program needs it, and is at its bound."""
+        if not self.files_bound_bytes or self.log_bytes() <= 2 * WAL_PAGES * self.page_bytes:
+            return False
+        return not self.checkpoint()
+
+    def append(self, entries: Iterable[Entry], rings: Iterable[RingAt] = ()) -> tuple[int, ...]:
+        """See ``Outbox.append``.
+
+        Raises:
+            Degraded: also ``store_busy`` while ``held_up``: what waits for room must not make the log longer.
+        """
+        if self.held_up():
+            raise Degraded(
+                "store_busy", f"{self.path}: the log is {self.log_bytes()} bytes long and a reader holds it",
+                advice="end the program that has the file open",
+            )  # fmt: skip
+        return super().append(entries, rings)
+
+    def compact(self, at: w.Instant, *, rounds: int = 1 << 30) -> int:
+        """Brings the outbox below its bounds by ``core.retention``. Returns the bytes of records that went.
+
+        Args:
+            rounds: most transactions of this call; whoever has other work calls again.
+        """
+        started = waiting = self.pending()[1]
         while True:
-            rows = self.rows(
-                "SELECT seq, kind, key, size, sent FROM outbox WHERE epoch = ? ORDER BY seq", (self.epoch,)
-            ) if used > self.bound_bytes else []  # fmt: skip
-            actions = retention.plan_retention(rows, used, self.bound_bytes)
-            if not actions:
-                return started - used
-            with self.transaction():
-                for action in actions:
-                    if isinstance(action, retention.Merge):
-                        self._merge(action.seqs)
-                    else:
-                        self._drop(action, at)
+            used, bound = self.load()
+            actions = retention.plan_retention(self._oldest(), used, bound) if used > bound else ()
+            for step in _in_steps(actions):
+                # Some at a time: the log holds what a transaction changed, and is within the bound too.
+                with self.transaction():
+                    for action in step:
+                        if isinstance(action, retention.Merge):
+                            self._merge(action.seqs)
+                        else:
+                            self._drop(action, at)
+                rounds -= 1
+                if rounds <= 0:
+                    break
             left = self.pending()[1]
-            if left >= used:
+            if not actions or left >= waiting or rounds <= 0:
                 return started - left
-            used = left
+            waiting = left
+
+    def _oldest(self) -> list[retention.Row]:
+        found: list[retention.Row] = []
+        for kind in wire.KINDS:
+            found += self.rows(
+                "SELECT seq, kind, key, size, sent FROM outbox INDEXED BY outbox_waiting "
+                "WHERE epoch = ? AND kind = ? AND sent = 0 ORDER BY seq LIMIT ?",
+                (self.epoch, kind, _PLANNED_ROWS),
+            )
+        return sorted(found, key=lambda row: row.seq)
 
     def _merge(self, seqs: tuple[int, ...]) -> None:
         records = [self.record(self.epoch, seq) for seq in seqs]
@@ -107,6 +184,28 @@ class Store(Outbox):
             self.count_lost(why, 1)
             body = wire.encode(wire.Tombstone(at=at, why=why, records=1, inferences=inferences))
             self.insert(epoch, Entry(kind="tombstone", body=body, key=why), _replaced([record]))
+
+
+def _in_steps(actions: Iterable[retention.Action]) -> Iterator[list[retention.Action]]:
+    """The same actions, each list of about ``AT_ONCE`` records."""
+    step: list[retention.Action] = []
+    taken = 0
+    for action in actions:
+        if isinstance(action, retention.Merge):
+            step.append(action)
+            taken += len(action.seqs)
+        else:
+            for start in range(0, len(action.seqs), AT_ONCE):
+                step.append(retention.Drop(seqs=action.seqs[start : start + AT_ONCE], why=action.why))
+                if start + AT_ONCE < len(action.seqs):
+                    yield step
+                    step, taken = [], 0
+            taken += len(action.seqs) % AT_ONCE
+        if taken >= AT_ONCE:
+            yield step
+            step, taken = [], 0
+    if step:
+        yield step
 
 
 def _replaced(records: Iterable[wire.Record]) -> tuple[wire.Range, ...]:

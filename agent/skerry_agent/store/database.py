@@ -6,6 +6,7 @@ tables is ``outbox``'s.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,12 @@ from skerry_agent.migrations import migrate
 _BUSY_MS = 250
 _INCREMENTAL = 2
 """SQLite's number for ``PRAGMA auto_vacuum = INCREMENTAL``."""
+SUFFIXES = ("", "-wal", "-shm")
+"""The files that one store is."""
+WAL_PAGES = 512
+"""The log goes back into the file when it has so many pages, 2 MB; the page that carries it over is written twice, not three times."""
+_TIDY_PAGES = 256
+"""Free pages that stay in the file, and that one ``tidy`` gives back: what comes next wants them again."""
 
 
 class Database:
@@ -29,6 +36,7 @@ class Database:
         self.path = path
         self._db = connection
         self._depth = 0
+        self.page_bytes = int(connection.execute("PRAGMA page_size").fetchone()[0])
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -112,6 +120,40 @@ class Database:
             counts[cause] = counts.get(cause, 0) + n
             self.put("lost", counts)
 
+    def live_bytes(self) -> int:
+        """What the pages in use take, of all tables."""
+        ((pages,),) = self.read("PRAGMA page_count")
+        ((free,),) = self.read("PRAGMA freelist_count")
+        return int(pages - free) * self.page_bytes
+
+    def log_bytes(self) -> int:
+        """What the write-ahead log takes on disk."""
+        return _size(Path(f"{self.path}-wal"))
+
+    def files_bytes(self) -> int:
+        """What the store takes on disk: the file, its write-ahead log, its index of that."""
+        return sum(_size(Path(f"{self.path}{suffix}")) for suffix in SUFFIXES)
+
+    def tidy(self) -> int:
+        """Gives free pages of the file back to the file system, some at a time. Returns how many; 0 when there is nothing to do.
+
+        Raises:
+            Degraded: as ``transaction``.
+        """
+        ((free,),) = self.read("PRAGMA freelist_count")
+        n = min(int(free) - _TIDY_PAGES, _TIDY_PAGES)
+        if n <= 0:
+            return 0
+        # A step of the pragma is a page; the cursor has to be run to its end.
+        self.read(f"PRAGMA incremental_vacuum({n})")
+        self.checkpoint()
+        return n
+
+    def checkpoint(self) -> bool:
+        """Carries the write-ahead log over into the file. False while a reader of another program needs the log."""
+        ((busy, _, _),) = self.read("PRAGMA wal_checkpoint(RESTART)")
+        return not busy
+
     def close(self) -> None:
         """Closes the file."""
         self._db.close()
@@ -136,6 +178,9 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA cache_size = -1024")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+        # Of a log that one large transaction made longer, the rest is given back.
+        connection.execute(f"PRAGMA journal_size_limit = {2 * WAL_PAGES * 4096}")
         migrate(connection)
         # Opening may wait; in the supervisor's loop a lock must not hold up links and workers. What is refused waits its turn.
         connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
@@ -157,6 +202,13 @@ def named(error: sqlite3.DatabaseError, path: Path) -> Degraded:
         # Moving the file aside would make the loss that a lock is not.
         return Degraded("store_busy", f"{path}: {text}", advice="end the program that has the file open")
     return Degraded("store_damaged", f"{path}: {text}", advice="restart the agent: it moves the file aside")
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
 
 
 def suspect_mark(path: Path) -> Path:

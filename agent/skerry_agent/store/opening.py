@@ -39,6 +39,8 @@ def open_store(
     new_epoch: Callable[[], str],
     wall_s: float,
     bound_bytes: int = 64 << 20,
+    files_bound_bytes: int = 0,
+    free_bytes: int = 0,
 ) -> tuple[Store, Opened]:
     """Opens the store, or begins a new one.
 
@@ -48,7 +50,9 @@ def open_store(
         device: the device's id; records of another device are dropped and counted.
         new_epoch: makes 32 random hex digits.
         wall_s: seconds since 1970, for the name of a damaged file.
-        bound_bytes: what the outbox may hold.
+        bound_bytes: what waiting records may take.
+        files_bound_bytes: what the store may take on disk, its log included; 0: not bounded.
+        free_bytes: what the outbox leaves free on its file system.
 
     Raises:
         Degraded: ``store_unusable`` when no store can be made here at all.
@@ -65,7 +69,7 @@ def open_store(
         suspect_mark(path).unlink(missing_ok=True)
         moved_aside = str(aside)
     try:
-        store = Store(path, connect(path), new_epoch, bound_bytes)
+        store = Store(path, connect(path), new_epoch, bound_bytes, files_bound_bytes, free_bytes)
     except (sqlite3.Error, OSError) as error:
         raise Degraded("store_unusable", f"{path}: {error}", advice="make room or repair the file system") from error
     try:

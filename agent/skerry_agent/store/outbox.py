@@ -25,8 +25,14 @@ from skerry_agent.core import retention
 from skerry_agent.store.database import Database
 
 _PAGE_ROWS = 500
+AT_ONCE = 256
+"""Records that one transaction takes out."""
 _ROW_BYTES = 64
 """What a row takes beside its body, about."""
+
+
+_OLDEST = "SELECT seq, kind, '', size, 0 FROM outbox INDEXED BY outbox_waiting WHERE epoch = ? AND kind = ? ORDER BY seq LIMIT ?"
+_NEWEST = _OLDEST.replace("ORDER BY seq", "ORDER BY seq DESC")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,12 +156,12 @@ class Outbox(Database):
 
     def pending(self) -> tuple[int, int]:
         """(records, bytes) that wait in the outbox, of all epochs."""
-        ((records, size),) = self.read("SELECT count(*), coalesce(sum(size), 0) FROM outbox")
+        ((records, size),) = self.read("SELECT records, bytes FROM waiting")
         return int(records), int(size)
 
     def pending_inferences(self) -> int:
         """Inferences counted in windows that wait."""
-        return int(self.read("SELECT coalesce(sum(inferences), 0) FROM outbox")[0][0])
+        return int(self.read("SELECT inferences FROM waiting")[0][0])
 
     def next_batch(
         self, in_flight: Collection[tuple[str, int]], *, max_bytes: int, max_records: int
@@ -176,12 +182,11 @@ class Outbox(Database):
         return None
 
     def _waiting(self, epoch: str, flying: int) -> list[retention.Row]:
-        # One page of each sort: a long backlog is never loaded whole.
+        # One page of each sort, out of the index alone: a long backlog is never loaded whole.
         found: list[retention.Row] = []
         for kind in wire.KINDS:
             found += self.rows(
-                "SELECT seq, kind, key, size, sent FROM outbox WHERE epoch = ? AND kind = ? ORDER BY seq LIMIT ?",
-                (epoch, kind, _PAGE_ROWS + flying),
+                _NEWEST if kind in retention.NEWEST_FIRST else _OLDEST, (epoch, kind, _PAGE_ROWS + flying)
             )
         return found
 
@@ -222,11 +227,13 @@ class Outbox(Database):
         freed = 0
         with self.transaction():
             disputed = self._disputed(ack)
-            for low, high in ((0, ack.upto), *ack.extra_ranges):
-                freed += self._db.execute(
-                    "DELETE FROM outbox WHERE epoch = ? AND seq BETWEEN ? AND ? AND kept = 0 AND sent = 1",
-                    (ack.epoch, low, high),
-                ).rowcount
+        spans = [(0, ack.upto), *ack.extra_ranges]
+        while spans:
+            # Some at a time: one transaction of all that a long outage held up would write a log as long as the outbox.
+            with self.transaction():
+                gone, spans = self._free(ack.epoch, spans)
+            freed += gone
+        with self.transaction():
             why = "ahead" if ahead else "conflict" if disputed else ""
             if why and current:
                 self.begin_epoch(self.binding)
@@ -237,6 +244,19 @@ class Outbox(Database):
                 "DELETE FROM epochs WHERE current = 0 AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.epoch = epochs.epoch)"
             )
         return Acknowledged(freed=freed, new_epoch=why if current else "")
+
+    def _free(self, epoch: str, spans: list[wire.Range]) -> tuple[int, list[wire.Range]]:
+        """Takes out some of what the server holds. Returns how many, and the ranges that are left."""
+        freed = 0
+        for at, (low, high) in enumerate(spans):
+            freed += self._db.execute(
+                "DELETE FROM outbox WHERE id IN (SELECT id FROM outbox "
+                "WHERE epoch = ? AND seq BETWEEN ? AND ? AND kept = 0 AND sent = 1 ORDER BY seq LIMIT ?)",
+                (epoch, low, high, AT_ONCE - freed),
+            ).rowcount
+            if freed >= AT_ONCE:
+                return freed, spans[at:]
+        return freed, []
 
     def _disputed(self, ack: wire.Ack) -> bool:
         """Keeps records that the server holds under our seq but did not get from us. Whether there are any."""
