@@ -445,6 +445,7 @@ class Supervisor:
                 # A little at a time: the loop has links and workers to look after, and comes by again.
                 freed = self._store.compact(self._clock.instant(), rounds=_COMPACT_ROUNDS)
                 log.warning("outbox compacted", extra=kv(freed_bytes=freed))
+            self._store.tidy()
             self._upload.pump(self._clock.boot_s(), self._clock.instant())
         except Degraded as error:
             if error.code == "store_damaged":

@@ -174,14 +174,15 @@ class Store(Outbox):
     def drop(self, epoch: str, seq: int, at: w.Instant, why: str) -> None:
         """Gives up one record that can never be sent, with a tombstone."""
         with self.transaction():
-            if epoch != self.epoch:
-                self._db.execute("DELETE FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq))
-                self.count_lost(why, 1)
-                return
             record = self.record(epoch, seq)
-            _, inferences = self.weigh((seq,))
-            self.remove((seq,))
+            ((inferences,),) = self.read("SELECT inferences FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq))
+            self._db.execute("DELETE FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq))
             self.count_lost(why, 1)
+            if inferences:
+                self.count_lost("inferences_dropped", inferences)
+            if epoch != self.epoch:
+                # A former epoch gives out no seq any more: the device's own counters name what is gone.
+                return
             body = wire.encode(wire.Tombstone(at=at, why=why, records=1, inferences=inferences))
             self.insert(epoch, Entry(kind="tombstone", body=body, key=why), _replaced([record]))
 

@@ -25,6 +25,7 @@ SUFFIXES = ("", "-wal", "-shm")
 """The files that one store is."""
 WAL_PAGES = 512
 """The log goes back into the file when it has so many pages, 2 MB; the page that carries it over is written twice, not three times."""
+_TIDY_SHARE = 8
 _TIDY_PAGES = 256
 """Free pages that stay in the file, and that one ``tidy`` gives back: what comes next wants them again."""
 
@@ -135,17 +136,23 @@ class Database:
         return sum(_size(Path(f"{self.path}{suffix}")) for suffix in SUFFIXES)
 
     def tidy(self) -> int:
-        """Gives free pages of the file back to the file system, some at a time. Returns how many; 0 when there is nothing to do.
+        """Gives free pages of the file back to the file system, some at a time, once they are a good part of it.
+
+        Returns how many; 0 when there is nothing to do.
 
         Raises:
             Degraded: as ``transaction``.
         """
         ((free,),) = self.read("PRAGMA freelist_count")
+        ((pages,),) = self.read("PRAGMA page_count")
         n = min(int(free) - _TIDY_PAGES, _TIDY_PAGES)
-        if n <= 0:
+        if n <= 0 or free * _TIDY_SHARE < pages:
             return 0
-        # A step of the pragma is a page; the cursor has to be run to its end.
-        self.read(f"PRAGMA incremental_vacuum({n})")
+        try:
+            # Not ``execute``: it takes one step of a statement without columns, which here is one page.
+            self._db.executescript(f"PRAGMA incremental_vacuum({n})")
+        except sqlite3.DatabaseError as error:
+            raise named(error, self.path) from error
         self.checkpoint()
         return n
 

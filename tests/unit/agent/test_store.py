@@ -215,7 +215,17 @@ def test_a_record_that_can_never_be_sent_becomes_a_tombstone(store: Store) -> No
     store.drop(store.epoch, 1, AT, "too_large")
     tomb = next(r for r in waiting(store) if r.kind == "tombstone")
     assert tomb.replaces == ((1, 1),)
-    assert store.lost() == {"too_large": 1}
+    assert store.lost() == {"too_large": 1, "inferences_dropped": 7}
+
+
+def test_a_record_of_a_former_epoch_that_can_never_be_sent_is_counted_with_its_inferences(store: Store) -> None:
+    store.append([window(7), window(1)])
+    old = store.epoch
+    store.close()
+    moved, _ = reopen(store.path, binding="machine-b")
+    moved.drop(old, 1, AT, "too_large")
+    assert ok_of(waiting(moved)) == 1
+    assert moved.lost() == {"too_large": 1, "inferences_dropped": 7}
 
 
 steps = st.lists(

@@ -1,0 +1,200 @@
+"""The outbox in a real agent with a real broker, before a server that decides by its own ledger: each inference once, or named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from skerry_agent import config, facts
+from skerry_agent.store import Entry, open_store
+from skerry_contract import window as w
+from skerry_contract import wire
+
+from tests.integration.agent import rig
+from tests.integration.agent.rig import DEVICE, Broker, Device, Load, wait_for
+from tests.unit.agent.test_outbox_model import Server as Ledger
+
+AT = w.Instant("b" * 32, 1, 2, True)
+
+
+class Server(rig.Server):
+    """Takes and refuses as the real one; ``mute``: its acknowledgements are lost on their way."""
+
+    def __init__(self, port: int) -> None:
+        self.ledger = Ledger()
+        self.mute = False
+        super().__init__(port)
+
+    def _take(self, batch: wire.Batch) -> None:
+        self.received.append(batch)
+        ack = wire.decode(wire.Ack, self.ledger.take(wire.encode_batch(batch)))
+        self.taken = self.ledger.taken
+        if not self.mute:
+            self.ack(ack.epoch, ack.upto, extra_ranges=ack.extra_ranges, conflict=ack.conflict)
+
+
+@pytest.fixture
+def server(broker: Broker) -> Iterator[Server]:
+    found = Server(broker.port)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def serving(device: Device, server: Server) -> Device:
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    device.infer(20)
+    device.wait_running("1.0.0", "confirmed")
+    wait_for(lambda: server.inferences() == 20 and empty(device), why="a quiet start")
+    return device
+
+
+def empty(device: Device) -> bool:
+    return device.status()["outbox"]["pending"] == 0
+
+
+def test_ack_lost(serving: Device, server: Server) -> None:
+    """What the server holds and the device does not know is sent again, taken once, and freed by the next acknowledgement."""
+    server.mute = True
+    serving.infer(9)
+    wait_for(lambda: server.inferences() == 29, why="nine taken")
+    sent = {record.seq for record in server.received[-1].records}
+    copies = len(server.received)
+    wait_for(
+        lambda: any(sent <= {r.seq for r in batch.records} for batch in server.received[copies:]), why="the same again"
+    )
+    assert serving.status()["outbox"]["pending_inferences"] == 9
+    server.mute = False
+    wait_for(lambda: empty(serving), why="an empty outbox")
+    assert (server.inferences(), server.ledger.conflicts) == (29, 0)
+
+
+def test_reconnect(serving: Device, server: Server, broker: Broker) -> None:
+    """The broker dies again and again, with messages and acknowledgements on their way: nothing is counted twice."""
+    with Load(serving, clients=2) as load:
+        for _ in range(3):
+            received = len(server.received)
+            wait_for(lambda received=received: len(server.received) > received, why="something on its way")
+            broker.stop(kill=True)
+            broker.start()
+            wait_for(lambda: serving.status()["link"]["server_online"], why="a new session")
+    assert load.failed == []
+    made = load.ok + 20
+    wait_for(lambda: server.inferences() >= made and empty(serving), why=lambda: f"{made}, got {server.inferences()}")
+    assert (server.inferences(), server.ledger.conflicts) == (made, 0)
+    assert serving.status()["outbox"]["lost"] == {}
+
+
+def test_buffer_full(device: Device, server: Server) -> None:
+    """An outage that fills the outbox: it stays within its bound on disk, windows merge, no inference is lost."""
+    text = device.config.read_text().replace("[limits]\n", "[limits]\noutbox_mb = 8.0\n")
+    device.config.write_text(text)
+    server.announce("offline")
+    made = prefill(device, 9_000_000)
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    device.infer(20)
+    made += 20
+    wait_for(lambda: on_disk(device) <= 8_000_000, why=lambda: f"{on_disk(device)} bytes: {device.log()[-2000:]}")
+    wait_for(lambda: device.status()["outbox"]["pending_inferences"] == made, why="all that was made")
+    assert device.infer(3) == ["1.0.0"] * 3
+    server.birth += 1
+    server.announce("online")
+    wait_for(
+        lambda: server.inferences() == made + 3 and empty(device), why=lambda: f"{made + 3}, got {server.inferences()}"
+    )
+    assert device.status()["outbox"]["lost"] == {}
+    assert max(r.merged for r in server.windows()) > 1
+    assert server.ledger.conflicts == 0
+
+
+def prefill(device: Device, size: int) -> int:
+    """Windows of an outage, as the agent itself would have stored them. Returns their inferences."""
+    found = config.load(device.config, {})
+    store, _ = open_store(
+        device.state_dir / "state.db", binding=facts.binding(config.identity(found)), device=DEVICE,
+        new_epoch=lambda: os.urandom(16).hex(), wall_s=0.0,
+    )  # fmt: skip
+    store._db.execute("PRAGMA synchronous = OFF")
+    made = 0
+    while store.live_bytes() < size:
+        entries = []
+        for model in ("gas", "pump", "fan"):
+            key = w.Key(model, "a" * 64, "v", "none", "", 0)
+            readings = {f"reading_{i}_sum": made + i for i in range(90)}
+            body = wire.encode(w.Window(key=key, start=AT, end=AT, counts=w.Counts(ok=5), resources=readings))
+            entries.append(Entry(kind="window", body=body, key="/".join(map(str, key)), inferences=5))
+        store.append(entries)
+        made += 15
+    store.close()
+    return made
+
+
+def on_disk(device: Device) -> int:
+    return sum(path.stat().st_size for path in device.state_dir.glob("state.db*"))
+
+
+def test_cloned_to_a_second_board(serving: Device, server: Server, make_device: Callable[..., Device]) -> None:
+    """Two lives of one outbox, even of one machine id: what both hold counts once, what each made counts, the conflict is seen."""
+    server.announce("offline")
+    wait_for(lambda: not serving.status()["link"]["server_online"], why="offline heard")
+    serving.infer(5)
+    wait_for(lambda: serving.status()["outbox"]["pending_inferences"] == 5, why="five that wait")
+    epoch = serving.status()["outbox"]["epoch"]
+    serving.kill()
+    clone = make_device()
+    shutil.rmtree(clone.state_dir)
+    shutil.copytree(serving.state_dir, clone.state_dir, ignore=shutil.ignore_patterns("*.sock"))
+    clone.world = serving.world
+    clone.save()
+    # The first life goes on alone: it sends the five, and seven more.
+    server.birth += 1
+    server.announce("online")
+    serving.start()
+    serving.wait_running("1.0.0", "confirmed")
+    serving.infer(7)
+    wait_for(lambda: server.inferences() == 32 and empty(serving), why=lambda: f"32, got {server.inferences()}")
+    assert serving.status()["outbox"]["epoch"] == epoch
+    serving.stop()
+    # The second has the same five, and under the seqs of the seven something of its own.
+    clone.start()
+    clone.wait_running("1.0.0", "confirmed")
+    clone.infer(6)
+    wait_for(lambda: server.inferences() == 38 and empty(clone), why=lambda: f"38, got {server.inferences()}")
+    assert server.ledger.conflicts > 0 or clone.status()["outbox"]["lost"].get("epoch_ahead")
+    assert clone.status()["outbox"]["epoch"] != epoch
+    assert [event.code for event in server.events("epoch")] in (["conflict"], ["ahead"])
+
+
+def test_restored_from_a_backup(serving: Device, server: Server) -> None:
+    """The state folder of an hour ago, its log included: what it holds again counts once, what follows counts."""
+    server.announce("offline")
+    wait_for(lambda: not serving.status()["link"]["server_online"], why="offline heard")
+    serving.infer(4)
+    wait_for(lambda: serving.status()["outbox"]["pending_inferences"] == 4, why="four that wait")
+    serving.kill()
+    backup = {path.name: path.read_bytes() for path in serving.state_dir.glob("state.db*")}
+    serving.start()
+    server.birth += 1
+    server.announce("online")
+    serving.wait_running("1.0.0", "confirmed")
+    serving.infer(9)
+    wait_for(lambda: server.inferences() == 33 and empty(serving), why=lambda: f"33, got {server.inferences()}")
+    serving.stop()
+    for path in serving.state_dir.glob("state.db*"):
+        path.unlink()
+    for name, data in backup.items():
+        Path(serving.state_dir / name).write_bytes(data)
+    serving.start()
+    serving.wait_running("1.0.0", "confirmed")
+    serving.infer(6)
+    wait_for(lambda: server.inferences() == 39 and empty(serving), why=lambda: f"39, got {server.inferences()}")
+    lost = serving.status()["outbox"]["lost"]
+    assert lost.keys() <= {"epoch_ahead", "epoch_conflict"}
+    assert lost
