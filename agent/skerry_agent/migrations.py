@@ -26,6 +26,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE rings (ring TEXT PRIMARY KEY, upto INTEGER NOT NULL)",
     ),
     (
+        # SQLite has no sums over its pages: a bit that turns over in a record or a number would be believed. NULL: an older agent's row.
+        "ALTER TABLE outbox ADD COLUMN crc INTEGER",
+        "ALTER TABLE epochs ADD COLUMN crc INTEGER",
+        "ALTER TABLE state ADD COLUMN crc INTEGER",
+        "ALTER TABLE rings ADD COLUMN crc INTEGER",
         # What waits is asked for twice a second: without these every answer reads the whole outbox, bodies included.
         "CREATE INDEX outbox_waiting ON outbox (epoch, kind, seq, size)",
         "CREATE TABLE waiting (records INTEGER NOT NULL, bytes INTEGER NOT NULL, inferences INTEGER NOT NULL)",

@@ -6,6 +6,7 @@ server ended, is sent again; the server takes each record once. Records are froz
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,11 @@ from typing import Protocol
 import msgspec
 from skerry_contract import wire
 from skerry_contract.window import Instant
+
+from skerry_agent.logs import kv
+from skerry_agent.store import RecordDamaged
+
+log = logging.getLogger(__name__)
 
 _MAX_RECORDS = 400
 
@@ -85,7 +91,12 @@ class Upload:
         max_bytes = self._batch_bytes
         while len(self._flights) < self._window:
             flying = {(flight.epoch, seq) for flight in self._flights for seq in flight.seqs}
-            batch = self._outbox.next_batch(flying, max_bytes=max_bytes, max_records=_MAX_RECORDS)
+            try:
+                batch = self._outbox.next_batch(flying, max_bytes=max_bytes, max_records=_MAX_RECORDS)
+            except RecordDamaged as error:
+                log.error("record damaged", extra=kv(epoch=error.epoch, seq=error.seq))
+                self._outbox.drop(error.epoch, error.seq, at, "record_damaged")
+                continue
             if batch is None:
                 break
             batch = self._open(batch, at)

@@ -6,6 +6,6 @@ start finds. Wall time and randomness are arguments.
 
 from skerry_agent.store.compaction import Store
 from skerry_agent.store.opening import Opened, open_store
-from skerry_agent.store.outbox import Acknowledged, Entry, RingAt
+from skerry_agent.store.outbox import Acknowledged, Entry, RecordDamaged, RingAt
 
-__all__ = ["Acknowledged", "Entry", "Opened", "RingAt", "Store", "open_store"]
+__all__ = ["Acknowledged", "Entry", "Opened", "RecordDamaged", "RingAt", "Store", "open_store"]

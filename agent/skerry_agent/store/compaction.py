@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import msgspec
 from skerry_contract import window as w
 from skerry_contract import wire
 from skerry_contract.errors import ContractError
@@ -19,7 +20,7 @@ from skerry_agent.core import retention
 from skerry_agent.errors import Degraded
 from skerry_agent.logs import kv
 from skerry_agent.store.database import WAL_PAGES
-from skerry_agent.store.outbox import AT_ONCE, Entry, Outbox, RingAt
+from skerry_agent.store.outbox import AT_ONCE, Entry, Outbox, RecordDamaged, RingAt
 
 log = logging.getLogger(__name__)
 
@@ -105,12 +106,15 @@ class Store(Outbox):
             actions = retention.plan_retention(self._oldest(), used, bound) if used > bound else ()
             for step in _in_steps(actions):
                 # Some at a time: the log holds what a transaction changed, and is within the bound too.
-                with self.transaction():
-                    for action in step:
-                        if isinstance(action, retention.Merge):
-                            self._merge(action.seqs)
-                        else:
-                            self._drop(action, at)
+                try:
+                    with self.transaction():
+                        for action in step:
+                            if isinstance(action, retention.Merge):
+                                self._merge(action.seqs)
+                            else:
+                                self._drop(action, at)
+                except RecordDamaged as error:
+                    self.drop(error.epoch, error.seq, at, "record_damaged")
                 rounds -= 1
                 if rounds <= 0:
                     break
@@ -174,8 +178,10 @@ class Store(Outbox):
     def drop(self, epoch: str, seq: int, at: w.Instant, why: str) -> None:
         """Gives up one record that can never be sent, with a tombstone."""
         with self.transaction():
-            record = self.record(epoch, seq)
-            ((inferences,),) = self.read("SELECT inferences FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq))
+            ((inferences, spans),) = self.read(
+                "SELECT inferences, replaces FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq)
+            )
+            inferences = inferences if isinstance(inferences, int) and inferences > 0 else 0
             self._db.execute("DELETE FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq))
             self.count_lost(why, 1)
             if inferences:
@@ -184,7 +190,11 @@ class Store(Outbox):
                 # A former epoch gives out no seq any more: the device's own counters name what is gone.
                 return
             body = wire.encode(wire.Tombstone(at=at, why=why, records=1, inferences=inferences))
-            self.insert(epoch, Entry(kind="tombstone", body=body, key=why), _replaced([record]))
+            self.insert(
+                epoch,
+                Entry(kind="tombstone", body=body, key=why),
+                _replaced([wire.Record(seq=seq, kind="window", body=b"", replaces=_readable(spans, seq))]),
+            )
 
 
 def _in_steps(actions: Iterable[retention.Action]) -> Iterator[list[retention.Action]]:
@@ -207,6 +217,20 @@ def _in_steps(actions: Iterable[retention.Action]) -> Iterator[list[retention.Ac
             step, taken = [], 0
     if step:
         yield step
+
+
+def _readable(spans: bytes, seq: int) -> tuple[wire.Range, ...]:
+    """What a damaged record replaced, as far as that makes sense."""
+    try:
+        found = msgspec.json.decode(spans, type=tuple[wire.Range, ...])
+    except (msgspec.DecodeError, TypeError):
+        return ()
+    last = 0
+    for low, high in found:
+        if not last < low <= high < seq:
+            return ()
+        last = high
+    return found
 
 
 def _replaced(records: Iterable[wire.Record]) -> tuple[wire.Range, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,16 +88,45 @@ class Database:
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the durable state, as builtins."""
-        row = next(iter(self.read("SELECT value FROM state WHERE key = ?", (key,))), None)
-        return default if row is None else msgspec.json.decode(row[0])
+        row = next(iter(self.read("SELECT value, crc FROM state WHERE key = ?", (key,))), None)
+        if row is None:
+            return default
+        self.trust(row[1], key, row[0])
+        return msgspec.json.decode(row[0])
 
     def put(self, key: str, value: Any) -> None:
         """Stores a value (builtins or a Struct); on disk when this returns, unless in a transaction."""
         with self.transaction():
+            data = msgspec.json.encode(value)
             self._db.execute(
-                "INSERT INTO state (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-                (key, msgspec.json.encode(value)),
+                "INSERT INTO state (key, value, crc) VALUES (?, ?, ?) "
+                "ON CONFLICT (key) DO UPDATE SET value = excluded.value, crc = excluded.crc",
+                (key, data, checksum(key, data)),
             )
+
+    def trust(self, crc: int | None, *fields: str | int | bytes) -> None:
+        """Checks the fields of a row against its sum.
+
+        Raises:
+            Degraded: ``store_damaged``.
+        """
+        if crc is not None and crc != checksum(*fields):
+            raise damaged(self.path, f"a row that begins with {fields[0]!r} is not what was written")
+
+    def verify(self) -> None:
+        """Checks every row that says how things stand. Records are checked when they are read.
+
+        Raises:
+            Degraded: ``store_damaged``.
+        """
+        for key, value, crc in self.read("SELECT key, value, crc FROM state"):
+            self.trust(crc, key, value)
+        for ring, upto, crc in self.read("SELECT ring, upto, crc FROM rings"):
+            self.trust(crc, ring, upto)
+        for epoch, binding, next_seq, current, crc in self.read(
+            "SELECT epoch, binding, next_seq, current, crc FROM epochs"
+        ):
+            self.trust(crc, epoch, binding, next_seq, current)
 
     def delete(self, key: str) -> None:
         """Removes a value of the durable state."""
@@ -208,7 +238,21 @@ def named(error: sqlite3.DatabaseError, path: Path) -> Degraded:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         # Moving the file aside would make the loss that a lock is not.
         return Degraded("store_busy", f"{path}: {text}", advice="end the program that has the file open")
+    return damaged(path, text)
+
+
+def damaged(path: Path, text: str) -> Degraded:
+    """The file cannot be believed."""
     return Degraded("store_damaged", f"{path}: {text}", advice="restart the agent: it moves the file aside")
+
+
+def checksum(*fields: str | int | bytes) -> int:
+    """CRC-32 over fields, which end where they end."""
+    crc = 0
+    for field in fields:
+        data = field if isinstance(field, bytes) else str(field).encode()
+        crc = zlib.crc32(data, zlib.crc32(b"%d:" % len(data), crc))
+    return crc
 
 
 def _size(path: Path) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from skerry_agent.errors import Degraded
 from skerry_agent.store.compaction import Store
-from skerry_agent.store.database import connect, suspect_mark
+from skerry_agent.store.database import Database, connect, suspect_mark
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +97,16 @@ def _damage(path: Path) -> bool:
     try:
         connection = connect(path)
         try:
-            return bool(connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok")
+            if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                return True
+            Database(path, connection).verify()
+            return False
         finally:
             connection.close()
+    except Degraded as error:
+        if error.code != "store_damaged":
+            raise
+        return True
     except sqlite3.DatabaseError as error:
         # A lock or a full disk is no damage: moving the file aside would make the loss that it is to prevent.
         return not isinstance(error, sqlite3.OperationalError) or "malformed" in str(error)

@@ -22,7 +22,7 @@ import msgspec
 from skerry_contract import ids, wire
 
 from skerry_agent.core import retention
-from skerry_agent.store.database import Database
+from skerry_agent.store.database import Database, checksum
 
 _PAGE_ROWS = 500
 AT_ONCE = 256
@@ -59,6 +59,15 @@ class Acknowledged:
 
     freed: int
     new_epoch: str = ""
+
+
+class RecordDamaged(Exception):
+    """A record is not what was written. Whoever reads it gives it up, with ``Store.drop``."""
+
+    def __init__(self, epoch: str, seq: int) -> None:
+        super().__init__(f"epoch {epoch} seq {seq}")
+        self.epoch = epoch
+        self.seq = seq
 
 
 class Outbox(Database):
@@ -120,10 +129,11 @@ class Outbox(Database):
         with self.transaction():
             seqs = tuple(self.insert(self.epoch, entry, ()) for entry in entries)
             for at in rings:
+                upto = max(at.upto, self.ring_upto(at.ring) or 0)
                 self._db.execute(
-                    "INSERT INTO rings (ring, upto) VALUES (?, ?) "
-                    "ON CONFLICT (ring) DO UPDATE SET upto = max(upto, excluded.upto)",
-                    (at.ring, at.upto),
+                    "INSERT INTO rings (ring, upto, crc) VALUES (?, ?, ?) "
+                    "ON CONFLICT (ring) DO UPDATE SET upto = excluded.upto, crc = excluded.crc",
+                    (at.ring, upto, checksum(at.ring, upto)),
                 )
         return seqs
 
@@ -133,17 +143,26 @@ class Outbox(Database):
         spans = msgspec.json.encode(replaces)
         size = len(entry.body) + len(spans) + _ROW_BYTES
         self._db.execute(
-            "INSERT INTO outbox (epoch, seq, kind, key, size, inferences, replaces, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (epoch, seq, entry.kind, entry.key, size, entry.inferences, spans, entry.body),
-        )
+            "INSERT INTO outbox (epoch, seq, kind, key, size, inferences, replaces, body, crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                epoch, seq, entry.kind, entry.key, size, entry.inferences, spans, entry.body,
+                checksum(epoch, seq, entry.kind, entry.inferences, spans, entry.body),
+            ),
+        )  # fmt: skip
         self._next_seq = seq + 1
-        self._db.execute("UPDATE epochs SET next_seq = ? WHERE epoch = ?", (self._next_seq, epoch))
+        self._db.execute(
+            "UPDATE epochs SET next_seq = ?, crc = ? WHERE epoch = ?",
+            (self._next_seq, checksum(epoch, self.binding, self._next_seq, 1), epoch),
+        )
         return seq
 
     def ring_upto(self, ring: str) -> int | None:
         """The committed position of a ring; None when it never committed anything."""
-        rows = self.read("SELECT upto FROM rings WHERE ring = ?", (ring,))
-        return int(rows[0][0]) if rows else None
+        rows = self.read("SELECT upto, crc FROM rings WHERE ring = ?", (ring,))
+        if not rows:
+            return None
+        self.trust(rows[0][1], ring, rows[0][0])
+        return int(rows[0][0])
 
     def rings(self) -> tuple[str, ...]:
         """Rings that have a committed position."""
@@ -171,6 +190,9 @@ class Outbox(Database):
         Args:
             in_flight: (epoch, seq) of what is on its way.
             max_bytes: of bodies, before compression.
+
+        Raises:
+            RecordDamaged: one of them must be given up first.
         """
         for (epoch,) in self.read("SELECT epoch FROM epochs ORDER BY current, rowid"):
             flying = {seq for flight, seq in in_flight if flight == epoch}
@@ -198,10 +220,16 @@ class Outbox(Database):
         ]
 
     def record(self, epoch: str, seq: int) -> wire.Record:
-        """One record that is there, whole."""
-        ((kind, replaces, body),) = self.read(
-            "SELECT kind, replaces, body FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq)
+        """One record that is there, whole.
+
+        Raises:
+            RecordDamaged: it is not what was written.
+        """
+        ((kind, inferences, replaces, body, crc),) = self.read(
+            "SELECT kind, inferences, replaces, body, crc FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq)
         )
+        if crc is not None and crc != checksum(epoch, seq, kind, inferences, replaces, body):
+            raise RecordDamaged(epoch, seq)
         return wire.Record(seq=seq, kind=kind, body=body, replaces=_ranges(replaces))
 
     def mark_sent(self, epoch: str, seqs: Sequence[int]) -> None:
@@ -270,22 +298,32 @@ class Outbox(Database):
     def _move(self, epoch: str) -> None:
         """Renumbers the disputed records of a broken epoch into the current one."""
         rows = self._db.execute(
-            "SELECT seq, kind, key, inferences, body FROM outbox WHERE epoch = ? AND kept = 1 ORDER BY seq",
-            (epoch,),
+            "SELECT seq, key, inferences FROM outbox WHERE epoch = ? AND kept = 1 ORDER BY seq", (epoch,)
         ).fetchall()
-        for seq, kind, key, inferences, body in rows:
+        for seq, key, inferences in rows:
+            try:
+                record = self.record(epoch, seq)
+            except RecordDamaged:
+                self.count_lost("record_damaged", 1)
+                self.count_lost("inferences_dropped", inferences)
+                record = None
             self._db.execute("DELETE FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq))
-            # What a merged record replaced lies under the old epoch: the new one knows no trace of it.
-            self.insert(self.epoch, Entry(kind=kind, body=body, key=key, inferences=inferences), ())
+            if record is not None:
+                # What a merged record replaced lies under the old epoch: the new one knows no trace of it.
+                self.insert(self.epoch, Entry(kind=record.kind, body=record.body, key=key, inferences=inferences), ())
 
     def begin_epoch(self, binding: str) -> None:
         """Begins another life of the outbox, in the caller's transaction."""
         self.epoch = ids.epoch(self._new_epoch())
         self.binding = binding
         self._next_seq = 1
-        self._db.execute("UPDATE epochs SET current = 0")
+        for epoch, bound, next_seq in self.read("SELECT epoch, binding, next_seq FROM epochs"):
+            self._db.execute(
+                "UPDATE epochs SET current = 0, crc = ? WHERE epoch = ?", (checksum(epoch, bound, next_seq, 0), epoch)
+            )
         self._db.execute(
-            "INSERT INTO epochs (epoch, binding, next_seq, current) VALUES (?, ?, 1, 1)", (self.epoch, binding)
+            "INSERT INTO epochs (epoch, binding, next_seq, current, crc) VALUES (?, ?, 1, 1, ?)",
+            (self.epoch, binding, checksum(self.epoch, binding, 1, 1)),
         )
 
     def remove(self, seqs: Sequence[int]) -> None:

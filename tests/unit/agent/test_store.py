@@ -472,4 +472,4 @@ def test_a_long_backlog_is_not_loaded_whole(store: Store) -> None:
     assert batch is not None
     # The newest events first; within a batch seqs ascend.
     assert [r.seq for r in batch.records] == list(range(2991, 3001))
-    assert sum("body FROM outbox" in line for line in read) == 10
+    assert sum("body, crc FROM outbox" in line for line in read) == 10
