@@ -61,6 +61,7 @@ class Database:
             self._depth = 1
             try:
                 yield
+                self._settle()
                 self._db.execute("COMMIT")
             finally:
                 self._depth = 0
@@ -71,6 +72,9 @@ class Database:
             if isinstance(error, sqlite3.DatabaseError):
                 raise named(error, self.path) from error
             raise
+
+    def _settle(self) -> None:
+        """What a subclass writes last, once per transaction."""
 
     def _held(self) -> tuple[Any, ...]:
         """What a subclass holds in memory of the file, for a transaction that fails."""

@@ -82,13 +82,22 @@ class Outbox(Database):
         self._new_epoch = new_epoch
         self.epoch = ids.Epoch("")
         self.binding = ""
-        self._next_seq = 1
+        self._next_seq = self._stored_seq = 1
 
     def _held(self) -> tuple[Any, ...]:
-        return self.epoch, self.binding, self._next_seq
+        return self.epoch, self.binding, self._next_seq, self._stored_seq
 
     def _hold(self, before: tuple[Any, ...]) -> None:
-        self.epoch, self.binding, self._next_seq = before
+        self.epoch, self.binding, self._next_seq, self._stored_seq = before
+
+    def _settle(self) -> None:
+        if self._next_seq == self._stored_seq:
+            return
+        self._db.execute(
+            "UPDATE epochs SET next_seq = ?, crc = ? WHERE epoch = ?",
+            (self._next_seq, checksum(self.epoch, self.binding, self._next_seq, 1), self.epoch),
+        )
+        self._stored_seq = self._next_seq
 
     def adopt(self, binding: str, device: str) -> str:
         """Goes on with the epoch of this machine and key, or begins one. Records of another device are dropped and counted.
@@ -106,7 +115,8 @@ class Outbox(Database):
                 self.put("device", device)
             row = self._db.execute("SELECT epoch, binding, next_seq FROM epochs WHERE current = 1").fetchone()
             if row is not None and row[1] == binding:
-                self.epoch, self.binding, self._next_seq = ids.epoch(row[0]), binding, int(row[2])
+                self.epoch, self.binding = ids.epoch(row[0]), binding
+                self._next_seq = self._stored_seq = int(row[2])
                 return ""
             # Records of the former epoch are frozen: they may exist on another machine too, and must stay the same records.
             self._db.execute("UPDATE outbox SET sent = 1")
@@ -150,10 +160,6 @@ class Outbox(Database):
             ),
         )  # fmt: skip
         self._next_seq = seq + 1
-        self._db.execute(
-            "UPDATE epochs SET next_seq = ?, crc = ? WHERE epoch = ?",
-            (self._next_seq, checksum(epoch, self.binding, self._next_seq, 1), epoch),
-        )
         return seq
 
     def ring_upto(self, ring: str) -> int | None:
@@ -316,7 +322,7 @@ class Outbox(Database):
         """Begins another life of the outbox, in the caller's transaction."""
         self.epoch = ids.epoch(self._new_epoch())
         self.binding = binding
-        self._next_seq = 1
+        self._next_seq = self._stored_seq = 1
         for epoch, bound, next_seq in self.read("SELECT epoch, binding, next_seq FROM epochs"):
             self._db.execute(
                 "UPDATE epochs SET current = 0, crc = ? WHERE epoch = ?", (checksum(epoch, bound, next_seq, 0), epoch)
