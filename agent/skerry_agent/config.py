@@ -128,7 +128,7 @@ class Limits:
         upload_kib: bodies per batch, KiB.
         max_inflight: local requests accepted at once.
         max_wait_s: longest wait of an accepted one, by what those before it should take.
-        disk_reserve_mb, memory_reserve_mb: what updates must leave free.
+        disk_reserve_mb, memory_reserve_mb: what updates must leave free; file_reserve: files (inodes) of the state folder's disk.
         leak_slack_mb: a worker may have so much memory of its own beyond what its models need before it is replaced.
     """
 
@@ -139,6 +139,7 @@ class Limits:
     max_inflight: int = 64
     max_wait_s: float = 5.0
     disk_reserve_mb: float = 64.0
+    file_reserve: int = 256
     memory_reserve_mb: float = 0.0
     leak_slack_mb: float = 64.0
 
@@ -339,7 +340,7 @@ _POSITIVE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "apps.clients", "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
-    "pool.wait_s", "access.rate", "access.burst", "limits.outbox_free_mb", "timing.commit_s", "telemetry.readings_s", "telemetry.samples_per_hour",
+    "pool.wait_s", "access.rate", "access.burst", "limits.outbox_free_mb", "limits.file_reserve", "timing.commit_s", "telemetry.readings_s", "telemetry.samples_per_hour",
 }  # fmt: skip
 LEAST_OUTBOX_MB = 8.0
 """The log of the store alone may take 4 MB."""

@@ -18,6 +18,7 @@ from skerry_contract import group, manifest
 from skerry_agent import __version__
 from skerry_agent.config import Config, Identity
 from skerry_agent.core.admission import Device
+from skerry_agent.store import ballast
 
 ABILITIES: frozenset[str] = group.FEATURES | manifest.ABILITIES
 """What this agent understands of ``requires``, in group documents and manifests."""
@@ -56,6 +57,8 @@ def device(config: Config, found: dict[str, str], broken: frozenset[str] = froze
         arch=arch(),
         memory_free_mb=psutil.virtual_memory().available / 1e6,
         disk_free_mb=shutil.disk_usage(config.state_dir).free / 1e6,
+        files_free=ballast.room(config.state_dir)[1],
+        file_reserve=config.limits.file_reserve,
         memory_reserve_mb=config.limits.memory_reserve_mb,
         disk_reserve_mb=config.limits.disk_reserve_mb,
         agent=__version__,

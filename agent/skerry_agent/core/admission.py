@@ -26,6 +26,7 @@ class Device:
         arch: as ``uname -m`` gives it.
         memory_free_mb, disk_free_mb: now, in MB (1e6 bytes).
         memory_reserve_mb, disk_reserve_mb: what must stay free for others.
+        files_free: how many more files its disk can name; file_reserve: how many of them must stay.
         agent: the agent's version; abilities: what it understands of a manifest's ``requires``.
     """
 
@@ -35,6 +36,8 @@ class Device:
     disk_free_mb: float
     memory_reserve_mb: float = 0.0
     disk_reserve_mb: float = 0.0
+    files_free: int = 1 << 62
+    file_reserve: int = 0
     agent: str = "0.0.0"
     abilities: frozenset[str] = frozenset()
     prefer: tuple[str, ...] = ()
@@ -109,6 +112,8 @@ def admit(manifest: Manifest, device: Device, memory: Memory) -> Admit | Refuse:
     return max(refusals, key=lambda refusal: _ORDER.index(refusal.code))
 
 
+_OTHER_FILES = 8
+"""What a bundle takes beside its own: its folder, the manifest, and what is written while it is fetched and started."""
 _ORDER = ("no_variant", "runtime_missing", "not_enough_memory", "not_enough_disk")
 
 
@@ -132,7 +137,10 @@ def _admit_variant(variant: Variant, device: Device, memory: Memory) -> Admit | 
     fetch_bytes = max(0, sum(file.size for file in variant.files) - memory.present_bytes)
     wanted_mb = max(float(variant.needs.disk_mb), fetch_bytes / 1e6) if fetch_bytes else 0.0
     room_mb = device.disk_free_mb - device.disk_reserve_mb
-    if wanted_mb > room_mb:
+    # What is here already wants no room: the way back to it must not depend on a disk that others filled.
+    if fetch_bytes and device.files_free < len(variant.files) + _OTHER_FILES + device.file_reserve:
+        return Refuse(code="not_enough_disk", detail=f"{variant.id}: {device.files_free} more files fit on the disk")
+    if fetch_bytes and wanted_mb > room_mb:
         return Refuse(
             code="not_enough_disk", detail=f"{variant.id} wants {wanted_mb:.1f} MB, {room_mb:.1f} MB are free"
         )

@@ -164,11 +164,14 @@ class Rings:
                     self._store_some()
                     self._refused = False
                 except Degraded as error:
-                    log.error("window not stored", extra=kv(code=error.code, detail=error.detail, advice=error.advice))
+                    again, self._refused = self._refused, True
+                    if not again:
+                        log.error(
+                            "window not stored", extra=kv(code=error.code, detail=error.detail, advice=error.advice)
+                        )
                     if error.code == "store_busy":
                         # The lock of a moment is gone at the next tick; while one lasts, every try holds up the loop.
-                        self._retry_at_s = self._clock.boot_s() + _BUSY_S if self._refused else 0.0
-                        self._refused = True
+                        self._retry_at_s = self._clock.boot_s() + _BUSY_S if again else 0.0
                         return
                     if error.code != "store_damaged":
                         self._store.compact(self._clock.instant())

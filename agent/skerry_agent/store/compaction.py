@@ -6,7 +6,6 @@ Only records of the present epoch that were never sent can give way: what the se
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from skerry_contract.errors import ContractError
 from skerry_agent.core import retention
 from skerry_agent.errors import Degraded
 from skerry_agent.logs import kv
+from skerry_agent.store import ballast
 from skerry_agent.store.database import WAL_PAGES
 from skerry_agent.store.outbox import AT_ONCE, Entry, Outbox, RecordDamaged, RingAt
 
@@ -29,6 +29,8 @@ _PLANNED_ROWS = 2000
 """Records of one kind, the oldest, among which a step of retention chooses: a long backlog is never loaded whole."""
 _INDEX_BYTES = 32 * 1024
 """What the index of the write-ahead log takes on disk."""
+_LEAST_PAGES = 64
+"""Free pages of the file in which windows still find room on a full file system."""
 _LEAST_SHARE = 8
 """However full others make the file system, the outbox keeps this part of its bound."""
 
@@ -68,10 +70,9 @@ class Store(Outbox):
         """What the pages in use may take, so that they and the log stay within the bound and the file system keeps its rest."""
         bound = self.files_bound_bytes - 2 * WAL_PAGES * self.page_bytes - _INDEX_BYTES
         if self.free_bytes:
-            found = os.statvfs(self.path)
-            room = found.f_bavail * found.f_frsize - self.free_bytes
             # Free pages of the file are room that this store has taken already.
             ((pages,),) = self.read("PRAGMA page_count")
+            room = ballast.room(self.path.parent)[0] - self.free_bytes
             bound = min(bound, int(pages) * self.page_bytes + room)
         return max(bound, self.files_bound_bytes // _LEAST_SHARE)
 
@@ -85,8 +86,13 @@ class Store(Outbox):
         """See ``Outbox.append``.
 
         Raises:
-            Degraded: also ``store_busy`` while ``held_up``: what waits for room must not make the log longer.
+            Degraded: also ``store_busy`` while ``held_up``: what waits for room must not make the log longer; and ``store_full``
+                on a full file system: its last room is for what frees some.
         """
+        if self.free_bytes and ballast.full(self.path.parent) and self._free_pages() < _LEAST_PAGES:
+            raise Degraded(
+                "store_full", f"{self.path}: the file system is full", advice="make room on the device's disk"
+            )
         if self.held_up():
             raise Degraded(
                 "store_busy", f"{self.path}: the log is {self.log_bytes()} bytes long and a reader holds it",
@@ -123,6 +129,19 @@ class Store(Outbox):
                 return started - left
             waiting = left
 
+    def tidy(self) -> int:
+        """See ``Database.tidy``; also takes the ballast again once there is room for it."""
+        if self.free_bytes:
+            ballast.restock(self.path.parent, leave_bytes=self.free_bytes)
+        return super().tidy()
+
+    def _make_room(self) -> None:
+        if self.free_bytes and ballast.spend(self.path.parent):
+            log.error("ballast given up", extra=kv(code="store_full", detail=str(self.path)))
+
+    def _free_pages(self) -> int:
+        return int(self.read("PRAGMA freelist_count")[0][0])
+
     def _oldest(self) -> list[retention.Row]:
         found: list[retention.Row] = []
         for kind in wire.KINDS:
@@ -151,7 +170,7 @@ class Store(Outbox):
             return
         self.remove(seqs)
         body = wire.encode(merged)
-        self.insert(self.epoch, Entry(kind="window", body=body, key=key, inferences=inferences), _replaced(records))
+        self.insert(Entry(kind="window", body=body, key=key, inferences=inferences), _replaced(records))
 
     def _drop(self, action: retention.Drop, at: w.Instant) -> None:
         # Older tombstones of the same reason are taken up, so that they cannot fill the outbox in their turn.
@@ -173,7 +192,7 @@ class Store(Outbox):
             dropped, inferences = dropped + old.records, inferences + old.inferences
         self.remove((*tombs, *action.seqs))
         body = wire.encode(wire.Tombstone(at=at, why=action.why, records=dropped, inferences=inferences))
-        self.insert(self.epoch, Entry(kind="tombstone", body=body, key=action.why), _replaced(records))
+        self.insert(Entry(kind="tombstone", body=body, key=action.why), _replaced(records))
 
     def drop(self, epoch: str, seq: int, at: w.Instant, why: str) -> None:
         """Gives up one record that can never be sent, with a tombstone."""
@@ -191,7 +210,6 @@ class Store(Outbox):
                 return
             body = wire.encode(wire.Tombstone(at=at, why=why, records=1, inferences=inferences))
             self.insert(
-                epoch,
                 Entry(kind="tombstone", body=body, key=why),
                 _replaced([wire.Record(seq=seq, kind="window", body=b"", replaces=_readable(spans, seq))]),
             )

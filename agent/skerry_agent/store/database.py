@@ -70,8 +70,14 @@ class Database:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             if isinstance(error, sqlite3.DatabaseError):
-                raise named(error, self.path) from error
+                found = named(error, self.path)
+                if found.code == "store_full":
+                    self._make_room()
+                raise found from error
             raise
+
+    def _make_room(self) -> None:
+        """What a subclass gives up when the disk is full, so that the next transaction fits."""
 
     def _settle(self) -> None:
         """What a subclass writes last, once per transaction."""

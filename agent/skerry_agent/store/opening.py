@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skerry_agent.errors import Degraded
+from skerry_agent.store import ballast
 from skerry_agent.store.compaction import Store
 from skerry_agent.store.database import Database, connect, suspect_mark
 
@@ -57,6 +58,9 @@ def open_store(
     Raises:
         Degraded: ``store_unusable`` when no store can be made here at all.
     """
+    if free_bytes and ballast.full(path.parent):
+        # The log, its index, and whatever else a start writes, must fit.
+        ballast.spend(path.parent)
     damaged = _damage(path)
     moved_aside, records, inferences = "", 0, 0
     if damaged:

@@ -441,3 +441,17 @@ def test_the_wait_grows_with_failures_and_spreads_with_the_draw() -> None:
 def test_a_wait_out_of_range_is_a_bug_that_shows(failures: int, draw: float) -> None:
     with pytest.raises(ValueError, match="wanted"):
         backoff.delay_s("sync", failures, draw)
+
+
+def test_what_is_here_already_needs_no_room_on_a_disk_that_others_filled() -> None:
+    full = dataclasses.replace(GOOD, disk_free_mb=0.1, disk_reserve_mb=64, files_free=0, file_reserve=256)
+    wanted = manifest()
+    size = sum(file.size for file in wanted.variants[0].files)
+    assert isinstance(a.admit(wanted, full, a.Memory(present_bytes=size)), a.Admit)
+    assert getattr(a.admit(wanted, full, a.Memory()), "code", "") == "not_enough_disk"
+
+
+def test_a_disk_without_names_for_files_refuses_before_anything_is_fetched() -> None:
+    for files_free, refused in ((264, True), (1000, False)):
+        answer = a.admit(manifest(), dataclasses.replace(GOOD, files_free=files_free, file_reserve=256), a.Memory())
+        assert (getattr(answer, "code", "") == "not_enough_disk") is refused
