@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 from pathlib import Path
 
 import msgspec
@@ -89,6 +88,9 @@ def add(path: Path, client: Client, *, token: bool) -> str:
         Rejected: ``client_exists``, or ``client_invalid`` with what is wrong.
         Degraded: the file is damaged, or cannot be written.
     """
+    # Workers import this module and never come here.
+    import secrets
+
     known = read(path)
     if any(client.name == other.name for other in known):
         raise Rejected(

@@ -11,7 +11,10 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 LEAST_BYTES = 32 * 1024
 AT_ONCE_BYTES = 128 * 1024
@@ -96,6 +99,9 @@ class Packing:
         if len(reply) < AT_ONCE_BYTES:
             return packed(reply, coding)
         if self._thread is None:
+            # Most workers never need it.
+            from concurrent.futures import ThreadPoolExecutor
+
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
         found = self._thread.submit(packed, reply, coding)
         found.add_done_callback(lambda future: self._loop.call_soon_threadsafe(done, future.result()))
