@@ -25,7 +25,7 @@ from skerry_agent.worker.model import Model
 from skerry_agent.worker.spans import Spans
 from skerry_agent.worker.statistics import statistics_of
 
-EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
+EXTENSIONS = ("binary_tensor_data", "model_repository", "sequence", "statistics")
 REFUSALS_APART_S = 0.1
 """On one connection, at least."""
 _CACHED_PATHS = 256

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from skerry_cli import bundle
 from skerry_cli.errors import RefusedForSafety, Usage
 from skerry_contract import canonical
 from skerry_contract import manifest as m
+from skerry_runtime import transforms
 
 from tests.unit.cli.conftest import CREATED, spec
 
@@ -131,3 +135,25 @@ def test_the_data_file_travels_with_its_licence() -> None:
     assert found is not None and found.origin is not None
     notice = (Path(found.origin).parent / "data" / "LICENCE.txt").read_text()
     assert "CC BY 4.0" in notice and "10.24432/C5MK6M" in notice and "Vergara" in notice
+
+
+def test_what_the_how_to_shows_can_be_built_and_run(source: Path, tmp_path: Path) -> None:
+    """The blocks of docs/howto/transforms-guards-streams.md, as an engineer would copy them into a spec."""
+    page = (Path(__file__).parents[3] / "docs" / "howto" / "transforms-guards-streams.md").read_text()
+    (steps,) = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL))
+    guards, streams = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    names = ("guards", "states")
+    for name, text in zip(names, (guards, streams), strict=True):
+        (source / f"{name}.toml").write_text(text.replace("requires", f"requires_{name}"))
+    parts = [bundle.read_spec(source / f"{name}.toml") for name in names]
+    needed = [part.pop(f"requires_{name}")[0] for name, part in zip(names, parts, strict=True)]
+    inputs = [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}]
+    built = build(source, tmp_path, requires=needed, inputs=inputs, **steps, **parts[0], **parts[1]).manifest
+    assert needed == list(names)
+    assert (built.features[0].on_outside, built.fallback) == ("reject", "leaks-small")
+    assert built.streams is not None
+    assert built.streams.states[0].shape == (2, 1, 128)
+    raw = np.array([[19.0, 1010.0], [np.nan, 1012.0], [21.0, 1011.0]], np.float32)
+    found = transforms.apply(built.transforms.pre, raw)
+    assert found.shape == (3, 6)
+    assert not np.isnan(found).any()
