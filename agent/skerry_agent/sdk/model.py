@@ -264,6 +264,16 @@ class Model:
         live = self._live
         return live.digest if live is not None else ""
 
+    def inputs(self) -> dict[str, np.dtype[Any]]:
+        """Datatypes of the inputs of the bundle that answers now, by name."""
+        live = self._live
+        return {} if live is None else {name: np.dtype(kind) for name, kind in live.dtypes.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of those inputs; -1 for any size."""
+        live = self._live
+        return {} if live is None else {tensor.name: tensor.shape for tensor in live.loaded.manifest.inputs}
+
     def status(self) -> dict[str, Any]:
         """What runs, whether the agent is there, and what was last refused: for people and health checks."""
         live, error = self._live, self._error
