@@ -46,6 +46,7 @@ _Any = (
     | ww.BookClosed
     | ww.Health
     | ww.Cut
+    | ww.Took
     | ww.Drained
     | ww.Flushed
     | Spilled

@@ -196,6 +196,8 @@ class Conn(Message, frozen=True, kw_only=True, tag="conn"):
         waited: to a worker: ``cold`` when the request had its model loaded, ``waiting`` when it waited for that; empty when neither.
         retry_s: to a worker: turn the request away, the client may come again after so many seconds. 0: answer it.
 
+        id: to a worker: answered by ``took``; 0 for no answer.
+
     It arrives without a descriptor when the receiver may open no more: the connection is lost then.
     """
 
@@ -203,6 +205,7 @@ class Conn(Message, frozen=True, kw_only=True, tag="conn"):
     model: str = ""
     waited: str = ""
     retry_s: int = 0
+    id: int = 0
 
 
 class Rekey(Message, frozen=True, kw_only=True, tag="rekey"):
@@ -403,6 +406,12 @@ class Cut(Message, frozen=True, kw_only=True, tag="cut"):
     connections: int
 
 
+class Took(Message, frozen=True, kw_only=True, tag="took"):
+    """The connection ``id`` is this worker's now. Until it says so the supervisor holds it too, for the next one if this one dies."""
+
+    id: int
+
+
 class Drained(Message, frozen=True, kw_only=True, tag="drained"):
     """No connection and no uncut record is left. ``unpassed``: connections that had to be closed at the deadline."""
 
@@ -445,6 +454,7 @@ ToSupervisor = (
     | Health
     | Conn
     | Cut
+    | Took
     | Drained
     | Flushed
 )

@@ -121,6 +121,7 @@ class Serving:
         self.cells: dict[str, Cell] = {}
         self.passing = Passing(self.site, self.cells, self.cell_of, self.front)
         self.site.on_connection = self.passing.take
+        self.site.on_took = self.passing.took
         self.site.on_change = self._changed
         self.site.on_flushed = self._flushed
         self.site.elsewhere = self._elsewhere

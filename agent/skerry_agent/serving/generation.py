@@ -27,6 +27,7 @@ class Generation:
         unruly: the code for which it is being replaced although it answers; empty when it is not.
         needs_mb: what its models declare; ready_mb: what it had when it was ready; most_mb: what it may have.
         spins_since: see ``core.liveness``.
+        gone: its process has ended, and what it said was heard.
         note: which model it is at; suspects: those that were in work when it died. loading: the one that it loads.
         accepting: it takes new connections; elsewhere: models of other cells, as it was told.
         cold_ms: what its start took, when a request waited for it.
@@ -56,6 +57,7 @@ class Generation:
     listening_s: float | None = None
     cold_ms: int = 0
     leaving: bool = False
+    gone: bool = False
     accepting: bool = False
     elsewhere: dict[str, str] = field(default_factory=dict)
     loading: str = ""

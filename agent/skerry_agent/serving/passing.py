@@ -2,7 +2,8 @@
 
 A connection that a leaving worker gives away goes to its cell's next worker. One with a request for a model of another cell goes to that
 cell; the receiver answers that request itself, so that none goes round in circles. Where a cell has no worker, connections
-wait; a request waits for ``pool.wait_s`` at most and with ``pool.waiting`` others, then it is answered 503 by whoever takes connections.
+wait, and so does one that was given to a worker which died before it had it. A request waits for ``pool.wait_s`` at most and with
+``pool.waiting`` others; then it is answered 503 by whoever takes connections.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Passing:
         self._cell_of = cell_of
         self._front = front
         self._waiting: deque[_Waiting] = deque()
+        self._given: dict[int, tuple[_Waiting, Generation]] = {}
+        self._number = 0
         self.waited = 0
         self.refused = 0
 
@@ -72,8 +75,18 @@ class Passing:
             self.waited += bool(one.model)
             self._waiting.append(one)
 
+    def took(self, number: int) -> None:
+        """A worker has a connection that was given to it."""
+        given = self._given.pop(number, None)
+        if given is not None:
+            os.close(given[0].fd)
+
     def hand_on(self) -> None:
-        """Sends on what waited for a worker that is there now."""
+        """Sends on what waited for a worker that is there now, and what was given to one that died before it had it."""
+        for number, (one, heir) in list(self._given.items()):
+            if heir.gone:
+                del self._given[number]
+                self._waiting.append(one)
         for one in list(self._waiting):
             if self._send(one):
                 self._waiting.remove(one)
@@ -88,8 +101,10 @@ class Passing:
 
     def close(self) -> None:
         """Closes what waits."""
-        while self._waiting:
-            os.close(self._waiting.popleft().fd)
+        for one in (*self._waiting, *(given[0] for given in self._given.values())):
+            os.close(one.fd)
+        self._waiting.clear()
+        self._given.clear()
 
     def _send(self, one: _Waiting, giver: Generation | None = None) -> bool:
         cell = self._cell_of(one.model) if one.model else None
@@ -118,5 +133,8 @@ class Passing:
         return True
 
     def _relay(self, heir: Generation, one: _Waiting, *, retry_s: int = 0) -> None:
-        heir.worker.send(ww.Conn(head=one.head, model=one.model, waited=one.waited, retry_s=retry_s), one.fd)
-        os.close(one.fd)
+        self._number += 1
+        message = ww.Conn(head=one.head, model=one.model, waited=one.waited, retry_s=retry_s, id=self._number)
+        # Its death may not be known here yet: the connection is held until it says that it has it.
+        self._given[self._number] = one, heir
+        heir.worker.send(message, one.fd)

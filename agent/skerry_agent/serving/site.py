@@ -37,6 +37,7 @@ class Site:
         on_health, on_crash, on_unruly, on_start: see ``Serving``.
         on_not_waked: a model that is loaded on demand did not start.
         on_connection: a worker gives a connection away: to its heir, or to the cell of the model that it is for.
+        on_took: a worker has a connection that was passed to it.
         on_change: a cell has another serving worker, or none; or a worker is gone.
         on_flushed: a worker has sent all it had when it was asked.
         elsewhere: models that other cells serve, and their versions.
@@ -61,6 +62,7 @@ class Site:
     on_start: Callable[[Mapping[str, Slot], AgentError | None, Mapping[str, ww.Proved]], None]
     on_not_waked: Callable[[Mapping[str, Slot], AgentError], None] = _nothing
     on_connection: Callable[[Generation, ww.Conn, int], None] = _nothing
+    on_took: Callable[[int], None] = _nothing
     on_change: Callable[[], None] = _nothing
     on_flushed: Callable[[int], None] = _nothing
     elsewhere: Callable[[Generation], dict[str, str]] = lambda _: {}

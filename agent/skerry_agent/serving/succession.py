@@ -286,6 +286,8 @@ class Cell:
                 fd = None
             case ww.Conn():
                 rings.count_lost("connections_cut", 1)
+            case ww.Took(id=number):
+                site.on_took(number)
             case ww.Cut(connections=connections):
                 rings.count_lost("connections_cut", connections)
             case ww.Rekeyed():
@@ -363,6 +365,7 @@ class Cell:
         site.roll.remove(generation.worker.pid)
         generation.worker.close()
         site.alive.remove(generation)
+        generation.gone = True
         generation.suspects = generation.note.suspects()
         generation.note.close()
         if not generation.ready.done():

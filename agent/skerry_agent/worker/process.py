@@ -226,6 +226,7 @@ class Worker:
     def _adopt(self, fd: int | None, message: ww.Conn) -> None:
         if fd is None:
             self._channel.send(ww.Cut(connections=1))
+            self._took(message)
             return
         sock = socket.socket(fileno=fd)
         if self._server is None or self._passing is None:
@@ -236,6 +237,11 @@ class Worker:
         self._server.adopt(
             sock, message.head, settled=bool(message.model), waited=message.waited, retry_s=message.retry_s
         )
+        self._took(message)
+
+    def _took(self, message: ww.Conn) -> None:
+        if message.id:
+            self._channel.send(ww.Took(id=message.id))
 
     def _show(self, message: ww.Feed, fd: int | None) -> None:
         """From now on a share of the model's requests goes to the shadow at the descriptor's other end; without one, none."""
