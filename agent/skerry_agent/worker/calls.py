@@ -42,9 +42,10 @@ class Call:
         kinds, age_ms, flags: for the record.
         notes: parameters of the answer; complete once ``run`` is over.
         header: of the answer.
+        more_us: what it should take beyond the model's usual inference.
     """
 
-    __slots__ = ("age_ms", "answerer", "flags", "header", "kinds", "notes", "run")
+    __slots__ = ("age_ms", "answerer", "flags", "header", "kinds", "more_us", "notes", "run")
 
     def __init__(self, answerer: Model, run: Callable[[], Inference], kinds: int, age_ms: int) -> None:
         self.answerer = answerer
@@ -54,6 +55,7 @@ class Call:
         self.flags = 0
         self.notes: dict[str, Any] = {}
         self.header = b""
+        self.more_us = 0.0
 
 
 def prepare(model: Model, asked: oip.InferRequest) -> Call:
@@ -89,7 +91,10 @@ def _computed(
 ) -> Call:
     call = Call(model, run, kinds, age_ms)
     next_of = model.go_on
-    if next_of is None or sequence is None:
+    if next_of is None:
+        return call
+    if sequence is None:
+        call.more_us = model.begin_us
         return call
     # What would be refused must be refused now: the stream is a step further afterwards.
     if model.policies is None:

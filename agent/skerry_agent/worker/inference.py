@@ -88,7 +88,7 @@ class InferenceService:
             # A bug of ours. The client gets its answer and the request is counted, like one that the runtime failed.
             return _fail(model, head, start, flags, error)
         doing = model if call is None else call.answerer
-        takes_us = doing.expected_us(rows)
+        takes_us = doing.expected_us(rows) if call is None else doing.expected_us(rows) + call.more_us
         # Requests of a stream keep their order: behind one that waits for the thread, the next waits too.
         if takes_us < self._inline_below_us and not (doing.streams is not None and self.inflight):
             wait_us = self._backlog.at_once(takes_us)

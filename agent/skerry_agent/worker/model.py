@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from time import monotonic
+from time import monotonic, perf_counter_ns
 
 from skerry_contract import manifest as m
 from skerry_runtime.errors import BadInput
@@ -26,6 +26,7 @@ class Model:
         tee: shows a share of the requests to a bundle in shadow; None without one.
         infer: raw inputs to an answer; compute: the same past the policies.
         streams: of a stateful model; go_on: the next inference of one of them; policies: of one whose requests are judged.
+        begin_us: what it takes to begin a stream.
         special: whether every request takes the longer way (``calls``).
         kinds: bits of ``GUARD_KINDS`` that every request of the model has.
         fallback: the model that answers where a policy says so; ``no_fallback`` says why there is none.
@@ -54,6 +55,7 @@ class Model:
         self.streams = (
             None if runner.streams is None else StreamTable(runner.streams, runner.begin_stream, clock=monotonic)
         )
+        self.begin_us = _begin_us(runner) if runner.streams is not None else 0.0
         self.go_on = None if self.streams is None else self.streams.infer
         self.kinds = KIND["provider.fallback"] if fell_back else 0
         judged = self.policies is not None and self.policies.always
@@ -84,3 +86,9 @@ class Model:
         """Lets go of streams that were quiet for too long."""
         if self.streams is not None:
             self.streams.forget_quiet()
+
+
+def _begin_us(runner: Runner) -> float:
+    start = perf_counter_ns()
+    runner.begin_stream()
+    return (perf_counter_ns() - start) / 1e3
