@@ -49,14 +49,14 @@ def test_what_arrives_within_the_interval_is_one_commit_and_told_after_it(tmp_pa
         bench = Bench(tmp_path)
         try:
             generation = await bench.serve(gas=GAS)
-            rings = bench.serving._rings
+            rings = bench.serving.site.rings
             assert rings._commit_s == 0.5
             statements: list[str] = []
             bench.store._db.set_trace_callback(statements.append)
             begun = asyncio.get_running_loop().time()
             for n in range(5):
                 for ring in ("one", "two"):
-                    rings.commit(generation, cut(ring, n))
+                    rings.commit(generation.worker, cut(ring, n))
                 await asyncio.sleep(0.02)
             assert on_disk(tmp_path) == (0, {})
             assert bench.store.next_batch((), max_bytes=1 << 20, max_records=100) is None
@@ -84,15 +84,15 @@ def test_a_supervisor_that_dies_before_the_commit_has_the_ring_folded_again_from
         bench = Bench(tmp_path)
         try:
             generation = await bench.serve(gas=GAS)
-            rings = bench.serving._rings
-            rings.commit(generation, cut("one", 0))
+            rings = bench.serving.site.rings
+            rings.commit(generation.worker, cut("one", 0))
             rings.retry()
-            rings.commit(generation, cut("one", 1))
+            rings.commit(generation.worker, cut("one", 1))
             # Whoever reads the file now, as the next supervisor would, finds the window and its position together, or neither.
             assert on_disk(tmp_path) == (3, {"one": 3})
             # Its heir sends the span once more, and the first one, since it did not hear of its commit.
             for n in (0, 1):
-                rings.commit(generation, cut("one", n))
+                rings.commit(generation.worker, cut("one", n))
             rings.retry()
             assert on_disk(tmp_path) == (6, {"one": 6})
         finally:
@@ -106,12 +106,12 @@ def test_without_an_interval_each_window_has_a_commit_of_its_own(tmp_path: Path,
         bench = Bench(tmp_path)
         try:
             generation = await bench.serve(gas=GAS)
-            rings = bench.serving._rings
+            rings = bench.serving.site.rings
             rings._commit_s = 0.0
             statements: list[str] = []
             bench.store._db.set_trace_callback(statements.append)
             for n in range(3):
-                rings.commit(generation, cut("one", n))
+                rings.commit(generation.worker, cut("one", n))
                 assert on_disk(tmp_path) == (3 * n + 3, {"one": 3 * n + 3})
             assert commits(statements) == 3
         finally:
@@ -125,10 +125,10 @@ def test_a_window_that_cannot_be_read_stops_no_other(tmp_path: Path, loop: async
         bench = Bench(tmp_path)
         try:
             generation = await bench.serve(gas=GAS)
-            rings = bench.serving._rings
+            rings = bench.serving.site.rings
             with pytest.raises(Malformed, match="MessagePack"):
-                rings.commit(generation, msgspec.structs.replace(cut("one", 0), body=b"\xc1"))
-            rings.commit(generation, cut("two", 0))
+                rings.commit(generation.worker, msgspec.structs.replace(cut("one", 0), body=b"\xc1"))
+            rings.commit(generation.worker, cut("two", 0))
             rings.retry()
             assert on_disk(tmp_path) == (3, {"two": 3})
         finally:
