@@ -1,4 +1,4 @@
-"""What the device says of itself: the retained MQTT state, the status for people, the metrics text. Builds values only."""
+"""What the device says of itself: the retained MQTT state, the status for people; ``exposition`` has the metrics. Builds values only."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class ServingWorker:
         accepting: it takes new connections.
         rss_mb, own_mb, inflight, counts: as it last said; most_mb: what it may have for its own.
         engines: by model, what it runs on and why not on what was configured.
+        spans_sent, spans_dropped: traced requests that a collector took, and did not get.
     """
 
     cell: str
@@ -38,6 +39,8 @@ class ServingWorker:
     inflight: int
     counts: dict[str, Any]
     engines: dict[str, dict[str, Any]]
+    spans_sent: int = 0
+    spans_dropped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +58,7 @@ class Snapshot:
         requests_refused: that waited too long, or with too many, for a worker that was not there.
         worker_ends: how often a serving worker ended or was replaced, by reason code, over all starts of the agent.
         applications: who runs a bundle in a process of its own.
+        swaps: how often another bundle took a model over, since the agent started.
     """
 
     device: str
@@ -90,6 +94,7 @@ class Snapshot:
     on_demand: dict[str, OnDemand]
     uptime_s: float
     applications: dict[str, Any] = field(default_factory=dict)
+    swaps: dict[str, int] = field(default_factory=dict)
 
     @property
     def engines(self) -> dict[str, dict[str, Any]]:
@@ -117,6 +122,8 @@ def worker(generation: Generation) -> ServingWorker:
         inflight=health.inflight if health else 0,
         counts=msgspec.to_builtins(health.models) if health else {},
         engines=engines_of(generation.proofs),
+        spans_sent=health.spans_sent if health else 0,
+        spans_dropped=health.spans_dropped if health else 0,
     )
 
 
@@ -226,83 +233,3 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
         "rss_mb": snapshot.rss_mb,
         "uptime_s": snapshot.uptime_s,
     }
-
-
-def metrics(snapshot: Snapshot) -> bytes:
-    """The Prometheus text format."""
-    gauges: list[tuple[str, str, list[tuple[dict[str, str], float]]]] = [
-        ("skerry_agent_up_seconds", "Seconds since the agent started", [({}, snapshot.uptime_s)]),
-        ("skerry_agent_rss_bytes", "Resident memory of the supervisor", [({}, snapshot.rss_mb * 1e6)]),
-        ("skerry_agent_link_up", "1 while an MQTT session is up", [({}, float(snapshot.linked))]),
-        (
-            "skerry_agent_answering",
-            "1 while every model that should be is served",
-            [({}, float(bool(snapshot.models) and not snapshot.stopped))],
-        ),
-        (
-            "skerry_agent_worker_rss_bytes",
-            "Resident memory of a serving worker; cell: the model that has it for itself",
-            [({"cell": one.cell}, one.rss_mb * 1e6) for one in snapshot.workers],
-        ),
-        (
-            "skerry_agent_asleep",
-            "1 while a model that is loaded on demand has no worker",
-            [({"model": name}, float(cell.resting)) for name, cell in sorted(snapshot.on_demand.items())],
-        ),
-        (
-            "skerry_agent_cold_starts",
-            "How often a request had a model loaded, since the agent started",
-            [({"model": name}, cell.cold_starts) for name, cell in sorted(snapshot.on_demand.items())],
-        ),
-        (
-            "skerry_agent_cold_start_seconds_sum",
-            "How long that took in all",
-            [({"model": name}, cell.cold_start_s) for name, cell in sorted(snapshot.on_demand.items())],
-        ),
-        (
-            "skerry_agent_requests_waited",
-            "Requests that waited for a worker of their model, since the agent started",
-            [({}, float(snapshot.requests_waited))],
-        ),
-        (
-            "skerry_agent_requests_refused",
-            "Requests turned away since the agent started, because their model had no worker",
-            [({}, float(snapshot.requests_refused))],
-        ),
-        ("skerry_agent_outbox_records", "Records that the server has not acknowledged", [({}, snapshot.pending)]),
-        ("skerry_agent_outbox_bytes", "Bytes of those records", [({}, snapshot.pending_bytes)]),
-        (
-            "skerry_agent_lost",
-            "What was lost or dropped, by cause",
-            [({"cause": c}, n) for c, n in sorted(snapshot.lost.items())],
-        ),
-        (
-            "skerry_agent_worker_ends",
-            "How often a serving worker ended or was replaced, by reason code",
-            [({"code": code}, n) for code, n in sorted(snapshot.worker_ends.items())],
-        ),
-        (
-            "skerry_agent_requests",
-            "Requests of the serving generation, by outcome",
-            [
-                ({"model": model, "outcome": outcome}, float(counts[outcome]))
-                for model, counts in sorted(snapshot.counts.items())
-                for outcome in ("ok", "invalid", "failed", "shed")
-            ],
-        ),
-        (
-            "skerry_agent_running",
-            "1 for the bundle that answers for a model",
-            [
-                ({"model": name, "version": slot.version, "digest": slot.digest[:12]}, 1.0)
-                for name, slot in sorted(snapshot.models.items())
-            ],
-        ),
-    ]
-    lines: list[str] = []
-    for name, words, samples in gauges:
-        lines += [f"# HELP {name} {words}", f"# TYPE {name} gauge"]
-        for labels, value in samples:
-            inner = ",".join(f'{key}="{text}"' for key, text in labels.items())
-            lines.append(f"{name}{{{inner}}} {value:g}" if inner else f"{name} {value:g}")
-    return ("\n".join(lines) + "\n").encode()

@@ -25,7 +25,7 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 from skerry_contract import group, ids, topics, wire
 from skerry_contract.errors import ContractError
 
-from skerry_agent import at_rest, facts, hold, logs, probe, reloading, reporting
+from skerry_agent import at_rest, exposition, facts, hold, logs, probe, reloading, reporting
 from skerry_agent import workerwire as ww
 from skerry_agent.accelerators import Fallbacks
 from skerry_agent.applications import Applications
@@ -171,6 +171,8 @@ class Supervisor:
         self._answers: list[bool] = []
         self._booted = False
         self._started_s = self._answered_s = self._clock.boot_s()
+        self._served: dict[str, str] = {}
+        self._swaps: dict[str, int] = {}
         self._bells: dict[str, int] = dict(self._store.get("bells", {}))
         self._heard: dict[str, int] = {}
 
@@ -294,6 +296,7 @@ class Supervisor:
             self._throttle.tick()
             if self._applications is not None:
                 self._applications.tick()
+            self._note_swaps()
             self._pump()
             if self._runtimes.try_again():
                 self._changed("", {})
@@ -308,6 +311,14 @@ class Supervisor:
                 # Beside the loop: what does not answer must not hold up what ends it.
                 ping = asyncio.get_running_loop().create_task(self._ping(), name="ping")
                 ping.add_done_callback(_pinged)
+
+    def _note_swaps(self) -> None:
+        for model, slot in self._serving.models().items():
+            before = self._served.get(model)
+            if before != slot.digest:
+                self._served[model] = slot.digest
+                if before is not None:
+                    self._swaps[model] = self._swaps.get(model, 0) + 1
 
     async def _ping(self) -> None:
         """Tells the service manager that all is well, if it is."""
@@ -823,6 +834,7 @@ class Supervisor:
             sync=dict(self._sync_status), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
             worker_ends=self._store.get("worker_ends", {}), suspects=suspects, requests_refused=serving.passing.refused,
             requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(),
+            swaps=dict(self._swaps),
             applications=self._applications.report() if self._applications is not None else {}, uptime_s=self._clock.boot_s() - self._started_s,
         )  # fmt: skip
 
@@ -830,7 +842,7 @@ class Supervisor:
         return Answer(200, {**reporting.status(self._snapshot()), "shadows": self._shadowing.status()})
 
     async def _answer_metrics(self, _body: dict[str, Any]) -> Answer:
-        return Answer(200, reporting.metrics(self._snapshot()))
+        return Answer(200, exposition.metrics(self._snapshot()))
 
     async def _answer_sync(self, body: dict[str, Any]) -> Answer:
         pardoned = self._updating.failures.pardon() if body.get("pardon") is True else 0

@@ -366,8 +366,16 @@ class Recovered(Message, frozen=True, kw_only=True, tag="recovered"):
     inferences: int = 0
 
 
+LATENCY_MS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0, 5000.0, 10000.0)
+"""Bounds between which answered requests are counted for ``/metrics``."""
+
+
 class ModelHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts since ``listen``. ``p95_ms`` of answered requests is None before the first."""
+    """Counts since ``listen``. ``p95_ms`` of answered requests is None before the first.
+
+    Attributes:
+        latency: answered requests that took at most each of ``LATENCY_MS``; empty before the first. latency_s: of all, together.
+    """
 
     ok: int = 0
     invalid: int = 0
@@ -375,6 +383,8 @@ class ModelHealth(msgspec.Struct, frozen=True, kw_only=True):
     shed: int = 0
     p95_ms: float | None = None
     since_s: float = 0.0
+    latency: tuple[int, ...] = ()
+    latency_s: float = 0.0
 
 
 class Health(Message, frozen=True, kw_only=True, tag="health"):

@@ -14,7 +14,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -370,7 +370,8 @@ class Recorder:
         total = LatencyFold()
         total.merge(self._past_total)
         total.merge(self._fold.latency["total_ns"])
-        p95 = h.quantile(total.result(), 0.95)
+        histogram = total.result()
+        p95 = h.quantile(histogram, 0.95)
         return ww.ModelHealth(
             ok=counts.ok,
             invalid=counts.invalid,
@@ -378,6 +379,8 @@ class Recorder:
             shed=counts.shed,
             p95_ms=None if p95 is None else p95 / 1e6,
             since_s=since_s,
+            latency=below(histogram, ww.LATENCY_MS) if histogram.n else (),
+            latency_s=histogram.total / 1e9,
         )
 
     def _resources(self) -> dict[str, int]:
@@ -440,6 +443,22 @@ def _folded(ring: r.Ring, message: ww.Recover, boot_id: str) -> tuple[ww.WindowC
         )
     damage = f"{damaged} of {len(slots)} slots are not of their positions" if damaged else ""
     return cut, ww.Recovered(ring=message.ring, upto=upto, lost=lost, damage=damage, inferences=damaged)
+
+
+def below(histogram: h.Exponential, bounds_ms: Sequence[float]) -> tuple[int, ...]:
+    """How many of nanoseconds were at most each bound: those whose whole bucket is.
+
+    >>> below(h.exponential_of([0, 1_000_000, 3_000_000]), (0.5, 2.0, 10.0))
+    (1, 2, 3)
+    """
+    width = 2.0**-histogram.scale
+    upper_ms = [
+        2.0 ** ((i + 1) * width) / 1e6 for i in range(histogram.offset, histogram.offset + len(histogram.counts))
+    ]
+    return tuple(
+        histogram.zero + sum(n for n, upper in zip(histogram.counts, upper_ms, strict=True) if upper <= bound)
+        for bound in bounds_ms
+    )
 
 
 def book_path(ring: str) -> str:

@@ -226,7 +226,7 @@ def test_requests_wait_for_the_worker_of_their_model_and_are_turned_away_when_it
         answer.read()
     # The connection is as good as before, for models that are served.
     assert clients[0].ask("POST", "/v2/models/gas/infer", body())[0] == 200
-    assert b"skerry_agent_requests_refused 3" in device.call("GET", "/metrics").body
+    assert b"skerry_agent_requests_refused_total 3" in device.call("GET", "/metrics").body
     running = device.status()["running"]
     assert (running["gas"]["state"], running["pump"]["state"]) == ("confirmed", "stopped")
 

@@ -61,7 +61,7 @@ def test_a_model_on_demand_sleeps_when_nobody_asks_and_a_request_wakes_it(
     wait_for(lambda: server.inferences() == 43 + others.ok, why="all counted")
     found = device.status()["on_demand"]["pump"]
     assert found["cold_starts"] == 2 and found["cold_start_s"] > 0
-    assert b'skerry_agent_cold_starts{model="pump"} 2' in device.call("GET", "/metrics").body
+    assert b'skerry_agent_cold_starts_total{model="pump"} 2' in device.call("GET", "/metrics").body
     # A window of each worker says so: of the two requests that woke it, nobody waited beside them.
     assert sum(w.tallies.get("load.cold", 0) for w in server.windows()) == 2
     assert not any("load.waiting" in w.tallies for w in server.windows())

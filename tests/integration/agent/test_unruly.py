@@ -47,7 +47,7 @@ def test_a_leaking_worker_is_replaced_under_load_without_a_failed_request(
     (event,) = wait_for(lambda: server.events("worker"), why="the event")
     assert event.code == "worker_leaked" and "MB" in event.data["how"]
     assert device.status()["worker"]["ends"] == {"worker_leaked": 1}
-    assert b'skerry_agent_worker_ends{code="worker_leaked"} 1' in device.call("GET", "/metrics").body
+    assert b'skerry_agent_worker_ends_total{code="worker_leaked"} 1' in device.call("GET", "/metrics").body
     assert device.running() == ("1.0.0", "confirmed")
     wait_for(lambda: server.inferences() == 20 + load.ok, why=f"{20 + load.ok} counted")
 
