@@ -82,11 +82,16 @@ def test_of_those_that_come_together_a_quick_model_answers_max_inflight_and_tell
         assert (rig.total().ok, rig.total().shed) == (answered + 64, shed)
 
 
-def test_a_slow_model_takes_no_more_than_may_wait_and_tells_the_rest_how_long_that_is(rig: Rig, tmp_path: Path) -> None:
+def test_a_slow_model_takes_no_more_than_may_wait_and_tells_the_rest_how_long_that_is(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some 40 ms: what comes together is looked at long before the first of it is answered.
+    monkeypatch.setattr(models, "SLOW_TURNS", 40_000)
     models.build_bundle(tmp_path / "b", kind="slow")
-    worker = rig.start(rig.served(tmp_path / "b"), inline_below_us=0.0, max_wait_s=0.05)
+    worker = rig.start(rig.served(tmp_path / "b"), max_wait_s=0.2)
     (proved,) = worker.wait_for(ww.Ready).models
-    fit = 50_000 / proved.infer_us
+    one_ms = proved.infer_us / 1e3
+    fit = 200 / one_ms
     asking = connections(rig, 60)
     found = burst(worker, asking)
     accepted = sum(response.status == 200 for response in found)
@@ -94,11 +99,17 @@ def test_a_slow_model_takes_no_more_than_may_wait_and_tells_the_rest_how_long_th
     assert fit * 0.5 <= accepted <= 3 * fit + 2
     told = [int(r.headers["Skerry-Retry-After-Ms"]) for r in found if r.status == 503]
     assert len(told) == 60 - accepted > 0
-    assert all(50 - proved.infer_us / 1e3 <= ms <= 50 + 2 * proved.infer_us / 1e3 + 1 for ms in told)
+    assert all(200 <= ms <= 200 + one_ms + 1 for ms in told)
     # Who comes back then is answered.
-    time.sleep(max(told) / 1e3 * 4)
-    asking[0].request("POST", INFER, body())
-    assert asking[0].getresponse().status == 200
+    end = time.monotonic() + 30
+    while True:
+        asking[0].request("POST", INFER, body())
+        response = asking[0].getresponse()
+        response.read()
+        if response.status == 200:
+            break
+        assert time.monotonic() < end
+        time.sleep(int(response.headers["Skerry-Retry-After-Ms"]) / 1e3)
     for one in asking:
         one.close()
 
