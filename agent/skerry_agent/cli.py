@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     throttle.add_argument("--json", action="store_true")
     acts = command("token", None, "who may ask the local endpoint").add_subparsers(required=True, metavar="ACT")
     _token_parsers(acts)
+    lines = command("logs", _logs, "the last lines of the agent's log, one JSON object each, without secrets")
+    lines.add_argument("--last", type=int, default=0, metavar="N", help="at most so many lines")
     reload = command("reload", _reload, "read the configuration again, as far as that goes without a restart")
     reload.add_argument("--json", action="store_true")
     doctor = command("doctor", _doctor, "check this device, whether or not the agent runs")
@@ -135,11 +137,16 @@ def _config(options: argparse.Namespace) -> Config:
 def _run(options: argparse.Namespace) -> int:
     # Only this command needs the loop and all that hangs on it.
     from skerry_agent import logs, supervisor
+    from skerry_agent.logring import LogRing
 
     config = _config(options)
-    logs.configure(as_json=options.log_json or config.log.json, level=config.log.level)
     os.umask(0o077)
-    return supervisor.run(config, os.environ, config_path=options.config)
+    ring = LogRing(config.log_file)
+    logs.configure(as_json=options.log_json or config.log.json, level=config.log.level, ring=ring)
+    try:
+        return supervisor.run(config, os.environ, config_path=options.config, ring=ring)
+    finally:
+        ring.flush()
 
 
 def _asked(options: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
@@ -307,6 +314,17 @@ def _token_remove(options: argparse.Namespace) -> int:
     from skerry_agent import clients
 
     clients.remove(_config(options).clients_file, options.name)
+    return OK
+
+
+def _logs(options: argparse.Namespace) -> int:
+    answer = _asked(options, "GET", "/skerry/v1/logs")
+    if answer.status != 200:
+        print(f"skerry-agent: {answer.body['error']}", file=sys.stderr)
+        return FAILED
+    lines = answer.body.decode().splitlines()
+    for line in lines[-options.last :] if options.last > 0 else lines:
+        print(line)
     return OK
 
 

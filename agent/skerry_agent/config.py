@@ -312,6 +312,11 @@ class Config:
         return self.state_dir / clients.FILE
 
     @property
+    def log_file(self) -> Path:
+        """The newer file of the log ring."""
+        return self.state_dir / "log.jsonl"
+
+    @property
     def run_dir(self) -> Path:
         """What lives as long as the process: control socket, addresses."""
         return self.state_dir / "run"

@@ -41,11 +41,12 @@ class _Json(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
-def configure(*, as_json: bool, level: str = "info") -> None:
-    """Sends the agent's log to standard error."""
+def configure(*, as_json: bool, level: str = "info", ring: logging.Handler | None = None) -> None:
+    """Sends the agent's log to standard error, and to ``ring``; without one the ring that was given before goes on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if as_json else _Plain())
     root = logging.getLogger("skerry_agent")
-    root.handlers[:] = [handler]
+    rings = [ring] if ring is not None else [old for old in root.handlers if not isinstance(old, logging.StreamHandler)]
+    root.handlers[:] = [handler, *rings]
     root.setLevel(level.upper())
     root.propagate = False

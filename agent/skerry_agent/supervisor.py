@@ -39,6 +39,7 @@ from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, BadConfig, Degraded, Rejected, Transient
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
+from skerry_agent.logring import LogRing
 from skerry_agent.logs import kv
 from skerry_agent.notify import Notify
 from skerry_agent.restoring import Restoring
@@ -58,6 +59,7 @@ _TICK_S = 0.5
 _RENEW_EVERY_S = 3600.0
 _PROBE_S = 5.0
 _COMPACT_ROUNDS = 2
+MOST_LOG_BYTES = 512 * 1024
 
 
 class Supervisor:
@@ -68,6 +70,7 @@ class Supervisor:
         environment: for the service manager's sockets.
         courier_command, worker_command: what to run as courier and worker.
         plain_mqtt: no TLS; for tests on loopback.
+        ring: what the log's last lines are kept in.
         config_path: the file that ``config`` was read from, to be read again when asked.
 
     Raises:
@@ -83,8 +86,10 @@ class Supervisor:
         worker_command: Sequence[str] = WORKER,
         plain_mqtt: bool = False,
         config_path: Path | None = None,
+        ring: LogRing | None = None,
     ) -> None:
         self._config = config
+        self._ring = ring
         self._config_path = config_path
         self._environment = environment
         self._identity = identity(config)
@@ -196,6 +201,7 @@ class Supervisor:
                 ("POST", "/skerry/v1/flush"): self._answer_flush,
                 ("POST", "/skerry/v1/throttle"): self._throttle.answer,
                 ("POST", "/skerry/v1/reload"): self._answer_reload,
+                ("GET", "/skerry/v1/logs"): self._answer_logs,
             },
         )
         await control.start()
@@ -852,6 +858,13 @@ class Supervisor:
     async def _answer_flush(self, _body: dict[str, Any]) -> Answer:
         await self._shadowing.flush()
         return Answer(200, {"ok": await self._serving.flush()})
+
+    async def _answer_logs(self, _body: dict[str, Any]) -> Answer:
+        return Answer(200, self.log_lines(MOST_LOG_BYTES).encode())
+
+    def log_lines(self, most_bytes: int) -> str:
+        """The last lines of the log, redacted."""
+        return self._ring.tail(most_bytes) if self._ring is not None else ""
 
     async def _answer_reload(self, _body: dict[str, Any]) -> Answer:
         return self._reload()

@@ -42,7 +42,10 @@ LAYERS = {
             True,
         ),
         ("link store slots workers leftovers errand control notify local_socket", False),
-        ("config clients clock logs migrations channel workerwire appwire asking socket_path errors sealing", True),
+        (
+            "config clients clock logring logs migrations channel workerwire appwire asking socket_path errors sealing",
+            True,
+        ),
         ("core", True),
     ],
     "skerry_server": [

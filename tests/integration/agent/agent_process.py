@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 from skerry_agent import config, logs, supervisor
+from skerry_agent.logring import LogRing
 from skerry_agent.workers import WORKER
 
 found = config.load(Path(sys.argv[1]), os.environ)
-logs.configure(as_json=False, level="debug")
+ring = LogRing(found.log_file)
+logs.configure(as_json=False, level="debug", ring=ring)
 courier = (sys.executable, str(Path(__file__).with_name("stand_in_courier.py")))
 unruly = Path(os.environ["SKERRY_TEST_WORLD"]) / "unruly"
 worker = (sys.executable, str(Path(__file__).with_name("unruly_worker.py")), str(unruly)) if unruly.exists() else WORKER
-choices = {"plain_mqtt": True, "config_path": Path(sys.argv[1])}
-sys.exit(supervisor.run(found, os.environ, courier_command=courier, worker_command=worker, **choices))
+choices = {"plain_mqtt": True, "config_path": Path(sys.argv[1]), "ring": ring}
+status = supervisor.run(found, os.environ, courier_command=courier, worker_command=worker, **choices)
+ring.flush()
+sys.exit(status)

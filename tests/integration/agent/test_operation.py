@@ -125,6 +125,21 @@ def test_a_reload_is_told_to_the_manager_and_a_broken_file_changes_nothing(manag
     assert json.loads(agent(device, "reload", "--json").stdout) == {"live": [], "next_worker": [], "restart": []}
 
 
+def test_the_last_lines_of_the_log_are_there_after_a_restart_without_what_was_secret(device: Device) -> None:
+    started(device)
+    assert agent(device, "logs").returncode == 0
+    assert device.stop() == 0
+    device.start()
+    wait_for(lambda: device.running() == ("1.0.0", "confirmed"), why="the model")
+    lines = [json.loads(line) for line in agent(device, "logs").stdout.splitlines()]
+    ups = [line for line in lines if line["message"] == "agent up"]
+    assert [line["fields"]["device"] for line in ups] == ["d-1", "d-1"], "of both lives"
+    assert all({"at", "level", "logger", "message"} <= line.keys() for line in lines)
+    assert len(agent(device, "logs", "--last", "2").stdout.splitlines()) == 2
+    for path in (device.state_dir / "log.jsonl",):
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
 def agent(device: Device, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "skerry_agent", *arguments, "--config", str(device.config)]
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT)
