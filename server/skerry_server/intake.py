@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from skerry_contract import ids, topics, wire
 from skerry_contract import window as w
 from skerry_contract.errors import ContractError, Malformed
-from sqlalchemy import Connection, Insert, bindparam, func, insert, select
+from sqlalchemy import Connection, Insert, bindparam, delete, func, insert, select
 
 from skerry_server import ledger, profiles, reports, rollups, shadowing, windows
 from skerry_server.core import profile as core
@@ -28,6 +28,7 @@ from skerry_server.quarantine import UNKNOWN_DEVICE, Notes
 from skerry_server.reports import TakenEvent
 
 _MOST_MS = 1 << 53
+MOST_SAMPLES = 1_000_000
 MAX_TRANSACTION_BYTES = wire.MAX_INFLATED_BYTES
 """Inflated bytes of one transaction, but at least one message: a few kilobytes on the wire may become megabytes of objects."""
 
@@ -63,10 +64,12 @@ class _Up(NamedTuple):
 class Intake:
     """Whatever it knows comes from the database; between transactions it remembers only what never changes, bundles' shapes."""
 
-    def __init__(self, *, bucket_ms: int = profiles.BUCKET_MS) -> None:
+    def __init__(self, *, bucket_ms: int = profiles.BUCKET_MS, most_samples: int = MOST_SAMPLES) -> None:
         """Args:
         bucket_ms: length of the buckets in which profiles are kept.
+        most_samples: of all devices together; the oldest go.
         """
+        self._most_samples = most_samples
         self._bucket_ms = bucket_ms
         self._shapes = profiles.Shapes()
 
@@ -77,7 +80,7 @@ class Intake:
             now_ms: when they were received, milliseconds since 1970.
         """
         folder = profiles.Folder(connection, self._shapes, bucket_ms=self._bucket_ms, now_ms=now_ms)
-        return _Batch(connection, now_ms, folder).take(messages)
+        return _Batch(connection, now_ms, folder, self._most_samples).take(messages)
 
     def set_aside(self, connection: Connection, message: Message, *, now_ms: int) -> Outcome:
         """Counts and keeps a message that made ``take`` raise."""
@@ -94,7 +97,8 @@ class Intake:
 
 
 class _Batch:
-    def __init__(self, connection: Connection, now_ms: int, folder: profiles.Folder) -> None:
+    def __init__(self, connection: Connection, now_ms: int, folder: profiles.Folder, most_samples: int) -> None:
+        self._most_samples = most_samples
         self._connection = connection
         self._now_ms = now_ms
         self._profiles = folder
@@ -285,6 +289,8 @@ class _Batch:
         _WINDOWS.run(self._connection, self._windows)
         if self._samples:
             self._connection.execute(insert(t.samples), self._samples)
+            newest = select(func.max(t.samples.c.id)).scalar_subquery()
+            self._connection.execute(delete(t.samples).where(t.samples.c.id <= newest - self._most_samples))
         if self._outcome.events:
             self._connection.execute(insert(t.events), [event._asdict() for event in self._outcome.events])
             reports.fold(self._connection, self._outcome.events)

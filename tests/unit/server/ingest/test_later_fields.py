@@ -7,6 +7,7 @@ import pytest
 from skerry_contract import window as w
 from skerry_contract import wire
 from skerry_server.db import tables as t
+from skerry_server.intake import Intake
 
 from tests.golden import values
 
@@ -45,3 +46,16 @@ def test_evidence_is_the_same_whether_windows_come_singly_merged_or_without_what
     # The windows themselves are kept as they came.
     kept = [wire.decode_window(row["body"]) for row in server.rows(t.windows) if row["device"] == "dev-a"]
     assert kept == windows
+
+
+def test_of_samples_only_the_newest_are_kept(server, make):
+    server.intake = Intake(most_samples=3)
+
+    def sample(seq):
+        body = wire.Sample(at=make.at(), key=make.window().key, id=f"gas-{seq}", why="share")
+        return make.record(seq, body, kind="sample")
+
+    for seqs in ((1, 2), (3, 4, 5), (6,)):
+        assert server.ack(make.up("dev-a", *map(sample, seqs))).upto == seqs[-1]
+    kept = [wire.decode(wire.Sample, row["body"]).id for row in server.rows(t.samples)]
+    assert kept == ["gas-4", "gas-5", "gas-6"]
