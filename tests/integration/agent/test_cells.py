@@ -124,6 +124,13 @@ def test_labels_reach_the_worker_of_their_model_whoever_holds_the_connection(apa
     both = told({"id": idents["gas"], "label": "class-0"}, {"id": idents["pump"], "label": "class-0"})
     assert sorted(both) == ["duplicate", "invalid"]
     assert told({"id": "mine", "label": "class-0"}) == ["invalid"]
+    # Questions about a prediction go the same way; neither bundle has medians, and each says so itself.
+    for model in ("gas", "pump", "gas"):
+        status, answer = client.ask("POST", "/skerry/v1/explain", json.dumps({"id": idents[model]}).encode())
+        assert (status, answer["error"]) == (
+            400,
+            f"{model}: cannot be explained: the manifest names no explanations.medians",
+        )
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGSEGV])

@@ -12,6 +12,7 @@ from skerry_agent import workerwire as ww
 from skerry_agent.worker import choosing
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.choosing import Row
+from skerry_agent.worker.explaining import asked_of
 from skerry_agent.worker.plan import Explain, FeatureColumn, OutputColumn, Plan
 from skerry_agent.worker.recorder import Recorder, recover
 from skerry_contract import histogram as h
@@ -162,3 +163,19 @@ def test_a_dead_workers_chosen_rows_are_counted_as_dropped(tmp_path: Path) -> No
     n = sum(choosing.hash_of(seed, i) < 0.5 * 2.0**64 for i in range(40))
     assert wire.decode_window(cut.body).tallies == {"explain.chosen": n, "explain.dropped": n}
     assert 0 < n < 40
+
+
+@pytest.mark.parametrize(
+    ("body", "models"),
+    [
+        (b'{"id":"gas-0123456789-1f"}', {"gas"}),
+        (b'{"id":"gas-0123456789-1f","model":"wear"}', {"wear"}),
+        (b'{"model":"two-words","inputs":[]}', {"two-words"}),
+        (b'{"id":"two-words-0123456789-0"}', {"two-words"}),
+        (b'{"id":"somebody\'s own"}', set()),
+        (b'{"inputs":[]}', set()),
+        (b"{", set()),
+    ],
+)
+def test_a_question_says_which_model_it_is_about_so_that_its_worker_can_answer(body: bytes, models: set[str]) -> None:
+    assert asked_of(body) == models
