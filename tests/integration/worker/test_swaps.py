@@ -26,8 +26,14 @@ def interpreter(version: str, folder: Path) -> str:
     """A Python of that version with the agent: the one at hand, or one made for this test."""
     if sys.version_info[:2] == tuple(map(int, version.split("."))):
         return sys.executable
-    python = shutil.which(f"python{version}")
-    if python is None or subprocess.run([python, "--version"], capture_output=True, check=False).returncode != 0:
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    named = [str(path) for path in sorted(root.glob(f"versions/{version}.*/bin/python{version}"))]
+    # pyenv's own shim is on the PATH, and fails where that version is not the chosen one.
+    found = [one for one in (shutil.which(f"python{version}"), *named) if one is not None]
+    python = next(
+        (one for one in found if subprocess.run([one, "-V"], capture_output=True, check=False).returncode == 0), None
+    )
+    if python is None:
         if os.environ.get("CI") == "true":
             pytest.fail(f"no Python {version} here")
         pytest.skip(f"no Python {version} here")
@@ -41,8 +47,8 @@ def interpreter(version: str, folder: Path) -> str:
         [made, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt"), *parts],
         check=True, timeout=900,
     )  # fmt: skip
-    found = subprocess.run([made, "-c", "import sys; print(sys.version)"], capture_output=True, text=True, check=True)
-    assert found.stdout.startswith(version + ".")
+    told = subprocess.run([made, "-c", "import sys; print(sys.version)"], capture_output=True, text=True, check=True)
+    assert told.stdout.startswith(version + ".")
     return made
 
 
