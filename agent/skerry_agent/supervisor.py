@@ -471,7 +471,9 @@ class Supervisor:
     def _report(self) -> None:
         if self._link is None:
             return
-        payload = wire.encode(reporting.state(self._snapshot()))
+        # The server tells by it when this boot was, should nothing set the clock.
+        said = msgspec.structs.replace(reporting.state(self._snapshot()), at=self._clock.instant())
+        payload = wire.encode(said)
         self._link.publish(topics.state(self._identity.device), payload, retain=True)
 
     def _event(self, name: str, code: str, data: dict[str, Any]) -> None:

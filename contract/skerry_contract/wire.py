@@ -145,6 +145,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         stratum: hardware class and variants, as cuts name it.
         abilities: what it understands of a group document.
         lost: counters of what was lost or dropped, by cause.
+        at: when it was said; left out of the bytes while there is none. By it the server places what a clock that was not set stamped.
     """
 
     schema: int = SCHEMA
@@ -164,6 +165,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     running: dict[str, Running] = {}
     update: Update | None = None
     lost: dict[str, int] = {}
+    at: w.Instant | None = None
     extra: dict[str, Any] = {}
 
 
@@ -219,6 +221,8 @@ def encode(message: T) -> bytes:
             # By its numbers: a reader's own subclass of a histogram is never equal to the contract's.
             if not value or (isinstance(value, h.Exponential) and msgspec.structs.astuple(value) == _NO_AGES):
                 del fields[name]
+    elif isinstance(message, State) and message.at is None:
+        del fields["at"]
     return _encoder.encode({**extra, **fields})
 
 

@@ -18,6 +18,7 @@ from skerry_contract.errors import ContractError, Malformed
 from sqlalchemy import Connection, Insert, bindparam, delete, func, insert, select
 
 from skerry_server import ledger, profiles, reports, rollups, shadowing, windows
+from skerry_server.anchors import Anchors
 from skerry_server.core import profile as core
 from skerry_server.db import queries
 from skerry_server.db import tables as t
@@ -105,6 +106,7 @@ class _Batch:
         self._outcome = Outcome()
         self._notes = Notes()
         self._streams: dict[tuple[str, str], ledger.Stream] = {}
+        self._anchors = Anchors(connection, now_ms)
         self._windows: list[dict[str, Any]] = []
         self._samples: list[dict[str, Any]] = []
         self._arrived: list[rollups.Arrived] = []
@@ -113,6 +115,7 @@ class _Batch:
     def take(self, messages: Sequence[Message]) -> Outcome:
         addressed = [(message, self._address(message)) for message in messages]
         known = load(self._connection, sorted({topic.device for _, topic in addressed if topic is not None}))
+        self._anchors.load(known)
         presence = Presence(known, self._now_ms)
         batches: list[_Up] = []
         room = MAX_TRANSACTION_BYTES
@@ -169,6 +172,9 @@ class _Batch:
         state = decode_state(message.payload) if message.payload else None
         if state is not None and not presence.apply(device, state, retained=message.retained):
             self._notes.count(device, "stale_state")
+        elif state is not None and state.at is not None and not message.retained:
+            # A retained one was said at some other time.
+            self._anchors.heard(device, state.at)
 
     def _open_streams(self, batches: Sequence[_Up]) -> None:
         wanted = {(up.device, up.epoch) for up in batches}
@@ -230,7 +236,10 @@ class _Batch:
             self._arrived.append(
                 rollups.arrived(device, epoch, position, body, labels_fit=labels_fit, latency_fits=latency_fits)
             )
-            self._notes.count(device, "profile_unfit", self._profiles.add(device, body))
+            self._anchors.saw(device, body.start)
+            self._anchors.saw(device, body.end)
+            at_ms, _ = self._anchors.place(device, body.end)
+            self._notes.count(device, "profile_unfit", self._profiles.add(device, body, at_ms=at_ms))
             if body.shadows:
                 self._paired += shadowing.paired(device, body)
             self._windows.append(
@@ -240,8 +249,10 @@ class _Batch:
                     "seq": record.seq,
                     "received_ms": self._now_ms,
                     **body.key._asdict(),
-                    "start_ms": body.start.wall_ms,
-                    "end_ms": body.end.wall_ms,
+                    # Placed at the end: what comes later in the batch may say when this boot was.
+                    "start_ms": body.start,
+                    "end_ms": body.end,
+                    "timed": "",
                     "ok": body.counts.ok,
                     "errors": body.counts.failed,
                     "body": record.body,
@@ -258,6 +269,7 @@ class _Batch:
                 }
             )
         elif isinstance(body, wire.Event):
+            self._anchors.saw(device, body.at)
             event = TakenEvent(device, self._now_ms, body.at.wall_ms, body.name, body.code, body.data)
             self._outcome.events.append(event)
         else:
@@ -286,6 +298,10 @@ class _Batch:
                 conflict=tuple(stream.conflicts),
             )
         _LEDGER.run(self._connection, rows)
+        for row in self._windows:
+            row["start_ms"], _ = self._anchors.place(row["device"], row["start_ms"])
+            row["end_ms"], row["timed"] = self._anchors.place(row["device"], row["end_ms"])
+        self._anchors.store()
         _WINDOWS.run(self._connection, self._windows)
         if self._samples:
             self._connection.execute(insert(t.samples), self._samples)

@@ -4,8 +4,8 @@ Owns ``profiles`` and ``label_sums``: ``Folder`` adds the windows of one ingest 
 integers only, so neither order nor batching changes the result, and a window that comes late is added to the bucket of its
 time. Leaves what the numbers mean to ``core.drift`` and ``core.accuracy``.
 
-**Which bucket.** The one that holds the end of the window by the device's wall clock, when the device calls it synchronised and it
-is not in the future; else that of the time of receipt. A window is never split: one that spans several buckets (merged
+**Which bucket.** The one that holds the end of the window, as ``anchors`` places it: by the device's wall clock when it calls that
+synchronised, else by what is known of its boot, at last by the time of receipt. A window is never split: one that spans several buckets (merged
 offline) is counted at its end.
 
 **What is counted.** Only windows of bundles that the registry holds, and of them only what fits the manifest: a device that
@@ -38,8 +38,6 @@ from skerry_server.evidence import ALL_LABELS, held_labels, labels_of
 log = logging.getLogger(__name__)
 
 BUCKET_MS = 300_000
-_AHEAD_MS = 60_000
-_OLDEST_MS = 400 * 86_400_000
 _MOST = (1 << 53) - 1
 _AT_ONCE = 32
 _KNOWN_SHAPES = 1000
@@ -166,8 +164,8 @@ class Folder:
         self._labels: dict[tuple[str, int, str], tuple[int, int]] = {}
         self._unknown: set[str] = set()
 
-    def add(self, device: str, window: w.Window) -> int:
-        """Takes what fits of a window; returns how many of its parts do not."""
+    def add(self, device: str, window: w.Window, *, at_ms: int) -> int:
+        """Takes what fits of a window that ended at ``at_ms``; returns how many of its parts do not."""
         bundle = window.key.bundle
         shape = None if bundle in self._unknown else self._shapes.find(self._connection, bundle)
         if shape is None:
@@ -176,7 +174,7 @@ class Folder:
         if window.key.model != shape.model or window.key.variant not in shape.variants:
             return 1
         profile, unfit = core.profile_of(window, shape)
-        bucket = bucket_of(window, received_ms=self._now_ms, bucket_ms=self._bucket_ms)
+        bucket = at_ms - at_ms % self._bucket_ms
         self._models[bundle] = shape.model
         self._sums.setdefault(Key(bundle, window.key.variant, bucket), _Sum(0, [])).add(profile)
         labelled, wrong = labels_of(profile.labels)
@@ -241,14 +239,6 @@ class Folder:
             "updated_ms": self._now_ms,
             "body": encode(profile),
         }
-
-
-def bucket_of(window: w.Window, *, received_ms: int, bucket_ms: int) -> int:
-    """Start of the bucket that a window belongs to, milliseconds since 1970; see the module."""
-    end = window.end
-    trusted = end.synced and received_ms - _OLDEST_MS <= end.wall_ms <= received_ms + _AHEAD_MS
-    at_ms = min(end.wall_ms, received_ms) if trusted else received_ms
-    return at_ms - at_ms % bucket_ms
 
 
 def _bounded(value: int) -> int:

@@ -56,7 +56,7 @@ LAYERS = {
         ("findings outcomes why", False),
         (
             (
-                "publication judging rollouts devices groups registry intake presence quarantine evidence ledger access "
+                "anchors publication judging rollouts devices groups registry intake presence quarantine evidence ledger access "
                 "versions profiles rollups reports shadowing"
             ),
             True,

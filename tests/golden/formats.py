@@ -42,6 +42,7 @@ FORMATS: dict[str, Format] = {
     "sample.bin": _wire(values.SAMPLE),
     "tombstone.bin": _wire(values.TOMBSTONE),
     "state.bin": _wire(values.STATE),
+    "state-later.bin": _wire(values.STATE_LATER),
     "will.bin": _wire(values.WILL),
     "ack.bin": _wire(values.ACK),
     "bell.bin": _wire(values.BELL),

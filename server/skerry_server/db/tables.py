@@ -328,13 +328,29 @@ windows = Table(
     Column("arm", String(10), nullable=False),
     Column("rollout", String(63), nullable=False),
     Column("stage", Integer, nullable=False),
-    Column("start_ms", BigInteger, nullable=False),  # the device's wall clock
+    Column(
+        "start_ms", BigInteger, nullable=False
+    ),  # on the server's clock, as ``anchors`` places it; the body has the device's
     Column("end_ms", BigInteger, nullable=False),
     Column("ok", BigInteger, nullable=False),
     Column("errors", BigInteger, nullable=False),  # failed
     Column("body", LargeBinary, nullable=False),
+    Column(
+        "timed", String(8), nullable=False, server_default="device"
+    ),  # how the end is known: device boot heard received
     Index("windows_by_model", "model", "bundle", "received_ms"),
     Index("windows_by_device", "device", "received_ms"),
+)
+
+boots = Table(
+    "boots",
+    metadata,
+    # What to add to milliseconds since a boot of a device.
+    Column("device", String(63), primary_key=True),
+    Column("boot_id", String(32), primary_key=True),
+    Column("synced_ms", BigInteger),  # by its own synchronised clock
+    Column("heard_ms", BigInteger),  # by when it was heard
+    Column("last_ms", BigInteger, nullable=False),
 )
 
 evidence = Table(
