@@ -24,8 +24,8 @@ SLOWER = 10.0
 """An inference may take so many times what it should."""
 OVERDUE_S = 1.0
 """No inference is overdue before that."""
-SPINNING_SHARE = 0.5
-"""Of a core, used on average without work: on a busy device one that spins gets no more."""
+SPINNING_SHARE = 0.2
+"""Of a core, used on average without work. An idle worker uses a hundredth; one that spins on a busy device may get no more than this."""
 FAR_PAST = 1.5
 """So many times the memory it may have: a worker that has it is ended at once, before the kernel ends something else."""
 
@@ -144,6 +144,7 @@ def judge_use(use: Use, since: Use, *, most_mb: float, longest_s: float) -> Unru
     spinning_s = use.at_s - since.at_s
     if spinning_s >= longest_s:
         return Unruly(
-            code="worker_spun", detail=f"a core in use for {spinning_s:.0f} s without work, at most {longest_s:g} s"
+            code="worker_spun",
+            detail=f"a core in use, as far as there is one, for {spinning_s:.0f} s without work, at most {longest_s:g} s",
         )
     return None

@@ -332,7 +332,7 @@ def test_a_worker_that_uses_a_core_without_a_request_spins_and_one_in_use_does_n
     assert last(*spinning) == 30
     assert last(*(dataclasses.replace(one, work=i) for i, one in enumerate(spinning))) == 0
     assert last(*(dataclasses.replace(one, idle=False) for one in spinning)) == 0
-    assert last(*(dataclasses.replace(one, cpu_s=0.2 * one.at_s) for one in spinning)) == 0
+    assert last(*(dataclasses.replace(one, cpu_s=0.1 * one.at_s) for one in spinning)) == 0
     # A request came in between: it counts from there.
     assert last(*spinning[:10], *(dataclasses.replace(one, work=8) for one in spinning[10:])) == 10
 
