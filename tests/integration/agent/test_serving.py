@@ -70,7 +70,7 @@ class Bench:
             draw=lambda: 0.5,
         )  # fmt: skip
 
-    def note(self, models: Mapping[str, Slot], error: AgentError | None) -> None:
+    def note(self, models: Mapping[str, Slot], error: AgentError | None, *_: object) -> None:
         self.started.append((set(models), f"{error.code} {error.model}" if error is not None else ""))
 
     def install(self) -> None:
