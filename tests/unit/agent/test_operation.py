@@ -122,7 +122,7 @@ def cpu_s(*arguments: str) -> float:
 
 
 def test_to_ask_takes_no_more_than_a_few_bare_interpreters(tmp_path: Path) -> None:
-    # 45 ms against 18 where this was measured. The import of asyncio and msgspec alone made it ten times a bare one.
+    # The import of asyncio and msgspec alone made it ten times a bare one.
     file = tmp_path / "agent.toml"
     file.write_text(f'state_dir = "{tmp_path}"\n')
     quick = "from skerry_agent import asking, cli; cli._parser(); asking.control_socket(__import__('pathlib').Path({!r}), {{}})"
