@@ -23,7 +23,7 @@ PARALLEL ?= 3
 ARCH    ?= amd64
 
 .PHONY: demo test real-models test-slow test-tflite test-clients test-deb check bench format deb image clean
-.PHONY: setup setup-demo setup-clients
+.PHONY: setup setup-demo setup-clients setup-tflite
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/skerry demo $(if $(KEEP),--keep)
@@ -70,6 +70,8 @@ setup: $(VENV)/.ready-dev
 setup-demo: $(VENV)/.ready-demo
 
 setup-clients: $(KSERVE)/.ready
+
+setup-tflite: $(TFLITE)/.ready
 
 # The five members go in by one command, so that pip finds the exact pins between them in the tree.
 $(VENV)/.ready-demo: constraints.txt $(MEMBERS) | $(VENV)/bin/python

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from skerry_agent import config, facts
@@ -27,7 +28,16 @@ class Server(rig.Server):
     def __init__(self, port: int) -> None:
         self.ledger = Ledger()
         self.mute = False
+        self.sessions = 0
         super().__init__(port)
+
+    def _connected(self, client: Any, *arguments: Any) -> None:
+        super()._connected(client, *arguments)
+        # Each session of the real server with its broker has a number, and is announced.
+        if self.sessions:
+            self.birth += 1
+            self.announce("online")
+        self.sessions += 1
 
     def _take(self, batch: wire.Batch) -> None:
         self.received.append(batch)
