@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from tests import models
 from tests.integration.agent.rig import Device, Server, wait_for
 
@@ -60,6 +62,7 @@ def test_tokens_are_added_and_removed_by_command_while_the_agent_serves(device: 
         assert text not in device.log()
 
 
+@pytest.mark.slow
 def test_a_throttle_is_kept_over_an_update_and_a_restart_and_ends_when_it_was_told_to(
     device: Device, server: Server
 ) -> None:

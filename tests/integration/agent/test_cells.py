@@ -102,6 +102,7 @@ def test_one_connection_asks_models_of_different_workers_and_each_counts_its_own
     assert by_model == {"gas": 20 + 15 + 6, "pump": 20 + 15 + 1 + 6}
 
 
+@pytest.mark.slow
 def test_labels_reach_the_worker_of_their_model_whoever_holds_the_connection(apart: Device, server: Server) -> None:
     client = Client(apart)
     idents = {}
@@ -157,6 +158,7 @@ def test_an_isolated_model_that_dies_takes_no_other_request_along(
     wait_for(lambda: counted <= server.inferences() <= counted + len(own.failed), why=f"{counted} counted")
 
 
+@pytest.mark.slow
 def test_the_shared_worker_s_death_keeps_nobody_from_an_isolated_model(make_device: Callable[..., Device]) -> None:
     device = start(make_device(backoff_scale=20))
     before = workers(device)
@@ -192,6 +194,7 @@ def test_an_update_a_crash_on_trial_and_a_way_back_of_one_worker_touch_no_other(
     assert now[""] == before[""] and now["pump"] not in (0, before["pump"])
 
 
+@pytest.mark.slow
 def test_a_model_moves_into_a_worker_of_its_own_and_back_without_a_failed_request(
     make_device: Callable[..., Device], server: Server
 ) -> None:
@@ -281,6 +284,7 @@ def test_the_model_that_brings_a_shared_worker_down_again_and_again_is_named_and
     assert {(e.code, *e.data["suspects"]) for e in events} == {("runtime_crashed", "pump")}
 
 
+@pytest.mark.slow
 def test_a_culprit_without_a_bundle_before_it_goes_on_alone_and_takes_nobody_along(
     device: Device, server: Server
 ) -> None:

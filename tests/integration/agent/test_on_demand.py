@@ -102,6 +102,7 @@ def test_many_first_requests_start_one_worker_and_those_beyond_the_limit_are_tur
     assert counted == [1, 3]
 
 
+@pytest.mark.slow
 def test_a_device_with_nothing_but_models_on_demand_boots_asleep_and_takes_updates(
     make_device: Callable[..., Device], server: Server
 ) -> None:
@@ -141,6 +142,7 @@ def test_labels_wake_the_model_that_they_are_about(make_device: Callable[..., De
     assert (status, answer["feedback"][0]["outcome"]) == (200, "matched")
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_started_ahead_takes_the_next_model_and_another_one_is_started(
     make_device: Callable[..., Device], server: Server
 ) -> None:

@@ -155,6 +155,7 @@ def versions(device: Device) -> list[str]:
     return sorted(v for one in device.status()["applications"]["connected"] for v in one["running"].values())
 
 
+@pytest.mark.slow
 def test_a_rollout_changes_the_key_and_not_the_model(running: Device, server: Server) -> None:
     stable, candidate = running.bundle("1.0.0"), running.bundle("1.1.0")
     with opened(running) as model:
@@ -240,6 +241,7 @@ def test_kill_9_of_the_agent_the_application_goes_on_and_nothing_is_lost_or_doub
     assert running.status()["outbox"]["lost"] == {}
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_agent_and_then_of_the_application_loses_nothing_that_the_ring_holds(
     running: Device, server: Server, start: Callable[..., Application]
 ) -> None:
@@ -253,6 +255,7 @@ def test_kill_9_of_the_agent_and_then_of_the_application_loses_nothing_that_the_
     assert ended + 25 <= counted(server, running) <= begun + 25
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_away_for_more_than_a_ring_is_told_everything_when_it_is_back(
     running: Device, server: Server
 ) -> None:
@@ -269,6 +272,7 @@ def test_an_agent_that_is_away_for_more_than_a_ring_is_told_everything_when_it_i
     assert running.status()["outbox"]["lost"] == {}
 
 
+@pytest.mark.slow
 def test_two_applications_and_the_endpoint_are_counted_together(
     running: Device, server: Server, start: Callable[..., Application]
 ) -> None:
@@ -303,6 +307,7 @@ def test_threads_and_coroutines_share_one_model(running: Device, server: Server)
     assert counted(server, running) == 2060 + 25
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_worker_and_bad_input_is_refused_and_counted(running: Device, server: Server) -> None:
     with opened(running) as model:
         answer = model.infer({"x": ROW.tolist()})
@@ -321,6 +326,7 @@ def test_answers_are_those_of_the_worker_and_bad_input_is_refused_and_counted(ru
     assert all(window.features for window in windows), "values are counted as a worker counts them"
 
 
+@pytest.mark.slow
 def test_a_closed_model_and_the_child_of_a_fork_answer_no_more_and_the_parent_goes_on(
     running: Device, server: Server
 ) -> None:
@@ -383,6 +389,7 @@ def test_a_runtime_that_the_application_lacks_is_named_to_it_and_to_the_server(r
     assert running.status()["outbox"]["lost"] == {}
 
 
+@pytest.mark.slow
 def test_a_bundle_that_fails_its_golden_cases_here_leaves_the_old_one_at_work(running: Device) -> None:
     with opened(running) as model:
         # Damaged on disk after it was confirmed: no reader but this one looks at the hash again.

@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
 from skerry_contract import group
 from skerry_contract import window as w
 
@@ -141,6 +142,7 @@ def test_a_shadow_follows_the_next_generation_and_a_promotion_puts_the_old_versi
     wait_for(lambda: device.status()["shadows"] == {})
 
 
+@pytest.mark.slow
 def test_a_shadow_keeps_within_its_share_of_a_core_and_what_it_missed_is_counted(
     device: Device, server: Server
 ) -> None:

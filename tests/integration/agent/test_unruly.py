@@ -52,6 +52,7 @@ def test_a_leaking_worker_is_replaced_under_load_without_a_failed_request(
     wait_for(lambda: server.inferences() == 20 + load.ok, why=f"{20 + load.ok} counted")
 
 
+@pytest.mark.slow
 def test_a_worker_that_leaked_far_too_much_is_killed_at_once(
     make_device: Callable[..., Device], server: Server
 ) -> None:

@@ -84,6 +84,7 @@ def test_an_update_of_the_agent_and_the_way_back_keep_models_counts_and_outbox(
     wait_for(lambda: server.inferences() == 25 + 35, why="the rest")
 
 
+@pytest.mark.slow
 def test_a_store_that_an_older_agent_would_misread_is_left_alone(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
