@@ -37,6 +37,8 @@ COMMANDS: list[tuple[str, str, object, set[str]]] = [
     ("POST", "/api/v1/devices/nobody/revoke", {"reason": "x"}, {"operator", "admin"}),
     ("PUT", "/api/v1/groups/press", {"settings": {"nonsense": 1}}, {"operator", "admin"}),
     ("PUT", "/api/v1/groups/press/models/gas", {"stable": A}, {"operator", "admin"}),
+    ("PUT", "/api/v1/groups/press/models/gas/shadow", {"digest": A}, {"operator", "admin"}),
+    ("DELETE", "/api/v1/groups/press/models/gas/shadow", None, {"operator", "admin"}),
     ("POST", "/api/v1/rollouts", {"group": "g", "model": "m", "candidate": A, "stages": []}, {"operator", "admin"}),
     ("POST", "/api/v1/rollouts/none/pause", None, {"operator", "admin"}),
     ("POST", "/api/v1/rollouts/none/resume", None, {"operator", "admin"}),
