@@ -105,7 +105,7 @@ def test_a_well_device_has_no_failure_and_each_thing_that_breaks_is_named(one: R
     fleet.processes.stop([DEVICE])
     status, found = findings(one)
     assert (status, failed(found)) == (1, {"agent"})
-    assert set(found) - {"losses"} == CHECKS - {"worker", "update", "fleet"}
+    assert set(found) - {"losses"} == CHECKS - {"worker", "update", "fleet", "applications"}
 
     fleet.processes.stop(["server"])
     status, text = examine(one)
