@@ -64,7 +64,10 @@ MEANINGS: dict[str, str] = {
     "worker_leaked": "the worker had far more memory than its models declare while it served on trial",
     "worker_spun": "the worker used a core without work while it served on trial",
     "reverted_by_operator": "a person ordered it at the device",
-    "crash_loop": "the confirmed bundle's worker died five times within ten minutes; the bundle before it came back",
+    "crash_loop": (
+        "the confirmed bundle's worker died, or was replaced, five times within ten minutes; of several models in it, the one that "
+        "was in work each time. The bundle before it came back"
+    ),
     "attempts_exhausted": "it failed too often; `skerry-agent sync --pardon` tries again",
 }
 """The words of docs/reference/reason-codes.md for the codes of updates."""

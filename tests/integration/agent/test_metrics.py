@@ -42,7 +42,8 @@ def test_everything_that_is_counted_is_there_in_its_kind(device: Device) -> None
     kinds = {name: family.type for name, family in found.items()}
     assert {name for name, kind in kinds.items() if kind == "histogram"} == {"skerry_agent_request_seconds"}
     assert kinds[requests] == kinds["skerry_agent_lost"] == kinds["skerry_agent_worker_ends"] == "counter"
-    assert value(device, "skerry_agent_swaps", model="gas") == 1
+    # Counted when the old worker is gone.
+    wait_for(lambda: value(device, "skerry_agent_swaps", model="gas") == 1, why="the swap")
     assert value(device, "skerry_agent_running", model="gas", version="1.1.0") == 1
     assert value(device, "skerry_agent_link_up") == 1
     assert value(device, "skerry_agent_info") == 1
