@@ -76,14 +76,14 @@ def _measure(folder: Path, *, transforms: bool) -> dict[str, float]:
         recorder.ok(feeds, result.outputs, 1, now - start, 0, result.transform_ns, result.infer_ns, now)
 
     for act, feeds in ((bare, bare_inputs), (counted, inputs)):
-        _block(act, feeds)
+        block(act, feeds)
     differences, bare_means, bare_each, counted_each = [], [], [], []
     for _ in range(ROUNDS):
-        a, b = _block(bare, bare_inputs), _block(counted, inputs)
+        a, b = block(bare, bare_inputs), block(counted, inputs)
         differences.append(b - a)
         bare_means.append(a)
-        bare_each += _each(bare, bare_inputs)
-        counted_each += _each(counted, inputs)
+        bare_each += each_us(bare, bare_inputs)
+        counted_each += each_us(counted, inputs)
     return {
         "added": median(differences),
         "bare": median(bare_means),
@@ -92,7 +92,7 @@ def _measure(folder: Path, *, transforms: bool) -> dict[str, float]:
     }
 
 
-def _block(act: Any, feeds: list[dict[str, Any]]) -> float:
+def block(act: Any, feeds: list[dict[str, Any]]) -> float:
     """Mean microseconds of this thread's CPU per call over one block, the loop's own cost included in both.
 
     CPU time and not the wall's: nothing here waits, and a busy machine would otherwise be counted in.
@@ -104,7 +104,8 @@ def _block(act: Any, feeds: list[dict[str, Any]]) -> float:
     return (time.thread_time_ns() - begin) / BLOCK / 1e3
 
 
-def _each(act: Any, feeds: list[dict[str, Any]]) -> list[float]:
+def each_us(act: Any, feeds: list[dict[str, Any]]) -> list[float]:
+    """Microseconds of the wall of each call of a quarter of a block."""
     found = []
     clock = time.perf_counter_ns
     for _ in range(BLOCK // 4 // len(feeds)):

@@ -6,15 +6,10 @@ that calls onnxruntime with the same options as ours. Its requests are JSON obje
 
 from __future__ import annotations
 
-import os
-import subprocess
-import time
-import urllib.request
 from pathlib import Path
-from typing import Self
 
-from tests.bench.mlserver_peer import free_ports
 from tests.bench.peer_environment import interpreter
+from tests.bench.peer_server import PeerServer, free_ports
 
 _SERVER = """
 import sys
@@ -52,7 +47,7 @@ if __name__ == "__main__":
 """
 
 
-class LitServe:
+class LitServe(PeerServer):
     """A running LitServe with one model at ``/predict``. Use as a context manager.
 
     Args:
@@ -64,35 +59,8 @@ class LitServe:
         folder.mkdir()
         (self.port,) = free_ports(1)
         (folder / "server.py").write_text(_SERVER)
-        self._folder = folder
-        self._log = (folder / "log").open("wb")
-        self._process = subprocess.Popen(
-            [str(python), "server.py", str(model), str(self.port), ",".join(map(str, shape))],
-            cwd=folder,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": ""},
-        )
-
-    def __enter__(self) -> Self:
-        end = time.monotonic() + 60
-        while time.monotonic() < end and self._process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1):
-                    return self
-            except OSError:
-                time.sleep(0.1)
-        self.__exit__()
-        raise RuntimeError(f"LitServe did not start: {(self._folder / 'log').read_text()[-2000:]}")
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+        command = [str(python), "server.py", str(model), str(self.port), ",".join(map(str, shape))]
+        super().__init__(folder, command, f"http://127.0.0.1:{self.port}/health", python_path="")
 
 
 def form(data: bytes) -> tuple[bytes, dict[str, str]]:

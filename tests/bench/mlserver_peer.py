@@ -7,15 +7,12 @@ onnxruntime with the same options as ours.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
-import time
-import urllib.request
 from pathlib import Path
 from typing import Self
 
 from tests.bench.peer_environment import interpreter
+from tests.bench.peer_server import PeerServer, free_ports
 
 HERE = Path(__file__).parent
 
@@ -45,7 +42,7 @@ class OnnxModel(MLModel):
 """
 
 
-class MLServer:
+class MLServer(PeerServer):
     """A running MLServer with one model, ``gas``. Use as a context manager."""
 
     def __init__(self, folder: Path, model: Path) -> None:
@@ -62,40 +59,8 @@ class MLServer:
             json.dumps({"name": "gas", "implementation": "onnx_peer.OnnxModel", "parameters": {"uri": str(model)}})
         )
         (folder / "onnx_peer.py").write_text(_RUNTIME)
-        self._log = (folder / "log").open("wb")
-        self._process = subprocess.Popen(
-            [str(python), "-m", "mlserver.cli.main", "start", "."],
-            cwd=folder,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(folder)},
-        )
-        self._folder = folder
-
-    @property
-    def pid(self) -> int:
-        """Of its only process."""
-        return self._process.pid
-
-    def __enter__(self) -> Self:
-        end = time.monotonic() + 60
-        while time.monotonic() < end and self._process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/v2/models/gas/ready", timeout=1):
-                    return self
-            except OSError:
-                time.sleep(0.1)
-        self.__exit__()
-        raise RuntimeError(f"MLServer did not start: {(self._folder / 'log').read_text()[-2000:]}")
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+        command = [str(python), "-m", "mlserver.cli.main", "start", "."]
+        super().__init__(folder, command, f"http://127.0.0.1:{self.port}/v2/models/gas/ready", python_path=str(folder))
 
 
 class GrpcClient:
@@ -130,12 +95,3 @@ class GrpcClient:
 
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
-
-
-def free_ports(n: int) -> list[int]:
-    """Ports that nobody listens on just now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    found = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return found

@@ -6,7 +6,6 @@ With a real agent beside it that takes the windows, on the same cores; alternati
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ import onnxruntime as ort
 from skerry_agent import sdk
 
 from tests import models
+from tests.bench.infer_overhead import BLOCK, block, each_us
 from tests.bench.result import Result, median, percentile
 from tests.integration.agent.rig import Broker, Device, Server
 
 FEATURES, CLASSES = 30, 6
-BLOCK, ROUNDS = 4096, 25
+ROUNDS = 25
 
 
 def run() -> Result:
@@ -55,14 +55,14 @@ def _beside(device: Device) -> Result:
             session.run(["probabilities"], feeds)
 
         for act in (bare, infer):
-            _block(act, inputs)
+            block(act, inputs)
         differences, bare_means, each_bare, each = [], [], [], []
         for _ in range(ROUNDS):
-            a, b = _block(bare, inputs), _block(infer, inputs)
+            a, b = block(bare, inputs), block(infer, inputs)
             differences.append(b - a)
             bare_means.append(a)
-            each_bare += _each(bare, inputs)
-            each += _each(infer, inputs)
+            each_bare += each_us(bare, inputs)
+            each += each_us(infer, inputs)
     p50, p99 = (percentile(each, q) - percentile(each_bare, q) for q in (0.5, 0.99))
     return Result(
         bench="sdk_overhead",
@@ -74,22 +74,3 @@ def _beside(device: Device) -> Result:
         note=f"added mean of the calling thread's CPU time, {FEATURES}-feature MLP; wall p50 +{p50:.2f} p99 +{p99:.2f}; folds are the "
         "connection thread's",
     )
-
-
-def _block(act: Any, feeds: list[dict[str, Any]]) -> float:
-    begin = time.thread_time_ns()
-    for _ in range(BLOCK // len(feeds)):
-        for one in feeds:
-            act(one)
-    return (time.thread_time_ns() - begin) / BLOCK / 1e3
-
-
-def _each(act: Any, feeds: list[dict[str, Any]]) -> list[float]:
-    found = []
-    clock = time.perf_counter_ns
-    for _ in range(BLOCK // 4 // len(feeds)):
-        for one in feeds:
-            begin = clock()
-            act(one)
-            found.append((clock() - begin) / 1e3)
-    return found
