@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 import psutil  # type: ignore[import-untyped]  # ships no types
-from skerry_contract import group, ids, topics, wire
+from skerry_contract import group, ids, topics
 from skerry_contract.errors import ContractError
 
 from skerry_agent import at_rest, exposition, facts, hold, logs, probe, reloading, reporting
@@ -38,7 +38,7 @@ from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
 from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, BadConfig, Degraded, Rejected, Transient
 from skerry_agent.leftovers import Roll
-from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
+from skerry_agent.link import Rang
 from skerry_agent.logring import LogRing
 from skerry_agent.logs import kv
 from skerry_agent.notify import Notify
@@ -47,10 +47,10 @@ from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
 from skerry_agent.shadowing import Shadowing
 from skerry_agent.slots import Slot, Slots
-from skerry_agent.store import Entry, open_store
+from skerry_agent.store import open_store
 from skerry_agent.throttle import Throttle
 from skerry_agent.updating import TrialRules, Updating
-from skerry_agent.upload import Upload
+from skerry_agent.uplink import Uplink
 from skerry_agent.workers import WORKER
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,6 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.5
 _RENEW_EVERY_S = 3600.0
 _PROBE_S = 5.0
-_COMPACT_ROUNDS = 2
 MOST_LOG_BYTES = 512 * 1024
 
 
@@ -117,6 +116,10 @@ class Supervisor:
         self._document: group.GroupDocument | None = None
         self._settings = group.Settings()
         self._errands = Errands(courier_command)
+        self._uplink = Uplink(
+            config, self._identity, self._store, self._clock, state=lambda: reporting.state(self._snapshot()),
+            on_bell=self._rang, on_fault=self._fault, draw=self._draw, plain_mqtt=plain_mqtt,
+        )  # fmt: skip
         self._notify = Notify(environment)
         roll = Roll(config.run_dir / "workers.json", self._clock.boot_id)
         self._listener = hold.bind(config, roll, self._clock)
@@ -131,7 +134,7 @@ class Supervisor:
             self._address["socket"] = str(self._local.path)
         self._serving = Serving(
             config, self._store, self._slots, self._clock, listeners, roll, on_health=self._health, on_crash=self._crash,
-            on_unruly=self._unruly, on_start=self._started, on_records=self._pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
+            on_unruly=self._unruly, on_start=self._started, on_records=self._uplink.pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
         self._serving.site.on_not_waked = self._not_waked
         self._throttle = Throttle(self._store, self._clock, self._serving.throttle)
@@ -139,28 +142,19 @@ class Supervisor:
         if config.apps.clients:
             self._applications = Applications(
                 config, self._store, self._slots, self._clock, self._serving.site.rings,
-                window_s=lambda: self._settings.window_s, on_event=self._event,
+                window_s=lambda: self._settings.window_s, on_event=self._uplink.event,
             )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(
             config, self._identity, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
-            self._restoring, errand_input=self._errand_input, on_change=self._changed, on_rest=self._rested,
+            self._restoring, errand_input=self._errand_input, on_change=self._uplink.changed, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
         self._shadowing = Shadowing(
             config, self._slots, self._serving, self._errands, self._clock, admission=self._updating.admission,
             errand_input=self._errand_input, max_kib_s=lambda: self._updating.rules.max_kib_s,
-            on_event=lambda code, data: self._event("shadow", code, data), draw=self._draw,
+            on_event=lambda code, data: self._uplink.event("shadow", code, data), draw=self._draw,
         )  # fmt: skip
-        self._plain_mqtt = plain_mqtt
-        self._link: Link | None = None
-        self._upload = Upload(
-            self._store, self._publish_up, window=config.limits.uploads_in_flight,
-            batch_bytes=config.limits.upload_kib * 1024, ack_s=config.timing.ack_s,
-            opened=at_rest.Opener(config.identity_dir),
-        )  # fmt: skip
-        self._server: wire.ServerState | None = None
-        self._birth = 0
         self._stop = asyncio.Event()
         self._sync_asked = asyncio.Event()
         self._sync_due_s: float | None = None
@@ -172,7 +166,6 @@ class Supervisor:
         self._fallbacks = Fallbacks()
         self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": "", "membership": ""}
         self._ended: Degraded | None = None
-        self._pumping = False
         self._answers: list[bool] = []
         self._booted = False
         self._started_s = self._answered_s = self._clock.boot_s()
@@ -214,14 +207,7 @@ class Supervisor:
         await self._boot()
         if self._applications is not None:
             self._applications.start()
-        self._link = Link(
-            self._identity, context=None if self._plain_mqtt else lambda: tls_context(self._identity),
-            next_birth=self._next_birth, will=reporting.will, on_happening=self._happened,
-            draw=self._draw, keepalive_s=self._config.mqtt.keepalive_s,
-            backoff_scale=self._config.timing.backoff_scale,
-        )  # fmt: skip
-        self._link.follow(self._group)
-        self._link.start()
+        self._uplink.start(self._group)
         tasks = [loop.create_task(self._sync_loop(), name="sync"), loop.create_task(self._tick_loop(), name="tick")]
         self._notify.tell("READY=1")
         log.info("agent up", extra=kv(device=self._identity.device, **self._address, epoch=self._store.epoch))
@@ -236,8 +222,7 @@ class Supervisor:
         if self._applications is not None:
             self._applications.stop()
         await self._serving.stop()
-        self._pump()
-        await self._link.stop()
+        await self._uplink.stop()
         await control.stop()
         if self._listener is not None:
             self._listener.close()
@@ -257,14 +242,14 @@ class Supervisor:
                 "why": opened.new_epoch, "epoch": self._store.epoch, "lost_records": opened.lost_records,
                 "lost_inferences": opened.lost_inferences,
             }  # fmt: skip
-            self._event("epoch", "store_damaged" if opened.new_epoch == "damaged" else "", data)
+            self._uplink.event("epoch", "store_damaged" if opened.new_epoch == "damaged" else "", data)
 
     async def _boot(self) -> None:
         self._updating.finish()
         models, complaints = self._slots.boot()
         for complaint in complaints:
             log.error("slot unusable", extra=kv(detail=complaint))
-            self._event("slot", "model_damaged", {"detail": complaint})
+            self._uplink.event("slot", "model_damaged", {"detail": complaint})
         ordered = self._updating.ordered_back()
         if ordered is not None:
             models[ordered[0]] = ordered[1]
@@ -277,7 +262,7 @@ class Supervisor:
                     self._updating.went_back(*ordered, came_up.get(ordered[0]))
             except AgentError as error:
                 log.error("confirmed bundles do not start", extra=kv(code=error.code, detail=error.detail))
-                self._event("worker", error.code, {"detail": error.detail})
+                self._uplink.event("worker", error.code, {"detail": error.detail})
                 self._serving.start_later({n: s for n, s in models.items() if self._slots.whole(s.digest, s.variant)})
         self._booted = True
         if any(self._must_be_replaced(name, slot) for name, slot in models.items()):
@@ -286,7 +271,7 @@ class Supervisor:
 
     def _damaged(self, model: str, slot: Slot, detail: str) -> None:
         log.error("slot damaged", extra=kv(model=model, version=slot.version, digest=slot.digest, detail=detail))
-        self._event("slot", "model_damaged", {"model": model, "digest": slot.digest, "detail": detail[:500]})
+        self._uplink.event("slot", "model_damaged", {"model": model, "digest": slot.digest, "detail": detail[:500]})
         # Whoever may fetch it again looks now.
         self.sync()
 
@@ -303,15 +288,15 @@ class Supervisor:
             if self._applications is not None:
                 self._applications.tick()
             self._note_swaps()
-            self._pump()
+            self._uplink.pump()
             if self._runtimes.try_again():
-                self._changed("", {})
+                self._uplink.changed("", {})
                 self.sync()
             answers = [self._serving.answering(model) for model in self._serving.models()]
             if answers != self._answers:
                 # A worker died, or is back: the server must not hold the one for the other until the next sync.
                 self._answers = answers
-                self._changed("", {})
+                self._uplink.changed("", {})
             if pings_s is not None and now - pinged >= pings_s:
                 pinged = now
                 # Beside the loop: what does not answer must not hold up what ends it.
@@ -374,124 +359,12 @@ class Supervisor:
         self._ended = error
         self._stop.set()
 
-    # --- the link ----------------------------------------------------------------------------------------------------
-
-    def _next_birth(self) -> int:
-        try:
-            self._birth = self._store.count_up("birth", self._birth)
-        except Degraded as error:
-            # A full disk must not end the link. Should the number come again after a restart, ``_own_state`` goes past it.
-            log.error("birth not stored", extra=kv(code=error.code, detail=error.detail))
-            self._birth = max(self._birth, int(self._store.get("birth", 0))) + 1
-        return self._birth
-
-    def _happened(self, happening: Happening) -> None:
-        match happening:
-            case Up():
-                self._server = None
-                self._upload.again()
-                self._report()
-            case Down():
-                # Whether it listens is not known any more.
-                self._server = None
-                self._upload.open = False
-                self._upload.again()
-            case wire.ServerState():
-                self._server_said(happening)
-            case wire.Ack():
-                self._acknowledged(happening)
-            case Rang():
-                if self._bells.get(happening.topic) != happening.version:
-                    self._heard[happening.topic] = happening.version
-                    self.sync(jitter=happening.topic == topics.group_bell(self._group), bell=True)
-            case wire.State():
-                self._own_state(happening)
-
-    def _server_said(self, said: wire.ServerState) -> None:
-        before = self._server
-        if before is not None and said.birth < before.birth and said.status == "offline":
-            return
-        self._server = said
-        online = said.status == "online"
-        if online and (before is None or before.status != "online" or before.birth != said.birth):
-            # What was on its way to the server that ended may have ended with it.
-            self._upload.again()
-            self._report()
-        self._upload.open = online
-        if online:
-            self._pump()
-
-    def _own_state(self, seen: wire.State) -> None:
-        assert self._link is not None
-        if seen.birth > self._link.birth:
-            # Another life of this device was further on (a restored backup): go past it, so that its will cannot win.
-            log.warning("a later birth is retained", extra=kv(seen=seen.birth, ours=self._link.birth))
-            self._birth = seen.birth
-            self._link.reconnect()
-        elif seen.birth < self._link.birth or seen.status == "offline":
-            self._report()
-
-    def _acknowledged(self, ack: wire.Ack) -> None:
-        try:
-            done = self._store.acknowledge(ack)
-        except Degraded as error:
-            if error.code == "store_damaged":
-                self._fault(error)
-            return
-        self._upload.acknowledged(ack)
-        if done.new_epoch:
-            log.warning("new epoch", extra=kv(why=done.new_epoch, epoch=self._store.epoch, server_upto=ack.upto))
-            self._upload.again()
-            self._event("epoch", done.new_epoch, {"why": done.new_epoch, "epoch": self._store.epoch})
-            self._report()
-        self._pump()
-
-    def _publish_up(self, payload: bytes) -> bool:
-        return self._link is not None and self._link.publish(topics.up(self._identity.device), payload)
-
-    def _pump_soon(self) -> None:
-        if not self._pumping:
-            self._pumping = True
-            asyncio.get_running_loop().call_soon(self._pump)
-
-    def _pump(self) -> None:
-        self._pumping = False
-        try:
-            used, bound = self._store.load()
-            if used > bound:
-                # A little at a time: the loop has links and workers to look after, and comes by again.
-                freed = self._store.compact(self._clock.instant(), rounds=_COMPACT_ROUNDS)
-                log.warning("outbox compacted", extra=kv(freed_bytes=freed))
-            self._store.tidy()
-            self._upload.pump(self._clock.boot_s(), self._clock.instant())
-        except Degraded as error:
-            if error.code == "store_damaged":
-                self._fault(error)
-
-    def _report(self) -> None:
-        if self._link is None:
-            return
-        # The server tells by it when this boot was, should nothing set the clock.
-        said = msgspec.structs.replace(reporting.state(self._snapshot()), at=self._clock.instant())
-        payload = wire.encode(said)
-        self._link.publish(topics.state(self._identity.device), payload, retain=True)
-
-    def _event(self, name: str, code: str, data: dict[str, Any]) -> None:
-        body = wire.encode(wire.Event(at=self._clock.instant(), name=name, code=code, data=data))
-        try:
-            self._store.append([Entry(kind="event", body=body)])
-        except Degraded as error:
-            log.error("event not stored", extra=kv(code=error.code, detail=error.detail, event=name))
-            return
-        self._pump_soon()
-
-    def _changed(self, code: str, data: dict[str, Any]) -> None:
-        if data:
-            self._event("update", code, data)
-        if self._server is not None and self._server.status == "online":
-            self._report()
-
     # --- sync and plan -----------------------------------------------------------------------------------------------
+
+    def _rang(self, bell: Rang) -> None:
+        if self._bells.get(bell.topic) != bell.version:
+            self._heard[bell.topic] = bell.version
+            self.sync(jitter=bell.topic == topics.group_bell(self._group), bell=True)
 
     def sync(self, *, jitter: bool = False, bell: bool = False) -> None:
         """Asks for a sync soon; with ``jitter`` somewhere within the group's jitter, so that a fleet does not come at once.
@@ -520,8 +393,7 @@ class Supervisor:
                 failures = 0
                 self._bells.update(heard)
                 self._store.put("bells", self._bells)
-                if self._link is not None:
-                    self._link.hurry()
+                self._uplink.link.hurry()
             except (AgentError, ContractError) as error:
                 failures += 1
                 if error.code == "store_damaged" and isinstance(error, Degraded):
@@ -584,8 +456,7 @@ class Supervisor:
             "at_ms": self._clock.instant().wall_ms, "code": "", "detail": "", "membership": self._self_code,
         }  # fmt: skip
         self._follow_plan()
-        if self._server is not None and self._server.status == "online":
-            self._report()
+        self._uplink.report_if_online()
         await self._renew(answer.get("renew_at_s"))
 
     async def _renew(self, renew_at_s: float | None) -> None:
@@ -598,11 +469,10 @@ class Supervisor:
             answer = await self._errands.run("renew", self._errand_input(), timeout_s=self._config.timing.courier_s)
         except AgentError as error:
             log.warning("certificate not renewed", extra=kv(code=error.code, detail=error.detail))
-            self._event("certificate", error.code, {"detail": error.detail[:500]})
+            self._uplink.event("certificate", error.code, {"detail": error.detail[:500]})
             return
-        self._event("certificate", "", {"expires_s": answer.get("expires_s")})
-        if self._link is not None:
-            self._link.reconnect()
+        self._uplink.event("certificate", "", {"expires_s": answer.get("expires_s")})
+        self._uplink.link.reconnect()
 
     def _take_lower_bound(self, signed_at_s: float, keys: tuple[str, ...]) -> None:
         trusted = set(self._store.get("lower_bound_keys", []))
@@ -622,14 +492,14 @@ class Supervisor:
         log.warning("sync failed", extra=kv(code=code, detail=detail, failures=failures))
         if not known and isinstance(error, (Rejected, Degraded, ContractError)):
             # The repository is there and wrong: worth the server's record. That it is away, the server knows better.
-            self._event("sync", code, {"detail": detail[:500]})
+            self._uplink.event("sync", code, {"detail": detail[:500]})
 
     def _membership(self, found: Any, error: Any) -> None:
         # What the server says of this device when it does not know it any more belongs in the log of the device, too.
         code = str(error.get("code", "")) if isinstance(error, dict) else ""
         if code != self._self_code and code not in ("", "unreachable", "timeout"):
             log.warning("the server refuses this device", extra=kv(code=code, detail=error.get("detail")))
-            self._event("membership", code, {"detail": str(error.get("detail", ""))[:500]})
+            self._uplink.event("membership", code, {"detail": str(error.get("detail", ""))[:500]})
         self._self_code = code
         if not isinstance(found, dict) or not found.get("group"):
             return
@@ -638,8 +508,7 @@ class Supervisor:
             log.info("group changed", extra=kv(before=self._group, now=name))
             self._group = name
             self._store.put("group", name)
-            if self._link is not None:
-                self._link.follow(name)
+            self._uplink.link.follow(name)
             self.sync()
 
     def _load_document(self, text: str) -> None:
@@ -719,7 +588,9 @@ class Supervisor:
         if self._store.get("too_old") == lacking:
             return
         self._store.put("too_old", lacking)
-        self._event("update", "agent_too_old", {"detail": f"the group document requires {lacking}", "state": "idle"})
+        self._uplink.event(
+            "update", "agent_too_old", {"detail": f"the group document requires {lacking}", "state": "idle"}
+        )
 
     def _rekey(self, step: Rekey) -> None:
         update = self._updating.update
@@ -752,7 +623,7 @@ class Supervisor:
     def _started(self, models: Mapping[str, Slot], error: AgentError | None, proofs: Mapping[str, ww.Proved]) -> None:
         """What the end of a start says of the runtimes."""
         for data in self._fallbacks.news(models, proofs):
-            self._event("worker", "provider_fallback", data)
+            self._uplink.event("worker", "provider_fallback", data)
         if error is None:
             proved = {variant.runtime for slot in models.values() if (variant := self._slots.variant(slot)) is not None}
             news = self._runtimes.worked(proved)
@@ -767,15 +638,15 @@ class Supervisor:
                     "variant": slot.variant,
                     "detail": error.detail[:500],
                 }
-                self._event("worker", error.code, told)
+                self._uplink.event("worker", error.code, told)
                 asyncio.get_running_loop().call_soon(self._follow_plan)
                 self.sync()
         if news:
-            self._changed("", {})
+            self._uplink.changed("", {})
 
     def _not_waked(self, models: Mapping[str, Slot], error: AgentError) -> None:
         told = {"models": {n: s.digest for n, s in models.items()}, "detail": error.detail[:500]}
-        self._event("worker", error.code, told)
+        self._uplink.event("worker", error.code, told)
 
     def _health(self, generation: Generation) -> None:
         del generation
@@ -790,7 +661,7 @@ class Supervisor:
         for name, slot in generation.models.items():
             if slot.digest in self._serving.site.apart - apart:
                 told = {"model": name, "digest": slot.digest, "version": slot.version, "how": how}
-                self._event("worker", "model_set_apart", told)
+                self._uplink.event("worker", "model_set_apart", told)
         return again
 
     def _unruly(self, generation: Generation, found: liveness.Unruly) -> bool:
@@ -798,7 +669,7 @@ class Supervisor:
         return self._updating.unruly(generation, found)
 
     def _worker_ended(self, generation: Generation, code: str, how: str) -> None:
-        self._event(
+        self._uplink.event(
             "worker", code,
             {
                 "how": how, "models": {n: s.digest for n, s in generation.models.items()}, "generation": generation.number,
@@ -830,13 +701,13 @@ class Supervisor:
         charges = culprits.charges(self._updating.crashes, self._clock.boot_s())
         suspects = {model: n for (model, _), n in charges.items()}
         return reporting.Snapshot(
-            device=self._identity.device, group=self._group, birth=self._link.birth if self._link else 0,
+            device=self._identity.device, group=self._group, birth=self._uplink.link.birth,
             generation=self._document.generation if self._document else 0, boot_id=self._clock.boot_id,
             epoch=self._store.epoch, seq=self._store.last_seq, stratum=self._stratum, arch=facts.arch(),
             abilities=tuple(sorted(facts.ABILITIES)), runtimes=self._runtimes.usable, tuf=dict(self._store.get("tuf", {})),
             models=serving.models(), stopped=frozenset(m for m in serving.models() if not serving.answering(m)), update=self._updating.update,
-            lost=self._store.lost(), linked=bool(self._link and self._link.connected),
-            server_online=self._server is not None and self._server.status == "online", pending=pending,
+            lost=self._store.lost(), linked=self._uplink.link.connected,
+            server_online=self._uplink.server_online, pending=pending,
             pending_bytes=pending_bytes, pending_inferences=self._store.pending_inferences(),
             serving={**self._address, "inflight": sum(one.inflight for one in workers), "throttle": self._throttle.status()},
             sync=dict(self._sync_status), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
