@@ -1,14 +1,13 @@
-"""The supervisor: the only loop. It owns the listening socket, the store, the link and the workers, and feeds the core.
+"""The supervisor: the only loop. It puts the parts together, and tells each what the others found.
 
 It imports neither numpy nor tuf nor cryptography. Models run in workers (``serving``), updates run by the table
-(``updating``), the network is a doorbell (``link``): a bell or the timer starts a sync, the courier verifies, ``core.plan``
-says what follows. Nothing here waits for the network: without one the confirmed bundles serve.
+(``updating``), the network is a doorbell (``uplink``): a bell or the timer starts a sync (``syncing``), the courier verifies,
+``core.plan`` says what follows (``following``). Nothing here waits for the network: without one the confirmed bundles serve.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import random
@@ -22,7 +21,7 @@ from typing import Any
 
 import msgspec
 import psutil  # type: ignore[import-untyped]  # ships no types
-from skerry_contract import group, ids, topics
+from skerry_contract import ids
 from skerry_contract.errors import ContractError
 
 from skerry_agent import at_rest, exposition, facts, hold, logs, probe, reloading, reporting
@@ -32,22 +31,24 @@ from skerry_agent.applications import Applications
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, identity
 from skerry_agent.control import Answer, ControlServer
-from skerry_agent.core import admission, backoff, culprits, liveness, watchdog
+from skerry_agent.core import culprits, liveness, watchdog
 from skerry_agent.core import effects as e
-from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
 from skerry_agent.errand import COURIER, Errands
-from skerry_agent.errors import AgentError, BadConfig, Degraded, Rejected, Transient
+from skerry_agent.errors import AgentError, BadConfig, Degraded, Rejected
+from skerry_agent.following import Following
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Rang
 from skerry_agent.logring import LogRing
 from skerry_agent.logs import kv
 from skerry_agent.notify import Notify
+from skerry_agent.orders import Orders
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
 from skerry_agent.shadowing import Shadowing
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import open_store
+from skerry_agent.syncing import Syncing
 from skerry_agent.throttle import Throttle
 from skerry_agent.updating import TrialRules, Updating
 from skerry_agent.uplink import Uplink
@@ -56,7 +57,6 @@ from skerry_agent.workers import WORKER
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
-_RENEW_EVERY_S = 3600.0
 _PROBE_S = 5.0
 MOST_LOG_BYTES = 512 * 1024
 
@@ -112,13 +112,16 @@ class Supervisor:
         self._slots = Slots(config.state_dir / "slots")
         self._runtimes = Runtimes(config, self._clock, self._draw)
         self._stratum = facts.stratum(config, self._runtimes.usable)
-        self._group = ids.group_name(self._store.get("group", self._identity.group))
-        self._document: group.GroupDocument | None = None
-        self._settings = group.Settings()
+        self._orders = Orders(self._store, self._identity.group)
         self._errands = Errands(courier_command)
         self._uplink = Uplink(
             config, self._identity, self._store, self._clock, state=lambda: reporting.state(self._snapshot()),
             on_bell=self._rang, on_fault=self._fault, draw=self._draw, plain_mqtt=plain_mqtt,
+        )  # fmt: skip
+        self._syncing = Syncing(
+            config, self._store, self._slots, self._clock, self._errands, self._uplink, self._orders,
+            errand_input=self._errand_input, on_document=self._apply_settings, on_synced=self._follow_plan,
+            on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
         self._notify = Notify(environment)
         roll = Roll(config.run_dir / "workers.json", self._clock.boot_id)
@@ -142,7 +145,7 @@ class Supervisor:
         if config.apps.clients:
             self._applications = Applications(
                 config, self._store, self._slots, self._clock, self._serving.site.rings,
-                window_s=lambda: self._settings.window_s, on_event=self._uplink.event,
+                window_s=lambda: self._orders.settings.window_s, on_event=self._uplink.event,
             )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(
@@ -155,24 +158,19 @@ class Supervisor:
             errand_input=self._errand_input, max_kib_s=lambda: self._updating.rules.max_kib_s,
             on_event=lambda code, data: self._uplink.event("shadow", code, data), draw=self._draw,
         )  # fmt: skip
+        self._following = Following(
+            self._identity, self._store, self._slots, self._clock, self._runtimes, self._serving, self._orders,
+            self._updating, self._shadowing, stratum=self._stratum,
+            ready=lambda: self._booted and not self._stop.is_set(), on_event=self._uplink.event, ask_sync=self.sync,
+        )  # fmt: skip
         self._stop = asyncio.Event()
-        self._sync_asked = asyncio.Event()
-        self._sync_due_s: float | None = None
-        self._sync_rung = False
-        self._synced_s = 0.0
-        self._idle_bells = 0
-        self._renew_after_s = 0.0
-        self._self_code = ""
         self._fallbacks = Fallbacks()
-        self._sync_status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": "", "membership": ""}
         self._ended: Degraded | None = None
         self._answers: list[bool] = []
         self._booted = False
         self._started_s = self._answered_s = self._clock.boot_s()
         self._served: dict[str, str] = {}
         self._swaps: dict[str, int] = {}
-        self._bells: dict[str, int] = dict(self._store.get("bells", {}))
-        self._heard: dict[str, int] = {}
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -199,16 +197,12 @@ class Supervisor:
         )
         await control.start()
         self._note_opening()
-        try:
-            self._load_document(str(self._store.get("group_document", "")))
-        except (AgentError, ContractError) as error:
-            # Of another group, or of a newer agent that was here: the next sync brings one that fits.
-            log.warning("stored group document set aside", extra=kv(code=error.code, detail=str(error)))
+        self._orders.recall()
         await self._boot()
         if self._applications is not None:
             self._applications.start()
-        self._uplink.start(self._group)
-        tasks = [loop.create_task(self._sync_loop(), name="sync"), loop.create_task(self._tick_loop(), name="tick")]
+        self._uplink.start(self._orders.group)
+        tasks = [loop.create_task(self._syncing.run(), name="sync"), loop.create_task(self._tick_loop(), name="tick")]
         self._notify.tell("READY=1")
         log.info("agent up", extra=kv(device=self._identity.device, **self._address, epoch=self._store.epoch))
         stopped = loop.create_task(self._stop.wait())
@@ -265,7 +259,7 @@ class Supervisor:
                 self._uplink.event("worker", error.code, {"detail": error.detail})
                 self._serving.start_later({n: s for n, s in models.items() if self._slots.whole(s.digest, s.variant)})
         self._booted = True
-        if any(self._must_be_replaced(name, slot) for name, slot in models.items()):
+        if any(self._following.must_be_replaced(name, slot) for name, slot in models.items()):
             # What to run instead may be here, and the network may not.
             self._follow_plan()
 
@@ -342,7 +336,7 @@ class Supervisor:
             self._notify.tell("READY=1", f"STATUS=configuration not taken: {error.faults[0]}")
             return Answer(409, {"error": "; ".join(error.faults), "code": "bad_config", "faults": error.faults})
         self._config = config
-        for part in (self._serving, self._updating, self._applications):
+        for part in (self._serving, self._updating, self._syncing, self._applications):
             if part is not None:
                 part.configure(config)
         self._store.bound_bytes = int(config.limits.outbox_mb * 1e6)
@@ -359,169 +353,21 @@ class Supervisor:
         self._ended = error
         self._stop.set()
 
-    # --- sync and plan -----------------------------------------------------------------------------------------------
+    def sync(self) -> None:
+        """Asks for a sync soon."""
+        self._syncing.ask()
 
     def _rang(self, bell: Rang) -> None:
-        if self._bells.get(bell.topic) != bell.version:
-            self._heard[bell.topic] = bell.version
-            self.sync(jitter=bell.topic == topics.group_bell(self._group), bell=True)
+        self._syncing.rang(bell)
 
-    def sync(self, *, jitter: bool = False, bell: bool = False) -> None:
-        """Asks for a sync soon; with ``jitter`` somewhere within the group's jitter, so that a fleet does not come at once.
+    def _follow_plan(self) -> None:
+        self._following.look()
 
-        Bells that keep ringing and bring nothing new are answered ever less often: a stolen broker cannot keep a device busy.
-        """
-        due_s = self._clock.boot_s() + (self._draw() * self._jitter_s() if jitter else 0.0)
-        if bell:
-            due_s = max(due_s, self._synced_s + backoff.bell_pause_s(self._idle_bells))
-        if self._sync_due_s is None or due_s < self._sync_due_s:
-            self._sync_due_s, self._sync_rung = due_s, bell
-        self._sync_asked.set()
-
-    def _jitter_s(self) -> float:
-        given = self._config.timing.jitter_s
-        return given if given >= 0 else self._settings.jitter_s
-
-    async def _sync_loop(self) -> None:
-        failures = 0
-        while True:
-            rung, self._sync_due_s, self._sync_rung = self._sync_rung, None, False
-            heard = dict(self._heard)
-            before = (self._store.get("tuf", {}), self._group)
-            try:
-                await self._sync()
-                failures = 0
-                self._bells.update(heard)
-                self._store.put("bells", self._bells)
-                self._uplink.link.hurry()
-            except (AgentError, ContractError) as error:
-                failures += 1
-                if error.code == "store_damaged" and isinstance(error, Degraded):
-                    self._fault(error)
-                self._sync_failed(error, failures)
-            except Exception as error:
-                # A bug, or an answer that nobody foresaw: no reason to stop serving, and no reason never to ask again.
-                failures += 1
-                log.exception("sync failed", extra=kv(failures=failures))
-                self._sync_failed(Transient("sync_failed", f"{type(error).__name__}: {error}"), failures)
-            news = before != (self._store.get("tuf", {}), self._group)
-            self._idle_bells = self._idle_bells + 1 if rung and not news else 0
-            self._synced_s = self._clock.boot_s()
-            wait_s = self._config.timing.sync_s if self._config.timing.sync_s > 0 else self._settings.sync_s
-            wait_s += self._draw() * self._jitter_s()
-            if failures:
-                wait_s = min(
-                    wait_s, backoff.delay_s("sync", failures, self._draw(), scale=self._config.timing.backoff_scale)
-                )
-            await self._until_due(self._synced_s + wait_s)
-
-    async def _until_due(self, timer_s: float) -> None:
-        """Waits for the timer (seconds since boot), or for what was asked for, whichever is due first."""
-        while True:
-            due_s = timer_s if self._sync_due_s is None else min(timer_s, self._sync_due_s)
-            left_s = due_s - self._clock.boot_s()
-            if left_s <= 0:
-                return
-            self._sync_asked.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._sync_asked.wait(), left_s)
-
-    async def _sync(self) -> None:
-        named = {model: self._slots.pointers(model) for model in self._slots.models()}
-        answer = await self._errands.run(
-            "sync",
-            {
-                **self._errand_input(),
-                "group": self._group,
-                "have": {
-                    model: [s.digest for s in (p.active, p.confirmed, p.previous) if s is not None]
-                    for model, p in named.items()
-                },
-                "confirmed": sorted(
-                    {s.digest for p in named.values() for s in (p.confirmed, p.previous) if s is not None}
-                ),
-            },
-            timeout_s=self._config.timing.courier_s,
-        )
-        with self._store.transaction():
-            self._take_lower_bound(float(answer.get("signed_at") or 0.0), tuple(answer.get("online_keys") or ()))
-            self._store.put("tuf", answer.get("tuf") or {})
-            self._store.put("floors", _higher(self._store.get("floors", {}), answer.get("floors") or {}))
-        self._membership(answer.get("membership"), answer.get("self_error"))
-        text = str(answer.get("group_document") or "")
-        if text:
-            self._load_document(text)
-            self._store.put("group_document", text)
-        self._sync_status = {
-            "at_ms": self._clock.instant().wall_ms, "code": "", "detail": "", "membership": self._self_code,
-        }  # fmt: skip
-        self._follow_plan()
-        self._uplink.report_if_online()
-        await self._renew(answer.get("renew_at_s"))
-
-    async def _renew(self, renew_at_s: float | None) -> None:
-        """Takes a new certificate when two thirds of the old one's life are over; tries again every hour."""
-        now_s = self._clock.boot_s()
-        if renew_at_s is None or self._clock.now_s() < renew_at_s or now_s < self._renew_after_s:
-            return
-        self._renew_after_s = now_s + _RENEW_EVERY_S
-        try:
-            answer = await self._errands.run("renew", self._errand_input(), timeout_s=self._config.timing.courier_s)
-        except AgentError as error:
-            log.warning("certificate not renewed", extra=kv(code=error.code, detail=error.detail))
-            self._uplink.event("certificate", error.code, {"detail": error.detail[:500]})
-            return
-        self._uplink.event("certificate", "", {"expires_s": answer.get("expires_s")})
-        self._uplink.link.reconnect()
-
-    def _take_lower_bound(self, signed_at_s: float, keys: tuple[str, ...]) -> None:
-        trusted = set(self._store.get("lower_bound_keys", []))
-        # Under keys that the root replaced since, a stolen key may have set the bound ahead: it is void, not merely old.
-        void = bool(trusted) and bool(keys) and not trusted & set(keys)
-        if signed_at_s > 0 and (void or signed_at_s > self._clock.lower_bound_s):
-            self._clock.set_lower_bound(signed_at_s)
-            self._store.put("lower_bound_s", signed_at_s)
-            self._store.put("lower_bound_keys", keys)
-
-    def _sync_failed(self, error: AgentError | ContractError, failures: int) -> None:
-        code, detail = error.code, error.detail if isinstance(error, AgentError) else str(error)
-        known = self._sync_status["code"] == code
-        self._sync_status = {
-            "at_ms": self._clock.instant().wall_ms, "code": code, "detail": detail[:500], "membership": self._self_code,
-        }  # fmt: skip
-        log.warning("sync failed", extra=kv(code=code, detail=detail, failures=failures))
-        if not known and isinstance(error, (Rejected, Degraded, ContractError)):
-            # The repository is there and wrong: worth the server's record. That it is away, the server knows better.
-            self._uplink.event("sync", code, {"detail": detail[:500]})
-
-    def _membership(self, found: Any, error: Any) -> None:
-        # What the server says of this device when it does not know it any more belongs in the log of the device, too.
-        code = str(error.get("code", "")) if isinstance(error, dict) else ""
-        if code != self._self_code and code not in ("", "unreachable", "timeout"):
-            log.warning("the server refuses this device", extra=kv(code=code, detail=error.get("detail")))
-            self._uplink.event("membership", code, {"detail": str(error.get("detail", ""))[:500]})
-        self._self_code = code
-        if not isinstance(found, dict) or not found.get("group"):
-            return
-        name = ids.group_name(found["group"])
-        if name != self._group:
-            log.info("group changed", extra=kv(before=self._group, now=name))
-            self._group = name
-            self._store.put("group", name)
-            self._uplink.link.follow(name)
-            self.sync()
-
-    def _load_document(self, text: str) -> None:
-        if not text:
-            return
-        document = group.parse(text.encode())
-        if document.group != self._group:
-            raise Rejected("malformed_group_document", f"wanted group {self._group}, got {document.group}")
-        self._document, self._settings = document, document.settings
-        self._apply_settings()
+    def _rested(self) -> None:
+        self._following.rested()
 
     def _apply_settings(self) -> None:
-        timing, settings = self._config.timing, self._settings
+        timing, settings = self._config.timing, self._orders.settings
         self._updating.rules = TrialRules(
             duration_s=timing.trial_s if timing.trial_s >= 0 else settings.trial_s,
             inferences=timing.trial_inferences if timing.trial_inferences >= 0 else settings.trial_inferences,
@@ -529,94 +375,6 @@ class Supervisor:
         )
         site = self._serving.site
         site.window_s, site.sample_rate = settings.window_s, settings.sample_rate
-
-    def _follow_plan(self) -> None:
-        document = self._document
-        if document is None or not self._booted or self._stop.is_set():
-            return
-        refused, waiting = self._updating.failures.refused()
-        update = self._updating.update
-        # What a worker serves, or served until it died: that it is being restarted does not mean that its bundle must be
-        # fetched. Before the first one, what the pointer file says. A slot found damaged runs only until it ends.
-        answering = {**self._serving.trying(), **self._serving.models()} or {
-            name: slot for name in self._slots.models() if (slot := self._slots.answering(name)) is not None
-        }
-        running = {
-            name: Running(digest=slot.digest, arm=slot.arm, rollout=slot.rollout, stage=slot.stage)
-            for name, slot in answering.items()
-            if not self._must_be_replaced(name, slot)
-        }
-        if not update.resting and update.state != "revert":
-            running[update.model] = Running(
-                digest=update.digest, arm=update.arm, rollout=update.rollout, stage=update.stage
-            )
-        steps = plan(document, self._identity.device, self._stratum, running, refused, self._clock.now_s())
-        for step in steps:
-            match step:
-                case Keep(why="agent_too_old"):
-                    self._too_old(document)
-                case Rekey():
-                    self._rekey(step)
-                case Change():
-                    self._change(step, waiting)
-                case _:
-                    pass
-        if group.missing_abilities(document):
-            return
-        device, stratum = self._identity.device, self._stratum
-        shadows = {model: group.shadow_of(document, device, model, stratum) for model in answering}
-        self._shadowing.follow({model: found for model, found in shadows.items() if found is not None}, self._settings)
-
-    def _must_be_replaced(self, model: str, slot: Slot) -> bool:
-        """Whether a slot's runtime does not work any more, so that the plan takes its bundle up again, in a variant that runs."""
-        manifest, variant = self._slots.manifest(slot.digest), self._slots.variant(slot)
-        if manifest is None or variant is None or not self._runtimes.lacks(variant):
-            return False
-        # A live worker goes on with what it has loaded, unless something else can take its place.
-        answer = self._updating.admission(manifest, slot.digest)
-        return not self._serving.answering(model) or isinstance(answer, admission.Admit)
-
-    def _rested(self) -> None:
-        self._follow_plan()
-        wait_s = self._updating.failures.next_try_s()
-        if wait_s is not None and self._updating.update.resting:
-            # Looks again when the first bundle may be tried again. A second timer for the same moment does no harm.
-            asyncio.get_running_loop().call_later(wait_s + 0.05, self.sync)
-
-    def _too_old(self, document: group.GroupDocument) -> None:
-        lacking = ", ".join(group.missing_abilities(document))
-        if self._store.get("too_old") == lacking:
-            return
-        self._store.put("too_old", lacking)
-        self._uplink.event(
-            "update", "agent_too_old", {"detail": f"the group document requires {lacking}", "state": "idle"}
-        )
-
-    def _rekey(self, step: Rekey) -> None:
-        update = self._updating.update
-        under_way = not update.resting and update.model == step.model
-        if under_way and update.state != "trial":
-            # The key of a bundle that does not serve yet is looked up again when it does.
-            return
-        self._slots.rekey(step.model, arm=step.arm, rollout=step.rollout, stage=step.stage)
-        self._serving.rekey(step.model, arm=step.arm, rollout=step.rollout, stage=step.stage)
-        if under_way:
-            self._updating.feed(e.Rekeyed(arm=step.arm, rollout=step.rollout, stage=step.stage))
-
-    def _change(self, step: Change, waiting: set[str]) -> None:
-        update = self._updating.update
-        if not update.resting:
-            if update.model == step.model and update.digest != step.digest:
-                self._updating.feed(e.Withdrawn())
-            return
-        if step.digest in waiting:
-            return
-        self._updating.feed(
-            e.Assigned(
-                model=step.model, digest=step.digest, version=step.version, arm=step.arm, rollout=step.rollout,
-                stage=step.stage, attempt=self._updating.failures.attempt_of(step.digest),
-            )
-        )  # fmt: skip
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
@@ -701,8 +459,8 @@ class Supervisor:
         charges = culprits.charges(self._updating.crashes, self._clock.boot_s())
         suspects = {model: n for (model, _), n in charges.items()}
         return reporting.Snapshot(
-            device=self._identity.device, group=self._group, birth=self._uplink.link.birth,
-            generation=self._document.generation if self._document else 0, boot_id=self._clock.boot_id,
+            device=self._identity.device, group=self._orders.group, birth=self._uplink.link.birth,
+            generation=self._orders.document.generation if self._orders.document else 0, boot_id=self._clock.boot_id,
             epoch=self._store.epoch, seq=self._store.last_seq, stratum=self._stratum, arch=facts.arch(),
             abilities=tuple(sorted(facts.ABILITIES)), runtimes=self._runtimes.usable, tuf=dict(self._store.get("tuf", {})),
             models=serving.models(), stopped=frozenset(m for m in serving.models() if not serving.answering(m)), update=self._updating.update,
@@ -710,7 +468,7 @@ class Supervisor:
             server_online=self._uplink.server_online, pending=pending,
             pending_bytes=pending_bytes, pending_inferences=self._store.pending_inferences(),
             serving={**self._address, "inflight": sum(one.inflight for one in workers), "throttle": self._throttle.status()},
-            sync=dict(self._sync_status), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
+            sync=self._syncing.status(), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
             worker_ends=self._store.get("worker_ends", {}), suspects=suspects, requests_refused=serving.passing.refused,
             requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(),
             swaps=dict(self._swaps),
@@ -775,15 +533,6 @@ def _write(path: Any, data: bytes) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_bytes(data)
     temporary.replace(path)
-
-
-def _higher(known: dict[str, str], found: dict[str, str]) -> dict[str, str]:
-    """Floors only rise, whatever a later catalog says."""
-    result = dict(known)
-    for model, version in found.items():
-        if model not in result or ids.version_key(version) > ids.version_key(result[model]):
-            result[str(model)] = str(version)
-    return result
 
 
 def run(config: Config, environment: Mapping[str, str], **choices: Any) -> int:

@@ -1,0 +1,158 @@
+"""Carries out the plan: takes up, changes or rekeys what the group's document assigns to this device.
+
+``core.plan`` says what follows from the document and what runs; here it is asked, and its steps go to ``updating``, the slots
+and the shadows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from skerry_contract import group
+
+from skerry_agent.clock import Clock
+from skerry_agent.config import Identity
+from skerry_agent.core import admission
+from skerry_agent.core import effects as e
+from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
+from skerry_agent.orders import Orders
+from skerry_agent.runtimes import Runtimes
+from skerry_agent.serving import Serving
+from skerry_agent.shadowing import Shadowing
+from skerry_agent.slots import Slot, Slots
+from skerry_agent.store import Store
+from skerry_agent.updating import Updating
+
+
+class Following:
+    """See the module.
+
+    Args:
+        stratum: this device's, which a share of a rollout is drawn in.
+        ready: whether anything may be taken up now.
+        on_event: something to tell the server: name, code, data.
+        ask_sync: asks for a sync soon.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        store: Store,
+        slots: Slots,
+        clock: Clock,
+        runtimes: Runtimes,
+        serving: Serving,
+        orders: Orders,
+        updating: Updating,
+        shadowing: Shadowing,
+        *,
+        stratum: str,
+        ready: Callable[[], bool],
+        on_event: Callable[[str, str, dict[str, Any]], None],
+        ask_sync: Callable[[], None],
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self._slots = slots
+        self._clock = clock
+        self._runtimes = runtimes
+        self._serving = serving
+        self._orders = orders
+        self._updating = updating
+        self._shadowing = shadowing
+        self._stratum = stratum
+        self._ready = ready
+        self._on_event = on_event
+        self._ask_sync = ask_sync
+
+    def look(self) -> None:
+        """Asks what follows from the document now, and does it."""
+        document = self._orders.document
+        if document is None or not self._ready():
+            return
+        refused, waiting = self._updating.failures.refused()
+        update = self._updating.update
+        # What a worker serves, or served until it died: that it is being restarted does not mean that its bundle must be
+        # fetched. Before the first one, what the pointer file says. A slot found damaged runs only until it ends.
+        answering = {**self._serving.trying(), **self._serving.models()} or {
+            name: slot for name in self._slots.models() if (slot := self._slots.answering(name)) is not None
+        }
+        running = {
+            name: Running(digest=slot.digest, arm=slot.arm, rollout=slot.rollout, stage=slot.stage)
+            for name, slot in answering.items()
+            if not self.must_be_replaced(name, slot)
+        }
+        if not update.resting and update.state != "revert":
+            running[update.model] = Running(
+                digest=update.digest, arm=update.arm, rollout=update.rollout, stage=update.stage
+            )
+        steps = plan(document, self._identity.device, self._stratum, running, refused, self._clock.now_s())
+        for step in steps:
+            match step:
+                case Keep(why="agent_too_old"):
+                    self._too_old(document)
+                case Rekey():
+                    self._rekey(step)
+                case Change():
+                    self._change(step, waiting)
+                case _:
+                    pass
+        if group.missing_abilities(document):
+            return
+        device, stratum = self._identity.device, self._stratum
+        shadows = {model: group.shadow_of(document, device, model, stratum) for model in answering}
+        followed = {model: found for model, found in shadows.items() if found is not None}
+        self._shadowing.follow(followed, self._orders.settings)
+
+    def must_be_replaced(self, model: str, slot: Slot) -> bool:
+        """Whether a slot's runtime does not work any more, so that the plan takes its bundle up again, in a variant that runs."""
+        manifest, variant = self._slots.manifest(slot.digest), self._slots.variant(slot)
+        if manifest is None or variant is None or not self._runtimes.lacks(variant):
+            return False
+        # A live worker goes on with what it has loaded, unless something else can take its place.
+        answer = self._updating.admission(manifest, slot.digest)
+        return not self._serving.answering(model) or isinstance(answer, admission.Admit)
+
+    def rested(self) -> None:
+        """The update came to rest: takes up the next, or waits until one may be tried again."""
+        self.look()
+        wait_s = self._updating.failures.next_try_s()
+        if wait_s is not None and self._updating.update.resting:
+            # Looks again when the first bundle may be tried again. A second timer for the same moment does no harm.
+            asyncio.get_running_loop().call_later(wait_s + 0.05, self._ask_sync)
+
+    def _too_old(self, document: group.GroupDocument) -> None:
+        lacking = ", ".join(group.missing_abilities(document))
+        if self._store.get("too_old") == lacking:
+            return
+        self._store.put("too_old", lacking)
+        told = {"detail": f"the group document requires {lacking}", "state": "idle"}
+        self._on_event("update", "agent_too_old", told)
+
+    def _rekey(self, step: Rekey) -> None:
+        update = self._updating.update
+        under_way = not update.resting and update.model == step.model
+        if under_way and update.state != "trial":
+            # The key of a bundle that does not serve yet is looked up again when it does.
+            return
+        self._slots.rekey(step.model, arm=step.arm, rollout=step.rollout, stage=step.stage)
+        self._serving.rekey(step.model, arm=step.arm, rollout=step.rollout, stage=step.stage)
+        if under_way:
+            self._updating.feed(e.Rekeyed(arm=step.arm, rollout=step.rollout, stage=step.stage))
+
+    def _change(self, step: Change, waiting: set[str]) -> None:
+        update = self._updating.update
+        if not update.resting:
+            if update.model == step.model and update.digest != step.digest:
+                self._updating.feed(e.Withdrawn())
+            return
+        if step.digest in waiting:
+            return
+        self._updating.feed(
+            e.Assigned(
+                model=step.model, digest=step.digest, version=step.version, arm=step.arm, rollout=step.rollout,
+                stage=step.stage, attempt=self._updating.failures.attempt_of(step.digest),
+            )
+        )  # fmt: skip

@@ -1,0 +1,255 @@
+"""When to ask the repository and the server, and what is taken from the answer.
+
+A bell or the timer starts a sync; the courier fetches and verifies. Taken are the lower bound of time, floors, this device's
+group, the group's document, and a new certificate when it is time for one. What a document leads to is ``following``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from skerry_contract import ids, topics
+from skerry_contract.errors import ContractError
+
+from skerry_agent.clock import Clock
+from skerry_agent.config import Config
+from skerry_agent.core import backoff
+from skerry_agent.errand import Errands
+from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
+from skerry_agent.link import Rang
+from skerry_agent.logs import kv
+from skerry_agent.orders import Orders
+from skerry_agent.slots import Slots
+from skerry_agent.store import Store
+from skerry_agent.uplink import Uplink
+
+log = logging.getLogger(__name__)
+
+_RENEW_EVERY_S = 3600.0
+
+
+class Syncing:
+    """See the module.
+
+    Args:
+        errand_input: fields that every courier gets.
+        on_document: a group document was taken.
+        on_synced: a sync went through: look what follows.
+        on_fault: the store cannot be used any more.
+        draw: uniform in [0, 1).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        slots: Slots,
+        clock: Clock,
+        errands: Errands,
+        uplink: Uplink,
+        orders: Orders,
+        *,
+        errand_input: Callable[[], dict[str, Any]],
+        on_document: Callable[[], None],
+        on_synced: Callable[[], None],
+        on_fault: Callable[[Degraded], None],
+        draw: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._slots = slots
+        self._clock = clock
+        self._errands = errands
+        self._uplink = uplink
+        self._orders = orders
+        self._errand_input = errand_input
+        self._on_document = on_document
+        self._on_synced = on_synced
+        self._on_fault = on_fault
+        self._draw = draw
+        self._asked = asyncio.Event()
+        self._due_s: float | None = None
+        self._rung = False
+        self._synced_s = 0.0
+        self._idle_bells = 0
+        self._renew_after_s = 0.0
+        self._self_code = ""
+        self._status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": "", "membership": ""}
+        self._bells: dict[str, int] = dict(store.get("bells", {}))
+        self._heard: dict[str, int] = {}
+
+    def configure(self, config: Config) -> None:
+        """Goes on with another configuration."""
+        self._config = config
+
+    def status(self) -> dict[str, Any]:
+        """When the last sync was, and how it ended."""
+        return dict(self._status)
+
+    # --- when --------------------------------------------------------------------------------------------------------
+
+    def rang(self, bell: Rang) -> None:
+        """A bell rang: there may be news, unless its version is known."""
+        if self._bells.get(bell.topic) != bell.version:
+            self._heard[bell.topic] = bell.version
+            self.ask(jitter=bell.topic == topics.group_bell(self._orders.group), bell=True)
+
+    def ask(self, *, jitter: bool = False, bell: bool = False) -> None:
+        """Asks for a sync soon; with ``jitter`` somewhere within the group's jitter, so that a fleet does not come at once.
+
+        Bells that keep ringing and bring nothing new are answered ever less often: a stolen broker cannot keep a device busy.
+        """
+        due_s = self._clock.boot_s() + (self._draw() * self._jitter_s() if jitter else 0.0)
+        if bell:
+            due_s = max(due_s, self._synced_s + backoff.bell_pause_s(self._idle_bells))
+        if self._due_s is None or due_s < self._due_s:
+            self._due_s, self._rung = due_s, bell
+        self._asked.set()
+
+    def _jitter_s(self) -> float:
+        given = self._config.timing.jitter_s
+        return given if given >= 0 else self._orders.settings.jitter_s
+
+    async def run(self) -> None:
+        """Syncs now, and again whenever it is due."""
+        failures = 0
+        while True:
+            rung, self._due_s, self._rung = self._rung, None, False
+            heard = dict(self._heard)
+            before = (self._store.get("tuf", {}), self._orders.group)
+            try:
+                await self._sync()
+                failures = 0
+                self._bells.update(heard)
+                self._store.put("bells", self._bells)
+                self._uplink.link.hurry()
+            except (AgentError, ContractError) as error:
+                failures += 1
+                if error.code == "store_damaged" and isinstance(error, Degraded):
+                    self._on_fault(error)
+                self._failed(error, failures)
+            except Exception as error:
+                # A bug, or an answer that nobody foresaw: no reason to stop serving, and no reason never to ask again.
+                failures += 1
+                log.exception("sync failed", extra=kv(failures=failures))
+                self._failed(Transient("sync_failed", f"{type(error).__name__}: {error}"), failures)
+            news = before != (self._store.get("tuf", {}), self._orders.group)
+            self._idle_bells = self._idle_bells + 1 if rung and not news else 0
+            self._synced_s = self._clock.boot_s()
+            wait_s = self._config.timing.sync_s if self._config.timing.sync_s > 0 else self._orders.settings.sync_s
+            wait_s += self._draw() * self._jitter_s()
+            if failures:
+                wait_s = min(
+                    wait_s, backoff.delay_s("sync", failures, self._draw(), scale=self._config.timing.backoff_scale)
+                )
+            await self._until_due(self._synced_s + wait_s)
+
+    async def _until_due(self, timer_s: float) -> None:
+        """Waits for the timer (seconds since boot), or for what was asked for, whichever is due first."""
+        while True:
+            due_s = timer_s if self._due_s is None else min(timer_s, self._due_s)
+            left_s = due_s - self._clock.boot_s()
+            if left_s <= 0:
+                return
+            self._asked.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._asked.wait(), left_s)
+
+    # --- what --------------------------------------------------------------------------------------------------------
+
+    async def _sync(self) -> None:
+        named = {model: self._slots.pointers(model) for model in self._slots.models()}
+        answer = await self._errands.run(
+            "sync",
+            {
+                **self._errand_input(),
+                "group": self._orders.group,
+                "have": {
+                    model: [s.digest for s in (p.active, p.confirmed, p.previous) if s is not None]
+                    for model, p in named.items()
+                },
+                "confirmed": sorted(
+                    {s.digest for p in named.values() for s in (p.confirmed, p.previous) if s is not None}
+                ),
+            },
+            timeout_s=self._config.timing.courier_s,
+        )
+        with self._store.transaction():
+            self._take_lower_bound(float(answer.get("signed_at") or 0.0), tuple(answer.get("online_keys") or ()))
+            self._store.put("tuf", answer.get("tuf") or {})
+            self._store.put("floors", _higher(self._store.get("floors", {}), answer.get("floors") or {}))
+        self._membership(answer.get("membership"), answer.get("self_error"))
+        text = str(answer.get("group_document") or "")
+        if text:
+            self._orders.take(text)
+            self._on_document()
+            self._orders.keep(text)
+        self._status = {
+            "at_ms": self._clock.instant().wall_ms, "code": "", "detail": "", "membership": self._self_code,
+        }  # fmt: skip
+        self._on_synced()
+        self._uplink.report_if_online()
+        await self._renew(answer.get("renew_at_s"))
+
+    async def _renew(self, renew_at_s: float | None) -> None:
+        """Takes a new certificate when two thirds of the old one's life are over; tries again every hour."""
+        now_s = self._clock.boot_s()
+        if renew_at_s is None or self._clock.now_s() < renew_at_s or now_s < self._renew_after_s:
+            return
+        self._renew_after_s = now_s + _RENEW_EVERY_S
+        try:
+            answer = await self._errands.run("renew", self._errand_input(), timeout_s=self._config.timing.courier_s)
+        except AgentError as error:
+            log.warning("certificate not renewed", extra=kv(code=error.code, detail=error.detail))
+            self._uplink.event("certificate", error.code, {"detail": error.detail[:500]})
+            return
+        self._uplink.event("certificate", "", {"expires_s": answer.get("expires_s")})
+        self._uplink.link.reconnect()
+
+    def _take_lower_bound(self, signed_at_s: float, keys: tuple[str, ...]) -> None:
+        trusted = set(self._store.get("lower_bound_keys", []))
+        # Under keys that the root replaced since, a stolen key may have set the bound ahead: it is void, not merely old.
+        void = bool(trusted) and bool(keys) and not trusted & set(keys)
+        if signed_at_s > 0 and (void or signed_at_s > self._clock.lower_bound_s):
+            self._clock.set_lower_bound(signed_at_s)
+            self._store.put("lower_bound_s", signed_at_s)
+            self._store.put("lower_bound_keys", keys)
+
+    def _failed(self, error: AgentError | ContractError, failures: int) -> None:
+        code, detail = error.code, error.detail if isinstance(error, AgentError) else str(error)
+        known = self._status["code"] == code
+        self._status = {
+            "at_ms": self._clock.instant().wall_ms, "code": code, "detail": detail[:500], "membership": self._self_code,
+        }  # fmt: skip
+        log.warning("sync failed", extra=kv(code=code, detail=detail, failures=failures))
+        if not known and isinstance(error, (Rejected, Degraded, ContractError)):
+            # The repository is there and wrong: worth the server's record. That it is away, the server knows better.
+            self._uplink.event("sync", code, {"detail": detail[:500]})
+
+    def _membership(self, found: Any, error: Any) -> None:
+        # What the server says of this device when it does not know it any more belongs in the log of the device, too.
+        code = str(error.get("code", "")) if isinstance(error, dict) else ""
+        if code != self._self_code and code not in ("", "unreachable", "timeout"):
+            log.warning("the server refuses this device", extra=kv(code=code, detail=error.get("detail")))
+            self._uplink.event("membership", code, {"detail": str(error.get("detail", ""))[:500]})
+        self._self_code = code
+        if not isinstance(found, dict) or not found.get("group"):
+            return
+        name = ids.group_name(found["group"])
+        if name != self._orders.group:
+            self._orders.move(name)
+            self._uplink.link.follow(name)
+            self.ask()
+
+
+def _higher(known: dict[str, str], found: dict[str, str]) -> dict[str, str]:
+    """Floors only rise, whatever a later catalog says."""
+    result = dict(known)
+    for model, version in found.items():
+        if model not in result or ids.version_key(version) > ids.version_key(result[model]):
+            result[str(model)] = str(version)
+    return result
