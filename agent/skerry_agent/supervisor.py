@@ -21,27 +21,27 @@ from typing import Any
 
 import msgspec
 import psutil  # type: ignore[import-untyped]  # ships no types
-from skerry_contract import ids
-from skerry_contract.errors import ContractError
 
-from skerry_agent import at_rest, exposition, facts, hold, logs, probe, reloading, reporting
+from skerry_agent import at_rest, facts, hold, logs, reloading, reporting
 from skerry_agent import workerwire as ww
-from skerry_agent.accelerators import Fallbacks
 from skerry_agent.applications import Applications
+from skerry_agent.chronicle import Chronicle
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, identity
 from skerry_agent.control import Answer, ControlServer
-from skerry_agent.core import culprits, liveness, watchdog
+from skerry_agent.core import culprits, liveness
 from skerry_agent.core import effects as e
 from skerry_agent.errand import COURIER, Errands
-from skerry_agent.errors import AgentError, BadConfig, Degraded, Rejected
+from skerry_agent.errors import AgentError, BadConfig, Degraded
 from skerry_agent.following import Following
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Rang
 from skerry_agent.logring import LogRing
 from skerry_agent.logs import kv
 from skerry_agent.notify import Notify
+from skerry_agent.operating import Operating
 from skerry_agent.orders import Orders
+from skerry_agent.pulse import Pulse
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
@@ -57,8 +57,6 @@ from skerry_agent.workers import WORKER
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
-_PROBE_S = 5.0
-MOST_LOG_BYTES = 512 * 1024
 
 
 class Supervisor:
@@ -88,7 +86,6 @@ class Supervisor:
         ring: LogRing | None = None,
     ) -> None:
         self._config = config
-        self._ring = ring
         self._config_path = config_path
         self._environment = environment
         self._identity = identity(config)
@@ -123,6 +120,7 @@ class Supervisor:
             errand_input=self._errand_input, on_document=self._apply_settings, on_synced=self._follow_plan,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
+        self._chronicle = Chronicle(self._store, self._slots, self._runtimes, on_event=self._uplink.event)
         self._notify = Notify(environment)
         roll = Roll(config.run_dir / "workers.json", self._clock.boot_id)
         self._listener = hold.bind(config, roll, self._clock)
@@ -139,7 +137,7 @@ class Supervisor:
             config, self._store, self._slots, self._clock, listeners, roll, on_health=self._health, on_crash=self._crash,
             on_unruly=self._unruly, on_start=self._started, on_records=self._uplink.pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
-        self._serving.site.on_not_waked = self._not_waked
+        self._serving.site.on_not_waked = self._chronicle.not_waked
         self._throttle = Throttle(self._store, self._clock, self._serving.throttle)
         self._applications: Applications | None = None
         if config.apps.clients:
@@ -163,14 +161,19 @@ class Supervisor:
             self._updating, self._shadowing, stratum=self._stratum,
             ready=lambda: self._booted and not self._stop.is_set(), on_event=self._uplink.event, ask_sync=self.sync,
         )  # fmt: skip
+        self._pulse = Pulse(
+            self._notify, self._clock, self._address, should_answer=self._should_answer,
+            store_failed=lambda: self._ended is not None, unserved_s=lambda: self._config.timing.unserved_s,
+        )  # fmt: skip
+        self._operating = Operating(
+            self._serving, self._updating, self._shadowing, self._throttle, snapshot=self._snapshot, ask_sync=self.sync,
+            reload=self._reload, ring=ring,
+        )  # fmt: skip
         self._stop = asyncio.Event()
-        self._fallbacks = Fallbacks()
         self._ended: Degraded | None = None
         self._answers: list[bool] = []
         self._booted = False
-        self._started_s = self._answered_s = self._clock.boot_s()
-        self._served: dict[str, str] = {}
-        self._swaps: dict[str, int] = {}
+        self._started_s = self._clock.boot_s()
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -184,16 +187,7 @@ class Supervisor:
         _write(self._config.run_dir / "serving.json", msgspec.json.encode(self._address))
         control = ControlServer(
             self._config.run_dir / "control.sock",
-            {
-                ("GET", "/skerry/v1/status"): self._answer_status,
-                ("GET", "/metrics"): self._answer_metrics,
-                ("POST", "/skerry/v1/sync"): self._answer_sync,
-                ("POST", "/skerry/v1/revert"): self._answer_revert,
-                ("POST", "/skerry/v1/flush"): self._answer_flush,
-                ("POST", "/skerry/v1/throttle"): self._throttle.answer,
-                ("POST", "/skerry/v1/reload"): self._answer_reload,
-                ("GET", "/skerry/v1/logs"): self._answer_logs,
-            },
+            self._operating.routes(),
         )
         await control.start()
         self._note_opening()
@@ -270,18 +264,15 @@ class Supervisor:
         self.sync()
 
     async def _tick_loop(self) -> None:
-        pings_s = self._notify.interval_s
-        pinged = 0.0
         while True:
             await asyncio.sleep(_TICK_S)
-            now = self._clock.boot_s()
             self._serving.tick()
             self._updating.tick()
             self._shadowing.tick()
             self._throttle.tick()
             if self._applications is not None:
                 self._applications.tick()
-            self._note_swaps()
+            self._chronicle.serves(self._serving.models())
             self._uplink.pump()
             if self._runtimes.try_again():
                 self._uplink.changed("", {})
@@ -291,38 +282,13 @@ class Supervisor:
                 # A worker died, or is back: the server must not hold the one for the other until the next sync.
                 self._answers = answers
                 self._uplink.changed("", {})
-            if pings_s is not None and now - pinged >= pings_s:
-                pinged = now
-                # Beside the loop: what does not answer must not hold up what ends it.
-                ping = asyncio.get_running_loop().create_task(self._ping(), name="ping")
-                ping.add_done_callback(_pinged)
+            self._pulse.tick()
 
-    def _note_swaps(self) -> None:
-        for model, slot in self._serving.models().items():
-            before = self._served.get(model)
-            if before != slot.digest:
-                self._served[model] = slot.digest
-                if before is not None:
-                    self._swaps[model] = self._swaps.get(model, 0) + 1
-
-    async def _ping(self) -> None:
-        """Tells the service manager that all is well, if it is."""
+    def _should_answer(self) -> bool:
         # What is loaded on demand is no one's to wake but an application's.
         awake = not all(cell.resting for cell in self._serving.cells.values())
         here = any(self._slots.answering(model) is not None for model in self._slots.models())
-        should = self._booted and here and (awake or not self._serving.cells)
-        if not should or await probe.answers(self._address, _PROBE_S):
-            self._answered_s = self._clock.boot_s()
-        health = watchdog.Health(
-            store_failed=self._ended is not None,
-            should_answer=should,
-            unanswered_s=self._clock.boot_s() - self._answered_s,
-        )
-        withheld = watchdog.judge_health(health, self._config.timing.unserved_s)
-        if withheld:
-            log.critical("watchdog not told", extra=kv(detail=withheld))
-        else:
-            self._notify.tell("WATCHDOG=1")
+        return self._booted and here and (awake or not self._serving.cells)
 
     def _reload(self) -> Answer:
         """Reads the configuration again: SIGHUP, or a person's wish."""
@@ -379,32 +345,12 @@ class Supervisor:
     # --- workers -----------------------------------------------------------------------------------------------------
 
     def _started(self, models: Mapping[str, Slot], error: AgentError | None, proofs: Mapping[str, ww.Proved]) -> None:
-        """What the end of a start says of the runtimes."""
-        for data in self._fallbacks.news(models, proofs):
-            self._uplink.event("worker", "provider_fallback", data)
-        if error is None:
-            proved = {variant.runtime for slot in models.values() if (variant := self._slots.variant(slot)) is not None}
-            news = self._runtimes.worked(proved)
-        else:
-            slot = models.get(error.model) if error.code == "runtime_missing" else None
-            variant = self._slots.variant(slot) if slot is not None else None
-            news = variant is not None and self._runtimes.failed(variant, error.detail)
-            if news and slot is not None:
-                told = {
-                    "model": error.model,
-                    "digest": slot.digest,
-                    "variant": slot.variant,
-                    "detail": error.detail[:500],
-                }
-                self._uplink.event("worker", error.code, told)
-                asyncio.get_running_loop().call_soon(self._follow_plan)
-                self.sync()
+        news, missing = self._chronicle.started(models, error, proofs)
+        if missing:
+            asyncio.get_running_loop().call_soon(self._follow_plan)
+            self.sync()
         if news:
             self._uplink.changed("", {})
-
-    def _not_waked(self, models: Mapping[str, Slot], error: AgentError) -> None:
-        told = {"models": {n: s.digest for n, s in models.items()}, "detail": error.detail[:500]}
-        self._uplink.event("worker", error.code, told)
 
     def _health(self, generation: Generation) -> None:
         del generation
@@ -413,32 +359,17 @@ class Supervisor:
     def _crash(self, generation: Generation, code: int) -> bool:
         how = generation.hung or (f"signal {-code}" if code < 0 else f"exit code {code}")
         if not generation.unruly:
-            self._worker_ended(generation, "worker_hung" if generation.hung else "runtime_crashed", how)
+            self._chronicle.ended(generation, "worker_hung" if generation.hung else "runtime_crashed", how)
         apart = set(self._serving.site.apart)
         again = not self._updating.crashed(generation, how)
         for name, slot in generation.models.items():
             if slot.digest in self._serving.site.apart - apart:
-                told = {"model": name, "digest": slot.digest, "version": slot.version, "how": how}
-                self._uplink.event("worker", "model_set_apart", told)
+                self._chronicle.set_apart(name, slot, how)
         return again
 
     def _unruly(self, generation: Generation, found: liveness.Unruly) -> bool:
-        self._worker_ended(generation, found.code, found.detail)
+        self._chronicle.ended(generation, found.code, found.detail)
         return self._updating.unruly(generation, found)
-
-    def _worker_ended(self, generation: Generation, code: str, how: str) -> None:
-        self._uplink.event(
-            "worker", code,
-            {
-                "how": how, "models": {n: s.digest for n, s in generation.models.items()}, "generation": generation.number,
-                "suspects": list(generation.suspects),
-            },
-        )  # fmt: skip
-        ends = self._store.get("worker_ends", {})
-        try:
-            self._store.put("worker_ends", {**ends, code: ends.get(code, 0) + 1})
-        except Degraded as error:
-            log.error("end of a worker not counted", extra=kv(code=error.code, detail=error.detail))
 
     # --- what is said of us ------------------------------------------------------------------------------------------
 
@@ -469,52 +400,11 @@ class Supervisor:
             pending_bytes=pending_bytes, pending_inferences=self._store.pending_inferences(),
             serving={**self._address, "inflight": sum(one.inflight for one in workers), "throttle": self._throttle.status()},
             sync=self._syncing.status(), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
-            worker_ends=self._store.get("worker_ends", {}), suspects=suspects, requests_refused=serving.passing.refused,
+            worker_ends=self._chronicle.ends(), suspects=suspects, requests_refused=serving.passing.refused,
             requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(),
-            swaps=dict(self._swaps),
+            swaps=dict(self._chronicle.swaps),
             applications=self._applications.report() if self._applications is not None else {}, uptime_s=self._clock.boot_s() - self._started_s,
         )  # fmt: skip
-
-    async def _answer_status(self, _body: dict[str, Any]) -> Answer:
-        return Answer(200, {**reporting.status(self._snapshot()), "shadows": self._shadowing.status()})
-
-    async def _answer_metrics(self, _body: dict[str, Any]) -> Answer:
-        return Answer(200, exposition.metrics(self._snapshot()))
-
-    async def _answer_sync(self, body: dict[str, Any]) -> Answer:
-        pardoned = self._updating.failures.pardon() if body.get("pardon") is True else 0
-        self.sync()
-        return Answer(200, {"ok": True, "pardoned": pardoned})
-
-    async def _answer_flush(self, _body: dict[str, Any]) -> Answer:
-        await self._shadowing.flush()
-        return Answer(200, {"ok": await self._serving.flush()})
-
-    async def _answer_logs(self, _body: dict[str, Any]) -> Answer:
-        return Answer(200, self.log_lines(MOST_LOG_BYTES).encode())
-
-    def log_lines(self, most_bytes: int) -> str:
-        """The last lines of the log, redacted."""
-        return self._ring.tail(most_bytes) if self._ring is not None else ""
-
-    async def _answer_reload(self, _body: dict[str, Any]) -> Answer:
-        return self._reload()
-
-    async def _answer_revert(self, body: dict[str, Any]) -> Answer:
-        models = sorted(self._serving.models())
-        wanted = body.get("model") or (models[0] if len(models) == 1 else None)
-        try:
-            if wanted is None:
-                raise Rejected("which_model", f"name one of: {', '.join(models) or 'nothing runs'}")
-            back = self._updating.order_revert(ids.model_name(wanted))
-        except (Rejected, ContractError) as error:
-            return Answer(409, {"error": str(error), "code": error.code})
-        return Answer(200, {"ok": True, "model": wanted, "version": back.version, "digest": back.digest})
-
-
-def _pinged(ping: asyncio.Task[None]) -> None:
-    if not ping.cancelled() and (error := ping.exception()) is not None:
-        log.error("watchdog not told", exc_info=error)
 
 
 def _raise_descriptors() -> None:

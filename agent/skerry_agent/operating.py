@@ -1,0 +1,101 @@
+"""What a person at this device may ask and order: the answers on the control socket, and the routes they stand at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from skerry_contract import ids
+from skerry_contract.errors import ContractError
+
+from skerry_agent import exposition, reporting
+from skerry_agent.control import Answer, Handler
+from skerry_agent.errors import Rejected
+from skerry_agent.logring import LogRing
+from skerry_agent.serving import Serving
+from skerry_agent.shadowing import Shadowing
+from skerry_agent.throttle import Throttle
+from skerry_agent.updating import Updating
+
+MOST_LOG_BYTES = 512 * 1024
+
+
+class Operating:
+    """See the module.
+
+    Args:
+        snapshot: what the agent is and does now.
+        ask_sync: asks for a sync soon.
+        reload: reads the configuration again.
+        ring: the log's last lines, None where none are kept.
+    """
+
+    def __init__(
+        self,
+        serving: Serving,
+        updating: Updating,
+        shadowing: Shadowing,
+        throttle: Throttle,
+        *,
+        snapshot: Callable[[], reporting.Snapshot],
+        ask_sync: Callable[[], None],
+        reload: Callable[[], Answer],
+        ring: LogRing | None,
+    ) -> None:
+        self._serving = serving
+        self._updating = updating
+        self._shadowing = shadowing
+        self._throttle = throttle
+        self._snapshot = snapshot
+        self._ask_sync = ask_sync
+        self._reload = reload
+        self._ring = ring
+
+    def routes(self) -> dict[tuple[str, str], Handler]:
+        """Method and path -> who answers."""
+        return {
+            ("GET", "/skerry/v1/status"): self._status,
+            ("GET", "/metrics"): self._metrics,
+            ("POST", "/skerry/v1/sync"): self._sync,
+            ("POST", "/skerry/v1/revert"): self._revert,
+            ("POST", "/skerry/v1/flush"): self._flush,
+            ("POST", "/skerry/v1/throttle"): self._throttle.answer,
+            ("POST", "/skerry/v1/reload"): self._reload_now,
+            ("GET", "/skerry/v1/logs"): self._logs,
+        }
+
+    def log_lines(self, most_bytes: int) -> str:
+        """The last lines of the log, redacted."""
+        return self._ring.tail(most_bytes) if self._ring is not None else ""
+
+    async def _status(self, _body: dict[str, Any]) -> Answer:
+        return Answer(200, {**reporting.status(self._snapshot()), "shadows": self._shadowing.status()})
+
+    async def _metrics(self, _body: dict[str, Any]) -> Answer:
+        return Answer(200, exposition.metrics(self._snapshot()))
+
+    async def _sync(self, body: dict[str, Any]) -> Answer:
+        pardoned = self._updating.failures.pardon() if body.get("pardon") is True else 0
+        self._ask_sync()
+        return Answer(200, {"ok": True, "pardoned": pardoned})
+
+    async def _flush(self, _body: dict[str, Any]) -> Answer:
+        await self._shadowing.flush()
+        return Answer(200, {"ok": await self._serving.flush()})
+
+    async def _logs(self, _body: dict[str, Any]) -> Answer:
+        return Answer(200, self.log_lines(MOST_LOG_BYTES).encode())
+
+    async def _reload_now(self, _body: dict[str, Any]) -> Answer:
+        return self._reload()
+
+    async def _revert(self, body: dict[str, Any]) -> Answer:
+        models = sorted(self._serving.models())
+        wanted = body.get("model") or (models[0] if len(models) == 1 else None)
+        try:
+            if wanted is None:
+                raise Rejected("which_model", f"name one of: {', '.join(models) or 'nothing runs'}")
+            back = self._updating.order_revert(ids.model_name(wanted))
+        except (Rejected, ContractError) as error:
+            return Answer(409, {"error": str(error), "code": error.code})
+        return Answer(200, {"ok": True, "model": wanted, "version": back.version, "digest": back.digest})
