@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import pwd
 import re
@@ -51,6 +52,8 @@ _BACKLOG = 64
 _HELLO_S = 10.0
 _AGAIN_S = 600.0
 """A bundle that did not run in an application is offered again after so long: what was missing may have been installed."""
+_ASIDE_S = 60.0
+"""A user's application that sends windows that cannot be more often than so is hung up on."""
 _MOST_QUEUED = 1024
 _MOST_RING_BYTES = 256 << 20
 _MOST_MODELS = 64
@@ -106,6 +109,7 @@ class Applications:
         self.on_event = on_event
         self.clients: set[Client] = set()
         self.lent: set[str] = set()
+        self.aside_s: dict[int, float] = {}
         self.grants: dict[str, Grant] = msgspec.convert(store.get(_GRANTS, {}), dict[str, Grant])
         self.folder = config.state_dir / "rings"
         self._uids = {0, os.geteuid(), *_uids(config.apps.users)}
@@ -142,7 +146,9 @@ class Applications:
             client.tick()
         gone = [ring for ring in self.grants if not any(os.path.exists(path) for path in (ring, book_of(ring)))]
         if gone:
-            self.keep_grants({ring: grant for ring, grant in self.grants.items() if ring not in gone})
+            # A store that is held or full says so where something is lost by it; here the next tick tries again.
+            with contextlib.suppress(Degraded):
+                self.keep_grants({ring: grant for ring, grant in self.grants.items() if ring not in gone})
 
     def report(self) -> dict[str, Any]:
         """For the status: who is connected and what runs there."""
@@ -271,6 +277,7 @@ class Client:
         self._house = house
         self._sock = sock
         self._held: set[str] = set()
+        self._aside: set[str] = set()
         self._cut: dict[str, int] = {}
         self._follows: set[str] = set()
         self._told: dict[str, str] = {}
@@ -494,16 +501,46 @@ class Client:
 
     def _window(self, cut: ww.WindowCut) -> None:
         house = self._house
+        if cut.ring in self._aside:
+            return
         if cut.ring not in self._held:
             raise Degraded("malformed", "a window of a ring that it does not hold")
-        window = wire.decode(w.Window, cut.body, max_bytes=wire.MAX_INFLATED_BYTES)
-        w.check(window)
+        if cut.start != self._cut.get(cut.ring, 0) or cut.upto <= cut.start:
+            raise Degraded("malformed", f"a window of {cut.start} to {cut.upto} after {self._cut.get(cut.ring, 0)}")
+        try:
+            window = wire.decode(w.Window, cut.body, max_bytes=wire.MAX_INFLATED_BYTES)
+            w.check(window)
+        except ContractError as error:
+            self._put_aside(cut.ring, str(error))
+            return
         if not house.may_count(cut.ring, window.key):
             raise Degraded("malformed", "a window of another key")
-        if cut.start != self._cut.get(cut.ring, 0) or cut.upto <= cut.start or cut.inferences != window.counts.ok:
-            raise Degraded("malformed", f"a window of {cut.start} to {cut.upto} after {self._cut.get(cut.ring, 0)}")
+        if cut.inferences != window.counts.ok:
+            self._put_aside(cut.ring, f"{window.counts.ok} answered, {cut.inferences} said")
+            return
         self._cut[cut.ring] = cut.upto
         house.rings.commit(self, cut)
+
+    def _put_aside(self, ring: str, detail: str) -> None:
+        """A window that cannot be: what was counted stands in the ring, which a worker folds once the application uses another."""
+        now_s = self._house.clock.boot_s()
+        if now_s - self._house.aside_s.get(self.uid, -math.inf) < _ASIDE_S:
+            raise Degraded("malformed", f"another window that cannot be: {detail}")
+        self._house.aside_s[self.uid] = now_s
+        log.error(
+            "window cannot be, its ring is folded here",
+            extra=kv(pid=self.pid, ring=Path(ring).name, detail=detail[:200]),
+        )
+        self._aside.add(ring)
+        for model in [model for model, mine in self.rings.items() if mine == ring]:
+            # The other ring first: the application leaves this one while it still holds it.
+            del self.rings[model]
+            self._told.pop(model, None)
+            self._offer(model)
+        self.send(appwire.Held(ring=ring, ok=False))
+        for path in (ring, book_of(ring)):
+            if path in self._held:
+                self._let_go(path)
 
     def _done(self, ring: str, upto: int) -> None:
         if ring in self._held:

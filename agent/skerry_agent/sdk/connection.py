@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 _GREETING_S = 10.0
 _FETCH_S = 60.0
+_STEADY_S = 10.0
+"""A connection that lasted so long was one: the next try comes at once."""
 
 
 class Owner(Protocol):
@@ -83,12 +85,14 @@ class Connection:
         self._owner = owner
         self._sock: socket.socket | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._waking = threading.Lock()
         self._posted: deque[Callable[[], None]] = deque()
         self._out: deque[ww.Message] = deque()
         self._over = False
         self._failures = 0
         self._try_at_s = 0.0
         self._greet_by_s = 0.0
+        self._since_s = 0.0
         self._cut_at_s = 0.0
         self._pending: ww.Served | None = None
         self._loading: threading.Thread | None = None
@@ -100,9 +104,11 @@ class Connection:
         self._thread.start()
 
     def wake(self) -> None:
-        """Makes the thread look at once."""
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        """Makes the thread look at once; once it has ended, nothing."""
+        # Under a lock, since the number of a closed descriptor may be somebody else's.
+        with self._waking, contextlib.suppress(OSError):
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def post(self, act: Callable[[], None]) -> None:
         """Runs something in the thread, soon."""
@@ -115,28 +121,40 @@ class Connection:
         self.wake()
         self._thread.join(timeout_s)
 
-    def sockets(self) -> list[int]:
-        """Descriptors of this connection, for a child of a fork to close."""
-        own = [self._wake, *(file.descriptor for file in self.ledger.files.values())]
-        return own + ([self._sock.fileno()] if self._sock is not None else [])
+    def abandon(self) -> None:
+        """In the child of a fork: gives up what is the parent's, and leaves its locks alone."""
+        self._waking = threading.Lock()
+        wake, self._wake = self._wake, -1
+        sock, self._sock = self._sock, None
+        mine = [wake, *(file.abandon() for file in self.ledger.files.values())]
+        if sock is not None:
+            mine.append(sock.detach())
+        for fd in mine:
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while not self._over:
-                self._turn()
+                try:
+                    self._turn()
+                except Exception as error:
+                    # The model answers on; what nobody foresaw is as if the agent had gone away.
+                    log.exception("connection failed")
+                    self._lost(Degraded("internal", f"{type(error).__name__}: {error}"))
             self._transmit()
-        except Exception as error:
+        except Exception:
             log.exception("connection thread ended")
-            self._owner.failed(Degraded("internal", f"{type(error).__name__}: {error}"))
         finally:
             if self._sock is not None:
                 self._sock.close()
             for path in list(self.ledger.files):
                 self.ledger.forget(path)
-            wake, self._wake = self._wake, -1
-            os.close(wake)
+            with self._waking:
+                wake, self._wake = self._wake, -1
+                os.close(wake)
 
     def _turn(self) -> None:
         now_s = time.monotonic()
@@ -175,18 +193,21 @@ class Connection:
                 self._read()
 
     def _connect(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock: socket.socket | None = None
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with short(self.path) as address:
                 sock.connect(address)
         except OSError as error:
-            sock.close()
+            if sock is not None:
+                sock.close()
             advice = "run the agent, or name its apps.socket: sdk.open(model, socket=...) or SKERRY_APPS_SOCKET"
             self._lost(Degraded("not_running", f"no agent answers at {self.path}: {error.strerror}", advice=advice))
             return
         sock.setblocking(False)
         self._sock = sock
-        self._greet_by_s = time.monotonic() + _GREETING_S
+        self._since_s = time.monotonic()
+        self._greet_by_s = self._since_s + _GREETING_S
         with contextlib.suppress(OSError):
             appwire.send(sock, appwire.Hello(protocol=appwire.PROTOCOL, agent=__version__))
 
@@ -194,6 +215,8 @@ class Connection:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+            if not self.away and time.monotonic() - self._since_s > _STEADY_S:
+                self._failures = 0
             if not self.away:
                 log.warning("agent away", extra=kv(model=self._owner.name, detail=error.detail))
         self.away = True
@@ -225,31 +248,31 @@ class Connection:
             self._take(*found)
 
     def _take(self, message: ww.Message, fds: list[int]) -> None:
-        match message:
-            case appwire.Welcome():
-                self._welcomed(message)
-            case appwire.Sorry(code=code, detail=detail):
-                self._lost(Degraded(code, detail))
-            case appwire.Held():
-                self._held(message)
-            case appwire.Grant():
-                self._granted(message, fds)
-                fds = []
-            case appwire.Nothing(code=code, detail=detail):
-                self._owner.failed(Degraded(code, detail))
-            case appwire.File(digest=digest, path=path):
-                self._files.put((digest, path, fds.pop() if fds else -1))
-            case ww.Committed(ring=ring, upto=upto):
-                file = self.ledger.files.get(ring)
-                if file is not None:
-                    file.committed(upto)
-                self._owner.committed(ring, upto)
-                self._owner.changed()
-        for fd in fds:
-            os.close(fd)
+        try:
+            match message:
+                case appwire.Welcome():
+                    self._welcomed(message)
+                case appwire.Sorry(code=code, detail=detail):
+                    self._lost(Degraded(code, detail))
+                case appwire.Held():
+                    self._held(message)
+                case appwire.Grant():
+                    self._granted(message, fds)
+                case appwire.Nothing(code=code, detail=detail):
+                    self._owner.failed(Degraded(code, detail))
+                case appwire.File(digest=digest, path=path):
+                    self._files.put((digest, path, fds.pop() if fds else -1))
+                case ww.Committed(ring=ring, upto=upto):
+                    file = self.ledger.files.get(ring)
+                    if file is not None:
+                        file.committed(upto)
+                    self._owner.committed(ring, upto)
+                    self._owner.changed()
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def _welcomed(self, message: appwire.Welcome) -> None:
-        self._failures = 0
         self.away = False
         self.welcome = message
         self._owner.greeted()
@@ -294,13 +317,14 @@ class Connection:
     # --- bundles -----------------------------------------------------------------------------------------------------
 
     def _granted(self, grant: appwire.Grant, fds: list[int]) -> None:
+        """Takes what it uses out of ``fds``."""
         served = grant.served
         key = w.Key(served.name, served.digest, served.variant, served.arm, served.rollout, served.stage)
-        for path, fd in zip([path for path in (served.ring, grant.book) if path], fds, strict=True):
-            mapped.given[path] = fd
-            self.ledger.files[path] = File(
-                ring=served.ring, path=path, descriptor=os.dup(fd), key=key, version=served.version
-            )
+        for path in [path for path in (served.ring, grant.book) if path]:
+            # Without a descriptor to spare the connection ends, and with it the grant.
+            own = os.dup(fds[0])
+            mapped.given[path] = fds.pop(0)
+            self.ledger.files[path] = File(ring=served.ring, path=path, descriptor=own, key=key, version=served.version)
         if self._pending is not None:
             self._drop(self._pending)
         self._pending = None

@@ -61,6 +61,11 @@ class File:
             os.close(self.descriptor)
             self.descriptor = -1
 
+    def abandon(self) -> int:
+        """Leaves the lock to the parent of this process; returns the descriptor, which is to be closed."""
+        descriptor, self.descriptor = self.descriptor, -1
+        return descriptor
+
     def hold(self) -> None:
         """Takes the lock again that the end of a mapping gave up: windows of the file still wait here."""
         with contextlib.suppress(OSError):

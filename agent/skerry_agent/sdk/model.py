@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -446,9 +445,7 @@ class Model:
         """In the child of a fork: nothing is counted here, the parent goes on."""
         self._lock = threading.Lock()
         self._live, self._closed = None, "forked"
-        for fd in self._connection.sockets():
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        self._connection.abandon()
 
 
 def open(model: str, *, socket: str | Path | None = None, wait_s: float = 0.0) -> Model:  # noqa: A001 - as in gzip

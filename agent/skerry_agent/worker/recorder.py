@@ -10,6 +10,7 @@ counts wait in memory, and only a crash in that state loses records, which ``rec
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -498,16 +499,32 @@ class _Cpu:
     def since_us(self) -> int:
         now_us = time.process_time_ns() // 1000
         given, self._given_us = now_us - self._given_us, now_us
-        return given
+        return max(0, given)
+
+    def begin(self) -> None:
+        """Nothing was given out yet: the clock of a forked process starts anew."""
+        self._given_us = time.process_time_ns() // 1000
 
 
 _cpu = _Cpu()
+os.register_at_fork(after_in_child=_cpu.begin)
 
 
-def rss_kb() -> int:
-    """Resident memory of this process, in units of 1024 bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * (os.sysconf("SC_PAGE_SIZE") // 1024)
+class _Rss:
+    """Resident memory of this process; without a descriptor to spare, as it was when last read."""
+
+    def __init__(self) -> None:
+        self._kb = 0
+
+    def read_kb(self) -> int:
+        with contextlib.suppress(OSError):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self._kb = pages * (os.sysconf("SC_PAGE_SIZE") // 1024)
+        return self._kb
+
+
+rss_kb = _Rss().read_kb
+"""In units of 1024 bytes."""
 
 
 def _add(a: w.Counts, b: w.Counts) -> w.Counts:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import json
 import os
+import resource
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -497,9 +501,7 @@ def test_an_application_counts_under_no_other_key_no_other_ring_and_nothing_twic
     forged = [
         lambda ring: ww.WindowCut(ring=ring, start=0, upto=1, body=window(key._replace(arm="candidate")), inferences=1),
         lambda ring: ww.WindowCut(ring=ring, start=0, upto=1, body=window(key._replace(bundle="0" * 64)), inferences=1),
-        lambda ring: ww.WindowCut(ring=ring, start=0, upto=1, body=window(key), inferences=1_000_000),
         lambda ring: ww.WindowCut(ring=ring, start=5, upto=6, body=window(key), inferences=1),
-        lambda ring: ww.WindowCut(ring=ring, start=0, upto=1, body=b"\x00" * 40, inferences=1),
         lambda _: ww.WindowCut(ring=worker_ring(running), start=0, upto=1, body=window(key), inferences=1),
         lambda ring: (
             appwire.Keep(ring=worker_ring(running), parts=(), key=tuple(key), version="1.0.0") and ww.Flush(id=1)
@@ -525,6 +527,148 @@ def test_an_application_counts_under_no_other_key_no_other_ring_and_nothing_twic
     wait_for(lambda: server.inferences(arm="none") == 26, why="the one good window")
     assert counted(server, running) == 26
     assert running.status()["applications"]["connected"] == []
+    running.infer(1)
+
+
+def test_a_window_that_cannot_be_is_put_aside_and_its_ring_given_up_once_a_minute(
+    running: Device, server: Server
+) -> None:
+    digest = running.bundle("1.0.0")
+    key = w.Key("gas", digest, models_variant(running, digest), "none", "", 0)
+    sock = greeted(running)
+    first = granted(sock).served.ring
+    appwire.send(sock, ww.WindowCut(ring=first, start=0, upto=1, body=window(key), inferences=1_000_000))
+    # Another ring first, so that nothing is written into the one that a worker folds.
+    found = appwire.receive_at_application(sock)
+    assert found is not None
+    grant, fds = found
+    assert isinstance(grant, appwire.Grant)
+    for fd in fds:
+        os.close(fd)
+    found = appwire.receive_at_application(sock)
+    assert found is not None
+    assert found[0] == appwire.Held(ring=first, ok=False)
+    # What was on its way from that ring is nothing to hang up for, what the next one brings is.
+    appwire.send(sock, ww.WindowCut(ring=first, start=1, upto=2, body=window(key), inferences=1))
+    second = grant.served.ring
+    appwire.send(sock, ww.WindowCut(ring=second, start=0, upto=1, body=window(key), inferences=1))
+    wait_for(lambda: server.inferences(arm="none") == 26, why="the good window of the second ring")
+    appwire.send(sock, ww.WindowCut(ring=second, start=1, upto=2, body=b"\x00" * 40, inferences=1))
+    assert hung_up(sock)
+    assert counted(server, running) == 26
+
+
+def test_a_window_that_cannot_be_loses_no_inference_of_its_application(
+    running: Device, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = opened(running)
+    for _ in range(30):
+        model.infer({"x": ROW})
+    ledger = model._connection.ledger
+    take = ledger.take
+
+    def spoilt(message: ww.WindowCut | ww.BookClosed) -> None:
+        if isinstance(message, ww.WindowCut):
+            monkeypatch.setattr(ledger, "take", take)
+            message = ww.WindowCut(
+                ring=message.ring, start=message.start, upto=message.upto, body=message.body, inferences=message.inferences + 1
+            )  # fmt: skip
+        take(message)
+
+    monkeypatch.setattr(ledger, "take", spoilt)
+    assert model.flush(20.0)
+    for _ in range(20):
+        model.infer({"x": ROW})
+    assert model.flush(20.0)
+    model.close()
+    assert counted(server, running) == 25 + 50
+
+
+def test_a_child_of_a_fork_that_opens_its_own_model_is_counted(running: Device, server: Server) -> None:
+    program = f"""
+import os, time
+import numpy as np
+import onnxruntime
+from skerry_agent import sdk
+started = time.process_time()
+while time.process_time() - started < 0.5: pass
+child = os.fork()
+if child == 0:
+    with sdk.open("gas", socket={str(apps_socket(running))!r}) as model:
+        for _ in range(40):
+            model.infer({{"x": np.array([[0.1, 0.2, 0.3, 0.4]], np.float32)}})
+        os._exit(0 if model.flush(20.0) else 3)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert counted(server, running) == 25 + 40
+    assert "window cannot be" not in running.log()
+
+
+def test_the_child_of_a_fork_closes_no_descriptor_but_its_own_copies(running: Device) -> None:
+    model = opened(running)
+    model.infer({"x": ROW})
+    child = os.fork()
+    if child == 0:
+        # These take the numbers of what was given up.
+        opened_here = [os.open("/dev/null", os.O_RDONLY) for _ in range(16)]
+        model.close()
+        del model._connection._sock
+        gc.collect()
+        try:
+            for fd in opened_here:
+                os.fstat(fd)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    model.infer({"x": ROW})
+    assert model.flush(20.0), "its locks and its connection are the parent's still"
+    model.close()
+
+
+def test_an_application_short_of_descriptors_answers_on_and_finds_the_agent_again(
+    running: Device, server: Server
+) -> None:
+    model = opened(running)
+    model.infer({"x": ROW})
+    assert model.flush(20.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    running.stop()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    taken: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        failures = model._connection._failures
+        wait_for(lambda: model._connection._failures >= failures + 2, why="tries without a descriptor")
+        for _ in range(10):
+            model.infer({"x": ROW})
+        assert not model.flush(0.1)
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    running.start()
+    wait_for(lambda: model.flush(1.0), why="the agent found again")
+    model.close()
+    assert model.flush(0.1), "after its end all is handed over, and nobody is asked"
+    assert counted(server, running) == 25 + 11
+
+
+def test_the_agent_outlives_a_store_that_another_program_holds_when_an_application_goes(running: Device) -> None:
+    model = opened(running)
+    model.infer({"x": ROW})
+    assert model.flush(20.0)
+    with contextlib.closing(sqlite3.connect(running.state_dir / "state.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        model.close()
+        wait_for(lambda: not leftover_rings(running) or time.sleep(3.0) is None, why="ticks with a ring gone")
+        other.execute("ROLLBACK")
+    running.infer(1)
+    wait_for(lambda: not leftover_rings(running), why="the ring folded")
     running.infer(1)
 
 
