@@ -112,7 +112,7 @@ class Following:
         if manifest is None or variant is None or not self._runtimes.lacks(variant):
             return False
         # A live worker goes on with what it has loaded, unless something else can take its place.
-        answer = self._updating.admission(manifest, slot.digest)
+        answer = self._updating.fetching.admission(manifest, slot.digest)
         return not self._serving.answering(model) or isinstance(answer, admission.Admit)
 
     def rested(self) -> None:

@@ -147,12 +147,12 @@ class Supervisor:
             )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(
-            config, self._identity, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
+            config, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
             self._restoring, errand_input=self._errand_input, on_change=self._uplink.changed, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
         self._shadowing = Shadowing(
-            config, self._slots, self._serving, self._errands, self._clock, admission=self._updating.admission,
+            config, self._slots, self._serving, self._errands, self._clock, admission=self._updating.fetching.admission,
             errand_input=self._errand_input, max_kib_s=lambda: self._updating.rules.max_kib_s,
             on_event=lambda code, data: self._uplink.event("shadow", code, data), draw=self._draw,
         )  # fmt: skip
@@ -233,12 +233,12 @@ class Supervisor:
             self._uplink.event("epoch", "store_damaged" if opened.new_epoch == "damaged" else "", data)
 
     async def _boot(self) -> None:
-        self._updating.finish()
+        self._updating.turnover.finish()
         models, complaints = self._slots.boot()
         for complaint in complaints:
             log.error("slot unusable", extra=kv(detail=complaint))
             self._uplink.event("slot", "model_damaged", {"detail": complaint})
-        ordered = self._updating.ordered_back()
+        ordered = self._updating.turnover.ordered_back()
         if ordered is not None:
             models[ordered[0]] = ordered[1]
         self._updating.feed(e.Booted())
@@ -247,7 +247,7 @@ class Supervisor:
             try:
                 came_up = await self._restoring.bring_up(models, timeout_s=180.0)
                 if ordered is not None:
-                    self._updating.went_back(*ordered, came_up.get(ordered[0]))
+                    self._updating.turnover.went_back(*ordered, came_up.get(ordered[0]))
             except AgentError as error:
                 log.error("confirmed bundles do not start", extra=kv(code=error.code, detail=error.detail))
                 self._uplink.event("worker", error.code, {"detail": error.detail})

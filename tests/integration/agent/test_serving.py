@@ -28,7 +28,7 @@ from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import open_store
 from skerry_agent.updating import Updating
 
-from tests.integration.agent.rig import DEVICE, GROUP, TIMEOUT_S, wait_for
+from tests.integration.agent.rig import DEVICE, TIMEOUT_S, wait_for
 
 HERE = Path(__file__).parent
 GAS = Slot(digest="a" * 64, version="1.0.0", variant="v", standing="confirmed")
@@ -58,13 +58,9 @@ class Bench:
             on_crash=lambda generation, _code: not self.updating.crashed(generation, "killed"), on_unruly=lambda *_: False, on_start=self.note, on_records=lambda: None,
             on_fault=self.faults.append, draw=lambda: 0.5, worker_command=(str(self.program), str(folder)),
         )  # fmt: skip
-        who = config.Identity(
-            device=DEVICE, group=GROUP, server_url="", repository_url="", mqtt_host="", mqtt_port=1, key=folder / "k",
-            certificate=folder / "c", fleet_ca=folder / "ca",
-        )  # fmt: skip
         refuses = (sys.executable, "-c", 'print(\'{"error": {"kind": "rejected", "code": "expired", "detail": "x"}}\')')
         self.updating = Updating(
-            self.config, who, self.store, self.slots, self.serving, Errands(refuses), self.clock,
+            self.config, self.store, self.slots, self.serving, Errands(refuses), self.clock,
             Runtimes(self.config, self.clock, lambda: 0.5), Restoring(self.slots, self.serving, on_damage=lambda *_: None),
             errand_input=dict, on_change=lambda _code, _data: None, on_rest=lambda: None, on_fault=self.faults.append,
             draw=lambda: 0.5,

@@ -1,0 +1,175 @@
+"""From an assignment to a slot: the manifest, whether it may run here, its files.
+
+These are the lifecycle's effects before a worker is started; when each is due is the table's (``updating``). Bytes come from a
+courier, or from what lies here already; both are judged by their hash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from skerry_contract import manifest as m
+
+from skerry_agent import facts
+from skerry_agent.config import Config
+from skerry_agent.core import admission
+from skerry_agent.core import effects as e
+from skerry_agent.core.lifecycle import Update
+from skerry_agent.errand import Errands
+from skerry_agent.errors import Rejected
+from skerry_agent.failures import Failures
+from skerry_agent.runtimes import Runtimes
+from skerry_agent.slots import Slots
+from skerry_agent.store import Store
+
+_FETCH_S = 3600.0
+
+
+class Fetching:
+    """See the module.
+
+    Args:
+        update: the one under way, as it is stored.
+        errand_input: fields that every courier gets.
+        max_kib_s: of downloads, 0 for any.
+
+    Attributes:
+        manifest: what was fetched last, None before the first.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        slots: Slots,
+        errands: Errands,
+        runtimes: Runtimes,
+        failures: Failures,
+        *,
+        update: Callable[[], Update],
+        errand_input: Callable[[], dict[str, Any]],
+        max_kib_s: Callable[[], int],
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._slots = slots
+        self._errands = errands
+        self._runtimes = runtimes
+        self._failures = failures
+        self._update = update
+        self._errand_input = errand_input
+        self._max_kib_s = max_kib_s
+        self._text = ""
+        self.manifest: m.Manifest | None = None
+
+    def configure(self, config: Config) -> None:
+        """Goes on with another configuration."""
+        self._config = config
+
+    async def fetch_manifest(self) -> e.Event:
+        """Brings the manifest of the update, from a slot that holds it or by a courier.
+
+        Raises:
+            Rejected: ``hash_mismatch`` or ``malformed_manifest``.
+            AgentError: the courier's.
+        """
+        update = self._update()
+        pointers = self._slots.pointers(update.model)
+        # What this device confirmed itself needs no catalog to come back to, only to be above the floor.
+        own = any(slot is not None and slot.digest == update.digest for slot in (pointers.confirmed, pointers.previous))
+        manifest = self._slots.manifest(update.digest) if own else None
+        if manifest is not None:
+            self._text = (self._slots.path(update.digest) / m.MANIFEST_FILE).read_text()
+        if manifest is None:
+            answer = await self._errands.run(
+                "manifest",
+                {**self._errand_input(), "model": update.model, "version": update.version, "digest": update.digest},
+                timeout_s=self._config.timing.courier_s,
+            )
+            self._text = str(answer.get("manifest", ""))
+            data = self._text.encode()
+            if m.digest(data) != update.digest:
+                raise Rejected("hash_mismatch", f"manifest: wanted {update.digest}, got {m.digest(data)}")
+            manifest = m.parse(data)
+        if (manifest.model, manifest.version) != (update.model, update.version):
+            raise Rejected(
+                "malformed_manifest",
+                f"wanted {update.model} {update.version}, the manifest says {manifest.model} {manifest.version}",
+            )
+        self.manifest = manifest
+        return e.ManifestFetched()
+
+    def admit(self) -> e.Event:
+        """Chooses the variant.
+
+        Raises:
+            Rejected: with the reason for which it may not run here.
+        """
+        assert self.manifest is not None
+        answer = self.admission(self.manifest, self._update().digest)
+        if isinstance(answer, admission.Refuse):
+            raise Rejected(answer.code, answer.detail)
+        return e.Admitted(variant=answer.variant)
+
+    def admission(self, manifest: m.Manifest, digest: str) -> admission.Admit | admission.Refuse:
+        """May the bundle run here, now? As which variant?"""
+        return admission.admit(
+            manifest,
+            facts.device(self._config, self._runtimes.usable, self._runtimes.broken),
+            admission.Memory(
+                floor=str(self._store.get("floors", {}).get(manifest.model, "")),
+                failures=self._failures.of(digest),
+                present_bytes=self._slots.present_bytes(digest, manifest.files()),
+            ),
+        )
+
+    def _files(self) -> tuple[m.File, ...]:
+        assert self.manifest is not None
+        return self.manifest.variant(self._update().variant).files
+
+    async def fetch_files(self) -> e.Event:
+        """Brings what the slot lacks of the variant's files."""
+        digest = self._update().digest
+        if not self._slots.whole(digest, self._update().variant):
+            await self._errands.run(
+                "fetch",
+                {
+                    **self._errand_input(),
+                    "digest": digest,
+                    "manifest": self._text,
+                    "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in self._files()],
+                    "max_kib_s": self._max_kib_s(),
+                },
+                timeout_s=_FETCH_S,
+            )
+        return e.FilesFetched()
+
+    async def verify_files(self) -> e.Event:
+        """Reads every file of the variant again, and judges it by its hash."""
+        await asyncio.to_thread(self._slots.verify, self._update().digest, self._files())
+        return e.Verified()
+
+    async def stage(self) -> e.Event:
+        """What was fetched becomes a slot."""
+        await asyncio.to_thread(self._slots.stage, self._update().digest)
+        return e.Staged()
+
+    def has_another_variant(self) -> bool:
+        """Whether the variant failed for a runtime that does not work here, and another of the bundle may run."""
+        update = self._update()
+        if update.failed_in != "prove" or self.manifest is None:
+            return False
+        if not self._runtimes.lacks(self.manifest.variant(update.variant)):
+            return False
+        return isinstance(self.admission(self.manifest, update.digest), admission.Admit)
+
+    def discard(self) -> None:
+        """Drops what was fetched wrong."""
+        # What was fetched right stays for the next try; what was wrong must not be taken up again.
+        update = self._update()
+        if update.code in ("hash_mismatch", "size_mismatch", "malformed_manifest"):
+            if self._slots.discard(update.digest):
+                # It was this device's own copy that rotted: nothing is said about the bundle.
+                self._failures.forgive(update.digest)
