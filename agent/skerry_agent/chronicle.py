@@ -63,11 +63,6 @@ class Chronicle:
         self._on_event("worker", error.code, told)
         return True, True
 
-    def not_waked(self, models: Mapping[str, Slot], error: AgentError) -> None:
-        """What was to be loaded on demand did not start."""
-        told = {"models": {n: s.digest for n, s in models.items()}, "detail": error.detail[:500]}
-        self._on_event("worker", error.code, told)
-
     def ended(self, generation: Generation, code: str, how: str) -> None:
         """A worker ended that should not have, or was ended for what it did."""
         self._on_event(

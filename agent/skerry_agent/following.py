@@ -107,9 +107,15 @@ class Following:
         self._shadowing.follow(followed, self._orders.settings)
 
     def must_be_replaced(self, model: str, slot: Slot) -> bool:
-        """Whether a slot's runtime does not work any more, so that the plan takes its bundle up again, in a variant that runs."""
+        """Whether the plan takes its bundle up again: no worker has it and its files were damaged, or its runtime does not work any more.
+
+        Of the latter in a variant that runs.
+        """
         manifest, variant = self._slots.manifest(slot.digest), self._slots.variant(slot)
-        if manifest is None or variant is None or not self._runtimes.lacks(variant):
+        if manifest is None or variant is None:
+            cell = self._serving.cell_of(model)
+            return cell is None or not cell.answering()
+        if not self._runtimes.lacks(variant):
             return False
         # A live worker goes on with what it has loaded, unless something else can take its place.
         answer = self._updating.fetching.admission(manifest, slot.digest)

@@ -49,7 +49,8 @@ class Restoring:
         failed: dict[str, set[str]] = {model: set() for model in models}
         while True:
             try:
-                await self._serving.switch(await self._serving.start(models, timeout_s=timeout_s))
+                launch = await self._serving.start(models, timeout_s=timeout_s, awake=without_substitute)
+                await self._serving.switch(launch)
                 return models
             except AgentError as error:
                 log.error("what ran does not start", extra=kv(code=error.code, detail=error.detail))
@@ -64,7 +65,14 @@ class Restoring:
                 if not models:
                     raise
 
-    async def _culprits(self, models: Mapping[str, Slot], error: AgentError) -> set[str]:
+    def look_at_files(self, models: Mapping[str, Slot]) -> None:
+        """Sets aside, in a while, what of it is here and damaged."""
+        here = {name: slot for name, slot in models.items() if self._slots.path(slot.digest).exists()}
+        if here:
+            self._serving.site.background(self._set_aside(here))
+
+    async def _set_aside(self, models: Mapping[str, Slot]) -> set[str]:
+        """Models whose files are damaged. Their slots are set aside, so that what is fetched starts anew."""
         found: set[str] = set()
         for model, slot in models.items():
             fault = await asyncio.to_thread(self._slots.fault, slot)
@@ -72,6 +80,10 @@ class Restoring:
                 found.add(model)
                 self._slots.set_aside(slot.digest)
                 self._on_damage(model, slot, fault)
+        return found
+
+    async def _culprits(self, models: Mapping[str, Slot], error: AgentError) -> set[str]:
+        found = await self._set_aside(models)
         if found or isinstance(error, Degraded) or error.code in _NOT_THE_BUNDLE:
             return found
         if error.model in models:

@@ -50,6 +50,7 @@ from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import open_store
 from skerry_agent.syncing import Syncing
 from skerry_agent.throttle import Throttle
+from skerry_agent.unstarted import Unstarted
 from skerry_agent.updating import TrialRules, Updating
 from skerry_agent.uplink import Uplink
 from skerry_agent.workers import WORKER
@@ -137,7 +138,6 @@ class Supervisor:
             config, self._store, self._slots, self._clock, listeners, roll, on_health=self._health, on_crash=self._crash,
             on_unruly=self._unruly, on_start=self._started, on_records=self._uplink.pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
-        self._serving.site.on_not_waked = self._chronicle.not_waked
         self._throttle = Throttle(self._store, self._clock, self._serving.throttle)
         self._applications: Applications | None = None
         if config.apps.clients:
@@ -151,6 +151,10 @@ class Supervisor:
             self._restoring, errand_input=self._errand_input, on_change=self._uplink.changed, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
+        self._unstarted = Unstarted(
+            on_event=self._uplink.event, on_damage=self._restoring.look_at_files, go_back=self._updating.go_back
+        )
+        self._serving.site.on_not_started = self._unstarted.failed
         self._shadowing = Shadowing(
             config, self._slots, self._serving, self._errands, self._clock, admission=self._updating.fetching.admission,
             errand_input=self._errand_input, max_kib_s=lambda: self._updating.rules.max_kib_s,
@@ -345,6 +349,8 @@ class Supervisor:
     # --- workers -----------------------------------------------------------------------------------------------------
 
     def _started(self, models: Mapping[str, Slot], error: AgentError | None, proofs: Mapping[str, ww.Proved]) -> None:
+        if error is None:
+            self._unstarted.started(models)
         news, missing = self._chronicle.started(models, error, proofs)
         if missing:
             asyncio.get_running_loop().call_soon(self._follow_plan)

@@ -257,6 +257,9 @@ class Updating:
         if self.fetching.has_another_variant():
             # It is taken at once, without a wait.
             return
+        if self.update.code == "crash_loop" and not self._slots.whole(self.update.digest, self.update.variant):
+            # This device's own copy rotted: it is fetched again.
+            return
         self.failures.penalise(self.update)
 
     def judge(self) -> None:
@@ -316,6 +319,27 @@ class Updating:
             return not self._owed
         return self._looped(generation)
 
+    def go_back(self, model: str, slot: Slot, why: str) -> bool:
+        """Gives a confirmed bundle up for the one before it. False when it is none, when there is none before it, or not now."""
+        pointers = self._slots.pointers(model)
+        back, confirmed = pointers.previous, pointers.confirmed
+        if (
+            self._owed
+            or not self.update.resting
+            or back is None
+            or confirmed is None
+            or confirmed.digest != slot.digest
+        ):
+            return False
+        if not self._slots.whole(back.digest, back.variant):
+            return False
+        self._forget(slot.digest)
+        looped = e.CrashLooped(
+            model=model, digest=slot.digest, version=slot.version, variant=slot.variant, detail=why[:500]
+        )
+        self.feed(looped)
+        return not self._owed
+
     def _looped(self, generation: Generation) -> bool:
         now_s = self._clock.boot_s()
         suspects = tuple((name, generation.models[name].digest) for name in generation.suspects)
@@ -325,18 +349,13 @@ class Updating:
         if found is None or slot is None or not self.update.resting:
             return False
         model, digest = found
-        pointers = self._slots.pointers(model)
-        back = pointers.previous
-        confirmed = pointers.confirmed is not None and pointers.confirmed.digest == digest == slot.digest
-        if not confirmed or back is None or not self._slots.whole(back.digest, back.variant):
-            if len(generation.models) > 1:
-                # There is nothing to go back to; at least it takes no other model along.
-                self._forget(digest)
-                self._serving.set_apart(model, slot)
-            return False
-        self._forget(digest)
-        self.feed(e.CrashLooped(model=model, digest=digest, version=slot.version, variant=slot.variant))
-        return not self._owed
+        if digest == slot.digest and self.go_back(model, slot, ""):
+            return True
+        if not self._owed and len(generation.models) > 1:
+            # There is nothing to go back to; at least it takes no other model along.
+            self._forget(digest)
+            self._serving.set_apart(model, slot)
+        return False
 
     def _forget(self, digest: str) -> None:
         """Nothing counts against it any more: it was dealt with."""

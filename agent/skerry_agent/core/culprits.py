@@ -2,7 +2,7 @@
 
 A worker that dies leaves a note of the models that were in work at that moment; those are the suspects of that crash. One model
 in a worker is always the suspect. A crash without a suspect (between two requests, in a library's own thread) speaks against
-nobody: a model must not go back for what another one did.
+nobody: a model must not go back for what another one did. What served before and does not start any more is counted apart.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from skerry_agent.core.lifecycle import CRASHES, CRASHES_WITHIN_S
+
+NOT_THE_BUNDLE = frozenset({"start_timeout", "not_enough_memory", "process_not_started", "runtime_missing"})
+"""Codes of a start that failed for a busy or small moment of this device, or for want of a runtime: no model's fault."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

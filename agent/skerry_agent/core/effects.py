@@ -105,12 +105,16 @@ class RevertOrdered(Event, frozen=True, kw_only=True):
 
 
 class CrashLooped(Event, frozen=True, kw_only=True):
-    """The confirmed bundle killed its worker again and again. The fields name it; the previous one comes back."""
+    """The confirmed bundle killed its worker again and again. The fields name it; the previous one comes back.
+
+    ``detail``: how, where it was not in the middle of an inference.
+    """
 
     model: str
     digest: str
     version: str
     variant: str = ""
+    detail: str = ""
 
 
 class Reverted(Event, frozen=True, kw_only=True):

@@ -209,12 +209,15 @@ class Serving:
             groups[""] = {}
         return groups
 
-    async def start(self, models: Mapping[str, Slot], *, timeout_s: float, anew: bool = False) -> Launch:
+    async def start(
+        self, models: Mapping[str, Slot], *, timeout_s: float, anew: bool = False, awake: str = ""
+    ) -> Launch:
         """Starts what is to serve next and waits until it has loaded and proved its models. It does not listen yet.
 
         Args:
             models: all that are to be served. A cell that runs just its part of them soundly goes on.
             anew: every cell gets another generation.
+            awake: a model that is started now, also when it is loaded on demand: whether it can be is what matters.
 
         Raises:
             Rejected: with the code that the worker gave, ``runtime_crashed`` when it died, ``start_timeout``.
@@ -227,7 +230,8 @@ class Serving:
             cell = self._cell(name)
             if cell.runs(group) and not anew:
                 continue
-            if isinstance(cell, OnDemand) and all(slot.standing != "trial" for slot in group.values()):
+            idle = awake not in group and all(slot.standing != "trial" for slot in group.values())
+            if isinstance(cell, OnDemand) and idle:
                 rest[cell] = group
             elif anew or not cell.runs(group):
                 starts[cell] = asyncio.get_running_loop().create_task(cell.start(group, timeout_s=timeout_s))

@@ -60,6 +60,9 @@ class OnDemand(Cell):
     def rest(self, models: Mapping[str, Slot]) -> Generation | None:
         """Serves these from the next request on. Returns what answered before, which is to be drained."""
         old, self.current = self.current, None
+        if not self.runs(models):
+            # What the bundle before it did says nothing of this one.
+            self._fallen, self._wake_after_s = 0, 0.0
         self._asleep, self.trying = dict(models), {}
         self._turn += 1
         return old
@@ -67,6 +70,7 @@ class OnDemand(Cell):
     def take_over(self, new: Generation, *, accept: bool) -> Generation | None:
         """See ``Cell``."""
         self._asleep = {}
+        self._fallen, self._wake_after_s = 0, 0.0
         self._used_s = self._site.clock.boot_s()
         return super().take_over(new, accept=accept)
 
@@ -91,7 +95,6 @@ class OnDemand(Cell):
         try:
             new = await self.start(models, timeout_s=START_S)
             if self.resting and not site.stopping and self.runs(models):
-                self._fallen = 0
                 self.cold_starts += 1
                 self.cold_start_s += self.start_s
                 new.cold_ms = round(self.start_s * 1e3)
@@ -102,7 +105,7 @@ class OnDemand(Cell):
             pause_s = backoff.delay_s("worker", self._fallen, site.draw(), scale=site.config.timing.backoff_scale)
             self._wake_after_s = site.clock.boot_s() + pause_s
             log.error("model not waked", extra=kv(model=self.name, code=error.code, detail=error.detail))
-            site.on_not_waked(models, error)
+            site.on_not_started(models, error)
         finally:
             self._waking = False
         if new is not None and new is not self.current:

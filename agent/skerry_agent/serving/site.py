@@ -35,7 +35,7 @@ class Site:
 
     Attributes:
         on_health, on_crash, on_unruly, on_start: see ``Serving``.
-        on_not_waked: a model that is loaded on demand did not start.
+        on_not_started: what served before, or is loaded on demand, did not start.
         on_connection: a worker gives a connection away: to its heir, or to the cell of the model that it is for.
         on_took: a worker has a connection that was passed to it.
         on_change: a cell has another serving worker, or none; or a worker is gone.
@@ -60,7 +60,7 @@ class Site:
     on_crash: Callable[[Generation, int], bool]
     on_unruly: OnUnruly
     on_start: Callable[[Mapping[str, Slot], AgentError | None, Mapping[str, ww.Proved]], None]
-    on_not_waked: Callable[[Mapping[str, Slot], AgentError], None] = _nothing
+    on_not_started: Callable[[Mapping[str, Slot], AgentError], None] = _nothing
     on_connection: Callable[[Generation, ww.Conn, int], None] = _nothing
     on_took: Callable[[int], None] = _nothing
     on_change: Callable[[], None] = _nothing

@@ -430,6 +430,7 @@ class Cell:
                 log.error(
                     "worker does not start", extra=kv(code=error.code, detail=error.detail, failures=self.failures)
                 )
+                site.on_not_started(models, error)
                 models = self._without_culprit(models, error)
             except Exception:
                 # A bug, or a fault without a name: this loop is all that brings the models back.

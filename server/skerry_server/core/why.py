@@ -66,7 +66,7 @@ MEANINGS: dict[str, str] = {
     "reverted_by_operator": "a person ordered it at the device",
     "crash_loop": (
         "the confirmed bundle's worker died, or was replaced, five times within ten minutes; of several models in it, the one that "
-        "was in work each time. The bundle before it came back"
+        "was in work each time. Or five starts of it failed one after the other. The bundle before it came back"
     ),
     "attempts_exhausted": "it failed too often; `skerry-agent sync --pardon` tries again",
 }

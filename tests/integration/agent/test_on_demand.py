@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.agent.rig import Device, Load, Server, wait_for
 from tests.integration.agent.test_cells import Client, body, workers
+from tests.integration.agent.test_unruly import order
 
 
 def with_pool(device: Device, **keys: object) -> Device:
@@ -166,3 +167,90 @@ def test_a_worker_that_was_started_ahead_takes_the_next_model_and_another_one_is
     third = wait_for(spare, why="a spare worker")
     assert device.stop() == 0
     assert not psutil.pid_exists(third)
+
+
+def updated(device: Device, orders: str = "well") -> None:
+    """gas 1.0.0, and pump 2.1.0 after 2.0.0, confirmed; pump sleeps."""
+    order(device, orders)
+    gas = device.bundle("1.0.0")
+    for i, version in enumerate(("2.0.0", "2.1.0")):
+        device.publish_models(gas=gas, pump=device.bundle(version, model="pump", seed=i))
+        if i == 0:
+            device.start()
+            device.wait_running("1.0.0", "trial")
+            device.infer(20)
+        device.sync()
+        device.wait_running(version, "trial", model="pump")
+        device.infer(20, model="pump")
+        device.wait_running(version, model="pump")
+    device.wait_running("1.0.0")
+    wait_for(lambda: asleep(device), why="sleep")
+
+
+def ask_until(device: Device, version: str) -> None:
+    client = Client(device)
+
+    def answered() -> bool:
+        status, answer = client.ask("POST", "/v2/models/pump/infer", body())
+        assert status in (200, 503)
+        return status == 200 and answer["model_version"] == version
+
+    wait_for(answered, why=lambda: f"an answer of {version}: {device.log()[-3000:]}")
+
+
+def test_a_model_on_demand_whose_worker_dies_at_every_load_goes_back_to_the_bundle_before_it(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = with_pool(make_device(), on_demand=["pump"], idle_s=1.0)
+    updated(device)
+    order(device, "die-loading 2.1.0")
+    with Load(device, clients=1) as others:
+        ask_until(device, "2.0.0")
+    assert others.failed == []
+    update = device.wait_update("idle", "crash_loop", "2.1.0")
+    assert update["model"] == "pump"
+    (told,) = wait_for(lambda: [e for e in server.events() if e.code == "crash_loop" and e.data["state"] == "idle"])
+    assert "did not start 5 times" in told.data["detail"] and "runtime_crashed" in told.data["detail"]
+    # Of the same failure less is said each time.
+    assert [e.data["starts"] for e in server.events("worker") if e.code == "runtime_crashed"] == [1, 2, 4]
+    # It sleeps and wakes as before, and what failed is not taken up again by itself.
+    order(device, "well")
+    device.sync()
+    wait_for(lambda: asleep(device), why="sleep")
+    assert device.infer(2, model="pump") == ["2.0.0"] * 2
+    assert device.running("pump")[0] == "2.0.0"
+
+
+@pytest.mark.slow
+def test_a_model_on_demand_whose_files_rotted_in_its_sleep_is_fetched_again(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = with_pool(make_device(), on_demand=["pump"], idle_s=1.0)
+    updated(device)
+    digest = device.status()["running"]["pump"]["digest"]
+    (path,) = (device.state_dir / "slots" / digest).glob("**/*.onnx")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    ask_until(device, "2.1.0")
+    (event,) = [e for e in server.events("slot") if e.code == "model_damaged"]
+    assert event.data["digest"] == digest
+
+
+@pytest.mark.slow
+def test_a_model_on_demand_whose_files_rotted_far_from_any_network_goes_back_until_they_can_be_fetched(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = with_pool(make_device(), on_demand=["pump"], idle_s=1.0)
+    updated(device)
+    device.world["down"] = True
+    device.save()
+    digest = device.status()["running"]["pump"]["digest"]
+    (path,) = (device.state_dir / "slots" / digest).glob("**/*.onnx")
+    path.write_bytes(b"")
+    ask_until(device, "2.0.0")
+    device.world["down"] = False
+    device.save()
+    device.sync()
+    # Its own copy rotted: nothing is held against the bundle.
+    device.wait_running("2.1.0", "trial", model="pump")

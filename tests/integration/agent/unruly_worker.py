@@ -1,18 +1,35 @@
 """The product's worker in a process that misbehaves as the file says that is its first argument, as long as it says so.
 
 ``spin``: a thread that uses a core. ``leak N``: a thread that takes N MB and keeps them. ``leak-once N``: only the process that gets
-hold of the file first.
+hold of the file first. ``die-loading N``: dies of a signal where it should load version N of a model.
 """
 
+import os
+import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+from skerry_agent import workerwire as ww
+from skerry_agent.worker import process
 from skerry_agent.worker.__main__ import main
 
 orders = Path(sys.argv.pop(1))
 kept: list[bytearray] = []
+load_generation = process.load_generation
+
+
+def load(start: ww.Start, **rest: Any) -> Any:
+    what, _, version = orders.read_text().partition(" ")
+    for model in start.models:
+        if what == "die-loading" and model.version == version:
+            os.kill(os.getpid(), signal.SIGSEGV)
+    return load_generation(start, **rest)
+
+
+process.load_generation = load
 
 
 def misbehave() -> None:
