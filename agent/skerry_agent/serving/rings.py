@@ -10,7 +10,6 @@ a supervisor that was killed, and waits.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import fcntl
 import itertools
 import logging
@@ -351,7 +350,7 @@ class Rings:
 def _with_readings(entry: Entry, held: dict[str, int]) -> Entry:
     window = wire.decode(w.Window, entry.body, max_bytes=wire.MAX_INFLATED_BYTES)
     window = msgspec.structs.replace(window, resources=window.resources | held)
-    return dataclasses.replace(entry, body=wire.encode(window))
+    return msgspec.structs.replace(entry, body=wire.encode(window))
 
 
 def book_of(ring: str) -> str:

@@ -34,11 +34,14 @@ _ROW_BYTES = 64
 
 _OLDEST = "SELECT seq, kind, '', size, 0 FROM outbox INDEXED BY outbox_waiting WHERE epoch = ? AND kind = ? ORDER BY seq LIMIT ?"
 _INSERT = "INSERT INTO outbox (epoch, seq, kind, key, size, inferences, replaces, body, crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_FIELDS = _INSERT.count("?")
+_TOGETHER = 25
+"""Rows of one statement, where there are so many: a step of SQLite's for each costs a tenth of a commit."""
+_INSERT_TOGETHER = _INSERT + f", ({', '.join('?' * _FIELDS)})" * (_TOGETHER - 1)
 _NEWEST = _OLDEST.replace("ORDER BY seq", "ORDER BY seq DESC")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A record to be. ``key`` groups windows that may merge; ``inferences`` is for counting what a drop costs."""
 
     kind: wire.Kind
@@ -84,22 +87,42 @@ class Outbox(Database):
         self._new_epoch = new_epoch
         self.epoch = ids.Epoch("")
         self.binding = ""
-        self._next_seq = self._stored_seq = 1
+        self._next_seq = 1
+        self._stored = ""
+        """The epoch and next seq that the file has."""
+        self._added = (0, 0, 0)
+        """Records, bytes and inferences that the transaction under way put in."""
 
     def _held(self) -> tuple[Any, ...]:
-        return self.epoch, self.binding, self._next_seq, self._stored_seq
+        return self.epoch, self.binding, self._next_seq, self._stored, self._added
 
     def _hold(self, before: tuple[Any, ...]) -> None:
-        self.epoch, self.binding, self._next_seq, self._stored_seq = before
+        self.epoch, self.binding, self._next_seq, self._stored, self._added = before
 
     def _settle(self) -> None:
-        if self._next_seq == self._stored_seq:
+        reached = f"{self.epoch} {self._next_seq}"
+        if reached == self._stored:
             return
         self._db.execute(
             "UPDATE epochs SET next_seq = ?, crc = ? WHERE epoch = ?",
             (self._next_seq, checksum(self.epoch, self.binding, self._next_seq, 1), self.epoch),
         )
-        self._stored_seq = self._next_seq
+        self._db.execute(
+            "UPDATE waiting SET records = records + ?, bytes = bytes + ?, inferences = inferences + ?, told = ?",
+            (*self._added, reached),
+        )
+        self._stored = reached
+        self._added = (0, 0, 0)
+
+    def _add_up(self, reached: str) -> None:
+        """Counts what waits anew when an older agent put records in: then, and only then, all of them are read."""
+        ((told,),) = self.read("SELECT told FROM waiting")
+        if told != reached:
+            self._db.execute(
+                "UPDATE waiting SET (records, bytes, inferences, told) = "
+                "(SELECT count(*), coalesce(sum(size), 0), coalesce(sum(inferences), 0), ? FROM outbox)",
+                (reached,),
+            )
 
     def adopt(self, binding: str, device: str) -> str:
         """Goes on with the epoch of this machine and key, or begins one. Records of another device are dropped and counted.
@@ -116,9 +139,11 @@ class Outbox(Database):
             if owner != device:
                 self.put("device", device)
             row = self._db.execute("SELECT epoch, binding, next_seq FROM epochs WHERE current = 1").fetchone()
+            reached = f"{row[0]} {row[2]}" if row else ""
+            self._add_up(reached)
             if row is not None and row[1] == binding:
                 self.epoch, self.binding = ids.epoch(row[0]), binding
-                self._next_seq = self._stored_seq = int(row[2])
+                self._next_seq, self._stored = int(row[2]), reached
                 return ""
             # Records of the former epoch are frozen: they may exist on another machine too, and must stay the same records.
             self._db.execute("UPDATE outbox SET sent = 1")
@@ -139,9 +164,9 @@ class Outbox(Database):
             Degraded: ``store_full`` or ``store_damaged``; nothing was taken then.
         """
         with self.transaction():
-            rows = [self._row(entry, ()) for entry in entries]
-            self._db.executemany(_INSERT, rows)
-            seqs = tuple(row[1] for row in rows)
+            first = self._next_seq
+            self._insert(entries)
+            seqs = tuple(range(first, self._next_seq))
             for at in rings:
                 upto = max(at.upto, self.ring_upto(at.ring) or 0)
                 self._db.execute(
@@ -153,19 +178,31 @@ class Outbox(Database):
 
     def insert(self, entry: Entry, replaces: tuple[wire.Range, ...]) -> int:
         """Adds a record of the epoch, in the caller's transaction. Returns its seq."""
-        row = self._row(entry, replaces)
-        self._db.execute(_INSERT, row)
-        return row[1]
-
-    def _row(
-        self, entry: Entry, replaces: tuple[wire.Range, ...]
-    ) -> tuple[str, int, str, str, int, int, bytes, bytes, int]:
         seq = self._next_seq
-        self._next_seq = seq + 1
-        spans = msgspec.json.encode(replaces) if replaces else b"[]"
-        kind, body, inferences = entry.kind, entry.body, entry.inferences
-        crc = _checksum(self.epoch, seq, kind, inferences, spans, body)
-        return self.epoch, seq, kind, entry.key, len(body) + len(spans) + _ROW_BYTES, inferences, spans, body, crc
+        self._insert([entry], replaces)
+        return seq
+
+    def _insert(self, entries: Iterable[Entry], replaces: tuple[wire.Range, ...] = ()) -> None:
+        # On the way of every record: what is the same for all is looked up once.
+        epoch, seq, spans = self.epoch, self._next_seq, msgspec.json.encode(replaces) if replaces else b"[]"
+        about, extra = epoch.encode(), len(spans) + _ROW_BYTES
+        values: list[str | int | bytes] = []
+        _, size, inferences = self._added
+        for entry in entries:
+            kind, body, n = entry.kind, entry.body, entry.inferences
+            row_bytes = len(body) + extra
+            crc = _checksum(about, seq, kind, n, spans, body)
+            values += (epoch, seq, kind, entry.key, row_bytes, n, spans, body, crc)
+            seq += 1
+            size += row_bytes
+            inferences += n
+        self._added = self._added[0] + seq - self._next_seq, size, inferences
+        self._next_seq = seq
+        step = _FIELDS * _TOGETHER
+        alone = len(values) - len(values) % step
+        for start in range(0, alone, step):
+            self._db.execute(_INSERT_TOGETHER, values[start : start + step])
+        self._db.executemany(_INSERT, (values[at : at + _FIELDS] for at in range(alone, len(values), _FIELDS)))
 
     def ring_upto(self, ring: str) -> int | None:
         """The committed position of a ring; None when it never committed anything."""
@@ -187,11 +224,11 @@ class Outbox(Database):
     def pending(self) -> tuple[int, int]:
         """(records, bytes) that wait in the outbox, of all epochs."""
         ((records, size),) = self.read("SELECT records, bytes FROM waiting")
-        return int(records), int(size)
+        return int(records) + self._added[0], int(size) + self._added[1]
 
     def pending_inferences(self) -> int:
         """Inferences counted in windows that wait."""
-        return int(self.read("SELECT inferences FROM waiting")[0][0])
+        return int(self.read("SELECT inferences FROM waiting")[0][0]) + self._added[2]
 
     def next_batch(
         self, in_flight: Collection[tuple[str, int]], *, max_bytes: int, max_records: int
@@ -239,7 +276,7 @@ class Outbox(Database):
         ((kind, inferences, replaces, body, crc),) = self.read(
             "SELECT kind, inferences, replaces, body, crc FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq)
         )
-        if crc is not None and crc != _checksum(epoch, seq, kind, inferences, replaces, body):
+        if crc is not None and crc != _checksum(epoch.encode(), seq, kind, inferences, replaces, body):
             raise RecordDamaged(epoch, seq)
         return wire.Record(seq=seq, kind=kind, body=body, replaces=_ranges(replaces))
 
@@ -327,7 +364,7 @@ class Outbox(Database):
         """Begins another life of the outbox, in the caller's transaction."""
         self.epoch = ids.epoch(self._new_epoch())
         self.binding = binding
-        self._next_seq = self._stored_seq = 1
+        self._next_seq, self._stored = 1, ""
         for epoch, bound, next_seq in self.read("SELECT epoch, binding, next_seq FROM epochs"):
             self._db.execute(
                 "UPDATE epochs SET current = 0, crc = ? WHERE epoch = ?", (checksum(epoch, bound, next_seq, 0), epoch)
@@ -352,9 +389,9 @@ class Outbox(Database):
         return (rows[0][0] if rows else ""), sum(int(row[1]) for row in rows)
 
 
-def _checksum(epoch: str, seq: int, kind: str, inferences: int, spans: bytes, body: bytes) -> int:
+def _checksum(epoch: bytes, seq: int, kind: str, inferences: int, spans: bytes, body: bytes) -> int:
     # One of few steps, unlike ``checksum``: it is on the way of every record.
-    return zlib.crc32(body, zlib.crc32(b"%b %d %b %d %b " % (epoch.encode(), seq, kind.encode(), inferences, spans)))
+    return zlib.crc32(body, zlib.crc32(b"%b %d %b %d %b " % (epoch, seq, kind.encode(), inferences, spans)))
 
 
 def _ranges(data: bytes) -> tuple[wire.Range, ...]:

@@ -200,3 +200,53 @@ def test_a_store_of_the_first_schema_is_taken_up_with_what_waits_in_it(tmp_path:
     store.acknowledge(wire.Ack(epoch=store.epoch, upto=1))
     assert store.pending() == (1, 70)
     store.close()
+
+
+def test_what_an_older_agent_put_in_meanwhile_is_counted_at_the_next_start(store: Store) -> None:
+    store.append([window(1, 3)])
+    epoch, path = store.epoch, store.path
+    store.close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as older:
+        older.execute(
+            "INSERT INTO outbox (epoch, seq, kind, key, size, inferences, replaces, body) VALUES (?, 2, 'event', '', 70, 4, '[]', 'x')",
+            (epoch,),
+        )
+        older.execute("UPDATE epochs SET next_seq = 3, crc = NULL")
+    again = opened(path)
+    ((records, size, inferences),) = again._db.execute("SELECT count(*), sum(size), sum(inferences) FROM outbox")
+    assert (*again.pending(), again.pending_inferences()) == (records, size, inferences)
+    assert (records, inferences) == (2, 5)
+    again.close()
+    # And only then: a start reads no records to count them.
+    once_more = opened(path)
+    read: list[str] = []
+    once_more._db.set_trace_callback(read.append)
+    once_more.adopt("m", "d-1")
+    assert not any("count(*)" in line for line in read)
+    once_more.close()
+
+
+@pytest.mark.parametrize("count", [1, 24, 25, 26, 50, 77])
+def test_rows_that_share_a_statement_are_each_its_own_record(store: Store, count: int) -> None:
+    rng = random.Random(count)
+    entries = [sample(rng, rng.randrange(1, 200)) for _ in range(count)]
+    assert store.append(entries) == tuple(range(1, count + 1))
+    assert [(record.seq, record.body) for record in waiting(store)] == [
+        (seq, entry.body) for seq, entry in enumerate(entries, 1)
+    ]
+    assert store.pending()[0] == count
+
+
+def test_sums_are_right_within_a_transaction_and_after_one_that_failed(store: Store) -> None:
+    store.append([window(1, 3)])
+    with store.transaction():
+        store.append([window(1, 3), window(1, 3)])
+        assert (store.pending()[0], store.pending_inferences()) == (3, 3)
+        store.begin_epoch("m")
+    assert (store.pending()[0], store.pending_inferences()) == (3, 3)
+    with pytest.raises(RuntimeError), store.transaction():
+        store.append([window(1, 3)])
+        raise RuntimeError
+    assert (store.pending()[0], store.pending_inferences()) == (3, 3)
+    ((records, told),) = store._db.execute("SELECT records, told FROM waiting")
+    assert (records, told) == (3, f"{store.epoch} 1")
