@@ -25,6 +25,7 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 from skerry_agent import at_rest, facts, hold, logs, reloading, reporting
 from skerry_agent import workerwire as ww
 from skerry_agent.applications import Applications
+from skerry_agent.asked_logs import AskedLogs
 from skerry_agent.chronicle import Chronicle
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config, identity
@@ -116,8 +117,12 @@ class Supervisor:
             config, self._identity, self._store, self._clock, state=lambda: reporting.state(self._snapshot()),
             on_bell=self._rang, on_fault=self._fault, draw=self._draw, plain_mqtt=plain_mqtt,
         )  # fmt: skip
+        self._asked_logs = AskedLogs(
+            self._errands, ring, errand_input=self._errand_input, timeout_s=config.timing.courier_s, draw=self._draw,
+            scale=config.timing.backoff_scale,
+        )  # fmt: skip
         self._syncing = Syncing(
-            config, self._store, self._slots, self._clock, self._errands, self._uplink, self._orders,
+            config, self._store, self._slots, self._clock, self._errands, self._uplink, self._orders, self._asked_logs,
             errand_input=self._errand_input, on_document=self._apply_settings, on_synced=self._follow_plan,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
@@ -211,6 +216,7 @@ class Supervisor:
         await asyncio.gather(stopped, *tasks, return_exceptions=True)
         await self._updating.stop()
         await self._shadowing.stop()
+        await self._asked_logs.stop()
         if self._applications is not None:
             self._applications.stop()
         await self._serving.stop()

@@ -15,6 +15,7 @@ from typing import Any
 from skerry_contract import ids, topics
 from skerry_contract.errors import ContractError
 
+from skerry_agent.asked_logs import AskedLogs
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
 from skerry_agent.core import backoff
@@ -52,6 +53,7 @@ class Syncing:
         errands: Errands,
         uplink: Uplink,
         orders: Orders,
+        asked_logs: AskedLogs,
         *,
         errand_input: Callable[[], dict[str, Any]],
         on_document: Callable[[], None],
@@ -66,6 +68,7 @@ class Syncing:
         self._errands = errands
         self._uplink = uplink
         self._orders = orders
+        self._asked_logs = asked_logs
         self._errand_input = errand_input
         self._on_document = on_document
         self._on_synced = on_synced
@@ -120,7 +123,7 @@ class Syncing:
         while True:
             rung, self._due_s, self._rung = self._rung, None, False
             heard = dict(self._heard)
-            before = (self._store.get("tuf", {}), self._orders.group)
+            before = self._known()
             try:
                 await self._sync()
                 failures = 0
@@ -137,7 +140,7 @@ class Syncing:
                 failures += 1
                 log.exception("sync failed", extra=kv(failures=failures))
                 self._failed(Transient("sync_failed", f"{type(error).__name__}: {error}"), failures)
-            news = before != (self._store.get("tuf", {}), self._orders.group)
+            news = before != self._known()
             self._idle_bells = self._idle_bells + 1 if rung and not news else 0
             self._synced_s = self._clock.boot_s()
             wait_s = self._config.timing.sync_s if self._config.timing.sync_s > 0 else self._orders.settings.sync_s
@@ -147,6 +150,10 @@ class Syncing:
                     wait_s, backoff.delay_s("sync", failures, self._draw(), scale=self._config.timing.backoff_scale)
                 )
             await self._until_due(self._synced_s + wait_s)
+
+    def _known(self) -> tuple[Any, ...]:
+        """What a bell may ring for: when none of it is new after a sync, the bell was idle."""
+        return self._store.get("tuf", {}), self._orders.group, self._asked_logs.latest
 
     async def _until_due(self, timer_s: float) -> None:
         """Waits for the timer (seconds since boot), or for what was asked for, whichever is due first."""
@@ -239,6 +246,7 @@ class Syncing:
         self._self_code = code
         if not isinstance(found, dict) or not found.get("group"):
             return
+        self._asked_logs.asked(found.get("logs"))
         name = ids.group_name(found["group"])
         if name != self._orders.group:
             self._orders.move(name)

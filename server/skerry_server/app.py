@@ -37,6 +37,7 @@ from skerry_server.api import (
     health,
     insight,
     limits,
+    logs,
     repository,
     rollouts,
 )
@@ -106,6 +107,7 @@ def create_app(context: Context) -> FastAPI:
         repository,
         bundles,
         devices,
+        logs,
         groups,
         rollouts,
         telemetry_routes,

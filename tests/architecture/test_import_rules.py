@@ -38,7 +38,7 @@ LAYERS = {
         ("cli __main__", True),
         ("supervisor doctor", False),
         (
-            "applications chronicle operating pulse exposition probe reloading serving following orders syncing updating fetching turnover failures restoring shadowing runtimes reporting uplink upload facts hold readings at_rest throttle accelerators unstarted",
+            "applications chronicle operating pulse exposition probe reloading serving following orders syncing updating fetching turnover failures restoring shadowing runtimes reporting uplink upload facts hold readings at_rest throttle accelerators unstarted asked_logs",
             True,
         ),
         ("link store slots workers leftovers errand control notify local_socket", False),
@@ -57,7 +57,7 @@ LAYERS = {
         (
             (
                 "anchors publication judging rollouts devices groups registry intake presence quarantine evidence ledger access "
-                "versions profiles rollups reports shadowing"
+                "versions profiles rollups reports shadowing requested_logs"
             ),
             True,
         ),

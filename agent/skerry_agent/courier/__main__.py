@@ -1,7 +1,7 @@
 """``python -m skerry_agent.courier <verb>``: one JSON object in, JSON lines out.
 
 Any number of ``{"progress": {...}}``, then one ``{"ok": {...}}`` or ``{"error": {"kind", "code", "detail"}}``; exit code 0 for
-both. Another exit code is a crash, with its trace on stderr. The verbs are ``enrol sync manifest fetch renew``.
+both. Another exit code is a crash, with its trace on stderr. The verbs are ``enrol sync manifest fetch renew logs``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from skerry_agent.courier import requests, watch
 from skerry_agent.errors import AgentError, Degraded, Rejected
 
-VERBS = ("enrol", "sync", "manifest", "fetch", "renew")
+VERBS = ("enrol", "sync", "manifest", "fetch", "renew", "logs")
 
 
 def run(verb: str, data: bytes) -> dict[str, Any]:
@@ -51,6 +51,12 @@ def run(verb: str, data: bytes) -> dict[str, Any]:
         renew = requests.parse(requests.Renew, data)
         with watch.Watch(renew.limits.errand_s):
             return enrolment.renew(renew)
+    if verb == "logs":
+        from skerry_agent.courier import logs
+
+        asked = requests.parse(requests.Logs, data)
+        with watch.Watch(asked.limits.errand_s):
+            return logs.send(asked)
     raise Rejected("bad_request", f"verb: wanted one of {', '.join(VERBS)}, got {verb!r}")
 
 

@@ -1,4 +1,4 @@
-"""The server's device API, ``/device/v1``: enrol, self, renew.
+"""The server's device API, ``/device/v1``: enrol, self, renew, logs.
 
 Owns the requests and reading the answers; what the answers are believed for is the caller's matter.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import email.utils
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from skerry_agent.courier import keys, transport
-from skerry_agent.errors import Rejected, Transient
+from skerry_agent.courier import keys, requests, transport
+from skerry_agent.errors import Degraded, Rejected, Transient
 
 BASE = "/device/v1"
 MAX_ANSWER_BYTES = 256 * 1024
@@ -43,15 +43,26 @@ class DeviceApi:
         return self._ask("POST", f"{BASE}/enrol", json.dumps(wish).encode(), {})
 
     def membership(self, key: ec.EllipticCurvePrivateKey, device: str) -> dict[str, Any]:
-        """``/self``: {group, tags, version}. Raises as ``enrol``; a revoked device gets ``unknown_device``."""
+        """``/self``: {group, tags, version, logs}. Raises as ``enrol``; a revoked device gets ``unknown_device``."""
         return self._signed(key, device, "GET", f"{BASE}/self", b"")
 
     def renew(self, key: ec.EllipticCurvePrivateKey, device: str, csr_pem: str) -> dict[str, Any]:
         """A new certificate for the same key. Raises as ``enrol``."""
         return self._signed(key, device, "POST", f"{BASE}/renew", json.dumps({"csr": csr_pem}).encode())
 
+    def send_logs(self, key: ec.EllipticCurvePrivateKey, device: str, number: int, packed: bytes) -> dict[str, Any]:
+        """The answer to a request for the log: lines, gzip. Raises as ``enrol``."""
+        return self._signed(key, device, "POST", f"{BASE}/logs/{number}", packed, kind="application/gzip")
+
     def _signed(
-        self, key: ec.EllipticCurvePrivateKey, device: str, method: str, path: str, body: bytes
+        self,
+        key: ec.EllipticCurvePrivateKey,
+        device: str,
+        method: str,
+        path: str,
+        body: bytes,
+        *,
+        kind: str = "application/json",
     ) -> dict[str, Any]:
         nonce = self._ask("GET", f"{BASE}/nonce", b"", {})
         # A device whose clock is wrong dates its token by the server's, which TLS has just vouched for.
@@ -64,11 +75,11 @@ class DeviceApi:
             nonce=_text(nonce, "nonce"),
             now_s=self._now_s,
         )
-        return self._ask(method, path, body, {"Authorization": f"Skerry-JWT {token}"})
+        return self._ask(method, path, body, {"Authorization": f"Skerry-JWT {token}", "Content-Type": kind})
 
     def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> dict[str, Any]:
         url = self._url + path
-        headers = {**headers, **({"Content-Type": "application/json"} if body else {})}
+        headers = {**({"Content-Type": "application/json"} if body else {}), **headers}
         with self._web.open(method, url, headers=headers, body=body or None, redirects=0) as response:
             data = transport.read(response, MAX_ANSWER_BYTES, url)
             date = email.utils.parsedate_tz(response.headers.get("Date", ""))
@@ -86,6 +97,28 @@ class DeviceApi:
         if response.status >= 500 or response.status in (408, 425, 429) or not isinstance(code, str):
             raise Transient("unreachable", told)
         raise Rejected(code[:60], told)
+
+
+class Enrolled(NamedTuple):
+    """A device that the fleet knows, and the way to its server."""
+
+    api: DeviceApi
+    key: ec.EllipticCurvePrivateKey
+    device: str
+    ca_pem: str
+
+
+def enrolled(request: requests.Common) -> Enrolled:
+    """Who this device is, of its state folder. Raises ``Degraded`` (``not_enrolled``)."""
+    identity = request.identity
+    key = keys.load_key(identity)
+    try:
+        ca_pem = (identity / "fleet-ca.pem").read_text()
+        device = str(json.loads((identity / "enrolled.json").read_bytes())["device_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Degraded("not_enrolled", f"{identity}: {error}", advice="enrol the device") from None
+    web = transport.Web(server_url=request.server_url, ca_pem=ca_pem, now_s=request.now_s, gap_s=request.limits.gap_s)
+    return Enrolled(DeviceApi(web, request.server_url, request.now_s), key, device, ca_pem)
 
 
 def _text(answer: dict[str, Any], field: str) -> str:

@@ -27,7 +27,7 @@ from skerry_contract import enrolment, ids, layout
 from skerry_contract.errors import ContractError
 
 from skerry_agent.courier import device_api, durable, keys, requests, transport
-from skerry_agent.errors import Degraded, Rejected, Transient
+from skerry_agent.errors import Rejected, Transient
 
 ROOT_MAX_BYTES = 512_000
 CA_MAX_BYTES = 64 * 1024
@@ -87,15 +87,9 @@ def renew(request: requests.Renew) -> dict[str, Any]:
         Transient: ``unreachable``, ``timeout``.
     """
     identity = request.identity
-    key = keys.load_key(identity)
-    try:
-        ca_pem = (identity / "fleet-ca.pem").read_text()
-        device = str(json.loads((identity / "enrolled.json").read_bytes())["device_id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Degraded("not_enrolled", f"{identity}: {error}", advice="enrol the device") from None
-    web = transport.Web(server_url=request.server_url, ca_pem=ca_pem, now_s=request.now_s, gap_s=request.limits.gap_s)
-    api = device_api.DeviceApi(web, request.server_url, request.now_s)
-    answer = api.renew(key, device, keys.request_certificate(key, device))
+    known = device_api.enrolled(request)
+    key, device, ca_pem = known.key, known.device, known.ca_pem
+    answer = known.api.renew(key, device, keys.request_certificate(key, device))
     certificate = _checked_certificate(answer, key, ca_pem, device)
     try:
         durable.write(identity / keys.CERTIFICATE_FILE, answer["certificate"].encode(), mode=0o644)

@@ -148,6 +148,8 @@ def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, A
             "group": ids.group_name(answer.get("group")),
             "tags": {str(k): str(v) for k, v in dict(answer.get("tags") or {}).items()},
             "version": int(answer.get("version", 0)),
+            # Of an older server: nothing.
+            "logs": int(answer.get("logs") or 0),
         }
     except AgentError as error:
         return None, {"kind": type(error).__name__.lower(), "code": error.code, "detail": error.detail}

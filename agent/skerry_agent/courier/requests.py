@@ -102,6 +102,13 @@ class Fetch(Common, frozen=True, kw_only=True):
     max_kib_s: int = 0
 
 
+class Logs(Common, frozen=True, kw_only=True):
+    """``number``: of the server's request; ``lines``: what is sent, oldest first."""
+
+    number: int
+    lines: str
+
+
 class Renew(Common, frozen=True, kw_only=True):
     """Nothing but the common fields."""
 

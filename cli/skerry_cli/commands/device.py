@@ -1,4 +1,4 @@
-"""``skerry device``: look at devices, let new ones in, pin and revoke."""
+"""``skerry device``: look at devices and their logs, let new ones in, pin and revoke."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from skerry_cli import keys, output
+from skerry_cli import device_logs, keys, output
 from skerry_cli.client import quote
 from skerry_cli.commands.publish import find_bundle
 from skerry_cli.commands.session import session
@@ -130,6 +130,29 @@ def _behind(behind: dict[str, Any]) -> str:
         for cause, n in sorted(behind["refused_messages"].items())
     ]
     return "; ".join(parts)
+
+
+@app.command()
+def logs(
+    context: typer.Context,
+    device: Device,
+    wait_s: Annotated[
+        float, typer.Option("--wait", min=0.0, max=86_400.0, help="Seconds to wait for the answer.")
+    ] = 120.0,
+    request: Annotated[
+        int | None, typer.Option("--request", min=1, help="An earlier request instead of a new one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Asks a device for the last lines of its log, waits for them and shows them."""
+    api = session(context).api
+    found = device_logs.earlier(api, device, request) if request is not None else device_logs.ask(api, device)
+    found = device_logs.answered(api, found, wait_s=wait_s)
+    if as_json:
+        output.show_json({**found, "lines": [device_logs.parsed(line) for line in found["lines"]]})
+        return
+    for line in found["lines"]:
+        output.say(device_logs.text_of(line))
 
 
 @app.command()

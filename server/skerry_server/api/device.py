@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from skerry_server import devices
-from skerry_server.api.context import Ctx, SignedByDevice
+from skerry_server import devices, requested_logs
+from skerry_server.api.context import Ctx, RawBody, SignedByDevice
 from skerry_server.db.engine import reading, writing
 
 router = APIRouter(prefix="/device/v1", tags=["device"])
@@ -65,11 +65,29 @@ def nonce(context: Ctx) -> dict[str, Any]:
     return {"nonce": context.nonces.give(now_ms), "time": now_ms / 1000}
 
 
-@router.get("/self", summary="The device's own group and tags")
+@router.get("/self", summary="The device's own group and tags, and whether its log is asked for")
 def own(context: Ctx, device: SignedByDevice) -> dict[str, Any]:
+    """`logs` is the number of the request that waits for `POST /device/v1/logs/{number}`; null for none."""
     with reading(context.engine) as conn:
         row = devices.require(conn, device)
-    return {"device_id": device, "group": row["group"], "tags": row["tags"], "version": row["membership_version"]}
+        logs = requested_logs.waiting(conn, device, context.now_ms())
+    return {
+        "device_id": device,
+        "group": row["group"],
+        "tags": row["tags"],
+        "version": row["membership_version"],
+        "logs": logs,
+    }
+
+
+@router.post("/logs/{number}", summary="The last lines of the device's log, as an operator asked")
+def send_logs(context: Ctx, device: SignedByDevice, number: int, body: RawBody) -> dict[str, Any]:
+    """The body is gzip of lines of JSON, at most 128 KiB, 1 MiB when it is unpacked."""
+    with writing(context.engine) as conn:
+        refusal = requested_logs.take(conn, device=device, number=number, body=body, now_ms=context.now_ms())
+    if refusal is not None:
+        raise refusal
+    return {"number": number, "taken": True}
 
 
 @router.post("/renew", summary="A new certificate")

@@ -13,6 +13,8 @@ from skerry_server.config import Limits
 from skerry_server.telemetry import Telemetry
 
 DEVICE_BODY_BYTES = 64 * 1024
+LOG_BODY_BYTES = 192 * 1024
+"""More than is taken, so that what is somewhat too long ends its request; far longer bodies are not read at all."""
 _MB = 1_000_000
 
 
@@ -25,6 +27,8 @@ class BodyLimit:
 
     def limit(self, path: str) -> int:
         """The most bytes that a request to this path may send."""
+        if path.startswith("/device/v1/logs/"):
+            return LOG_BODY_BYTES
         if path.startswith("/device/"):
             return DEVICE_BODY_BYTES
         if path.startswith("/api/v1/blobs/"):

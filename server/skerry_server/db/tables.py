@@ -503,6 +503,21 @@ samples = Table(
     Column("body", LargeBinary, nullable=False),
 )
 
+log_requests = Table(
+    "log_requests",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("device", String(63), nullable=False),
+    Column("asked_by", String(100), nullable=False),
+    Column("asked_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+    Column("ended_ms", BigInteger),  # null: the device has not answered
+    Column("fault", String(60), nullable=False, default=""),  # why its answer was not taken
+    Column("size", BigInteger, nullable=False, default=0),  # bytes of the lines
+    Column("body", LargeBinary),  # the lines, gzip
+    Index("log_requests_by_device", "device", "id"),
+)
+
 quarantine = Table(
     "quarantine",
     metadata,
