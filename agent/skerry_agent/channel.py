@@ -49,6 +49,7 @@ _Any = (
     | ww.Took
     | ww.Drained
     | ww.Flushed
+    | ww.Logged
     | Spilled
 )  # fmt: skip
 

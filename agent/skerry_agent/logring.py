@@ -1,7 +1,7 @@
 """The last log lines of the agent, kept for who asks later: a bounded ring in memory, and two files of bounded size.
 
 Structured, one JSON object per line, redacted before they are kept anywhere: what looks like a secret, and every field named like
-one. Lines of the agent's own loggers only; a worker's go to standard error alone. To spare the flash, lines are written
+one. Lines of the agent's own loggers and of its workers', which say theirs on the control channel. To spare the flash, lines are written
 together, at once only when one is a warning or worse; what was not yet written when the power fails is lost.
 """
 

@@ -41,6 +41,15 @@ class _Json(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
+def keep(record: logging.LogRecord) -> None:
+    """Gives a line that was said elsewhere (a worker prints its own) to the rings, at the level that the log has."""
+    root = logging.getLogger("skerry_agent")
+    if record.levelno >= root.level:
+        for handler in root.handlers:
+            if not isinstance(handler, logging.StreamHandler):
+                handler.handle(record)
+
+
 def configure(*, as_json: bool, level: str = "info", ring: logging.Handler | None = None) -> None:
     """Sends the agent's log to standard error, and to ``ring``; without one the ring that was given before goes on."""
     handler = logging.StreamHandler(sys.stderr)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from skerry_agent import logs
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel, pair
 from skerry_agent.errors import Degraded
@@ -143,4 +144,26 @@ async def _spawn(
     finally:
         theirs.close()
     silent = asyncio.Event()
-    return Worker(process, Channel(ours, on_message, silent.set), silent)
+    pid = process.pid
+
+    def heard(message: Any, fd: int | None) -> None:
+        if type(message) is ww.Logged:
+            logs.keep(record_of(message, pid))
+        else:
+            on_message(message, fd)
+
+    return Worker(process, Channel(ours, heard, silent.set), silent)
+
+
+def record_of(said: ww.Logged, pid: int) -> logging.LogRecord:
+    """A worker's line as a record of our own log."""
+    # No arguments: a percent sign in it is one.
+    record = logging.LogRecord(said.logger, said.level, "", 0, said.text, None, None)
+    record.created = said.at_s
+    fields: dict[str, Any] = {"pid": pid}
+    if said.trace:
+        fields["trace"] = said.trace
+    if said.unsaid:
+        fields["unsaid"] = said.unsaid
+    record.__dict__["fields"] = fields
+    return record

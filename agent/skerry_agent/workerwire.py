@@ -434,6 +434,23 @@ class Flushed(Message, frozen=True, kw_only=True, tag="flushed"):
     id: int
 
 
+class Logged(Message, frozen=True, kw_only=True, tag="logged"):
+    """A line of the worker's log, for the agent's ring.
+
+    Attributes:
+        at_s: wall clock, seconds since 1970; level: of ``logging``.
+        logger, text: who said what; ``trace``: where an exception came from, without its words.
+        unsaid: lines before this one that were too many.
+    """
+
+    at_s: float
+    level: int
+    logger: str
+    text: str
+    trace: str = ""
+    unsaid: int = 0
+
+
 ToWorker = (
     Warm
     | Throttle
@@ -467,4 +484,5 @@ ToSupervisor = (
     | Took
     | Drained
     | Flushed
+    | Logged
 )

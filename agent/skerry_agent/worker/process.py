@@ -38,6 +38,7 @@ from skerry_agent.worker.sampling import Sampling
 from skerry_agent.worker.server import Server
 from skerry_agent.worker.spans import Spans
 from skerry_agent.worker.tee import Tee
+from skerry_agent.worker.telling import Telling
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Worker:
         self._folds = 0
         self._ending: asyncio.Task[None] | None = None
         self._channel = Channel(control, self._on_message, self._on_eof)
+        self._telling = Telling(self._loop, self._channel.send)
         self._loop.add_signal_handler(signal.SIGTERM, self._on_stop)
         # A terminal's Ctrl-C reaches the whole process group; the supervisor decides what it means.
         self._loop.add_signal_handler(signal.SIGINT, lambda: None)
@@ -78,6 +80,7 @@ class Worker:
         await self._over.wait()
         if self._spans is not None:
             await asyncio.to_thread(self._spans.close)
+        self._telling.end()
         await self._channel.flushed()
         self._channel.close()
         return self._status

@@ -254,7 +254,8 @@ class Recorder:
 
     def _unreadable(self, flags: int, error: Exception) -> int:
         # The model answered in another shape than its manifest says. The request counts, its values cannot.
-        log.warning("values not counted model=%s error=%s", self.key.model, error)
+        # Its words may quote them.
+        log.warning("values not counted model=%s error=%s", self.key.model, type(error).__name__)
         return flags & ~r.VALUES
 
     def _wrote(self) -> None:

@@ -37,6 +37,7 @@ from skerry_agent.worker import mapped, share, tee
 from skerry_agent.worker.fold import LatencyFold
 from skerry_agent.worker.generation import CannotServe, code_of, load_and_prove
 from skerry_agent.worker.recorder import rss_kb
+from skerry_agent.worker.telling import Telling
 
 log = logging.getLogger(__name__)
 
@@ -294,6 +295,7 @@ class ShadowProcess:
         self._comparison: Comparison | None = None
         self._upto = 0
         self._channel = Channel(control, self._on_message, self._stop)
+        self._telling = Telling(self._loop, self._channel.send)
         self._loop.add_signal_handler(signal.SIGTERM, self._stop)
         self._loop.add_signal_handler(signal.SIGINT, lambda: None)
 
@@ -303,6 +305,7 @@ class ShadowProcess:
         if self._comparison is not None:
             self._comparison.stopping.set()
         self._cut()
+        self._telling.end()
         await self._channel.flushed()
         self._channel.close()
         return self._status

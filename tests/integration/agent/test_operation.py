@@ -138,6 +138,17 @@ def test_the_last_lines_of_the_log_are_there_after_a_restart_without_what_was_se
     assert len(agent(device, "logs", "--last", "2").stdout.splitlines()) == 2
     for path in (device.state_dir / "log.jsonl",):
         assert path.stat().st_mode & 0o777 == 0o600
+    before = device.status()["worker"]["pid"]
+    device.publish(device.bundle("1.1.0"))
+    device.sync()
+    device.wait_running("1.1.0", "trial")
+
+    def drained() -> list[dict[str, object]]:
+        said = [json.loads(line) for line in agent(device, "logs").stdout.splitlines()]
+        return [line for line in said if line["logger"] == "worker.process" and "drained" in str(line["message"])]
+
+    (line,) = wait_for(drained, why="a line of the worker that went")
+    assert line["fields"] == {"pid": str(before)}
 
 
 def agent(device: Device, *arguments: str) -> subprocess.CompletedProcess[str]:
