@@ -92,7 +92,6 @@ class _Live:
         self.kinds = KIND["provider.fallback"] if runner.fallback else 0
         self.streams = None if runner.streams is None else loaded.streams
         self.special = runner.policies is not None or runner.streams is not None
-        self.ok = recorder.ok
         self.other = recorder.other
         self.dtypes = loaded.dtypes
         self.max_rows = recorder.max_rows
@@ -209,7 +208,7 @@ class Model:
             outputs = result.outputs
             position = live.recorder.ring.written
             now = monotonic_ns()
-            live.ok(
+            live.recorder.ok(
                 inputs, outputs, rows, now - asked, start - asked, result.transform_ns, result.infer_ns, now, 0, 0, kinds, oldest_ms,
             )  # fmt: skip
         return Answer(outputs, live, position)

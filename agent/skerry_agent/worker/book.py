@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -87,6 +88,11 @@ class NotFound(Exception):
         self.forgotten = forgotten
         self.wanted = wanted
         super().__init__(wanted or ("forgotten" if forgotten else "unknown"))
+
+
+def path_beside(ring: str) -> str:
+    """Where the book of a ring is."""
+    return str(Path(ring).with_suffix(SUFFIX))
 
 
 def labelled_output(plan: Plan) -> OutputColumn | None:

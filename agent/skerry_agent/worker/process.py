@@ -32,7 +32,8 @@ from skerry_agent.worker.inference import InferenceService
 from skerry_agent.worker.memory import own_mb
 from skerry_agent.worker.model import Model
 from skerry_agent.worker.passing import Passing
-from skerry_agent.worker.recorder import recover, rss_kb
+from skerry_agent.worker.recovery import recover
+from skerry_agent.worker.resources import rss_kb
 from skerry_agent.worker.routes import Routes
 from skerry_agent.worker.sampling import Sampling
 from skerry_agent.worker.server import Server
@@ -184,7 +185,7 @@ class Worker:
         )
         if start.access.distinct:
             for model in self._models.values():
-                model.recorder.distinct = Distinct([tensor.name for tensor in model.manifest.inputs])
+                model.recorder.count_distinct(Distinct([tensor.name for tensor in model.manifest.inputs]))
         if start.otlp_endpoint:
             self._spans = Spans(start.otlp_endpoint, start.trace_share, device=start.device)
         service = self._service

@@ -10,14 +10,11 @@ counts wait in memory, and only a crash in that state loses records, which ``rec
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,22 +25,20 @@ from skerry_contract import wire
 
 from skerry_agent import workerwire as ww
 from skerry_agent.worker import book as b
-from skerry_agent.worker import mapped
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.choosing import Choice, Row, Rows, Tally, seed_of
 from skerry_agent.worker.distinct import Distinct
-from skerry_agent.worker.fold import CHUNK, Fold, LatencyFold
+from skerry_agent.worker.entries import Count, Tensors, input_copies, output_copies, quick_count
+from skerry_agent.worker.fold import Fold, LatencyFold
 from skerry_agent.worker.plan import Plan
+from skerry_agent.worker.resources import cpu_time, peak_kb, rss_kb
 
 log = logging.getLogger(__name__)
 
-CAPACITY = 8192
 FOLD_EVERY = 1024
 """Slots folded in one go in the middle of traffic: 1 ms for 30 features."""
 MAX_WINDOW_ROWS = 1 << 22
 """Below the 2**23 at which a sum of squares could leave int64."""
-
-Tensors = Mapping[str, npt.NDArray[Any]]
 
 
 class Totals(NamedTuple):
@@ -72,9 +67,11 @@ class Recorder:
     Attributes:
         prefix: with a row's position in hexadecimal digits after it, the name of the row, with a book and without.
         book: of the ring; None when nothing can be labelled.
-        distinct: counts different requests, where somebody set it.
+        ok: ``count``, or what does the same faster where requests are of the commonest kind; another one after a ``rekey``.
         prediction_prefix: with the position in hexadecimal digits after it, the id of a prediction; empty without a book.
     """
+
+    ok: Count
 
     def __init__(
         self,
@@ -85,7 +82,7 @@ class Recorder:
         boot_id: str,
         send: Callable[[ww.WindowCut], None],
         later: Callable[[Callable[[], None]], object],
-        capacity: int = CAPACITY,
+        capacity: int = r.CAPACITY,
         predictions: int = 0,
     ) -> None:
         self.plan = plan
@@ -109,7 +106,7 @@ class Recorder:
         self._past_total = LatencyFold()
         self._past_ns = dict.fromkeys(r.TIMES, 0)
         self._unanswered_ns = self._last_ms = 0
-        self.distinct: Distinct | None = None
+        self._distinct: Distinct | None = None
         self.cold_ms = 0
         self._attach(key, ring)
 
@@ -131,17 +128,30 @@ class Recorder:
                 records=b.RECORDS,
                 boot_id=self._boot_id,
             )
-            self.book = b.Book.create(book_path(path), about)
+            self.book = b.Book.create(b.path_beside(path), about)
             self.prediction_prefix = prefix.encode()
         self._fold = Fold(self.plan, self._choice)
         self._folded = self._cut = 0
         self._folding = False
-        self._from_inputs = _input_copies(self.plan, self.ring.values)
-        self._from_outputs = _output_copies(self.plan, self.ring.values)
+        self.ring.due = self._fold_every
+        self._from_inputs = input_copies(self.plan, self.ring.values)
+        self._from_outputs = output_copies(self.plan, self.ring.values)
+        self._choose_count()
+
+    def _choose_count(self) -> None:
+        # Counting what is different hashes every request: beside it the quick way would gain nothing.
+        self.ok = (
+            self.count if self._distinct is not None else quick_count(self.ring, self.plan, self.count, self._wrote)
+        )
+
+    def count_distinct(self, distinct: Distinct) -> None:
+        """Counts different requests from now on."""
+        self._distinct = distinct
+        self._choose_count()
 
     # --- one request ------------------------------------------------------------------------------------------------
 
-    def ok(
+    def count(
         self,
         inputs: Tensors,
         outputs: Tensors,
@@ -177,13 +187,11 @@ class Recorder:
             flags |= r.MARKED
             age_ms = min(age_ms, r.OLDEST_MS)
         if rows == 1 and self._direct:
-            # The commonest case by far: one row whose bytes are what is stored.
             try:
-                tag = ring.written & r.TAG
                 slot = r.pack(
                     r.OK,
                     flags | r.VALUES,
-                    tag,
+                    ring.written & r.TAG,
                     1,
                     total_ns,
                     queue_ns,
@@ -211,9 +219,9 @@ class Recorder:
             times = total_ns, queue_ns, transform_ns, infer_ns, at_ns, ident, kinds, age_ms
             ring.write(r.pack(r.OK, flags, tag, rows, *times))
             ring.publish(1)
-        if self.distinct is not None:
-            self.distinct.add(inputs, rows)
-        if ring.written - self._folded >= self._fold_every:
+        if self._distinct is not None:
+            self._distinct.add(inputs, rows)
+        if ring.written >= ring.due:
             self._wrote()
 
     def other(self, outcome: int, total_ns: int, at_ns: int, flags: int = 0, kinds: int = 0) -> None:
@@ -222,7 +230,7 @@ class Recorder:
         flags |= r.MARKED if kinds else 0
         self.ring.write(r.pack(outcome, flags, self.ring.written & r.TAG, 0, total_ns, 0, 0, 0, at_ns, 0, kinds, -1))
         self.ring.publish(1)
-        if self.ring.written - self._folded >= self._fold_every:
+        if self.ring.written >= self.ring.due:
             self._wrote()
 
     def _some(self, inputs: Tensors, outputs: Tensors, rows: int, times: tuple[int, ...], flags: int) -> None:
@@ -254,8 +262,7 @@ class Recorder:
 
     def _unreadable(self, flags: int, error: Exception) -> int:
         # The model answered in another shape than its manifest says. The request counts, its values cannot.
-        # Its words may quote them.
-        log.warning("values not counted model=%s error=%s", self.key.model, type(error).__name__)
+        log.warning("values not counted model=%s error=%s", self.key.model, error)
         return flags & ~r.VALUES
 
     def _wrote(self) -> None:
@@ -282,6 +289,7 @@ class Recorder:
                 self.book.fill(self.ring, self.ring.written)
             self._fold.add_ring(self.ring, self._folded, self.ring.written)
             self._folded = self.ring.written
+            self.ring.due = self._folded + self._fold_every
 
     def cut(self) -> None:
         """Sends the window of everything since the last cut; nothing when nothing happened."""
@@ -293,8 +301,8 @@ class Recorder:
         # A window of no request holds what was found out later about older ones.
         first, last = done.span_ns if done.slots else (time.monotonic_ns(),) * 2
         window = done.window(self.key, self.ring.instant(first), self.ring.instant(last), self._resources())
-        if self.distinct is not None:
-            window = msgspec.structs.replace(window, distinct=self.distinct.take())
+        if self._distinct is not None:
+            window = msgspec.structs.replace(window, distinct=self._distinct.take())
         self._send(
             ww.WindowCut(
                 ring=self.ring.path, start=self._cut, upto=self._folded, body=wire.encode(window), inferences=done.ok
@@ -387,64 +395,17 @@ class Recorder:
 
     def _resources(self) -> dict[str, int]:
         rss = rss_kb()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         cold_ms, self.cold_ms = self.cold_ms, 0
         cold = {"cold_start_ms_sum": cold_ms, "cold_start_ms_max": cold_ms, "cold_start_n": 1} if cold_ms else {}
         # CPU time and memory are the worker's, so of all models it serves.
         return {
             **cold,
-            "worker_cpu_us_sum": _cpu.since_us(),
+            "worker_cpu_us_sum": cpu_time.since_us(),
             "worker_rss_kb_max": max(rss, 0),
-            "worker_peak_kb_max": peak,
+            "worker_peak_kb_max": peak_kb(),
             "worker_rss_kb_sum": rss,
             "worker_rss_n": 1,
         }
-
-
-def recover(message: ww.Recover, *, boot_id: str) -> tuple[ww.WindowCut | None, ww.Recovered]:
-    """Folds what a dead worker left: its window, if any, and what to say about the ring.
-
-    A record counts when its slots were published, which happens before its reply is sent. The ring was mapped writable into
-    a process that ran foreign native code: nothing in it is believed beyond what a recorder can have written.
-    """
-    try:
-        ring = r.Ring.open(message.ring, boot_id=boot_id)
-        try:
-            return _folded(ring, message, boot_id)
-        finally:
-            ring.close()
-    except Exception as error:
-        detail = str(error) if isinstance(error, mapped.Damaged) else f"{type(error).__name__}: {error}"
-        log.warning("ring not recovered path=%s error=%s", message.ring, detail)
-        inferences = r.most_in(message.ring, message.start, CAPACITY)
-        return None, ww.Recovered(ring=message.ring, upto=message.start, damage=detail, inferences=inferences)
-
-
-def _folded(ring: r.Ring, message: ww.Recover, boot_id: str) -> tuple[ww.WindowCut | None, ww.Recovered]:
-    upto = ring.written
-    if not message.start <= upto <= message.start + r.MOST_UNCOMMITTED:
-        raise mapped.Damaged(f"written up to {upto}, committed up to {message.start}")
-    lost = max(0, upto - ring.capacity - message.start)
-    slots, whole = ring.span(message.start + lost, upto)
-    damaged = len(slots) - int(np.count_nonzero(whole))
-    if damaged and lost:
-        raise mapped.Damaged(f"{damaged} of the last {len(slots)} slots are not of their positions")
-    _fill_book(ring, boot_id)
-    # Nobody can explain what a dead worker answered: what was chosen of it counts as dropped.
-    fold = Fold(ring.header.plan, Choice(ring.header.plan, ring.header.seed))
-    kept, places = slots[whole], np.arange(message.start + lost, upto)[whole]
-    for low in range(0, len(kept), CHUNK):
-        part = kept[low : low + CHUNK]
-        fold.add(ring.meta[part], ring.values[part], places[low : low + CHUNK])
-    cut = None
-    if fold.slots:
-        first, last = fold.span_ns
-        window = fold.window(ring.header.key, ring.instant(first), ring.instant(last), {})
-        cut = ww.WindowCut(
-            ring=message.ring, start=message.start, upto=upto, body=wire.encode(window), inferences=fold.ok
-        )
-    damage = f"{damaged} of {len(slots)} slots are not of their positions" if damaged else ""
-    return cut, ww.Recovered(ring=message.ring, upto=upto, lost=lost, damage=damage, inferences=damaged)
 
 
 def below(histogram: h.Exponential, bounds_ms: Sequence[float]) -> tuple[int, ...]:
@@ -463,134 +424,5 @@ def below(histogram: h.Exponential, bounds_ms: Sequence[float]) -> tuple[int, ..
     )
 
 
-def book_path(ring: str) -> str:
-    """Where the book of a ring is."""
-    return str(Path(ring).with_suffix(b.SUFFIX))
-
-
-def _fill_book(ring: r.Ring, boot_id: str) -> None:
-    """Takes what a dead worker had answered and not yet folded into its book, before the ring goes."""
-    path = book_path(ring.path)
-    if not Path(path).exists():
-        return
-    try:
-        book = b.Book.open(path, boot_id=boot_id)
-    except mapped.Locked:
-        # Its worker lives, and had filled it before it gave up the ring.
-        return
-    except mapped.Damaged as error:
-        # Whoever takes the book over says so.
-        log.warning("label book not filled path=%s error=%s", path, error)
-        return
-    try:
-        book.fill(ring, ring.written, believe=False)
-    except Exception:
-        # The inferences count all the same.
-        log.exception("label book not filled path=%s", path)
-    finally:
-        book.close()
-
-
-class _Cpu:
-    """CPU time of this process, each microsecond given out once, however many models share it."""
-
-    def __init__(self) -> None:
-        self._given_us = time.process_time_ns() // 1000
-
-    def since_us(self) -> int:
-        now_us = time.process_time_ns() // 1000
-        given, self._given_us = now_us - self._given_us, now_us
-        return max(0, given)
-
-    def begin(self) -> None:
-        """Nothing was given out yet: the clock of a forked process starts anew."""
-        self._given_us = time.process_time_ns() // 1000
-
-
-_cpu = _Cpu()
-os.register_at_fork(after_in_child=_cpu.begin)
-
-
-class _Rss:
-    """Resident memory of this process; without a descriptor to spare, as it was when last read."""
-
-    def __init__(self) -> None:
-        self._kb = 0
-
-    def read_kb(self) -> int:
-        with contextlib.suppress(OSError):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self._kb = pages * (os.sysconf("SC_PAGE_SIZE") // 1024)
-        return self._kb
-
-
-rss_kb = _Rss().read_kb
-"""In units of 1024 bytes."""
-
-
 def _add(a: w.Counts, b: w.Counts) -> w.Counts:
     return w.Counts(**{name: getattr(a, name) + getattr(b, name) for name in a.__struct_fields__})
-
-
-# --- copying values into a slot -------------------------------------------------------------------------------------
-
-
-class _Whole:
-    """All columns of a tensor, in order."""
-
-    def __init__(self, name: str, target: npt.NDArray[np.floating]) -> None:
-        self.name = name
-        self._target = target
-
-    def many(self, slots: slice, rows: slice, array: npt.NDArray[Any]) -> None:
-        self._target[slots] = array.reshape(len(array), -1)[rows]
-
-
-class _Chosen:
-    """Some columns of a tensor."""
-
-    def __init__(self, name: str, columns: list[int], target: npt.NDArray[np.floating]) -> None:
-        self.name = name
-        self._columns = np.array(columns)
-        self._target = target
-
-    def many(self, slots: slice, rows: slice, array: npt.NDArray[Any]) -> None:
-        self._target[slots] = array.reshape(len(array), -1)[rows].take(self._columns, axis=1)
-
-
-class _Top:
-    """Of many classes the first largest, and how large it is."""
-
-    def __init__(self, name: str, target: npt.NDArray[np.floating]) -> None:
-        self.name = name
-        self._target = target
-
-    def many(self, slots: slice, rows: slice, array: npt.NDArray[Any]) -> None:
-        part = array[rows]
-        self._target[slots, 0] = part.argmax(1)
-        self._target[slots, 1] = part.max(1)
-
-
-_Copy = _Whole | _Chosen | _Top
-
-
-def _input_copies(plan: Plan, values: npt.NDArray[np.floating]) -> list[_Copy]:
-    found: list[_Copy] = []
-    at = 0
-    while at < len(plan.features):
-        name = plan.features[at].input
-        columns = [f.column for f in plan.features if f.input == name]
-        target = values[:, at : at + len(columns)]
-        found.append(_Whole(name, target) if name in plan.whole else _Chosen(name, columns, target))
-        at += len(columns)
-    return found
-
-
-def _output_copies(plan: Plan, values: npt.NDArray[np.floating]) -> list[_Copy]:
-    found: list[_Copy] = []
-    at = len(plan.features)
-    for output in plan.outputs:
-        target = values[:, at : at + output.width]
-        found.append(_Whole(output.name, target) if output.raw else _Top(output.name, target))
-        at += output.width
-    return found

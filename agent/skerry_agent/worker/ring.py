@@ -17,6 +17,7 @@ from skerry_contract import window as w
 from skerry_agent.worker import mapped
 from skerry_agent.worker.plan import Plan
 
+CAPACITY = 8192
 VERSION = 4
 READABLE = (VERSION, 3)
 """Versions that are folded: an agent may find what its older release left in the same boot."""
@@ -58,7 +59,8 @@ guards did, a bit per ``window.GUARD_KINDS``. ``age_ms``: of the request's oldes
 """
 _META_3 = np.dtype(META.descr[:-2])
 _MARKS = {VERSION: RETRY | CACHED | FALLBACK | VALUES | MARKED, 3: RETRY | CACHED | FALLBACK | VALUES}
-pack = struct.Struct("<BBHIqqqqqQIi").pack
+META_FORMAT = "<BBHIqqqqqQIi"
+pack = struct.Struct(META_FORMAT).pack
 """The bytes of one ``META``, its fields in order."""
 
 
@@ -78,6 +80,9 @@ class Ring:
     Attributes:
         meta: (capacity,) records with the fields of ``META``; values: (capacity, width) floats. Views into the file.
         padding: bytes that fill a slot up after its values.
+        memory, start, slot_bytes: the file, where its first slot begins, and how long each is.
+        positions: the file's own; ``positions[mapped.WRITTEN]`` is raised after what it stands for is written.
+        due: its writer's: position at which it wants to fold.
     """
 
     def __init__(self, header: Header, file: mapped.Mapped) -> None:
@@ -85,20 +90,21 @@ class Ring:
         self.header = header
         self.capacity = header.capacity
         self._file = file
-        self._memory = file.memory
-        self._start = file.start
+        self.memory = file.memory
+        self.start = file.start
         meta = META if file.version == VERSION else _META_3
         layout = _slot_layout(header.plan, meta)
         self._marks = _MARKS[file.version]
-        self._slot_bytes = layout.itemsize
+        self.slot_bytes = layout.itemsize
         self.padding = bytes(layout.itemsize - meta.itemsize - header.plan.width * np.dtype(header.plan.dtype).itemsize)
         self.meta: npt.NDArray[np.void] = np.frombuffer(file.memory, layout, self.capacity, file.start)
         self.values: npt.NDArray[np.floating] = (
             self.meta["values"] if header.plan.width else np.empty((self.capacity, 0), header.plan.dtype)
         )
-        self._positions = file.positions
-        self.written: int = self._positions[mapped.WRITTEN]
-        self.committed: int = self._positions[mapped.COMMITTED]
+        self.positions = file.positions
+        self.written: int = self.positions[mapped.WRITTEN]
+        self.committed: int = self.positions[mapped.COMMITTED]
+        self.due = 0
 
     @classmethod
     def create(cls, path: str, header: Header) -> Ring:
@@ -147,25 +153,25 @@ class Ring:
             IndexError: it is not as long as a slot; nothing is published then.
         """
         written = self.written
-        offset = self._start + written % self.capacity * self._slot_bytes
-        self._memory[offset : offset + self._slot_bytes] = slot
+        offset = self.start + written % self.capacity * self.slot_bytes
+        self.memory[offset : offset + self.slot_bytes] = slot
         self.written = written = written + 1
-        self._positions[mapped.WRITTEN] = written
+        self.positions[mapped.WRITTEN] = written
 
     def write(self, meta: bytes) -> None:
         """Fills the part before the values of the slot at ``written``; ``publish`` makes it valid."""
-        offset = self._start + self.written % self.capacity * self._slot_bytes
-        self._memory[offset : offset + META.itemsize] = meta
+        offset = self.start + self.written % self.capacity * self.slot_bytes
+        self.memory[offset : offset + META.itemsize] = meta
 
     def publish(self, slots: int) -> None:
         """Makes the next ``slots`` positions valid, all at once."""
         self.written += slots
-        self._positions[mapped.WRITTEN] = self.written
+        self.positions[mapped.WRITTEN] = self.written
 
     def commit(self, upto: int) -> None:
         """Notes that the store holds everything below ``upto``. The store's own note is the one that counts."""
         self.committed = max(self.committed, upto)
-        self._positions[mapped.COMMITTED] = self.committed
+        self.positions[mapped.COMMITTED] = self.committed
 
     def look_at_clocks(self) -> None:
         """Notes how the clocks stand to each other, so that records need only the monotonic one."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from skerry_runtime.acceleration import CPU, Acceleration
 from skerry_runtime.engines.faults import Words, one_line
+from skerry_runtime.engines.onnx_row import bind_row
 from skerry_runtime.errors import BadInput, Degraded, Violation
 from skerry_runtime.tensors import Array, Spec, Tensors
 
@@ -161,9 +162,12 @@ class OnnxEngine:
         names = list(outputs)
         texts = [spec.name for spec in self.inputs if spec.datatype == "BYTES"]
         run = self._prepare(names)
-        if not texts:
+        if texts:
+            return lambda feeds: run(_with_strings(feeds, texts))
+        if self.runs_on != ("cpu",):
             return run
-        return lambda feeds: run(_with_strings(feeds, texts))
+        given = {spec.name: spec for spec in self.outputs}
+        return bind_row(self._session, self.inputs, [given[name] for name in names], run)
 
     def again(self) -> OnnxEngine:
         """See ``base.Engine``."""

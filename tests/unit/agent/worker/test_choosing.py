@@ -14,7 +14,8 @@ from skerry_agent.worker import ring as r
 from skerry_agent.worker.choosing import Row
 from skerry_agent.worker.explaining import asked_of
 from skerry_agent.worker.plan import Explain, FeatureColumn, OutputColumn, Plan
-from skerry_agent.worker.recorder import Recorder, recover
+from skerry_agent.worker.recorder import Recorder
+from skerry_agent.worker.recovery import recover
 from skerry_contract import histogram as h
 from skerry_contract import window as w
 from skerry_contract import wire

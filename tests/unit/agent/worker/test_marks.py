@@ -19,7 +19,8 @@ from skerry_agent.worker import mapped
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.fold import Fold
 from skerry_agent.worker.plan import FeatureColumn, OutputColumn, Plan
-from skerry_agent.worker.recorder import Recorder, recover
+from skerry_agent.worker.recorder import Recorder
+from skerry_agent.worker.recovery import recover
 from skerry_contract import histogram as h
 from skerry_contract import window as w
 from skerry_contract import wire
