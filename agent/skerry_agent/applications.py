@@ -110,6 +110,7 @@ class Applications:
         self.clients: set[Client] = set()
         self.lent: set[str] = set()
         self.aside_s: dict[int, float] = {}
+        self.refused_s: dict[tuple[int, str], float] = {}
         self.grants: dict[str, Grant] = msgspec.convert(store.get(_GRANTS, {}), dict[str, Grant])
         self.folder = config.state_dir / "rings"
         self._uids = {0, os.geteuid(), *_uids(config.apps.users)}
@@ -464,7 +465,8 @@ class Client:
     def _keep(self, message: appwire.Keep, fds: list[int]) -> None:
         house = self._house
         mine = (
-            len(fds) == len(message.parts)
+            _is_ours(message.ring, "ring", house.folder)
+            and 0 < len(fds) == len(message.parts)
             and not house.lent & set(message.parts)
             and set(message.parts) <= {message.ring, book_of(message.ring)}
             and all(_is_file(fd, path, house.folder) for fd, path in zip(fds, message.parts, strict=True))
@@ -554,9 +556,19 @@ class Client:
         self.rings = {model: ring for model, ring in self.rings.items() if ring != path}
 
     def _refuse(self, message: appwire.Refused) -> None:
-        if message.ring not in self._held:
+        house, now_s = self._house, self._house.clock.boot_s()
+        grant = house.grants.get(message.ring)
+        if (
+            message.ring not in self._held
+            or grant is None
+            or (grant.model, grant.digest) != (message.model, message.digest)
+        ):
             return
-        self._refused[message.model] = (message.digest, self._house.clock.boot_s())
+        self._refused[message.model] = (message.digest, now_s)
+        told = (self.uid, message.digest)
+        if now_s - house.refused_s.get(told, -math.inf) < _AGAIN_S:
+            return
+        house.refused_s[told] = now_s
         log.error(
             "bundle does not run in an application",
             extra=kv(pid=self.pid, model=message.model[:80], digest=message.digest[:64], code=message.code[:80], detail=message.detail[:500]),
@@ -567,13 +579,18 @@ class Client:
             "detail": message.detail[:500],
             "where": "application",
         }
-        self._house.on_event("application", message.code[:64], data)
+        house.on_event("application", message.code[:64], data)
+
+
+def _is_ours(path: str, kind: str, folder: Path) -> bool:
+    """Whether a path is one that ``lend`` may have given out."""
+    name = os.path.basename(path)
+    return re.fullmatch(rf"{PREFIX}[0-9]+-[a-z0-9-]+\.{kind}", name) is not None and path == str(folder / name)
 
 
 def _is_file(fd: int, path: str, folder: Path) -> bool:
     """Whether a descriptor is of the file that lies at ``path``, one of ours."""
-    name = os.path.basename(path)
-    if re.fullmatch(rf"{PREFIX}[0-9]+-[a-z0-9-]+\.(ring|labels)", name) is None or path != str(folder / name):
+    if not _is_ours(path, "(ring|labels)", folder):
         return False
     try:
         ours, theirs = os.lstat(path), os.fstat(fd)

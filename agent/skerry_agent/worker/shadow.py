@@ -36,8 +36,8 @@ from skerry_agent.channel import Channel
 from skerry_agent.worker import mapped, share, tee
 from skerry_agent.worker.fold import LatencyFold
 from skerry_agent.worker.generation import CannotServe, code_of, load_and_prove
-from skerry_agent.worker.telling import Telling
 from skerry_agent.worker.resources import rss_kb
+from skerry_agent.worker.telling import Telling
 
 log = logging.getLogger(__name__)
 

@@ -512,6 +512,12 @@ def test_an_application_counts_under_no_other_key_no_other_ring_and_nothing_twic
         ring = granted(sock).served.ring
         appwire.send(sock, make(ring))
         assert hung_up(sock)
+    for ring in ("", "/", "app1-gas-0.ring", str(running.state_dir / "rings" / "app999-gas-0.ring")):
+        sock = greeted(running)
+        appwire.send(sock, appwire.Keep(ring=ring, parts=(), key=tuple(key), version="1.0.0"))
+        found = appwire.receive_at_application(sock)
+        assert found == (appwire.Held(ring=ring, ok=False), [])
+        sock.close()
     for rubbish in (b"", b"\xc1", b"\x81\xa1t\xa5hello", b"x" * 60_000):
         sock = greeted(running)
         sock.send(rubbish)
@@ -528,6 +534,22 @@ def test_an_application_counts_under_no_other_key_no_other_ring_and_nothing_twic
     assert counted(server, running) == 26
     assert running.status()["applications"]["connected"] == []
     running.infer(1)
+
+
+def test_a_bundle_that_an_application_refuses_again_and_again_is_told_once(running: Device, server: Server) -> None:
+    digest = running.bundle("1.0.0")
+    for _ in range(2):
+        sock = greeted(running)
+        ring = granted(sock).served.ring
+        for code in ("golden_failed", *(f"code{i}" for i in range(200))):
+            appwire.send(
+                sock, appwire.Refused(model="gas", digest=digest, ring=ring, code=code, detail="x" * 500)
+            )  # fmt: skip
+        appwire.send(sock, appwire.Refused(model="other", digest="0" * 64, ring=ring, code="made_up", detail=""))
+        appwire.send(sock, ww.Flush(id=1))
+        assert hung_up(sock)
+    wait_for(lambda: running.status()["outbox"]["pending"] == 0, why="all events")
+    assert [event.code for event in server.events("application")] == ["golden_failed"]
 
 
 def test_a_window_that_cannot_be_is_put_aside_and_its_ring_given_up_once_a_minute(
