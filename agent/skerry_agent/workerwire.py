@@ -195,7 +195,7 @@ class Conn(Message, frozen=True, kw_only=True, tag="conn"):
             request itself, whatever it knows of it. Empty for a connection of a worker that leaves.
         waited: to a worker: ``cold`` when the request had its model loaded, ``waiting`` when it waited for that; empty when neither.
         retry_s: to a worker: turn the request away, the client may come again after so many seconds. 0: answer it.
-
+        own: no client's: the worker that gave it away asks on it itself (``worker.neighbours``).
         id: to a worker: answered by ``took``; 0 for no answer.
 
     It arrives without a descriptor when the receiver may open no more: the connection is lost then.
@@ -205,6 +205,7 @@ class Conn(Message, frozen=True, kw_only=True, tag="conn"):
     model: str = ""
     waited: str = ""
     retry_s: int = 0
+    own: bool = False
     id: int = 0
 
 

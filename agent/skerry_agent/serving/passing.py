@@ -25,13 +25,14 @@ log = logging.getLogger(__name__)
 
 
 class _Waiting(msgspec.Struct, kw_only=True):
-    """``cell``: by name; ``model``: that the request is for, empty for a connection of a worker that left. ``waited``: see ``Conn``."""
+    """``cell``: by name; ``model``: that the request is for, empty for a connection of a worker that left. ``own``, ``waited``: see ``Conn``."""
 
     cell: str
     model: str
     head: bytes
     fd: int
     since_s: float
+    own: bool = False
     waited: str = ""
 
 
@@ -66,8 +67,9 @@ class Passing:
     def take(self, generation: Generation, message: ww.Conn, fd: int) -> None:
         """Takes a connection that a worker gives away. Owns ``fd`` from here on."""
         one = _Waiting(
-            cell=generation.cell, model=message.model, head=message.head, fd=fd, since_s=self._site.clock.boot_s()
-        )
+            cell=generation.cell, model=message.model, head=message.head, fd=fd, since_s=self._site.clock.boot_s(),
+            own=message.own,
+        )  # fmt: skip
         if self._send(one, giver=generation):
             return
         full = message.model and sum(bool(w.model) for w in self._waiting) >= self._site.config.pool.waiting
@@ -134,7 +136,9 @@ class Passing:
 
     def _relay(self, heir: Generation, one: _Waiting, *, retry_s: int = 0) -> None:
         self._number += 1
-        message = ww.Conn(head=one.head, model=one.model, waited=one.waited, retry_s=retry_s, id=self._number)
+        message = ww.Conn(
+            head=one.head, model=one.model, waited=one.waited, retry_s=retry_s, own=one.own, id=self._number
+        )
         # Its death may not be known here yet: the connection is held until it says that it has it.
         self._given[self._number] = one, heir
         heir.worker.send(message, one.fd)

@@ -6,11 +6,13 @@ the request (``parameters``, docs/reference/local-inference.md) become a ``Call`
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
+from skerry_contract import manifest as m
 from skerry_runtime.errors import BadInput, Violation
 from skerry_runtime.policies import KIND, MOST_AGE_MS, NO_AGES, Ages
 from skerry_runtime.runner import Inference
@@ -26,10 +28,17 @@ MOST_ID_BYTES: Final = 256
 
 
 class Unserved(Exception):
-    """The fallback model must answer and cannot. ``kinds``: bits of ``GUARD_KINDS``."""
+    """The fallback model must answer and cannot here.
 
-    def __init__(self, message: str, kinds: int) -> None:
+    Attributes:
+        why: the finding for which it must.
+        kinds: bits of ``GUARD_KINDS``; age_ms: as in ``Call``.
+    """
+
+    def __init__(self, message: str, why: Violation, kinds: int, age_ms: int) -> None:
+        self.why = str(why)
         self.kinds = kinds
+        self.age_ms = age_ms
         super().__init__(message)
 
 
@@ -119,21 +128,33 @@ def _by_fallback(model: Model, inputs: Tensors, ages: Ages, why: Violation, kind
     other = model.fallback
     name = model.manifest.fallback
     if other is None:
-        raise Unserved(f"{why}; {name} should answer instead: {model.no_fallback}", kinds)
+        message = f"{why}; {name} should answer instead: {model.no_fallback}"
+        raise Unserved(message, why, kinds, ages.oldest_ms())
     run: Callable[[], Inference]
     if other.policies is None:
         run = lambda: other.infer(inputs)  # noqa: E731
     else:
         judged = other.policies.judge(inputs, ages)
         if judged.fallback is not None:
-            raise Unserved(f"{why}; {name} should answer instead, and refuses {judged.fallback}", kinds)
+            message = f"{why}; {name} should answer instead, and refuses {judged.fallback}"
+            raise Unserved(message, why, kinds, ages.oldest_ms())
         ready = judged.inputs
         run = lambda: other.compute(ready)  # noqa: E731
     call = Call(other, run, kinds, ages.oldest_ms())
     call.flags = r.FALLBACK
-    call.notes = {"fallback": True, "fallback_for": model.name, "fallback_reason": str(why)}
-    call.header = b"Skerry-Fallback: %b\r\n" % model.name.encode()
+    call.notes = notes_of(model, str(why))
+    call.header = header_of(model)
     return call
+
+
+def notes_of(model: Model, why: str) -> dict[str, Any]:
+    """Parameters of an answer that the fallback of ``model`` gave."""
+    return {"fallback": True, "fallback_for": model.name, "fallback_reason": why}
+
+
+def header_of(model: Model) -> bytes:
+    """The header line of such an answer."""
+    return b"Skerry-Fallback: %b\r\n" % model.name.encode()
 
 
 def link_fallbacks(models: dict[str, Model]) -> None:
@@ -145,12 +166,22 @@ def link_fallbacks(models: dict[str, Model]) -> None:
         other = models.get(wanted)
         model.fallback, model.no_fallback = None, "it is not served here"
         if other is None:
+            # Another worker may serve it (``standing_in``).
+            model.fallback_tensors = tensors_of(model.manifest)
             continue
         fault = _misfit(model, other)
         if fault:
             model.no_fallback = fault
         else:
             model.fallback = other
+
+
+def tensors_of(manifest: m.Manifest) -> str:
+    """Names what a model takes and gives: the same for two models that can stand in for each other."""
+    both = [
+        sorted((t.name, t.datatype, tuple(t.shape)) for t in found) for found in (manifest.inputs, manifest.outputs)
+    ]
+    return hashlib.sha256(repr(both).encode()).hexdigest()[:32]
 
 
 def _misfit(model: Model, other: Model) -> str:

@@ -110,15 +110,21 @@ def digest_of(ident: str) -> int:
 
 def models_of(body: bytes) -> set[str]:
     """The models that the labels of a request are about, as far as they say so; none when it cannot be read."""
+    return {model_of(label) for label in labels_of(body)}
+
+
+def labels_of(body: bytes) -> list[Label]:
+    """The labels of a request; none when it cannot be read."""
     try:
-        labels = _decoder.decode(body).feedback
+        return _decoder.decode(body).feedback
     except (msgspec.DecodeError, RecursionError):
-        return set()
-    found = set()
-    for label in labels:
-        parts = _PREDICTION.fullmatch(label.id)
-        found.add(label.model or (parts[1] if parts else ""))
-    return found
+        return []
+
+
+def model_of(label: Label) -> str:
+    """The model that a label is about, as far as it says so."""
+    parts = _PREDICTION.fullmatch(label.id)
+    return label.model or (parts[1] if parts else "")
 
 
 class Feedback:
@@ -130,7 +136,7 @@ class Feedback:
         on_matched: hears of each first label of a prediction: book, position, true class, predicted class.
 
     Attributes:
-        elsewhere: models that other workers serve. Labels that are all about one of them go there (``passing``).
+        elsewhere: models that other workers serve. Their labels go there (``passing``, ``splitting``).
     """
 
     def __init__(
@@ -301,8 +307,7 @@ class Feedback:
         """What a client is told that labels what it may not."""
         if not models:
             return None
-        parts = _PREDICTION.fullmatch(label.id)
-        model = book.header.key.model if book is not None else label.model or (parts[1] if parts else "")
+        model = book.header.key.model if book is not None else model_of(label)
         if model in models or (not model and set(self._recorders) <= set(models)):
             return None
         return _invalid(label, f"this client may label {', '.join(models)} only")
@@ -332,10 +337,7 @@ class Feedback:
         return _outcome(label, outcome)
 
     def _unknown(self, label: Label, at_ns: int) -> _Outcome:
-        parts = _PREDICTION.fullmatch(label.id)
-        model = label.model or (parts[1] if parts else "")
-        if model in self.elsewhere:
-            return _invalid(label, f"{model} has a worker of its own: wanted its labels in a request of their own")
+        model = model_of(label)
         if not model:
             if self.elsewhere or len(self._recorders) != 1:
                 names = ", ".join(sorted({*self._recorders, *self.elsewhere}))

@@ -58,6 +58,6 @@ class Handover:
     def _give(self, connection: Connection) -> None:
         if connection not in self._server.connections or not connection.at_boundary:
             return
-        self._channel.send(ww.Conn(head=connection.unanswered()), connection.fileno())
+        self._channel.send(ww.Conn(head=connection.unanswered(), own=connection.own), connection.fileno())
         connection.abandon()
         self.passed += 1

@@ -42,8 +42,15 @@ class Loop(Protocol):
         """See asyncio."""
 
 
+StandIn = Callable[[Model, http1.Request, oip.InferRequest, int, int, int, calls.Unserved, Done], bool]
+
+
 class InferenceService:
-    """Answers inference requests of all models of a generation."""
+    """Answers inference requests of all models of a generation.
+
+    Attributes:
+        stand_in: asks the worker that serves a fallback model; see ``standing_in``.
+    """
 
     def __init__(self, loop: Loop, *, max_inflight: int, inline_below_us: float, max_wait_s: float) -> None:
         self._loop = loop
@@ -52,6 +59,7 @@ class InferenceService:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._under_way: tuple[int, float] | None = None
+        self.stand_in: StandIn | None = None
 
     @property
     def inflight(self) -> int:
@@ -83,6 +91,9 @@ class InferenceService:
         except BadInput as error:
             return _refuse(model, head, start, flags, error)
         except calls.Unserved as error:
+            stand_in = self.stand_in
+            if stand_in is not None and stand_in(model, request, asked, rows, start, flags, error, done):
+                return None
             return _unserved(model, head, start, flags, error)
         except Exception as error:
             # A bug of ours. The client gets its answer and the request is counted, like one that the runtime failed.

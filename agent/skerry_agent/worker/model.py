@@ -29,7 +29,8 @@ class Model:
         begin_us: what it takes to begin a stream.
         special: whether every request takes the longer way (``calls``).
         kinds: bits of ``GUARD_KINDS`` that every request of the model has.
-        fallback: the model that answers where a policy says so; ``no_fallback`` says why there is none.
+        fallback: the model that answers where a policy says so; ``no_fallback`` says why there is none; ``fallback_tensors``: what
+            it must take and give where another worker may serve it, else empty.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Model:
         judged = self.policies is not None and self.policies.always
         self.special = judged or self.streams is not None or bool(self.kinds)
         self.fallback: Model | None = None
-        self.no_fallback = "it is not served here"
+        self.no_fallback, self.fallback_tensors = "it is not served here", ""
         self._check = runner.guard.check
         self.platform = {"onnx": "onnx_onnxv1", "tflite": "tflite_tflite"}[runner.variant.runtime]
         self._one_us = infer_us

@@ -31,6 +31,7 @@ from skerry_agent.worker.handover import Handover
 from skerry_agent.worker.inference import InferenceService
 from skerry_agent.worker.memory import own_mb
 from skerry_agent.worker.model import Model
+from skerry_agent.worker.neighbours import Answerer, Neighbours
 from skerry_agent.worker.passing import Passing
 from skerry_agent.worker.recovery import recover
 from skerry_agent.worker.resources import rss_kb
@@ -38,6 +39,8 @@ from skerry_agent.worker.routes import Routes
 from skerry_agent.worker.sampling import Sampling
 from skerry_agent.worker.server import Server
 from skerry_agent.worker.spans import Spans
+from skerry_agent.worker.splitting import Splitting
+from skerry_agent.worker.standing_in import StandingIn
 from skerry_agent.worker.tee import Tee
 from skerry_agent.worker.telling import Telling
 
@@ -72,6 +75,7 @@ class Worker:
         self._ending: asyncio.Task[None] | None = None
         self._channel = Channel(control, self._on_message, self._on_eof)
         self._telling = Telling(self._loop, self._channel.send)
+        self._neighbours = Neighbours(self._channel)
         self._loop.add_signal_handler(signal.SIGTERM, self._on_stop)
         # A terminal's Ctrl-C reaches the whole process group; the supervisor decides what it means.
         self._loop.add_signal_handler(signal.SIGINT, lambda: None)
@@ -110,6 +114,7 @@ class Worker:
                     self._passing.know(models)
                     self._feedback.elsewhere = frozenset(models)
                     self._routes.elsewhere = models
+                    self._neighbours.models = models
             case ww.Drain(deadline_s=deadline_s):
                 self._end(self._drain(deadline_s))
             case ww.Rekey():
@@ -195,9 +200,12 @@ class Worker:
         )
         for name, model in self._models.items():
             model.recorder.show(explain=self._explaining.taker(name), sample=sampling.taker(name))
-        routes = self._routes = Routes(self._models, self._service, self._feedback, self._explaining, spans=self._spans)
+        self._service.stand_in = StandingIn(self._neighbours).answer
+        labels = Splitting(self._feedback, self._neighbours)
+        routes = self._routes = Routes(self._models, self._service, labels, self._explaining, spans=self._spans)
         self._throttle(start.throttle)
         self._server = Server(self._routes)
+        self._server.neighbours = Answerer(self._models, self._service, self._feedback)
         self._passing = Passing(
             self._server, self._channel, lambda body: models_of(body) or asked_of(body), lambda: routes.gate
         )
@@ -239,7 +247,12 @@ class Worker:
         if message.model:
             self._passing.watch()
         self._server.adopt(
-            sock, message.head, settled=bool(message.model), waited=message.waited, retry_s=message.retry_s
+            sock,
+            message.head,
+            settled=bool(message.model),
+            waited=message.waited,
+            retry_s=message.retry_s,
+            own=message.own,
         )
         self._took(message)
 

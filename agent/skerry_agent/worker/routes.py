@@ -23,6 +23,7 @@ from skerry_agent.worker.feedback import Feedback
 from skerry_agent.worker.inference import Done, InferenceService
 from skerry_agent.worker.model import Model
 from skerry_agent.worker.spans import Spans
+from skerry_agent.worker.splitting import Splitting
 from skerry_agent.worker.statistics import statistics_of
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "sequence", "statistics")
@@ -53,7 +54,7 @@ class Routes:
         self,
         models: dict[str, Model],
         service: InferenceService,
-        feedback: Feedback,
+        feedback: Feedback | Splitting,
         explaining: Explaining,
         gate: a.Gate | None = None,
         spans: Spans | None = None,

@@ -54,6 +54,7 @@ class Server:
         connections: open ones.
         on_boundary: called with a connection whenever it has answered a request, or was just made; ``handover`` sets it.
         passing: whether a request is another worker's; None while there are none.
+        neighbours: what answers the questions of other workers.
         requests: taken up so far.
     """
 
@@ -64,6 +65,7 @@ class Server:
         self.partial: dict[Connection, float] = {}
         self.on_boundary: Callable[[Connection], None] | None = None
         self.passing: Passing | None = None
+        self.neighbours: Handler | None = None
         self.requests = 0
         self._partial_s = partial_s
         self._loop = asyncio.get_running_loop()
@@ -100,11 +102,18 @@ class Server:
         self._listeners.clear()
 
     def adopt(
-        self, sock: socket.socket, head: bytes = b"", *, settled: bool = False, waited: str = "", retry_s: int = 0
+        self,
+        sock: socket.socket,
+        head: bytes = b"",
+        *,
+        settled: bool = False,
+        waited: str = "",
+        retry_s: int = 0,
+        own: bool = False,
     ) -> None:
         """Serves an accepted connection, of which ``head`` was already read. The rest: see ``Connection``."""
         sock.setblocking(False)
-        task = self._loop.create_task(self._connect(sock, head, settled, waited, retry_s))
+        task = self._loop.create_task(self._connect(sock, head, settled, waited, retry_s, own))
         # Counted from here on: a connection between accept and its first callback must not be forgotten by a drain.
         self._joining.add(task)
         task.add_done_callback(self._joining.discard)
@@ -117,11 +126,15 @@ class Server:
         for connection in list(self.connections):
             connection.close()
 
-    async def _connect(self, sock: socket.socket, head: bytes, settled: bool, waited: str, retry_s: int) -> None:
+    async def _connect(
+        self, sock: socket.socket, head: bytes, settled: bool, waited: str, retry_s: int, own: bool
+    ) -> None:
         try:
             if sock.family in (socket.AF_INET, socket.AF_INET6):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.connect_accepted_socket(lambda: Connection(self, head, settled, waited, retry_s), sock)
+            await self._loop.connect_accepted_socket(
+                lambda: Connection(self, head, settled, waited, retry_s, own), sock
+            )
         except OSError as error:
             # The client was gone before it began.
             log.debug("connection not set up error=%s", error)
@@ -163,6 +176,7 @@ class Connection(asyncio.Protocol):
         settled: its first request was passed to this process and goes no further; retry_s: it is to be turned away, see ``passing``.
         waited: see ``workerwire.Conn``; kinds: what is to be recorded of the next request.
         known, refused_s: see ``access.Asker``.
+        own: another worker asks on it, and no client.
     """
 
     __slots__ = (
@@ -170,6 +184,7 @@ class Connection(asyncio.Protocol):
         "_continued",
         "_cutter",
         "_eof",
+        "_handler",
         "_head",
         "_keep_alive",
         "_paused",
@@ -180,6 +195,7 @@ class Connection(asyncio.Protocol):
         "busy",
         "kinds",
         "known",
+        "own",
         "refused_s",
         "retry_s",
         "settled",
@@ -189,9 +205,17 @@ class Connection(asyncio.Protocol):
     _transport: asyncio.Transport
 
     def __init__(
-        self, server: Server, head: bytes = b"", settled: bool = False, waited: str = "", retry_s: int = 0
+        self,
+        server: Server,
+        head: bytes = b"",
+        settled: bool = False,
+        waited: str = "",
+        retry_s: int = 0,
+        own: bool = False,
     ) -> None:
         self._server = server
+        self._handler = server.neighbours if own and server.neighbours is not None else server.handler
+        self.own = own
         self._head = head
         self._cutter = http1.Cutter(server.max_body_bytes)
         self._buffer: bytes | bytearray = b""
@@ -295,7 +319,7 @@ class Connection(asyncio.Protocol):
             self._keep_alive = found.head.keep_alive
             self.busy = True
             try:
-                reply = server.handler.handle(found, self._done, self)
+                reply = self._handler.handle(found, self._done, self)
             except Exception:
                 log.exception("request failed method=%s", found.head.method)
                 self._keep_alive = False
