@@ -56,6 +56,13 @@ class Counted:
             found.append(int(next(iter(result.outputs.values())).argmax()))
         return np.array(found)
 
+    def explain(self, attributions: dict[str, list[float]], *, dropped: int = 0) -> None:
+        """Counts rows as explained: by feature, an attribution for each of them. They come with the next window."""
+        columns = np.array(list(attributions.values()), np.float64).T
+        self._recorder.tally("explain.chosen", len(columns) + dropped)
+        self._recorder.tally("explain.dropped", dropped)
+        self._recorder.explained(tuple(attributions), columns, 1.0)
+
     def window(self, rows: np.ndarray, truth: np.ndarray | None = None) -> w.Window:
         """Answers the rows and cuts the window; with ``truth`` it carries their labels as well."""
         predicted = self.answer(rows)

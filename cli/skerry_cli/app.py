@@ -44,6 +44,7 @@ app.command("info")(server.info)
 app.command("audit")(server.audit)
 app.command("drift")(insight.drift)
 app.command("accuracy")(insight.accuracy)
+app.command("attributions")(insight.attributions)
 app.command("samples")(insight.samples)
 app.command("demo")(demo.demo)
 

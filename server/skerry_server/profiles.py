@@ -1,6 +1,6 @@
 """Profiles in the database: what bundles' features, answers and labels looked like, per bucket of time.
 
-Owns ``profiles`` and ``label_sums``: ``Folder`` adds the windows of one ingest transaction, the functions below read. Sums of
+Owns ``profiles`` and ``label_sums`` (what was explained is ``attributions``', in the same buckets): ``Folder`` adds the windows of one ingest transaction, the functions below read. Sums of
 integers only, so neither order nor batching changes the result, and a window that comes late is added to the bucket of its
 time. Leaves what the numbers mean to ``core.drift`` and ``core.accuracy``.
 
@@ -27,6 +27,7 @@ from skerry_contract import window as w
 from skerry_contract.errors import ContractError
 from sqlalchemy import Connection, Insert, Update, bindparam, func, insert, select, update
 
+from skerry_server import attributions
 from skerry_server.core import profile as core
 from skerry_server.core.accuracy import DeviceLabels
 from skerry_server.core.drift import Span
@@ -163,6 +164,7 @@ class Folder:
         self._models: dict[str, str] = {}
         self._labels: dict[tuple[str, int, str], tuple[int, int]] = {}
         self._unknown: set[str] = set()
+        self._explained = attributions.Adder(connection)
 
     def add(self, device: str, window: w.Window, *, at_ms: int) -> int:
         """Takes what fits of a window that ended at ``at_ms``; returns how many of its parts do not."""
@@ -177,6 +179,11 @@ class Folder:
         bucket = at_ms - at_ms % self._bucket_ms
         self._models[bundle] = shape.model
         self._sums.setdefault(Key(bundle, window.key.variant, bucket), _Sum(0, [])).add(profile)
+        explained = core.explained_of(window, shape.features)
+        if explained is None:
+            unfit += 1
+        else:
+            self._explained.add(attributions.Key(bundle, window.key.variant, bucket), explained)
         labelled, wrong = labels_of(profile.labels)
         if labelled:
             before = self._labels.get((bundle, bucket, device), (0, 0))
@@ -215,6 +222,7 @@ class Folder:
             for (bundle, bucket, device), (labelled, wrong) in self._labels.items()
         ]
         _LABELS.run(self._connection, labels)
+        self._explained.store()
 
     def _stored(self) -> dict[Key, tuple[int, core.Profile]]:
         bundles = sorted({key.bundle for key in self._sums})

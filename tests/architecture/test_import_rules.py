@@ -57,7 +57,7 @@ LAYERS = {
         (
             (
                 "anchors publication judging rollouts devices groups registry intake presence quarantine evidence ledger access "
-                "versions profiles rollups reports shadowing requested_logs"
+                "versions profiles attributions rollups reports shadowing requested_logs"
             ),
             True,
         ),

@@ -1,4 +1,4 @@
-"""``skerry drift``, ``skerry accuracy`` and ``skerry samples``: what the fleet's counts say about a model, in plain words."""
+"""``skerry drift``, ``skerry accuracy``, ``skerry attributions`` and ``skerry samples``: what the fleet's counts say about a model, in plain words."""
 
 from __future__ import annotations
 
@@ -13,9 +13,20 @@ from skerry_cli.commands.publish import find_bundle
 from skerry_cli.commands.session import session
 from skerry_cli.errors import Usage
 
+Since = Annotated[
+    int | None,
+    typer.Option(
+        "--since-ms", help="From then on, ms since 1970; the last 24 hours when left out, 0 for all there is."
+    ),
+]
+Until = Annotated[int | None, typer.Option("--until-ms", help="Only what was counted before then, ms since 1970.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 Model = Annotated[str | None, typer.Option("--model", help="Only this model.")]
 _MOST_SHOWN = 20
+_UNITS = {
+    "probability": "in the probability of the class that was predicted",
+    "scale": "in the variant's own scale of its golden answers",
+}
 _SPAN_MS = 24 * 3_600_000
 
 
@@ -50,29 +61,19 @@ def drift(
 def accuracy(
     context: typer.Context,
     model: Model = None,
-    since_ms: Annotated[
-        int | None,
-        typer.Option(
-            "--since-ms", help="From then on, ms since 1970; the last 24 hours when left out, 0 for all there is."
-        ),
-    ] = None,
-    until_ms: Annotated[
-        int | None, typer.Option("--until-ms", help="Only what was counted before then, ms since 1970.")
-    ] = None,
+    since_ms: Since = None,
+    until_ms: Until = None,
     as_json: AsJson = False,
 ) -> None:
     """Shows how often each version is right, from labels with intervals, and the label-free estimate beside it."""
-    if until_ms is not None and until_ms <= (since_ms or 0):
-        raise Usage(f"wanted --until-ms after --since-ms, got {since_ms or 0} to {until_ms}")
+    # Over a version's whole life a fall is lost among the labels of better days.
+    since_ms = _beginning(since_ms, until_ms)
     api = session(context).api
-    if since_ms is None:
-        # Over a version's whole life a fall is lost among the labels of better days.
-        since_ms = max(0, (until_ms if until_ms is not None else int(time.time() * 1000)) - _SPAN_MS)
     items = list(api.items("/api/v1/accuracy", model=model, since_ms=since_ms, until_ms=until_ms))
     if as_json:
         output.show_json({"items": items})
         return
-    span = f"from {output.when(since_ms) if since_ms else 'the beginning'} to {output.when(until_ms) if until_ms else 'now'}"
+    span = _span(since_ms, until_ms)
     output.say(f"Counted {span}." if items else f"Nothing was counted{_of(model)} {span}.")
     for item in items:
         for line in accuracy_text(item):
@@ -93,6 +94,62 @@ def accuracy(
                 ("class", "recall", "of", "precision", "of"),
                 rows,
             )
+
+
+def attributions(
+    context: typer.Context,
+    model: Model = None,
+    since_ms: Since = None,
+    until_ms: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shows what each feature had to do with a version's answers, of those that devices explained, and how many they did."""
+    since_ms = _beginning(since_ms, until_ms)
+    api = session(context).api
+    items = list(api.items("/api/v1/attributions", model=model, since_ms=since_ms, until_ms=until_ms))
+    if as_json:
+        output.show_json({"items": items})
+        return
+    span = _span(since_ms, until_ms)
+    if not items:
+        output.say(f"No answer was explained{_of(model)} {span}; a manifest's explanations.share says how many are.")
+        return
+    output.say(f"Explained {span}.")
+    for item in items:
+        for one in item["variants"]:
+            for line in attributions_text(item, one):
+                output.say(line)
+            rows = [(f["feature"], _number(f["mean"]), f"{f['share']:.1%}") for f in one["features"][:_MOST_SHOWN]]
+            if rows:
+                title = f"mean absolute attribution, {_UNITS[item['unit']]}"
+                output.show_table(title, ("feature", "mean", "of all"), rows)
+            if len(one["features"]) > _MOST_SHOWN:
+                output.say(f"  and {len(one['features']) - _MOST_SHOWN} weaker; --json shows all.")
+
+
+def _beginning(since_ms: int | None, until_ms: int | None) -> int:
+    if until_ms is not None and until_ms <= (since_ms or 0):
+        raise Usage(f"wanted --until-ms after --since-ms, got {since_ms or 0} to {until_ms}")
+    if since_ms is None:
+        return max(0, (until_ms if until_ms is not None else int(time.time() * 1000)) - _SPAN_MS)
+    return since_ms
+
+
+def _span(since_ms: int, until_ms: int | None) -> str:
+    return f"from {output.when(since_ms) if since_ms else 'the beginning'} to {output.when(until_ms) if until_ms else 'now'}"
+
+
+def attributions_text(item: dict[str, Any], one: dict[str, Any]) -> list[str]:
+    """How much of one variant's answers was explained, in lines."""
+    coverage = "" if one["coverage"] is None else f" ({one['coverage']:.2%})"
+    title = f"{item['model']} {item['version']} ({output.short(item['bundle'])}), {one['variant']}"
+    lines = [f"{title}: {one['explained']} of {one['answered']} answered rows explained{coverage}"]
+    left = one["chosen"] - one["explained"] - one["dropped"]
+    if one["dropped"] or left > 0:
+        lines.append(
+            f"  of {one['chosen']} chosen, {one['dropped']} were dropped and {max(0, left)} are to come or lost"
+        )
+    return lines
 
 
 def samples(
@@ -150,16 +207,20 @@ def _by_effect(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _show_numbers(found: dict[str, Any]) -> None:
     names = ("n", "psi", "psi_corrected", "js", "ks", "shift_sd", "null_rate", "p")
+    # Of several variants the one that explained most.
+    explained = max(found["attributions"], key=lambda one: one["explained"], default={"features": ()})
+    shares = {f"feature:{one['feature']}": f"{one['share']:.1%}" for one in explained["features"]}
     output.say(f"{found['model']} {output.short(found['bundle'])}: {found['verdict']}: {found['reason']}.")
     output.show_table(
         "",
-        ("subject", "state", "spans", *names),
+        ("subject", "state", "spans", *names, *(("attribution",) if shares else ())),
         [
             (
                 one["subject"],
                 "drift" if one["drifted"] else one["now"]["state"],
                 f"{one['spans_drifted']}/{one['spans']}",
                 *(_number(one["now"][name]) for name in names),
+                *((shares.get(one["subject"], "-"),) if shares else ()),
             )
             for one in found["evaluation"]["subjects"]
         ],

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from skerry_contract import ids
 
-from skerry_server import findings, outcomes, registry, shadowing
+from skerry_server import attributions, findings, outcomes, registry, shadowing
 from skerry_server.api.context import After, Ctx, Limit, Viewer, page, read_cursor
 from skerry_server.db.engine import reading
 from skerry_server.errors import NotFound
@@ -38,9 +38,11 @@ def drift_of(context: Ctx, _caller: Viewer, digest: str) -> dict[str, Any]:
     ids.bundle_digest(digest)
     with reading(context.engine) as conn:
         found = findings.evaluation_of(conn, digest)
-    if found is None:
-        raise NotFound("look for drift at bundle", digest)
-    return found
+        if found is None:
+            raise NotFound("look for drift at bundle", digest)
+        # A feature that moves and that the model leans on is another matter than one that it ignores.
+        (explained,) = attributions.of(conn, [digest], from_ms=found["from_ms"] or 0, upto_ms=1 << 53) or [{}]
+    return found | {"attributions": explained.get("variants", [])}
 
 
 @router.get("/accuracy", summary="Accuracy of each bundle from labels with intervals, and a marked estimate beside it")
@@ -59,6 +61,36 @@ def accuracy(
         if model is not None:
             registry.require_model(conn, model)
         items = outcomes.accuracy_page(
+            conn,
+            model=model,
+            from_ms=since_ms or 0,
+            upto_ms=until_ms if until_ms is not None else 1 << 53,
+            after=None if last is None else (last[0], last[1]),
+            limit=limit,
+        )
+    return page(items, limit, *((items[-1]["model"], items[-1]["bundle"]) if items else ()))
+
+
+@router.get(
+    "/attributions", summary="What features had to do with the answers of each bundle, and how many were explained"
+)
+def attributed(
+    context: Ctx,
+    _caller: Viewer,
+    model: Model = None,
+    since_ms: Time = None,
+    until_ms: Time = None,
+    after: After = None,
+    limit: Limit = 100,
+) -> dict[str, Any]:
+    """Of the buckets that begin within `[since_ms, until_ms)`; all without bounds. `mean` is the mean absolute attribution of the explained
+    rows: of probability where `unit` says so, else in the variant's own scale; `share` is of the sum of all means.
+    """
+    last = read_cursor(after, str, str)
+    with reading(context.engine) as conn:
+        if model is not None:
+            registry.require_model(conn, model)
+        items = attributions.page(
             conn,
             model=model,
             from_ms=since_ms or 0,

@@ -19,7 +19,7 @@ from skerry_contract import histogram as h
 from skerry_contract import ids
 from sqlalchemy import Connection, Integer, Select, cast, func, select
 
-from skerry_server import evidence, findings, judging, outcomes, registry, rollouts
+from skerry_server import attributions, evidence, findings, judging, outcomes, registry, rollouts
 from skerry_server.console import formats
 from skerry_server.core import rollout as core
 from skerry_server.db import tables as t
@@ -194,7 +194,7 @@ def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) 
         running_left_out=len(running[RUNNING:]),
         rollouts=under_way,
         rollouts_left_out=_rollouts_under_way(conn) - len(under_way),
-        drift=_by_version(_strongest_first(one) for one in findings.evaluations_of(conn, looked_at)),
+        drift=_by_version(_drift(conn, looked_at, since_ms, upto_ms)),
         drift_left_out=drift_left_out,
         accuracy=_by_version(outcomes.accuracy_of(conn, reckoned, from_ms=since_ms, upto_ms=upto_ms)),
         accuracy_left_out=accuracy_left_out,
@@ -333,6 +333,17 @@ def side(
 def _by_version(items: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     newest_first = sorted(items, key=lambda one: ids.version_key(one["version"]), reverse=True)
     return tuple(sorted(newest_first, key=lambda one: str(one["model"])))
+
+
+def _drift(conn: Connection, bundles: Sequence[str], from_ms: int, upto_ms: int) -> Iterable[dict[str, Any]]:
+    """The last looks, each with what the model leaned on of late: ``explained`` and ``leaned_on``, a share per subject."""
+    found = attributions.of(conn, bundles, from_ms=from_ms, upto_ms=upto_ms)
+    variants = {one["bundle"]: one["variants"] for one in found}
+    for evaluation in findings.evaluations_of(conn, bundles):
+        most = attributions.foremost(variants.get(evaluation["bundle"], ()))
+        leaned_on = {f"feature:{one['feature']}": one["share"] for one in most["features"]} if most else {}
+        explained = most["coverage"] if most else None
+        yield _strongest_first(evaluation) | {"explained": explained, "leaned_on": leaned_on}
 
 
 def _strongest_first(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,52 @@ def shape_of(manifest: m.Manifest) -> Shape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Explained:
+    """Rows whose answers were explained, and what each feature had to do with them.
+
+    Attributes:
+        chosen: rows to be explained; rows: those that were; dropped: those that never will be.
+        attributions: by feature, quantized absolute attributions of ``rows``.
+    """
+
+    chosen: int = 0
+    rows: int = 0
+    dropped: int = 0
+    attributions: Mapping[str, h.Moments] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.chosen or self.rows or self.dropped)
+
+
+def explained_of(window: w.Window, features: Mapping[str, int]) -> Explained | None:
+    """What a window adds; None when no device can have counted it of a bundle with these features."""
+    count = window.tallies.get
+    rows = count("explain.rows", 0)
+    attributions = window.attributions
+    # Each explained row says something of every feature that is explained, and how much is never below 0.
+    fits = bool(attributions) == bool(rows) and all(
+        name in features and part.n == rows and part.total >= 0 and _possible(part)
+        for name, part in attributions.items()
+    )
+    if not fits:
+        return None
+    return Explained(
+        chosen=count("explain.chosen", 0), rows=rows, dropped=count("explain.dropped", 0), attributions=attributions
+    )
+
+
+def total_explained(parts: Iterable[Explained]) -> Explained:
+    """All of them in one: commutative, associative, exact."""
+    found = list(parts)
+    return Explained(
+        chosen=sum(part.chosen for part in found),
+        rows=sum(part.rows for part in found),
+        dropped=sum(part.dropped for part in found),
+        attributions=_by_name([part.attributions for part in found], _moments),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
     """Sums over windows.
 

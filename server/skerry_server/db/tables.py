@@ -417,6 +417,19 @@ profiles = Table(
     Index("profiles_by_update", "updated_ms"),
 )
 
+explanations = Table(
+    "explanations",
+    metadata,
+    # What was explained of one bundle and variant per bucket of its profiles; only of buckets in which something was.
+    Column("bundle", String(64), primary_key=True),
+    Column("variant", String(63), primary_key=True),
+    Column("bucket_ms", BigInteger, primary_key=True),
+    Column("chosen", BigInteger, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("dropped", BigInteger, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # by feature, as attributions.encode writes it
+)
+
 shadows = Table(
     "shadows",
     metadata,

@@ -175,16 +175,50 @@ def test_batch_1_is_no_drift_batch_2_is_and_labels_say_what_it_costs(server: Ser
     assert msgspec.json.decode(skerry(server, "accuracy", "--json"))["items"][0]["bundle"] == fleet.digest
 
 
+def test_what_devices_explained_is_added_up_and_stands_beside_drift(server: ServerRig, fleet: Fleet) -> None:
+    readings = data.load([2])
+    before_ms = round(time.time() * 1000) - 1000
+    names = [feature.name for feature in fleet.made.bundle.manifest.features][:2]
+    server.wait("a look", lambda: fleet.drift()["verdict"])
+    for i, (device, counted) in enumerate(zip(fleet.devices, fleet.counted, strict=True)):
+        counted.explain({names[0]: [0.5, -0.25], names[1]: [0.125 * (i % 2), 0.0]}, dropped=1)
+        device.send(("window", wire.encode(counted.window(readings.x[:20]))))
+
+    def told() -> dict[str, Any] | None:
+        items = server.good("GET", f"/api/v1/attributions?model={MODEL}&since_ms={before_ms}")["items"]
+        return items[0] if items and items[0]["variants"][0]["explained"] == 2 * DEVICES else None
+
+    item = server.wait("all that was explained", told)
+    (one,) = item["variants"]
+    assert (item["bundle"], item["unit"]) == (fleet.digest, "probability")
+    assert (one["chosen"], one["dropped"]) == (3 * DEVICES, DEVICES)
+    assert one["coverage"] == one["explained"] / one["answered"]
+    assert [(f["feature"], f["mean"]) for f in one["features"]] == [(names[0], 0.375), (names[1], 0.03125)]
+
+    said = skerry(server, "attributions", "--model", MODEL)
+    assert f"{2 * DEVICES} of " in said and f"of {3 * DEVICES} chosen, {DEVICES} were dropped and 0 are to come" in said
+    assert names[0] in said and "92.3%" in said and "7.7%" in said
+    assert (
+        msgspec.json.decode(skerry(server, "attributions", "--since-ms", "0", "--json"))["items"][0]["unit"]
+        == "probability"
+    )
+    assert "No answer was explained" in skerry(server, "attributions", "--until-ms", "1000")
+    looked_at = skerry(server, "drift", "--bundle", fleet.digest)
+    assert "attribution" in looked_at and "92.3%" in looked_at
+
+
 def test_a_bundle_that_was_never_looked_at_is_not_found_and_a_viewer_may_read(server: ServerRig, fleet: Fleet) -> None:
     token = server.good("POST", "/api/v1/tokens", {"name": "looker", "role": "viewer"})["token"]
     assert server.ask("GET", "/api/v1/drift", token=token).status == 200
     assert server.ask("GET", "/api/v1/accuracy", token=token).status == 200
-    for path in ("drift", f"drift/{fleet.digest}", "accuracy"):
+    assert server.ask("GET", "/api/v1/attributions", token=token).status == 200
+    for path in ("drift", f"drift/{fleet.digest}", "accuracy", "attributions"):
         assert server.ask("GET", f"/api/v1/{path}", token="").status == 401
     missing = server.ask("GET", f"/api/v1/drift/{'0' * 64}", token=token)
     assert (missing.status, missing.code) == (404, "not_found")
     assert server.ask("GET", "/api/v1/drift/not-a-digest", token=token).status == 422
     assert server.ask("GET", "/api/v1/accuracy?since_ms=-1", token=token).status == 422
-    for path in ("drift", "accuracy"):
+    assert server.ask("GET", "/api/v1/attributions?after=x", token=token).status == 422
+    for path in ("drift", "accuracy", "attributions"):
         nobody = server.ask("GET", f"/api/v1/{path}?model=none", token=token)
         assert (nobody.status, nobody.code) == (404, "not_found")

@@ -25,6 +25,8 @@ def test_windows_that_were_taken_are_not_called_refused():
 def test_a_span_without_any_time_in_it_is_refused_and_not_called_up_to_now(since_ms, until_ms):
     with pytest.raises(Usage, match=f"got {since_ms or 0} to {until_ms}"):
         insight.accuracy(None, since_ms=since_ms, until_ms=until_ms)
+    with pytest.raises(Usage, match=f"got {since_ms or 0} to {until_ms}"):
+        insight.attributions(None, since_ms=since_ms, until_ms=until_ms)
 
 
 def test_notes_of_accuracy_are_told():

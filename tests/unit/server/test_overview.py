@@ -11,6 +11,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from skerry_contract import histogram as h
+from skerry_server import attributions
 from skerry_server.console import overview, routes
 from skerry_server.db import migrations
 from skerry_server.db import tables as t
@@ -97,6 +99,34 @@ def test_accuracy_is_of_the_last_day_and_the_page_says_so(engine: Engine, tmp_pa
     assert shown["measured"]["accuracy"]["value"] == 0.5
     assert "of the last 24 hours" in drawn(found)
     assert "not drawn" not in drawn(found)
+
+
+def test_a_finding_says_how_much_the_model_leaned_on_its_feature_of_late(engine: Engine, tmp_path: Path) -> None:
+    now = {"psi_corrected": 1.0, "js": 0.5, "shift_sd": 2.0}
+    with writing(engine) as conn:
+        digest = bundle(conn, tmp_path, "1.0.0")
+        counted(conn, digest, NOW_MS - HOUR_MS)
+        evaluated(conn, digest)
+        for subject in ("feature:f0", "feature:f1", "output:p"):
+            row = {"model": "gas", "bundle": digest, "subject": subject, "since_ms": 0, "opened_ms": 0, "updated_ms": 0}
+            conn.execute(insert(t.drift_findings).values(**row, numbers={"now": now}))
+        assert "Attribution" not in drawn(gathered_in(conn))
+        explained(conn, digest, NOW_MS - HOUR_MS, {"f0": 3, "f1": 1})
+        explained(conn, digest, NOW_MS - 30 * HOUR_MS, {"f1": 1000})
+        page = drawn(gathered_in(conn))
+    assert '<th class="n">Attribution</th>' in page
+    assert "2.00% of the last day's answers explained" in page
+    shown = [
+        page.split(f"<td>{subject}</td>")[1].split('attribution">')[1].split("<")[0]
+        for subject in ("feature:f0", "feature:f1", "output:p")
+    ]
+    assert shown == ["75.00%", "25.00%", "-"]
+
+
+def explained(conn, digest: str, at_ms: int, totals: dict[str, int]) -> None:
+    body = attributions.encode({name: h.Moments(n=20, total=n, squares=n * n) for name, n in totals.items()})
+    row = {"bundle": digest, "variant": "v", "bucket_ms": at_ms, "chosen": 20, "rows": 20, "dropped": 0, "body": body}
+    conn.execute(insert(t.explanations).values(**row))
 
 
 def test_a_coverage_above_one_is_explained_on_the_page(engine: Engine, tmp_path: Path) -> None:
