@@ -192,9 +192,9 @@ class _Batch:
             self._streams[device, epoch] = ledger.Stream(upto, high, self._loader(device, epoch))
 
     def _loader(self, device: str, epoch: str) -> ledger.Load:
-        def rows(low: int, high: int) -> Sequence[ledger.Held]:
+        def rows(low: int, high: int, most: int) -> Sequence[ledger.Held]:
             found = self._connection.execute(
-                _TOUCHING, {"of_device": device, "of_epoch": epoch, "from_seq": low, "to_seq": high}
+                _TOUCHING, {"of_device": device, "of_epoch": epoch, "from_seq": low, "to_seq": high, "most": most}
             )
             return [ledger.Held(*row) for row in found]
 
@@ -368,6 +368,7 @@ _TOUCHING = (
         _l.low <= bindparam("to_seq"),
     )
     .order_by(_l.seq)
+    .limit(bindparam("most"))
 )
 
 _Body = w.Window | wire.Event | wire.Sample | wire.Tombstone

@@ -19,7 +19,8 @@ The rules, and why counts are neither doubled nor lost:
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Sequence
+import heapq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -32,8 +33,9 @@ TOMBSTONED = "tombstoned"
 
 MAX_RANGES = 10_000
 """Ranges that one record may replace; more is malformed."""
-MAX_EXTRA = 1000
-"""Ranges above ``upto`` that one acknowledgement lists, lowest first."""
+MAX_EXTRA = 2000
+"""Ranges above ``upto`` that one acknowledgement lists: those of what it answers, and of the others the lowest."""
+_PAGE = 4096
 
 
 class Held(NamedTuple):
@@ -45,8 +47,9 @@ class Held(NamedTuple):
     kind: str
 
 
-Load = Callable[[int, int], Sequence[Held]]
-"""(low, high) -> rows of the stream that touch low..high, ascending. ``high`` may be ``wire.MAX_SEQ``."""
+Load = Callable[[int, int, int], Sequence[Held]]
+"""(low, high, most) -> the first ``most`` rows of the stream that touch low..high, ascending. ``high`` may be ``wire.MAX_SEQ``."""
+_ALL = 1 << 31
 
 
 @dataclass(slots=True)
@@ -55,6 +58,7 @@ class Stream:
 
     Attributes:
         upto, high: as stored; 0 for a stream not seen before.
+        answered: seqs that were taken, or were known already.
         added: rows that this transaction adds, ascending by seq.
     """
 
@@ -65,6 +69,7 @@ class Stream:
     records: int = 0
     duplicates: int = 0
     tombstoned: int = 0
+    answered: list[int] = field(default_factory=list)
     conflicts: list[int] = field(default_factory=list)
 
     def take(self, record: wire.Record, digest: bytes, *, malformed: bool = False) -> Verdict:
@@ -78,6 +83,7 @@ class Stream:
         if held is not None:
             if held.digest == digest or held.kind in (REPLACED, TOMBSTONED):
                 self.duplicates += 1
+                self.answered.append(seq)
                 return "duplicate"
             self.conflicts.append(seq)
             return "conflict"
@@ -93,15 +99,18 @@ class Stream:
                 self.tombstoned += high - low + 1
         self._add(Held(seq, seq, digest, QUARANTINED if malformed else record.kind))
         self.records += 1
+        self.answered.append(seq)
         return "new"
 
     def settle(self) -> tuple[wire.Range, ...]:
-        """Moves ``upto`` and ``high`` over what was added; returns the ranges held above ``upto``."""
-        rows: Iterable[Held]
-        # Without a gap below what was stored, only what this transaction added can lie above upto.
-        rows = self.added if self.high == self.upto else self._touching(self.upto + 1, wire.MAX_SEQ)
+        """Moves ``upto`` and ``high`` over what was added; returns the ranges held above ``upto``.
+
+        Of more than ``MAX_EXTRA`` those are named that hold what was answered: a device that sends its windows before its samples
+        leaves thousands of holes, and would send for ever what no acknowledgement names.
+        """
         extra: list[wire.Range] = []
-        for row in rows:
+        complete = True
+        for row in self._above():
             if row.seq <= self.upto:
                 continue
             if not extra and row.low <= self.upto + 1:
@@ -111,12 +120,31 @@ class Stream:
             elif len(extra) < MAX_EXTRA:
                 extra.append((row.low, row.seq))
             else:
+                complete = False
                 break
         self.high = max(self.high, self.added[-1].seq if self.added else 0)
+        if not complete:
+            answered = joined([(seq, seq) for seq in sorted(set(self.answered)) if seq > self.upto])[:MAX_EXTRA]
+            extra = extra[: MAX_EXTRA - len(answered)]
+            extra += [span for span in answered if not extra or span[0] > extra[-1][1]]
         return tuple(extra)
 
+    def _above(self) -> Iterator[Held]:
+        """Rows above ``upto``, ascending, those that are stored a page at a time."""
+        above = self.upto
+        fresh = self.added[bisect.bisect_right(self.added, above, key=_seq) :]
+        # Without a gap below what was stored, only what this transaction added can lie above.
+        return iter(fresh) if self.high == above else heapq.merge(self._stored(above + 1), fresh, key=_seq)
+
+    def _stored(self, low: int) -> Iterator[Held]:
+        while page := self.load(low, wire.MAX_SEQ, _PAGE):
+            yield from page
+            if len(page) < _PAGE:
+                return
+            low = page[-1].seq + 1
+
     def _touching(self, low: int, high: int) -> list[Held]:
-        found = list(self.load(low, high)) if low <= self.high else []
+        found = list(self.load(low, high, _ALL)) if low <= self.high else []
         start = bisect.bisect_left(self.added, low, key=_seq)
         fresh = []
         for row in self.added[start:]:

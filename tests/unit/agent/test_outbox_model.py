@@ -40,7 +40,7 @@ class Server:
         rows = self.held.setdefault(batch.epoch, [])
         stream = ledger.Stream(
             *self.at.get(batch.epoch, (0, 0)),
-            lambda low, high: [row for row in rows if row.seq >= low and row.low <= high],
+            lambda low, high, most: [row for row in rows if row.seq >= low and row.low <= high][:most],
         )
         for record in batch.records:
             if stream.take(record, wire.digest(record)) == "new":

@@ -55,6 +55,32 @@ def test_a_gap_is_told_and_closed_by_what_comes_late(server, make):
     assert (ack.upto, ack.extra_ranges) == (8, ())
 
 
+def test_what_is_answered_is_named_however_many_holes_there_are_below_it(server, make):
+    """A device sends windows before samples: each sample between two windows is a hole until all windows are through."""
+    body = make.window(ok=1)
+    held = set()
+    ups = [
+        make.up("dev-a", *(make.record(seq, body) for seq in range(low, low + 800, 2))) for low in range(1, 12_001, 800)
+    ]
+    for low, up in zip(range(1, 12_001, 800), ups, strict=True):
+        ack = server.ack(up)
+        assert len(ack.extra_ranges) <= 2000
+        named = {seq for first, last in ack.extra_ranges for seq in range(first, last + 1)} | set(
+            range(1, ack.upto + 1)
+        )
+        assert set(range(low, low + 800, 2)) <= named
+        held |= set(range(low, low + 800, 2))
+        assert named <= held
+    again = server.ack(ups[-1])
+    named = {seq for first, last in again.extra_ranges for seq in range(first, last + 1)}
+    assert set(range(11_201, 12_001, 2)) <= named, "a copy is answered like the first one"
+    for low in range(2, 12_001, 800):
+        ack = server.ack(make.up("dev-a", *(make.record(seq, body) for seq in range(low, low + 800, 2))))
+        assert ack.upto >= min(low + 799, 12_000), "a hole that closes moves it over all that follows"
+    assert (ack.upto, ack.extra_ranges) == (12_000, ())
+    assert server.counted() == 12_000
+
+
 def test_upto_comes_from_the_database_not_from_the_batch(server, make):
     server.take(make.up("dev-a", make.record(2)), make.up("dev-a", make.record(3)))
     assert server.ack(make.up("dev-a", make.record(3))).extra_ranges == ((2, 3),)
