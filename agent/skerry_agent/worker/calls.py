@@ -1,4 +1,4 @@
-"""What a request asks beyond its tensors, and who answers it: ages for the guards, streams, the fallback model.
+"""What a request asks beyond its tensors, and who answers it: ages for the guards, streams, the fallback model, explanations.
 
 Only requests that need it come here: of a model with policies or streams, or that say how old their values are. The words of
 the request (``parameters``, docs/reference/local-inference.md) become a ``Call``, which then only computes.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from time import monotonic_ns
 from typing import Any, Final
 
 import numpy as np
@@ -52,9 +53,10 @@ class Call:
         notes: parameters of the answer; complete once ``run`` is over.
         header: of the answer.
         more_us: what it should take beyond the model's usual inference.
+        explain_ns: what its explanation took, once ``run`` is over; 0 without one.
     """
 
-    __slots__ = ("age_ms", "answerer", "flags", "header", "kinds", "more_us", "notes", "run")
+    __slots__ = ("age_ms", "answerer", "explain_ns", "flags", "header", "kinds", "more_us", "notes", "run")
 
     def __init__(self, answerer: Model, run: Callable[[], Inference], kinds: int, age_ms: int) -> None:
         self.answerer = answerer
@@ -65,6 +67,7 @@ class Call:
         self.notes: dict[str, Any] = {}
         self.header = b""
         self.more_us = 0.0
+        self.explain_ns = 0
 
 
 def prepare(model: Model, asked: oip.InferRequest) -> Call:
@@ -74,6 +77,13 @@ def prepare(model: Model, asked: oip.InferRequest) -> Call:
         BadInput: a parameter is wrong, or a policy refuses a value.
         Unserved: the fallback model must answer, and is not served here or cannot.
     """
+    call = _prepared(model, asked)
+    if asked.more is not None and "explain" in asked.more:
+        _explain(call, asked.more["explain"], asked.inputs)
+    return call
+
+
+def _prepared(model: Model, asked: oip.InferRequest) -> Call:
     ages = ages_of(asked)
     sequence = sequence_of(asked)
     age_ms = ages.oldest_ms()
@@ -87,6 +97,26 @@ def prepare(model: Model, asked: oip.InferRequest) -> Call:
         return _by_fallback(model, inputs, ages, judged.fallback, kinds)
     ready = judged.inputs
     return _computed(model, asked, lambda: model.compute(ready), ready, sequence, kinds, age_ms)
+
+
+def _explain(call: Call, wish: Any, inputs: Tensors) -> None:
+    """Has the answer explained with it, as ``parameters.explain`` wishes: by the model that answers."""
+    model, answer = call.answerer, call.run
+    attributing = model.attributing
+    occluder = attributing.wanted(wish, inputs, model.name)
+    if occluder is None:
+        return
+
+    def run() -> Inference:
+        result = answer()
+        begun = monotonic_ns()
+        call.notes["explanation"] = attributing.tell(occluder.explain(inputs))
+        call.explain_ns = monotonic_ns() - begun
+        return result
+
+    call.run = run
+    rows = 1 + len(occluder.features)
+    call.more_us += model.expected_us(rows) if occluder.batched else rows * model.expected_us(1)
 
 
 def _computed(

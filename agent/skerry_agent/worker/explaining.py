@@ -17,18 +17,20 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from skerry_runtime import explain, proof
+from skerry_runtime import explain
 from skerry_runtime.errors import BadInput
 from skerry_runtime.tensors import DTYPES, Tensors
 
 from skerry_agent.worker import http1, oip
+from skerry_agent.worker.attributing import open_part
 from skerry_agent.worker.choosing import Row
 from skerry_agent.worker.model import Model
+from skerry_agent.worker.spans import Parent, Spans
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ _RETRY_LATER = b"Retry-After: 1\r\n"
 _PREDICTION = re.compile(r"([a-z0-9][a-z0-9-]{0,62}-[0-9a-f]{10}-)([0-9a-f]{1,16})")
 
 Done = Callable[[bytes], None]
-Finish = Callable[["explain.Explanation | Exception"], None]
+Finish = Callable[["explain.Explanation | Exception", int], None]
+"""Gets what came of it, and what that took, ns."""
 
 
 class Loop(Protocol):
@@ -59,18 +62,6 @@ class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     row: int = 0
     model: str = ""
     inputs: msgspec.Raw = msgspec.Raw()
-
-
-class _Answer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Attributions by feature; ``withheld``: features that are personal data."""
-
-    model: str
-    version: str
-    output: str
-    value: float
-    attributions: dict[str, float]
-    label: str = ""
-    withheld: tuple[str, ...] = ()
 
 
 class _Refused(Exception):
@@ -99,6 +90,7 @@ class Explaining:
     Args:
         busy: whether requests are in work.
         on_audit: hears of each explained row of an audit class: model, row, attributions by feature, none of them personal.
+        spans: of explanations whose requests are traced; None for none.
     """
 
     def __init__(
@@ -109,16 +101,17 @@ class Explaining:
         busy: Callable[[], bool],
         on_audit: Callable[[str, Row, dict[str, float]], None] = lambda *_: None,
         budget: float = BUDGET,
+        spans: Spans | None = None,
     ) -> None:
         self._models = models
         self._loop = loop
         self._busy = busy
         self._on_audit = on_audit
         self._budget = budget
+        self._spans = spans
         self._jobs: queue.PriorityQueue[tuple[int, int, explain.Occluder, Tensors, Finish]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
-        self._occluders: dict[str, explain.Occluder | explain.NotExplainable] = {}
         self._waiting: dict[str, int] = dict.fromkeys(models, 0)
         self._lives: dict[str, int] = dict.fromkeys(models, 0)
         self._asked = 0
@@ -134,7 +127,7 @@ class Explaining:
         try:
             if not plan.complete:
                 raise explain.NotExplainable("not all inputs are watched, so a record does not hold what was asked")
-            self._occluder(name)
+            model.attributing.occluder  # noqa: B018 - whether it can be had
         except explain.NotExplainable as error:
             log.warning("chosen rows are not explained model=%s why=%s", name, error)
             return None
@@ -144,27 +137,33 @@ class Explaining:
         model = self._models[name]
         room = MOST_WAITING - sum(self._waiting.values())
         taken = rows[: max(0, room)]
-        occluder, life = self._occluder(name), self._lives[name]
+        occluder, life = model.attributing.occluder, self._lives[name]
         for row in taken:
             inputs = inputs_of(model, row.values)
-            self._put(1, occluder, inputs, lambda found, row=row: self._explained(name, life, row, found))  # type: ignore[misc]
+            self._put(
+                1, occluder, inputs, lambda found, took_ns, row=row: self._explained(name, life, row, found, took_ns)  # type: ignore[misc]
+            )  # fmt: skip
         self._waiting[name] += len(taken)
         return len(taken)
 
-    def _explained(self, name: str, life: int, row: Row, found: explain.Explanation | Exception) -> None:
+    def _explained(self, name: str, life: int, row: Row, found: explain.Explanation | Exception, took_ns: int) -> None:
         if life != self._lives[name]:
             return  # counted as dropped, under the key it was answered under
         self._waiting[name] -= 1
         model = self._models[name]
+        wanted = model.recorder.plan.explain
+        audited = wanted is not None and row.predicted in wanted.audit
+        if self._spans is not None:
+            parent = self._spans.request_at(model, row.position)
+            self._spans.explained(model, parent, took_ns, "audit" if audited else "share", found)
         if isinstance(found, Exception):
             log.warning("row not explained model=%s error=%s", name, type(found).__name__)
             model.recorder.tally("explain.dropped", 1)
             return
-        occluder = self._occluder(name)
+        occluder = model.attributing.occluder
         model.recorder.explained(occluder.features, found.attributions[None], occluder.scale)
-        wanted = model.recorder.plan.explain
-        if wanted is not None and row.predicted in wanted.audit:
-            self._on_audit(name, row, _open_part(model, occluder, found)[0])
+        if audited:
+            self._on_audit(name, row, open_part(model.manifest, occluder, found)[0])
 
     def abandon(self, name: str) -> None:
         """Drops what waits, before the model's key changes: it must count under the key it was answered under."""
@@ -191,7 +190,7 @@ class Explaining:
             model, inputs = self._question(request.body)
             if models and model.name not in models:
                 raise _Refused(403, f"explain: not for a client of {', '.join(models)}")
-            occluder = self._occluder(model.name)
+            occluder = model.attributing.occluder
             if self._asked >= MOST_ASKED:
                 body = oip.error_body(f"{MOST_ASKED} explanations are in work already")
                 return http1.reply(503, body, close=close, extra=_RETRY_LATER)
@@ -202,7 +201,8 @@ class Explaining:
         except BadInput as error:
             return http1.reply(400, oip.error_body(str(error)), close=close)
         self._asked += 1
-        self._put(0, occluder, inputs, lambda found: self._reply(model, occluder, found, close, done))
+        parent = self._spans.parent_of(request.head.traceparent) if self._spans is not None else None
+        self._put(0, occluder, inputs, lambda found, took_ns: self._reply(model, found, took_ns, parent, close, done))
         return None
 
     def _question(self, body: bytes) -> tuple[Model, Tensors]:
@@ -245,40 +245,27 @@ class Explaining:
         raise _Refused(404, f"explain: {asked.id[:100]}: no such prediction, or not of a model that answers now")
 
     def _reply(
-        self, model: Model, occluder: explain.Occluder, found: explain.Explanation | Exception, close: bool, done: Done
+        self,
+        model: Model,
+        found: explain.Explanation | Exception,
+        took_ns: int,
+        parent: Parent | None,
+        close: bool,
+        done: Done,
     ) -> None:
         self._asked -= 1
+        if self._spans is not None:
+            self._spans.explained(model, parent, took_ns, "asked", found)
         if isinstance(found, Exception):
             status = 400 if isinstance(found, BadInput) else 500
             done(http1.reply(status, oip.error_body(f"{model.name}: {found}"), close=close))
             return
         model.recorder.tally("explain.asked", 1)
-        attributions, withheld = _open_part(model, occluder, found)
-        labels = next(t.labels for t in model.manifest.outputs if t.name == found.output)
-        answer = _Answer(
-            model=model.name,
-            version=model.version,
-            output=found.output,
-            value=found.value,
-            attributions=attributions,
-            label=labels[found.column] if labels else "",
-            withheld=withheld,
-        )
+        told = msgspec.to_builtins(model.attributing.tell(found))
+        answer = {"model": model.name, "version": model.version, **told}
         done(http1.reply(200, msgspec.json.encode(answer), close=close))
 
     # --- the thread -------------------------------------------------------------------------------------------------
-
-    def _occluder(self, name: str) -> explain.Occluder:
-        found = self._occluders.get(name)
-        if found is None:
-            try:
-                found = _made(self._models[name])
-            except explain.NotExplainable as error:
-                found = error
-            self._occluders[name] = found
-        if isinstance(found, explain.NotExplainable):
-            raise found
-        return found
 
     def _put(self, order: int, occluder: explain.Occluder, inputs: Tensors, finish: Finish) -> None:
         self._jobs.put((order, next(self._numbers), occluder, inputs, finish))
@@ -294,7 +281,7 @@ class Explaining:
             order, _, occluder, inputs, finish = self._jobs.get()
             while order and self._busy():
                 time.sleep(_IDLE_S)
-            before = time.thread_time()
+            before, begun_ns = time.thread_time(), time.monotonic_ns()
             found: explain.Explanation | Exception
             try:
                 found = occluder.explain(inputs)
@@ -302,7 +289,7 @@ class Explaining:
                 found = error
             used = time.thread_time() - before
             try:
-                self._loop.call_soon_threadsafe(finish, found)
+                self._loop.call_soon_threadsafe(finish, found, time.monotonic_ns() - begun_ns)
             except RuntimeError:
                 return  # the loop is closed: the worker is gone
             time.sleep(min(_LONGEST_PAUSE_S, used * (1 / self._budget - 1)))
@@ -319,24 +306,3 @@ def inputs_of(model: Model, values: npt.NDArray[np.floating]) -> Tensors:
         found[name] = part.reshape(1, width) if len(tensor.shape) == 2 else part
         at += width
     return found
-
-
-def _made(model: Model) -> explain.Occluder:
-    occluder = explain.occluder_of(model.runner)
-    classifier = any(t.labels for t in model.manifest.outputs)
-    if not classifier:
-        name = next(t.name for t in model.manifest.outputs if t.datatype.startswith("FP"))
-        cases = proof.read_cases(model.runner.bundle, model.runner.variant)
-        answers = [case.outputs[name].ravel()[:1] for case in cases if name in case.outputs]
-        occluder.scale = explain.attribution_scale(np.concatenate(answers) if answers else None, classifier=False)
-    return occluder
-
-
-def _open_part(
-    model: Model, occluder: explain.Occluder, found: explain.Explanation
-) -> tuple[dict[str, float], tuple[str, ...]]:
-    """(attributions of features that are no personal data, names of the others)."""
-    personal = {f.name for f in model.manifest.features if f.pii}
-    pairs: list[tuple[str, Any]] = list(zip(occluder.features, found.attributions.tolist(), strict=True))
-    shown = {name: value for name, value in pairs if name not in personal}
-    return shown, tuple(name for name, _ in pairs if name in personal)

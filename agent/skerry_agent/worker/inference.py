@@ -233,6 +233,9 @@ def _reply(
         kinds,
         age_ms,
     )
+    if call is not None and call.explain_ns:
+        model.explain_ns = call.explain_ns
+        recorder.tally("explain.asked", 1)
     return reply
 
 

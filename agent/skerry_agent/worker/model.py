@@ -11,6 +11,7 @@ from skerry_runtime.runner import Runner
 from skerry_runtime.streams import StreamTable
 from skerry_runtime.tensors import Tensors
 
+from skerry_agent.worker.attributing import Attributing
 from skerry_agent.worker.recorder import Recorder
 from skerry_agent.worker.tee import Tee
 
@@ -31,6 +32,7 @@ class Model:
         kinds: bits of ``GUARD_KINDS`` that every request of the model has.
         fallback: the model that answers where a policy says so; ``no_fallback`` says why there is none; ``fallback_tensors``: what
             it must take and give where another worker may serve it, else empty.
+        attributing: explains its answers; explain_ns: what that took for the request answered last, for its spans.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Model:
         self.special = judged or self.streams is not None or bool(self.kinds)
         self.fallback: Model | None = None
         self.no_fallback, self.fallback_tensors = "it is not served here", ""
+        self.attributing = Attributing(runner)
+        self.explain_ns = 0
         self._check = runner.guard.check
         self.platform = {"onnx": "onnx_onnxv1", "tflite": "tflite_tflite"}[runner.variant.runtime]
         self._one_us = infer_us

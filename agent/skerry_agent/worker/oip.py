@@ -22,7 +22,7 @@ from skerry_runtime.tensors import Array
 
 MOST_TENSORS = 1024
 """Inputs, and outputs asked for, of one request: above what any model has, and little enough to be looked at one by one."""
-MORE = frozenset({"age_ms", "sequence_id", "sequence_start", "sequence_end"})
+MORE = frozenset({"age_ms", "explain", "sequence_id", "sequence_start", "sequence_end"})
 """Parameters of a request that are not about its form: ``calls`` reads them."""
 _FLOAT_CODES = {"FP32": "f", "FP64": "d"}
 

@@ -196,7 +196,7 @@ class Worker:
         service = self._service
         self._sampling = sampling = Sampling(self._models, start.sampling, send=self._channel.send)
         self._explaining = Explaining(
-            self._models, self._loop, busy=lambda: service.inflight > 0, on_audit=sampling.audited
+            self._models, self._loop, busy=lambda: service.inflight > 0, on_audit=sampling.audited, spans=self._spans
         )
         for name, model in self._models.items():
             model.recorder.show(explain=self._explaining.taker(name), sample=sampling.taker(name))

@@ -251,3 +251,55 @@ def test_nothing_is_kept_while_the_group_asks_for_no_samples(rig: Rig, tmp_path:
     rig.flush(worker)
     assert samples(worker) == []
     assert merged(rig).tallies == {}
+
+
+# --- with the answer --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inline_below_us", [1000.0, 0.0])
+def test_an_answer_is_explained_with_it_where_the_request_wants_that(
+    rig: Rig, tmp_path: Path, inline_below_us: float
+) -> None:
+    bundle = build(tmp_path / "bundle", pii=("f1",))
+    worker = rig.start(rig.served(bundle), inline_below_us=inline_below_us)
+    x, _ = models.rows(1)
+    plain = {"inputs": tensor(x)}
+    _, without, _ = post(rig, "/v2/models/gas/infer", {**plain, "parameters": {"explain": False}})
+    assert set(without["parameters"]) == {"prediction_id"}
+    status, found, headers = post(rig, "/v2/models/gas/infer", {**plain, "parameters": {"explain": True}})
+    assert status == 200, found
+    assert found["outputs"] == without["outputs"]
+    assert found["parameters"]["prediction_id"] == headers["Skerry-Prediction-Id"]
+    _, by_id, _ = post(rig, "/skerry/v1/explain", {"id": headers["Skerry-Prediction-Id"]})
+    told = found["parameters"]["explanation"]
+    assert set(told["attributions"]) == {"f0", "f3"}
+    assert told["withheld"] == ["f1"]
+    assert {name: by_id[name] for name in told} == told, "the same as asked later"
+    rig.flush(worker)
+    assert merged(rig).tallies == {"explain.asked": 2}
+    assert merged(rig).counts.ok == 2
+
+
+def test_a_request_that_cannot_be_explained_says_why_and_is_counted_as_invalid(rig: Rig, tmp_path: Path) -> None:
+    models.build_bundle(tmp_path / "plain", model="wear")
+    worker = rig.start(
+        rig.served(build(tmp_path / "bundle")), rig.served(tmp_path / "plain", name="wear", version="1.0.0")
+    )
+    x, _ = models.rows(2)
+    for name, rows, wish, says in (
+        (
+            "wear",
+            1,
+            True,
+            "parameters.explain: wanted a model that can be explained, and wear cannot: the manifest names no",
+        ),
+        ("gas", 2, True, "parameters.explain: wanted a request of one row, got x of shape [2, 4]"),
+        ("gas", 1, "yes", "parameters.explain: wanted true or false, got 'yes'"),
+        ("gas", 1, 1, "parameters.explain: wanted true or false, got 1"),
+    ):
+        asked = {"inputs": tensor(x[:rows]), "parameters": {"explain": wish}}
+        status, found, _ = post(rig, f"/v2/models/{name}/infer", asked)
+        assert status == 400, found
+        assert says in found["error"]
+    rig.flush(worker)
+    assert sum(window.counts.invalid for _, window in rig.windows) == 4

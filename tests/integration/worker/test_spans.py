@@ -223,3 +223,67 @@ def test_the_queue_is_bounded_and_what_does_not_fit_is_counted(tmp_path: Path) -
 )
 def test_traceparent_is_read_as_the_recommendation_says(text: str, wanted: sp.Parent | None) -> None:
     assert sp.parse_traceparent(text.encode()) == wanted
+
+
+# --- explanations ----------------------------------------------------------------------------------------------------
+
+
+def explainable(folder: Path, **explanations: Any) -> Path:
+    models.build_bundle(folder, changes={"explanations": {"medians": {"f0": 0.25, "f3": -0.5}, **explanations}})
+    return folder
+
+
+def test_an_explanation_with_the_answer_is_a_span_within_its_requests(
+    rig: Rig, tmp_path: Path, collector: Collector
+) -> None:
+    worker = rig.start(rig.served(explainable(tmp_path / "b")), otlp_endpoint=collector.endpoint)
+    x, _ = models.rows(1)
+    tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": x.ravel().tolist()}
+    connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
+    for wish in (True, False):
+        body = json.dumps({"inputs": [tensor], "parameters": {"explain": wish}})
+        connection.request("POST", "/v2/models/gas/infer", body, parent())
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        response.read()
+    connection.close()
+    assert rig.stop(worker) == 0
+    (part,) = [span for span in collector.spans() if span.name == "explain"]
+    roots = {span.span_id: span for span in collector.spans() if span.name == "infer gas"}
+    assert len(roots) == 2
+    root = roots[part.parent_span_id]
+    assert part.trace_id.hex() == TRACE
+    assert root.start_time_unix_nano <= part.start_time_unix_nano < part.end_time_unix_nano <= root.end_time_unix_nano
+
+
+def test_chosen_and_asked_explanations_are_spans_where_their_requests_are_traced(
+    rig: Rig, tmp_path: Path, collector: Collector
+) -> None:
+    bundle = explainable(tmp_path / "b", share=1.0, audit=["class-0"])
+    worker = rig.start(rig.served(bundle), otlp_endpoint=collector.endpoint)
+    assert ask(rig, parent(), {}, parent(), {}) == [200] * 4
+    rig.flush(worker)
+    x, _ = models.rows(1)
+    question = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": x.ravel().tolist()}]}
+    connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
+    for headers in (parent(), {}):
+        connection.request("POST", "/skerry/v1/explain", json.dumps(question), headers)
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        response.read()
+    connection.close()
+    end = time.monotonic() + 30
+    while len(found := [span for span in collector.spans() if span.name == "explain gas"]) < 3:
+        assert time.monotonic() < end, len(found)
+        time.sleep(0.05)
+    assert rig.stop(worker) == 0
+    found = [span for span in collector.spans() if span.name == "explain gas"]
+    why = [next(a.value.string_value for a in span.attributes if a.key == "skerry.why") for span in found]
+    (asked,) = [span for span, of in zip(found, why, strict=True) if of == "asked"]
+    assert (asked.parent_span_id.hex(), asked.kind) == (PARENT, Span.SPAN_KIND_SERVER)
+    assert why.count("audit" if models.probabilities(x)[0].argmax() == 0 else "share") == 2
+    chosen = {span.parent_span_id for span, of in zip(found, why, strict=True) if of != "asked"}
+    assert chosen == {span.span_id for span in collector.spans() if span.name == "infer gas"}, (
+        "one for each, and no other"
+    )
+    assert {span.trace_id.hex() for span in found} == {TRACE}
