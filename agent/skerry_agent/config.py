@@ -125,7 +125,7 @@ class Limits:
         outbox_mb: what the store may take on disk, its write-ahead log included, MB (1e6 bytes).
         outbox_free_mb: what it leaves free on its file system, as far as it can.
         uploads_in_flight: batches that the server has not acknowledged.
-        upload_kib: bodies per batch, KiB.
+        upload_kib: bodies per batch, KiB; upload_kib_s: how fast batches leave, KiB/s of messages, after a long outage too; 0: as fast as the server takes them.
         max_inflight: local requests accepted at once.
         max_wait_s: longest wait of an accepted one, by what those before it should take.
         disk_reserve_mb, memory_reserve_mb: what updates must leave free; file_reserve: files (inodes) of the state folder's disk.
@@ -136,6 +136,7 @@ class Limits:
     outbox_free_mb: float = 16.0
     uploads_in_flight: int = 4
     upload_kib: int = 64
+    upload_kib_s: float = 64.0
     max_inflight: int = 64
     max_wait_s: float = 5.0
     disk_reserve_mb: float = 64.0
@@ -345,7 +346,7 @@ _POSITIVE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "apps.clients", "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
-    "pool.wait_s", "access.rate", "access.burst", "limits.outbox_free_mb", "limits.file_reserve", "timing.commit_s", "telemetry.readings_s", "telemetry.samples_per_hour",
+    "pool.wait_s", "access.rate", "access.burst", "limits.outbox_free_mb", "limits.upload_kib_s", "limits.file_reserve", "timing.commit_s", "telemetry.readings_s", "telemetry.samples_per_hour",
 }  # fmt: skip
 LEAST_OUTBOX_MB = 8.0
 """The log of the store alone may take 4 MB."""

@@ -315,7 +315,7 @@ class Supervisor:
         for part in (self._serving, self._updating, self._syncing, self._applications):
             if part is not None:
                 part.configure(config)
-        self._store.bound_bytes = int(config.limits.outbox_mb * 1e6)
+        self._store.bound_bytes = self._store.files_bound_bytes = int(config.limits.outbox_mb * 1e6)
         logs.configure(as_json=config.log.json, level=config.log.level)
         self._apply_settings()
         self._notify.tell("READY=1", "STATUS=")

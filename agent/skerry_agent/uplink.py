@@ -72,7 +72,7 @@ class Uplink:
         self._upload = Upload(
             store, self._publish_up, window=config.limits.uploads_in_flight,
             batch_bytes=config.limits.upload_kib * 1024, ack_s=config.timing.ack_s,
-            opened=at_rest.Opener(config.identity_dir),
+            rate_bytes_s=config.limits.upload_kib_s * 1024, opened=at_rest.Opener(config.identity_dir),
         )  # fmt: skip
 
     @property

@@ -2,6 +2,8 @@
 
 A broker's PUBACK frees nothing. A batch that is not acknowledged in time, or was on its way when the session or the
 server ended, is sent again; the server takes each record once. Records are frozen on disk before they leave.
+
+What a long outage held up leaves at a bounded rate: the link, and a server that a whole fleet comes back to, have other work too.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from skerry_agent.store import RecordDamaged
 log = logging.getLogger(__name__)
 
 _MAX_RECORDS = 400
+BURST_S = 4.0
+"""After a pause so many seconds' worth may leave at once: what an ordinary interval made does not wait."""
 
 
 class Outbox(Protocol):
@@ -56,6 +60,7 @@ class Upload:
         publish: hands bytes to the session; False without one.
         opened: a record's body as it is sent, of what lies on the disk; None for what cannot be read any more.
         window: batches in flight at most; batch_bytes: of bodies per batch; ack_s: patience per batch, seconds.
+        rate_bytes_s: of messages, what is sent again included, bytes per second in the mean; 0: not limited.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Upload:
         window: int,
         batch_bytes: int,
         ack_s: float,
+        rate_bytes_s: float = 0.0,
         opened: Callable[[bytes], bytes | None] = lambda body: body,
     ) -> None:
         self._opened = opened
@@ -74,6 +80,10 @@ class Upload:
         self._window = window
         self._batch_bytes = batch_bytes
         self._ack_s = ack_s
+        self._rate_bytes_s = rate_bytes_s
+        self._allowance = rate_bytes_s * BURST_S
+        """Bytes that may leave now. Below 0 after a message that was larger: the next waits for it."""
+        self._allowed_s: float | None = None
         self._flights: list[_Flight] = []
         self.open = False
 
@@ -87,9 +97,10 @@ class Upload:
         if not self.open:
             return 0
         self._flights = [flight for flight in self._flights if now_s - flight.sent_s < self._ack_s]
+        self._allow(now_s)
         sent = 0
         max_bytes = self._batch_bytes
-        while len(self._flights) < self._window:
+        while len(self._flights) < self._window and (self._allowance > 0 or not self._rate_bytes_s):
             flying = {(flight.epoch, seq) for flight in self._flights for seq in flight.seqs}
             try:
                 batch = self._outbox.next_batch(flying, max_bytes=max_bytes, max_records=_MAX_RECORDS)
@@ -116,9 +127,15 @@ class Upload:
             self._outbox.mark_sent(batch.epoch, seqs)
             if not self._publish(payload):
                 break
+            self._allowance -= len(payload)
             self._flights.append(_Flight(epoch=batch.epoch, seqs=seqs, sent_s=now_s))
             sent += 1
         return sent
+
+    def _allow(self, now_s: float) -> None:
+        passed_s = now_s - self._allowed_s if self._allowed_s is not None else 0.0
+        self._allowed_s = now_s
+        self._allowance = min(self._allowance + passed_s * self._rate_bytes_s, self._rate_bytes_s * BURST_S)
 
     def _open(self, batch: wire.Batch, at: Instant) -> wire.Batch | None:
         """The batch in the clear; None when something in it was given up, and another look is to be had."""

@@ -103,7 +103,7 @@ def test_reconnect(serving: Device, server: Server, broker: Broker) -> None:
 
 def test_buffer_full(device: Device, server: Server) -> None:
     """An outage that fills the outbox: it stays within its bound on disk, windows merge, no inference is lost."""
-    text = device.config.read_text().replace("[limits]\n", "[limits]\noutbox_mb = 8.0\n")
+    text = device.config.read_text().replace("[limits]\n", "[limits]\noutbox_mb = 8.0\nupload_kib_s = 0.0\n")
     device.config.write_text(text)
     server.announce("offline")
     made = prefill(device, 9_000_000)

@@ -6,6 +6,7 @@ The store is a real file, the server's decisions are its own ledger's. The netwo
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import shutil
 import tempfile
@@ -40,7 +41,9 @@ class Server:
         rows = self.held.setdefault(batch.epoch, [])
         stream = ledger.Stream(
             *self.at.get(batch.epoch, (0, 0)),
-            lambda low, high, most: [row for row in rows if row.seq >= low and row.low <= high][:most],
+            lambda low, high, most: [
+                row for row in rows[bisect.bisect_left(rows, low, key=lambda row: row.seq) :] if row.low <= high
+            ][:most],
         )
         for record in batch.records:
             if stream.take(record, wire.digest(record)) == "new":
