@@ -30,6 +30,8 @@ from skerry_agent.uplink import Uplink
 
 log = logging.getLogger(__name__)
 
+_LOOK_S = 5.0
+"""How long after a device woke up a sync that came due while it slept may wait."""
 _RENEW_EVERY_S = 3600.0
 
 
@@ -164,7 +166,8 @@ class Syncing:
                 return
             self._asked.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._asked.wait(), left_s)
+                # Sleep of the device is time too, which the loop's own clock does not see: it is looked at again soon.
+                await asyncio.wait_for(self._asked.wait(), min(left_s, _LOOK_S))
 
     # --- what --------------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,8 @@ _libc = ctypes.CDLL(None)
 _TIME_ERROR = 5
 
 PAGE = 4096
+SLEPT_NS = 1_000_000_000
+"""A shorter sleep moves no window to where it does not belong."""
 WRITTEN, COMMITTED, THIRD = 0, 1, 5
 _CLOCK = struct.Struct("<qqB")
 _POSITIONS, _CLOCK_AT = slice(16, 64), 32
@@ -80,6 +82,11 @@ class Mapped:
         mono = time.monotonic_ns()
         boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         _CLOCK.pack_into(self.memory, _CLOCK_AT, boot - mono, time.time_ns() - boot, clock_synchronised())
+
+    def slept(self) -> bool:
+        """Whether the device was suspended since the clocks were last looked at: its monotonic clock stood still meanwhile."""
+        now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
+        return now_ns - self.boot_offset_ns > SLEPT_NS
 
     @property
     def boot_offset_ns(self) -> int:

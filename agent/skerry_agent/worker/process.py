@@ -320,6 +320,7 @@ class Worker:
 
     def _report(self) -> None:
         for model in self._models.values():
+            model.recorder.cut_if_slept()
             model.forget_quiet()
         since_s = time.monotonic() - self._since
         busy_s, expected_s = self._service.under_way_s() if self._service is not None else (0.0, 0.0)

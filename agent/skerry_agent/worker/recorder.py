@@ -294,9 +294,12 @@ class Recorder:
     def cut(self) -> None:
         """Sends the window of everything since the last cut; nothing when nothing happened."""
         self.fold()
-        self.ring.look_at_clocks()
+        slept = self.ring.slept()
+        if not slept:
+            self.ring.look_at_clocks()
         done = self._fold
         if self._cut == self._folded and not done.beside:
+            self.ring.look_at_clocks()
             return
         # A window of no request holds what was found out later about older ones.
         first, last = done.span_ns if done.slots else (time.monotonic_ns(),) * 2
@@ -315,6 +318,14 @@ class Recorder:
         self._last_ms = window.end.wall_ms
         self._cut = self._folded
         self._fold = Fold(self.plan, self._choice)
+        if slept:
+            # What was counted before a sleep keeps the times of before it; what follows has those of after it.
+            self.ring.look_at_clocks()
+
+    def cut_if_slept(self) -> None:
+        """Ends the window under way when the device was suspended meanwhile."""
+        if self.ring.slept():
+            self.cut()
 
     def rekey(self, key: w.Key, path: str) -> int:
         """Cuts the old key's last window and counts under the new key, in a new ring with a new book.

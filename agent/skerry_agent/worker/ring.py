@@ -177,6 +177,10 @@ class Ring:
         """Notes how the clocks stand to each other, so that records need only the monotonic one."""
         self._file.look_at_clocks()
 
+    def slept(self) -> bool:
+        """Whether the device was suspended since the clocks were last looked at."""
+        return self._file.slept()
+
     @property
     def boot_offset_ns(self) -> int:
         """Boottime less monotonic clock, when last looked at."""

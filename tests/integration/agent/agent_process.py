@@ -1,6 +1,7 @@
 """Runs an agent whose courier is the stand-in and whose broker speaks plain MQTT on loopback; all else is the product.
 
 With a file ``unruly`` in the world's folder its workers are the product's as well, in a program that leaks or spins (``unruly_worker``).
+With a file ``clocks`` it and its workers have the clocks that this says (``skewed``).
 """
 
 import os
@@ -11,12 +12,20 @@ from skerry_agent import config, logs, supervisor
 from skerry_agent.logring import LogRing
 from skerry_agent.workers import WORKER
 
+from skewed import install  # isort: skip
+
+world = Path(os.environ["SKERRY_TEST_WORLD"])
+unruly, clocks = world / "unruly", world / "clocks"
+worker = WORKER
+if clocks.exists():
+    install(clocks)
+    worker = (sys.executable, str(Path(__file__).with_name("skewed.py")), str(clocks))
+if unruly.exists():
+    worker = (sys.executable, str(Path(__file__).with_name("unruly_worker.py")), str(unruly))
 found = config.load(Path(sys.argv[1]), os.environ)
 ring = LogRing(found.log_file)
 logs.configure(as_json=False, level="debug", ring=ring)
 courier = (sys.executable, str(Path(__file__).with_name("stand_in_courier.py")))
-unruly = Path(os.environ["SKERRY_TEST_WORLD"]) / "unruly"
-worker = (sys.executable, str(Path(__file__).with_name("unruly_worker.py")), str(unruly)) if unruly.exists() else WORKER
 choices = {"plain_mqtt": True, "config_path": Path(sys.argv[1]), "ring": ring}
 status = supervisor.run(found, os.environ, courier_command=courier, worker_command=worker, **choices)
 ring.flush()
