@@ -25,6 +25,7 @@ from skerry_agent.link import tls_context
 
 _DAY_S = 86400.0
 _LITTLE_DISK_BYTES = 16 << 20
+_FEW_FILES = 16
 
 
 def check_agent(patient: Patient) -> Iterator[Finding]:
@@ -72,11 +73,17 @@ def check_state(patient: Patient) -> Iterator[Finding]:
     free = psutil.disk_usage(str(folder)).free
     limits = patient.config.limits
     wanted = (limits.disk_reserve_mb + limits.outbox_mb) * 1e6
-    verdict: Verdict = "fail" if free < _LITTLE_DISK_BYTES else "warn" if free < wanted else "ok"
+    disk = os.statvfs(folder)
+    # A file system that counts no files has room for any.
+    files = disk.f_favail if disk.f_files else None
+    few = files is not None and files < limits.file_reserve
+    lack = free < _LITTLE_DISK_BYTES or (files is not None and files < _FEW_FILES)
+    verdict: Verdict = "fail" if lack else "warn" if free < wanted or few else "ok"
+    counted = "" if files is None else f"; names for {files} more files, updates leave {limits.file_reserve}"
     yield Finding(
         check="disk",
         verdict=verdict,
-        detail=f"{free / 1e6:.0f} MB free, reserve and outbox may want {wanted / 1e6:.0f}",
+        detail=f"{free / 1e6:.0f} MB free, reserve and outbox may want {wanted / 1e6:.0f}{counted}",
         advice="" if verdict == "ok" else "make room: counts may have to be dropped and updates are refused",
     )
 

@@ -5,15 +5,19 @@ A file of a newer agent is left alone; a lock or a full disk is no damage.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from skerry_agent.errors import Degraded
+from skerry_agent.logs import kv
 from skerry_agent.store import ballast
 from skerry_agent.store.compaction import Store
 from skerry_agent.store.database import Database, connect, suspect_mark
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +65,10 @@ def open_store(
     if free_bytes and ballast.full(path.parent):
         # The log, its index, and whatever else a start writes, must fit.
         ballast.spend(path.parent)
+        log.error(
+            "the file system is full",
+            extra=kv(code="store_full", detail=str(path), advice="make room on the device's disk"),
+        )
     damaged = _damage(path)
     moved_aside, records, inferences = "", 0, 0
     if damaged:

@@ -17,6 +17,7 @@ import pytest
 
 from tests.integration.agent import test_outbox_life
 from tests.integration.agent.rig import Device, Load, wait_for
+from tests.integration.agent.test_doctor import examine, verdict
 from tests.integration.agent.test_outbox_life import Server, empty
 
 server = test_outbox_life.server
@@ -147,3 +148,46 @@ def test_a_disk_that_is_full_under_load(
     assert serving.status()["outbox"]["lost"] == {}
     serving.sync(pardon=True)
     serving.wait_running("1.1.0", "trial", "confirmed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "exhaust"),
+    [("ext4", fill), pytest.param("tmpfs", use_up_names, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("ended", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
+def test_a_start_on_a_full_disk_serves_tells_what_is_wrong_and_recovers(
+    serving: Device, server: Server, kind: str, exhaust: Callable[[Device], Path], ended: str
+) -> None:
+    if ended == "killed":
+        server.announce("offline")
+        wait_for(lambda: not serving.status()["link"]["server_online"], why="offline heard")
+        serving.infer(7)
+        serving.kill()
+    else:
+        serving.infer(7)
+        assert serving.stop() == 0
+    filler = exhaust(serving)
+    begun = time.monotonic()
+    serving.start()
+    wait_for(lambda: serving.infer() == ["1.0.0"], why=lambda: f"an answer: {serving.log()[-3000:]}")
+    print(f"start on a full disk to the first answer: {time.monotonic() - begun:.2f} s")
+    made = 28
+    assert serving.running() == ("1.0.0", "confirmed")
+    made += len(serving.infer(20))
+    # What is wrong stands in the log, and a person who asks is told.
+    assert "store_full" in serving.log()
+    told = verdict(examine(serving), "disk")
+    assert told[0] == "fail", told
+    if filler.is_dir():
+        shutil.rmtree(filler)
+    else:
+        filler.unlink()
+    if ended == "killed":
+        server.birth += 1
+        server.announce("online")
+    wait_for(
+        lambda: server.inferences() >= made and empty(serving),
+        why=lambda: f"{made}, got {server.inferences()}: {serving.log()[-3000:]}",
+    )
+    assert (server.inferences(), server.ledger.conflicts) == (made, 0)
+    assert serving.status()["outbox"]["lost"] == {}
