@@ -53,6 +53,42 @@ def test_a_worker_loads_no_update_security_and_no_server() -> None:
     assert "numpy" in found
 
 
+def test_a_worker_loads_no_openssl_and_what_needs_it_later_still_can() -> None:
+    program = """
+import sys
+from skerry_agent.worker import lean
+lean.import_event_loops(uvloop=True)
+import skerry_agent.worker.main, asyncio, hashlib
+needless = {"ssl", "_ssl", "_hashlib", "email", "csv", "zipfile", "importlib.metadata", "tempfile"}
+assert not needless & set(sys.modules), needless & set(sys.modules)
+import uvloop
+
+async def served():
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    assert await reader.read() == b""
+    writer.close()
+    server.close()
+
+for factory in (uvloop.new_event_loop, asyncio.new_event_loop):
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(served())
+assert hashlib.sha256(b"abc").hexdigest().startswith("ba7816bf8f01cfea")
+import ssl
+assert ssl.create_default_context().verify_mode is ssl.CERT_REQUIRED
+import _hashlib
+assert _hashlib.openssl_sha256(b"abc").digest() == hashlib.sha256(b"abc").digest()
+"""
+    assert "uvloop" in loaded_by(program)
+
+
+def test_a_worker_without_uvloop_does_not_load_it() -> None:
+    program = (
+        "from skerry_agent.worker import lean\nlean.import_event_loops(uvloop=False)\nimport skerry_agent.worker.main"
+    )
+    assert "uvloop" not in loaded_by(program)
+
+
 def test_a_new_server_is_made_without_the_application_and_without_what_counts(tmp_path: Path) -> None:
     program = f"from skerry_server.cli import main\nassert main(['init', '--data', {str(tmp_path / 'data')!r}]) == 0"
     needed = {"sqlalchemy", "cryptography", "tuf", "securesystemslib"}

@@ -5,8 +5,9 @@ Importing this package loads no runtime and no numpy: ``available`` only looks a
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skerry_contract.manifest import UNKNOWN_RUNTIME, runtime_suffices
@@ -15,8 +16,6 @@ from skerry_runtime.acceleration import CPU, Acceleration
 from skerry_runtime.errors import Degraded
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from skerry_runtime.engines.base import Engine
 
 _INSTALLED_AS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -35,17 +34,30 @@ def available() -> dict[str, str]:
             # A folder without code is what an uninstalled package may leave behind.
             if spec is None or spec.origin is None:
                 continue
-            try:
-                found[runtime] = importlib.metadata.version(distribution)
-            except importlib.metadata.PackageNotFoundError:
-                found[runtime] = _of_a_vendor(module)
+            found[runtime] = _beside(spec.origin, distribution) or _recorded(module, distribution)
             break
     return found
 
 
-def _of_a_vendor(module: str) -> str:
-    """The version of a GPU or vendor build: the same module under another distribution's name."""
-    for name in importlib.metadata.packages_distributions().get(module, ()):
+def _beside(origin: str, distribution: str) -> str:
+    """The version in the name of the folder that an installer left beside the module; empty where that is not so plain.
+
+    ``importlib.metadata`` would read the same out of that folder, and takes 3 MB with all that it imports (``email``, ``csv``, ``zipfile``).
+    """
+    name = re.compile(re.escape(distribution.replace("-", "_")) + r"-([0-9][^-]*)\.dist-info", re.IGNORECASE)
+    try:
+        found = [match[1] for path in Path(origin).parent.parent.iterdir() if (match := name.fullmatch(path.name))]
+    except OSError:
+        return ""
+    # Several are left when an upgrade was cut short: which of them holds is for others to say.
+    return found[0] if len(found) == 1 else ""
+
+
+def _recorded(module: str, distribution: str) -> str:
+    import importlib.metadata
+
+    # A GPU or vendor build is the same module under another distribution's name.
+    for name in (distribution, *importlib.metadata.packages_distributions().get(module, ())):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -46,6 +46,20 @@ def test_one_flipped_byte_is_found_and_named(folder):
     open_bundle(folder, hashes=False)
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_large_file_is_hashed_as_a_small_one(models, tmp_path, changed):
+    digest = models.build_bundle(tmp_path / "b", padding=5 << 20)
+    if changed:
+        with open(tmp_path / "b" / "padding.bin", "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+        assert refusal(tmp_path / "b").code == "hash_mismatch"
+    else:
+        assert open_bundle(tmp_path / "b", digest=digest).digest == digest
+
+
 def test_a_byte_flipped_after_opening_is_not_read(folder):
     bundle = open_bundle(folder)
     (folder / "golden.jsonl").write_bytes((folder / "golden.jsonl").read_bytes().replace(b"FP32", b"FP64", 1))
