@@ -192,8 +192,9 @@ def _reply(
     doing, notes, kinds, age_ms, extra = model, None, 0, -1, b""
     if call is not None:
         doing, notes, kinds, age_ms, extra = call.answerer, call.notes, call.kinds, call.age_ms, call.header
-    if rows > 1:
-        doing.learn(rows, (result.transform_ns + result.infer_ns) / 1e3)
+    took_ns, expectation = result.transform_ns + result.infer_ns, doing.expectation
+    if rows > 1 or not expectation.low_ns <= took_ns <= expectation.high_ns:
+        expectation.learn(rows, took_ns)
     recorder = model.recorder
     prediction, ident = b"", 0
     if recorder.prediction_prefix and doing is model:
@@ -217,7 +218,7 @@ def _reply(
         outputs = calls.unknown_outputs(model, rows)
     elif model.tee is not None and model.streams is None:
         # A bundle in shadow has no part in the streams: of a stateful model it would see rows without what came before.
-        model.tee.offer(asked.inputs, outputs, result.transform_ns + result.infer_ns, recorder.ring.written)
+        model.tee.offer(asked.inputs, outputs, took_ns, recorder.ring.written)
     now = monotonic_ns()
     recorder.ok(
         asked.inputs,

@@ -12,6 +12,7 @@ from skerry_runtime.streams import StreamTable
 from skerry_runtime.tensors import Tensors
 
 from skerry_agent.worker.attributing import Attributing
+from skerry_agent.worker.expectation import Expectation
 from skerry_agent.worker.recorder import Recorder
 from skerry_agent.worker.tee import Tee
 
@@ -24,6 +25,7 @@ class Model:
         fell_back: it runs on the CPU although something else was wished for.
 
     Attributes:
+        expectation: of what a request takes; expected_us: the same by rows.
         tee: shows a share of the requests to a bundle in shadow; None without one.
         infer: raw inputs to an answer; compute: the same past the policies.
         streams: of a stateful model; go_on: the next inference of one of them; policies: of one whose requests are judged.
@@ -69,23 +71,14 @@ class Model:
         self.explain_ns = 0
         self._check = runner.guard.check
         self.platform = {"onnx": "onnx_onnxv1", "tflite": "tflite_tflite"}[runner.variant.runtime]
-        self._one_us = infer_us
-        self._row_us = infer_us
+        self.expectation = Expectation(infer_us)
+        self.expected_us = self.expectation.us
 
     def check(self, inputs: Tensors) -> None:
         """Raises ``BadInput`` for inputs that do not fit."""
         violation = self._check(inputs)
         if violation is not None:
             raise BadInput(violation)
-
-    def expected_us(self, rows: int) -> float:
-        """What a request of that many rows should take."""
-        return self._one_us if rows <= 1 else self._one_us + self._row_us * (rows - 1)
-
-    def learn(self, rows: int, took_us: float) -> None:
-        """Corrects the cost of a further row, which starts at the cost of the first, by what a batch took."""
-        further = max(0.0, took_us - self._one_us) / (rows - 1)
-        self._row_us += 0.2 * (further - self._row_us)
 
     def forget_quiet(self) -> None:
         """Lets go of streams that were quiet for too long."""

@@ -99,7 +99,8 @@ def test_a_slow_model_takes_no_more_than_may_wait_and_tells_the_rest_how_long_th
     assert fit * 0.5 <= accepted <= 3 * fit + 2
     told = [int(r.headers["Skerry-Retry-After-Ms"]) for r in found if r.status == 503]
     assert len(told) == 60 - accepted > 0
-    assert all(200 <= ms <= 200 + one_ms + 1 for ms in told)
+    # The last that was accepted: as long as one took at load, or longer by what the first of this burst took on a busy machine.
+    assert all(200 <= ms <= 200 + 2 * one_ms + 1 for ms in told)
     # Who comes back then is answered.
     end = time.monotonic() + 30
     while True:
