@@ -20,6 +20,8 @@ MAX_BINS = 4096
 """Counts of one feature or output."""
 MAX_TALLIES = 512
 MAX_SHADOWS = 8
+SHADOW_DROPS: tuple[str, ...] = ("busy", "hot", "failed", "late")
+"""Why a request of a shadow's share has no pair; devices of later releases may know others."""
 LATER_FIELDS = ("tallies", "freshness", "attributions", "shadows", "distinct")
 """Fields that came after the first release: left out of the bytes while they are empty, so that what has none is as it was."""
 
@@ -135,7 +137,7 @@ class Shadow(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         pairs: requests that both answered.
-        dropped: requests of the share that have no pair, by reason: ``busy``, ``hot``, ``failed``, ``late``.
+        dropped: requests of the share that have no pair, by reason, ``SHADOW_DROPS``.
         agreed: pairs with the same predicted class, or equal outputs within the golden tolerance where there are no classes.
         distance: greatest absolute difference of an output per pair, in millionths.
         slower, faster: nanoseconds by which the candidate took longer, or less long, than what answered.
@@ -160,7 +162,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         freshness: age of the oldest feature of a request, milliseconds, of requests that said how old they are.
         attributions: by feature, quantized mean absolute attribution of explained rows.
         shadows: by the candidate's digest.
-        distinct: registers of ``histogram.Distinct``: how many different requests there were; empty when nobody counts them.
+        distinct: registers of ``histogram.distinct_of``: about how many different requests there were; empty when nobody counts them.
     """
 
     key: Key

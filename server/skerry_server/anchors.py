@@ -72,7 +72,7 @@ class Anchors:
 
     def saw(self, device: str, at: w.Instant) -> None:
         """An instant that a device wrote down at some time."""
-        if not at.synced or not self._believed(at.wall_ms):
+        if not at.synced or not _believed(at.wall_ms, self._now_ms):
             return
         anchor = self._of(device, at)
         if anchor is None:
@@ -81,20 +81,18 @@ class Anchors:
         if anchor.synced_ms is None or abs(anchor.synced_ms - synced_ms) > _MOVED_MS:
             anchor.synced_ms, anchor.touched = synced_ms, True
 
-    def place(self, device: str, at: w.Instant) -> tuple[int, How]:
-        """(milliseconds since 1970, how it is known); never after the time of receipt."""
-        if at.synced and self._believed(at.wall_ms):
-            return min(at.wall_ms, self._now_ms), "device"
+    def place(self, device: str, at: w.Instant, *, received_ms: int | None = None) -> tuple[int, How]:
+        """(milliseconds since 1970, how it is known); never after the time of receipt, which is now unless it is said."""
+        now_ms = self._now_ms if received_ms is None else received_ms
+        if at.synced and _believed(at.wall_ms, now_ms):
+            return min(at.wall_ms, now_ms), "device"
         anchor = self._boots.get((device, at.boot_id))
         if anchor is not None:
             found: tuple[tuple[int | None, How], ...] = ((anchor.synced_ms, "boot"), (anchor.heard_ms, "heard"))
             for offset_ms, how in found:
-                if offset_ms is not None and self._believed(ms := offset_ms + at.boot_ns // 1_000_000):
-                    return min(ms, self._now_ms), how
-        return self._now_ms, "received"
-
-    def _believed(self, ms: int) -> bool:
-        return self._now_ms - OLDEST_MS <= ms <= self._now_ms + AHEAD_MS
+                if offset_ms is not None and _believed(ms := offset_ms + at.boot_ns // 1_000_000, now_ms):
+                    return min(ms, now_ms), how
+        return now_ms, "received"
 
     def _of(self, device: str, at: w.Instant) -> _Anchor | None:
         if not _BOOT.fullmatch(at.boot_id) or not 0 <= at.boot_ns < 1 << 63:
@@ -123,3 +121,7 @@ class Anchors:
             gone = [boot for _, boot in boots[: len(boots) - MOST_BOOTS]]
             b = t.boots.c
             self._connection.execute(delete(t.boots).where(b.device == device, b.boot_id.in_(gone)))
+
+
+def _believed(ms: int, now_ms: int) -> bool:
+    return now_ms - OLDEST_MS <= ms <= now_ms + AHEAD_MS

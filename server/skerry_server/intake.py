@@ -107,6 +107,7 @@ class _Batch:
         self._notes = Notes()
         self._streams: dict[tuple[str, str], ledger.Stream] = {}
         self._anchors = Anchors(connection, now_ms)
+        self._happened: list[tuple[w.Instant, TakenEvent]] = []
         self._windows: list[dict[str, Any]] = []
         self._samples: list[dict[str, Any]] = []
         self._arrived: list[rollups.Arrived] = []
@@ -241,7 +242,10 @@ class _Batch:
             at_ms, _ = self._anchors.place(device, body.end)
             self._notes.count(device, "profile_unfit", self._profiles.add(device, body, at_ms=at_ms))
             if body.shadows:
-                self._paired += shadowing.paired(device, body)
+                paired = shadowing.paired(device, body)
+                fitting = [one for one in paired if core.shadow_fits(one.shadow)]
+                self._notes.count(device, "shadow_unfit", len(paired) - len(fitting))
+                self._paired += fitting
             self._windows.append(
                 {
                     "device": device,
@@ -270,14 +274,12 @@ class _Batch:
             )
         elif isinstance(body, wire.Event):
             self._anchors.saw(device, body.at)
-            event = TakenEvent(device, self._now_ms, body.at.wall_ms, body.name, body.code, body.data)
-            self._outcome.events.append(event)
+            self._happened.append((body.at, TakenEvent(device, self._now_ms, 0, body.name, body.code, body.data)))
         else:
             # What was dropped and why stands among the events, where people look.
             data = {"records": body.records, "inferences": body.inferences, "seqs": [list(r) for r in record.replaces]}
-            self._outcome.events.append(
-                TakenEvent(device, self._now_ms, body.at.wall_ms, "tombstone", body.why[:60], data)
-            )
+            self._anchors.saw(device, body.at)
+            self._happened.append((body.at, TakenEvent(device, self._now_ms, 0, "tombstone", body.why[:60], data)))
 
     def _store(self) -> None:
         rows: list[dict[str, Any]] = []
@@ -301,6 +303,9 @@ class _Batch:
         for row in self._windows:
             row["start_ms"], _ = self._anchors.place(row["device"], row["start_ms"])
             row["end_ms"], row["timed"] = self._anchors.place(row["device"], row["end_ms"])
+        for at, event in self._happened:
+            at_ms, _ = self._anchors.place(event.device, at)
+            self._outcome.events.append(event._replace(at_ms=at_ms))
         self._anchors.store()
         _WINDOWS.run(self._connection, self._windows)
         if self._samples:

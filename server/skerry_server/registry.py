@@ -160,7 +160,8 @@ def users(conn: Connection, digest: str) -> list[str]:
     """What still names the bundle: groups, rollouts not ended, pins."""
     gm, r, p = t.group_models.c, t.rollouts.c, t.pins.c
     ended = ("completed", "rolled_back", "aborted")
-    groups = conn.execute(select(gm.group).where((gm.stable == digest) | (gm.fallback == digest))).scalars()
+    named_by = (gm.stable == digest) | (gm.fallback == digest) | (gm.shadow == digest)
+    groups = conn.execute(select(gm.group).where(named_by)).scalars()
     rollouts = conn.execute(
         select(r.id).where((r.candidate == digest) | (r.stable == digest), r.state.not_in(ended))
     ).scalars()
@@ -177,6 +178,7 @@ def served(conn: Connection) -> frozenset[str]:
         union(
             select(gm.stable),
             select(gm.fallback),
+            select(gm.shadow),
             select(r.candidate).where(r.state.not_in(ended)),
             select(r.stable).where(r.state.not_in(ended)),
             select(p.digest),

@@ -29,7 +29,7 @@ CRASHES = ("runtime_crashed", "worker_hung")
 
 
 class TakenEvent(NamedTuple):
-    """An event of a device, committed. ``at_ms`` is the device's wall clock, ``received_ms`` the server's."""
+    """An event of a device, committed. ``at_ms``: when it was, as ``anchors`` places it; ``received_ms``: the server's clock."""
 
     device: str
     received_ms: int

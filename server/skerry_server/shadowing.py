@@ -24,6 +24,7 @@ _MOST = (1 << 53) - 1
 _EXACT = 1000
 _REASONS = 16
 """Names of reasons kept of one device: it makes them up."""
+_NAME = 60
 
 
 class Paired(NamedTuple):
@@ -55,8 +56,12 @@ def fold(connection: Connection, items: Sequence[Paired], now_ms: int) -> list[P
     models_of = {
         row.digest: row.model for row in connection.execute(select(b.digest, b.model).where(b.digest.in_(named)))
     }
-    strange = [item for item in items if {models_of.get(item.bundle), models_of.get(item.candidate)} != {item.model}]
-    items = [item for item in items if item not in strange]
+    known: list[Paired] = []
+    strange: list[Paired] = []
+    for item in items:
+        ours = models_of.get(item.bundle) == item.model == models_of.get(item.candidate)
+        (known if ours else strange).append(item)
+    items = known
     if not items:
         return strange
     keys = sorted({item[:3] for item in items})
@@ -71,7 +76,7 @@ def fold(connection: Connection, items: Sequence[Paired], now_ms: int) -> list[P
     for item in items:
         key = item[:3]
         models[key] = item.model
-        sums[key] = _bounded(w.merge_shadows(sums[key], item.shadow)) if key in sums else item.shadow
+        sums[key] = _bounded(w.merge_shadows(sums[key], item.shadow) if key in sums else item.shadow)
     rows = [
         {
             "device": key[0],
@@ -102,9 +107,11 @@ def _bounded(found: w.Shadow) -> w.Shadow:
         )
 
     a, b, c, d = (min(n, _MOST) for n in found.labelled)
+    # What devices do say comes first, so that made-up names push none of it out.
+    reasons = sorted(found.dropped, key=lambda reason: (reason not in w.SHADOW_DROPS, reason))[:_REASONS]
     return w.Shadow(
         pairs=min(found.pairs, _MOST),
-        dropped={reason: min(n, _MOST) for reason, n in list(found.dropped.items())[:_REASONS]},
+        dropped={reason[:_NAME]: min(found.dropped[reason], _MOST) for reason in reasons},
         agreed=min(found.agreed, _MOST),
         distance=most(found.distance),
         slower=most(found.slower),

@@ -108,7 +108,9 @@ _TAKEN = {
     "duplicate": "records that had come before",
     "labels_unfit": "windows taken without their labels, which no device can have counted",
     "latency_unfit": "windows taken without their latency, which is too coarse",
-    "profile_unfit": "parts of windows left out of drift and accuracy, since they do not fit the bundle",
+    "profile_unfit": "parts of windows left out of drift, accuracy or attributions, since they do not fit the bundle",
+    "shadow_unfit": "pairs of a shadow left out, since their histograms are too coarse",
+    "shadow_unknown": "pairs left out of a shadow that the server does not know for this model",
     "stale_state": "states that were older than the one known",
 }
 """What ingest counts beside refusals. Later servers may count more."""

@@ -8,6 +8,7 @@ import typer
 
 from skerry_cli import output
 from skerry_cli.client import quote
+from skerry_cli.commands.publish import find_bundle
 from skerry_cli.commands.session import session
 from skerry_cli.errors import Usage
 
@@ -74,7 +75,7 @@ def shadow(
     group: Group,
     model: Annotated[str, typer.Argument(help="The model.")],
     digest: Annotated[
-        str | None, typer.Argument(help="The bundle for the shadow; nothing shows how it compares.")
+        str | None, typer.Argument(help="MODEL@VERSION or digest of the bundle; left out, how the shadows compare.")
     ] = None,
     off: Annotated[bool, typer.Option("--off", help="End the shadow.")] = False,
     as_json: AsJson = False,
@@ -83,12 +84,15 @@ def shadow(
     if off and digest is not None:
         raise Usage("wanted a digest or --off, not both")
     api, path = session(context).api, f"/api/v1/groups/{quote(group)}/models/{quote(model)}/shadow"
-    if off:
-        api.delete(path)
-        output.say(f"{model} in {group} has no shadow any more.")
-    elif digest is not None:
-        api.put(path, {"digest": digest})
-        output.say(f"{digest[:12]} is in the shadow of {model} in {group}.")
+    if off or digest is not None:
+        wanted = None if digest is None else str(find_bundle(api, digest)["digest"])
+        found = api.delete(path) if wanted is None else api.put(path, {"digest": wanted})
+        if as_json:
+            output.show_json(found)
+        elif wanted is None:
+            output.say(f"{model} in {group} has no shadow any more.")
+        else:
+            output.say(f"{output.short(wanted)} is in the shadow of {model} in {group}.")
     else:
         api.get(f"/api/v1/groups/{quote(group)}")
         items = list(api.items("/api/v1/shadows", model=model))

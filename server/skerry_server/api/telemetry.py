@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from skerry_contract import wire
 from skerry_contract.errors import ContractError
 
+from skerry_server.anchors import Anchors
 from skerry_server.api.context import After, Ctx, Engineer, Limit, Viewer, cursor, page, read_cursor
 from skerry_server.db import queries
 from skerry_server.db.engine import reading
@@ -63,17 +64,23 @@ def samples(
         rows = queries.samples_page(
             conn, model=model, bundle=bundle, device=device, after=None if last is None else last[0], limit=limit
         )
-    items = [{"id": row.id, "device": row.device, "received_ms": row.received_ms, **_sample(row.body)} for row in rows]
+        boots = Anchors(conn, context.now_ms())
+        boots.load({row.device for row in rows})
+    items = [
+        {"id": row.id, "device": row.device, "received_ms": row.received_ms, **_sample(row, boots)} for row in rows
+    ]
     return page(items, limit, *((items[-1]["id"],) if items else ()))
 
 
-def _sample(body: bytes) -> dict[str, Any]:
+def _sample(row: Any, boots: Anchors) -> dict[str, Any]:
     """A sample as JSON has it: null for what is no number, no field for what JSON has no word for."""
     try:
-        found = wire.decode(wire.Sample, body)
+        found = wire.decode(wire.Sample, row.body)
+        at_ms, timed = boots.place(row.device, found.at, received_ms=row.received_ms)
         fields = {
             "prediction_id": found.id,
-            "at_ms": found.at.wall_ms,
+            "at_ms": at_ms,
+            "timed": timed,
             "why": found.why,
             "model": found.key.model,
             "bundle": found.key.bundle,

@@ -145,6 +145,11 @@ def latency_fits(histogram: h.Exponential) -> bool:
     return histogram.scale >= LEAST_SCALE
 
 
+def shadow_fits(shadow: w.Shadow) -> bool:
+    """Whether its histograms are fine enough to be added to those of other devices."""
+    return min(shadow.distance.scale, shadow.slower.scale, shadow.faster.scale) >= LEAST_SCALE
+
+
 def _fitting_features(found: Mapping[str, w.FeatureCounts], bins: Mapping[str, int]) -> Mapping[str, w.FeatureCounts]:
     # One loop without a call per part: ingest does this for every window. More values outside than values would hide those of other
     # devices. The last condition is Cauchy's and Schwarz's: what breaks it is no sum of values and their squares.

@@ -112,6 +112,30 @@ def test_a_bundle_in_use_is_taken_out_only_by_force(cli: Cli, tmp_path: Path) ->
     assert cli("rollout", "abort", "r-used", "--reason", "it is gone").code == OK
 
 
+def test_a_version_is_put_in_the_shadow_of_another_and_taken_out_of_it(
+    cli: Cli, server: ServerRig, tmp_path: Path
+) -> None:
+    one, two = (
+        models.build_bundle(tmp_path / v, model="seen", version=v, seed=i) for i, v in enumerate(("1.0.0", "1.1.0"))
+    )
+    for folder, digest in (("1.0.0", one), ("1.1.0", two)):
+        assert cli("push", tmp_path / folder).code == OK
+        assert cli("approve", digest, "--yes").code == OK
+    early = cli("group", "shadow", "field", "seen", "seen@1.1.0")
+    assert early.code != OK and "seen" in early.err
+    assert cli("group", "shadow", "field", "seen", "seen@1.1.0", "--off").code == USAGE
+    server.good("PUT", "/api/v1/groups/field/models/seen", {"stable": one})
+    put = cli("group", "shadow", "field", "seen", "seen@1.1.0", "--json")
+    assert put.json() == {"group": "field", "model": "seen", "shadow": two}
+    assert cli("group", "show", "field", "--json").json()["models"]["seen"]["shadow"] == two
+    assert two[:12] in cli("group", "shadow", "field", "seen", two).out
+    same = cli("group", "shadow", "field", "seen", one)
+    assert same.code != OK and "already_stable" in same.err
+    assert cli("group", "shadow", "field", "seen", "--json").json() == {"items": []}
+    assert cli("group", "shadow", "field", "seen", "--off", "--json").json()["shadow"] is None
+    assert "no shadow any more" in cli("group", "shadow", "field", "seen", "--off").out
+
+
 def test_settings_of_a_group_are_changed_one_by_one(cli: Cli) -> None:
     assert cli("group", "create", "tuned", "--set", "sync_s=300").code == OK
     assert cli("group", "create", "tuned", "--set", "window_s=20").code == OK

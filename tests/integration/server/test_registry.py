@@ -189,6 +189,17 @@ def test_a_bundle_in_use_is_not_retired(server: ServerRig, operator: Operator) -
     assert found.json()["error"]["details"]["used_by"] == ["group:press"]
 
 
+def test_a_bundle_in_the_shadow_of_another_is_not_retired(server: ServerRig, operator: Operator) -> None:
+    stable, candidate = operator.publish("watched", "1.0.0"), operator.publish("watched", "1.1.0")
+    server.good("PUT", "/api/v1/groups/press/models/watched", {"stable": stable})
+    server.good("PUT", "/api/v1/groups/press/models/watched/shadow", {"digest": candidate})
+    assert server.good("GET", f"/api/v1/bundles/{candidate}")["used_by"] == ["group:press"]
+    found = server.ask("POST", f"/api/v1/bundles/{candidate}/retire")
+    assert (found.status, found.code) == (409, "in_use")
+    server.good("DELETE", "/api/v1/groups/press/models/watched/shadow")
+    assert server.good("GET", f"/api/v1/bundles/{candidate}")["used_by"] == []
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"{}", b"[]", b"\xff\xfe", b'{"schema":99}', b"[" * 100_000, b'{"schema":1}'],

@@ -19,7 +19,7 @@ BUNDLE = "ab" * 32
 
 
 def sample(ident: str, why: str = "share", **fields: Any) -> wire.Sample:
-    at = w.Instant("b" * 32, 5, 1_700_000_000_000, True)
+    at = w.Instant("b" * 32, 5, 1000, False)
     key = w.Key("gas", BUNDLE, "onnx-fp32", "none", "", 0)
     return wire.Sample(at=at, key=key, id=ident, why=why, **fields)
 
@@ -41,6 +41,7 @@ def test_samples_are_listed_once_each_and_odd_ones_harm_nobody(server: ServerRig
     assert [item.get("prediction_id") for item in items[:2]] == ["gas-1", "gas-2"]
     assert (items[1]["why"], items[1]["attributions"]) == ("audit", {"f0": -0.125})
     assert items[2]["unreadable"] is True
+    assert (items[0]["at_ms"], items[0]["timed"]) == (items[0]["received_ms"], "received"), "1970 is not believed"
     page = server.good("GET", f"{path}?limit=2")
     assert [one["id"] for one in page["items"]] == [items[0]["id"], items[1]["id"]]
     rest = server.good("GET", f"{path}?limit=2&after={page['next']}")["items"]

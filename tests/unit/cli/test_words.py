@@ -7,6 +7,7 @@ from skerry_cli.errors import Usage
 
 def test_windows_that_were_taken_are_not_called_refused():
     counts = {"duplicate": 1, "labels_unfit": 2, "latency_unfit": 3, "profile_unfit": 88, "stale_state": 4}
+    counts |= {"shadow_unfit": 7, "shadow_unknown": 9}
     behind = {
         "group_document": {"device": 1, "server": 1},
         "metadata": {},
@@ -18,7 +19,9 @@ def test_windows_that_were_taken_are_not_called_refused():
     said = dict(parts)
     refused = {words: n for words, n in said.items() if "refused" in words}
     assert sorted(refused.values()) == ["5", "6"]
-    assert said["parts of windows left out of drift and accuracy, since they do not fit the bundle"] == "88"
+    assert (
+        said["parts of windows left out of drift, accuracy or attributions, since they do not fit the bundle"] == "88"
+    )
 
 
 @pytest.mark.parametrize(("since_ms", "until_ms"), [(None, 0), (0, 0), (5, 5), (5, 4)])

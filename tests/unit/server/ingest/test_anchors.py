@@ -56,6 +56,30 @@ def test_what_was_counted_before_the_clock_was_set_is_placed_by_what_came_after_
     assert placed(held, "dev-b")[0][2] == "received"
 
 
+def test_events_and_tombstones_of_a_clock_that_was_not_set_get_their_time_too(held):
+    set_at = instant(10 * HOUR_MS, NOW_MS - HOUR_MS, synced=True)
+    crashed = wire.Event(at=instant(HOUR_MS), name="worker", code="runtime_crashed", data={})
+    dropped = wire.Tombstone(at=instant(2 * HOUR_MS), why="outbox_full", records=1)
+    ahead = wire.Event(at=instant(3 * HOUR_MS, NOW_MS + 10 * YEAR_MS), name="update", code="", data={})
+    held.take(
+        up(
+            "dev-a",
+            record(1, crashed, kind="event"),
+            record(2, ahead, kind="event"),
+            record(3, spanning(set_at, set_at)),
+            record(5, dropped, kind="tombstone", replaces=[(4, 4)]),
+        )
+    )
+    times = {row["name"]: row["at_ms"] for row in held.rows(t.events)}
+    assert times == {
+        "worker": NOW_MS - 10 * HOUR_MS, "tombstone": NOW_MS - 9 * HOUR_MS, "update": NOW_MS - 8 * HOUR_MS,
+    }  # fmt: skip
+    # Of a boot of which nothing is known but that it is over.
+    other = wire.Event(at=instant(HOUR_MS, boot="e" * 32), name="slot", code="", data={})
+    held.take(up("dev-a", record(6, other, kind="event")))
+    assert held.rows(t.events, name="slot")[0]["at_ms"] == held.now_ms
+
+
 def test_a_clock_that_is_never_set_is_placed_by_when_the_device_was_heard(held):
     held.take(state("dev-a", 1, at=instant(100 * HOUR_MS)))
     heard_ms = held.now_ms

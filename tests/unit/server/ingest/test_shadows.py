@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import pytest
 from scipy.stats import binomtest
@@ -9,7 +11,7 @@ from skerry_contract import histogram as h
 from skerry_contract import window as w
 from skerry_server import shadowing
 from skerry_server.db import tables as t
-from skerry_server.db.engine import reading
+from skerry_server.db.engine import reading, writing
 
 
 def registered(server, make):
@@ -73,6 +75,40 @@ def test_what_a_device_claims_stops_where_a_database_does(server, make):
         body = window(make, make.CANDIDATE, pairs=most, agreed=most, slower=h.Exponential(total=(1 << 63) - 1))
         server.take(make.up("dev-a", make.record(seq, body)))
     assert compared(server)[0]["pairs"] == 3 * ((1 << 40) - 1)
+
+
+def test_one_device_hides_neither_the_distances_nor_the_reasons_of_the_others(server, make):
+    registered(server, make)
+    fine = h.exponential_of([1000] * 10)
+    server.take(make.up("dev-a", make.record(1, window(make, make.CANDIDATE, distance=fine, dropped={"busy": 2}))))
+    coarse = window(make, make.CANDIDATE, distance=h.rescale(fine, -10))
+    server.take(make.up("dev-b", make.record(1, coarse)))
+    made_up = window(make, make.CANDIDATE, dropped={f"a{i:03d}": 1 for i in range(100)})
+    server.take(make.up("dev-b", make.record(2, made_up)))
+    (found,) = compared(server)
+    assert found["distance"]["p50"] == pytest.approx(0.001, rel=0.02)
+    assert found["dropped"]["busy"] == 2
+    assert server.counters() == {("dev-b", "shadow_unfit"): 1}
+    assert all(len(row["body"]) < 2000 for row in server.rows(t.shadows))
+
+
+def test_a_batch_of_made_up_candidates_is_left_out_in_no_time(server, make):
+    registered(server, make)
+    fleet = {f"{i:064x}": w.Shadow(pairs=1) for i in range(8)}
+    items = [
+        paired
+        for i in range(2000)
+        for paired in shadowing.paired(
+            f"dev-{i}", msgspec.structs.replace(make.window(ok=1, bundle=make.BUNDLE), shadows=fleet)
+        )
+    ]
+    with writing(server.engine) as connection:
+        began = time.process_time()
+        strange = shadowing.fold(connection, items, 0)
+        took_s = time.process_time() - began
+    assert len(strange) == 16_000
+    assert took_s < 2
+    assert server.rows(t.shadows) == []
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0, 1), (3, 3), (1, 9), (40, 12), (480, 519)])
