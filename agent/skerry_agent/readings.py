@@ -36,8 +36,10 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 
 _ZERO_CELSIUS_MK = 273_150
 _HOTTEST_MC = 300_000
-_MOST = 1 << 50
-"""A sensor that says more is broken; sums stay far below 2**63."""
+_MOST = 1 << 43
+"""A sensor that says more is broken: no device draws 8 MW."""
+_MOST_IN_ALL = (1 << 63) - 1
+"""A window with a greater sum would be refused, for one sensor that is broken and all there is beside it."""
 _HELD_BACK_NOW = 0xF
 """Bits of the Raspberry Pi's ``get_throttled``: under-voltage, capped, throttled, soft limit, at this moment."""
 
@@ -140,10 +142,10 @@ class Readings:
         self._peak(f"{name}_max", value)
 
     def _add(self, name: str, value: int) -> None:
-        self._sums[name] = self._sums.get(name, 0) + max(0, value)
+        self._sums[name] = min(self._sums.get(name, 0) + max(0, value), _MOST_IN_ALL)
 
     def _peak(self, name: str, value: int) -> None:
-        self._sums[name] = max(self._sums.get(name, 0), value)
+        self._sums[name] = min(max(self._sums.get(name, 0), value), _MOST_IN_ALL)
 
 
 class _Sensors:

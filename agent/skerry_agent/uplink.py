@@ -26,6 +26,8 @@ from skerry_agent.upload import Upload
 log = logging.getLogger(__name__)
 
 _COMPACT_ROUNDS = 2
+_AGAIN_S = 60.0
+"""After what nobody foresaw: a bug that shows at every look must not keep the loop and the log busy."""
 
 
 class Uplink:
@@ -64,6 +66,7 @@ class Uplink:
         self._server: wire.ServerState | None = None
         self._birth = 0
         self._pumping = False
+        self._not_before_s: dict[str, float] = {}
         self.link = Link(
             identity, context=None if plain_mqtt else lambda: tls_context(identity),
             next_birth=self._next_birth, will=reporting.will, on_happening=self._happened,
@@ -128,17 +131,35 @@ class Uplink:
     def pump(self) -> None:
         """Keeps the outbox within its bound, and sends what may be sent."""
         self._pumping = False
-        try:
-            used, bound = self._store.load()
-            if used > bound:
-                # A little at a time: the loop has links and workers to look after, and comes by again.
-                freed = self._store.compact(self._clock.instant(), rounds=_COMPACT_ROUNDS)
-                log.warning("outbox compacted", extra=kv(freed_bytes=freed))
-            self._store.tidy()
-            self._upload.pump(self._clock.boot_s(), self._clock.instant())
-        except Degraded as error:
-            if error.code == "store_damaged":
-                self._on_fault(error)
+        # Each by itself: an outbox that cannot be made smaller is still emptied by sending.
+        for what, work in (("compaction", self._keep_within_bound), ("upload", self._send)):
+            if self._clock.boot_s() < self._not_before_s.get(what, 0.0):
+                continue
+            try:
+                work()
+            except Degraded as error:
+                if error.code == "store_damaged":
+                    self._on_fault(error)
+                return
+            except Exception as error:
+                # A bug, or a record that nobody foresaw: no reason to stop serving.
+                log.exception("outbox not kept", extra=kv(code="outbox_unforeseen", what=what, again_s=_AGAIN_S))
+                known = what in self._not_before_s
+                self._not_before_s[what] = self._clock.boot_s() + _AGAIN_S
+                if not known:
+                    detail = f"{type(error).__name__}: {error}"[:500]
+                    self.event("outbox", "outbox_unforeseen", {"what": what, "detail": detail})
+
+    def _keep_within_bound(self) -> None:
+        used, bound = self._store.load()
+        if used > bound:
+            # A little at a time: the loop has links and workers to look after, and comes by again.
+            freed = self._store.compact(self._clock.instant(), rounds=_COMPACT_ROUNDS)
+            log.warning("outbox compacted", extra=kv(freed_bytes=freed))
+
+    def _send(self) -> None:
+        self._store.tidy()
+        self._upload.pump(self._clock.boot_s(), self._clock.instant())
 
     def _publish_up(self, payload: bytes) -> bool:
         return self.link.publish(topics.up(self._identity.device), payload)

@@ -210,7 +210,7 @@ class Moments(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     Attributes:
         n: how many values.
         total: sum of q.
-        squares: sum of q * q. Below 2**63 for n < 2**23, the most that one window may hold.
+        squares: sum of q * q. Below 2**63 whatever the values for n < 2**23; a device makes no window and merges none beyond it.
     """
 
     n: int = 0

@@ -15,7 +15,7 @@ from skerry_contract import window as w
 from skerry_contract import wire
 from skerry_contract.errors import ContractError
 
-from skerry_agent.core import retention
+from skerry_agent.core import merging, retention
 from skerry_agent.errors import Degraded
 from skerry_agent.logs import kv
 from skerry_agent.store import ballast
@@ -154,23 +154,40 @@ class Store(Outbox):
 
     def _merge(self, seqs: tuple[int, ...]) -> None:
         records = [self.record(self.epoch, seq) for seq in seqs]
-        key, inferences = self.weigh(seqs)
+        key, _ = self.weigh(seqs)
         try:
             windows = [wire.decode(w.Window, record.body, max_bytes=wire.MAX_INFLATED_BYTES) for record in records]
-            merged = windows[0]
-            for window in windows[1:]:
-                merged = w.merge(merged, window)
+            merged = [(wire.encode(window), n) for window, n in merging.merge_some(windows)]
         except (ValueError, ContractError) as error:
-            # Bins that differ under one key cannot be added, bytes that are no window neither: these stay apart for ever.
+            # Bins that differ under one key cannot be added, bytes that are no window neither.
             log.warning("windows cannot merge", extra=kv(code="unmergeable", key=key, detail=str(error)))
-            self._db.executemany(
-                "UPDATE outbox SET key = ? WHERE epoch = ? AND seq = ?",
-                [(f"{key}#{seq}", self.epoch, seq) for seq in seqs],
-            )
+            self._keep_apart(key, seqs)
             return
-        self.remove(seqs)
-        body = wire.encode(merged)
-        self.insert(Entry(kind="window", body=body, key=key, inferences=inferences), _replaced(records))
+        except Exception:
+            # A bug, or a window that nobody foresaw: no reason to end, and none to try these again for ever.
+            log.exception("windows cannot merge", extra=kv(code="unmergeable", key=key))
+            self._keep_apart(key, seqs)
+            return
+        start = 0
+        for i, (body, n) in enumerate(merged):
+            group, start = seqs[start : start + n], start + n
+            # Nothing more goes into one to which its neighbour could not be added; the last may still take some.
+            full = i < len(merged) - 1
+            if n == 1:
+                if full:
+                    self._keep_apart(key, group)
+                continue
+            _, inferences = self.weigh(group)
+            self.remove(group)
+            self.insert(
+                Entry(kind="window", body=body, key=f"{key}#{group[0]}" if full else key, inferences=inferences),
+                _replaced(records[start - n : start]),
+            )
+
+    def _keep_apart(self, key: str, seqs: tuple[int, ...]) -> None:
+        self._db.executemany(
+            "UPDATE outbox SET key = ? WHERE epoch = ? AND seq = ?", [(f"{key}#{seq}", self.epoch, seq) for seq in seqs]
+        )
 
     def _drop(self, action: retention.Drop, at: w.Instant) -> None:
         # Older tombstones of the same reason are taken up, so that they cannot fill the outbox in their turn.

@@ -6,12 +6,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from skerry_agent import config, facts
-from skerry_agent.store import Entry, open_store
+from skerry_agent.store import Entry, Store, open_store
 from skerry_contract import window as w
 from skerry_contract import wire
 
@@ -125,26 +126,61 @@ def test_buffer_full(device: Device, server: Server) -> None:
     assert server.ledger.conflicts == 0
 
 
+def test_an_outbox_that_nobody_foresaw_ends_no_serving_and_is_said(device: Device, server: Server) -> None:
+    """Making it smaller fails for a reason of no class of ours: answers go on, what waits is sent, the log has it, and not often."""
+    text = device.config.read_text().replace("[limits]\n", "[limits]\noutbox_mb = 8.0\n")
+    device.config.write_text(text)
+    with stored(device) as store:
+        store.append([Entry(kind="tombstone", body=b"no tombstone at all", key="samples_thinned")])
+        while store.live_bytes() < 9_000_000:
+            store.append([Entry(kind="sample", body=os.urandom(20_000)) for _ in range(20)])
+        held = store.pending()[0]
+    server.announce("offline")
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    assert device.infer(20) == ["1.0.0"] * 20
+    wait_for(lambda: "outbox_unforeseen" in device.log(), why=lambda: device.log()[-2000:])
+    # A look at the outbox comes every half second.
+    time.sleep(2.0)
+    assert device.log().count("outbox not kept") == 1
+    assert "Traceback" in device.log()
+    assert device.status()["outbox"]["pending"] >= held
+    server.birth += 1
+    server.announce("online")
+    wait_for(lambda: empty(device), why="an empty outbox", timeout_s=60.0)
+    assert [event.code for event in server.events("outbox")] == ["outbox_unforeseen"]
+    assert server.inferences() == 20
+    assert device.infer(3) == ["1.0.0"] * 3
+
+
 def prefill(device: Device, size: int) -> int:
     """Windows of an outage, as the agent itself would have stored them. Returns their inferences."""
+    made = 0
+    with stored(device) as store:
+        while store.live_bytes() < size:
+            entries = []
+            for model in ("gas", "pump", "fan"):
+                key = w.Key(model, "a" * 64, "v", "none", "", 0)
+                readings = {f"reading_{i}_sum": made + i for i in range(90)}
+                body = wire.encode(w.Window(key=key, start=AT, end=AT, counts=w.Counts(ok=5), resources=readings))
+                entries.append(Entry(kind="window", body=body, key="/".join(map(str, key)), inferences=5))
+            store.append(entries)
+            made += 15
+    return made
+
+
+@contextmanager
+def stored(device: Device) -> Iterator[Store]:
+    """The device's store while no agent runs."""
     found = config.load(device.config, {})
     store, _ = open_store(
         device.state_dir / "state.db", binding=facts.binding(config.identity(found)), device=DEVICE,
         new_epoch=lambda: os.urandom(16).hex(), wall_s=0.0,
     )  # fmt: skip
     store._db.execute("PRAGMA synchronous = OFF")
-    made = 0
-    while store.live_bytes() < size:
-        entries = []
-        for model in ("gas", "pump", "fan"):
-            key = w.Key(model, "a" * 64, "v", "none", "", 0)
-            readings = {f"reading_{i}_sum": made + i for i in range(90)}
-            body = wire.encode(w.Window(key=key, start=AT, end=AT, counts=w.Counts(ok=5), resources=readings))
-            entries.append(Entry(kind="window", body=body, key="/".join(map(str, key)), inferences=5))
-        store.append(entries)
-        made += 15
+    yield store
     store.close()
-    return made
 
 
 def on_disk(device: Device) -> int:
