@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import itertools
 import logging
 import os
 import struct
-from collections import deque
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +27,7 @@ from skerry_agent.clock import Clock
 from skerry_agent.errors import Degraded
 from skerry_agent.logs import kv
 from skerry_agent.readings import Readings
+from skerry_agent.serving.waiting import Hears, Waiting
 from skerry_agent.store import Entry, RingAt, Store
 
 log = logging.getLogger(__name__)
@@ -42,13 +41,6 @@ _RING_SUFFIX, _BOOK_SUFFIX = ".ring", ".labels"
 _RING_POSITIONS = struct.Struct("<QQ")
 _RING_POSITIONS_AT = 16
 """Where a ring or a label book says how far it was written and, as far as its worker heard, committed."""
-
-
-class Hears(Protocol):
-    """Is told what is committed."""
-
-    def send(self, message: ww.Message, fd: int | None = None) -> None:
-        """Sends a message; dropped when nobody hears it."""
 
 
 class Guests(Protocol):
@@ -101,7 +93,7 @@ class Rings:
         self._on_records = on_records
         self._on_fault = on_fault
         self.guests: Guests | None = None
-        self._unstored: deque[tuple[Hears, ww.WindowCut, Entry]] = deque()
+        self._unstored = Waiting(store.ring_upto)
         self._folded: set[str] = set()
         self._refused = False
         self._retry_at_s = 0.0
@@ -130,7 +122,7 @@ class Rings:
             return
         waited = bool(self._unstored)
         entry = Entry(kind="window", body=cut.body, key="/".join(map(str, key)), inferences=cut.inferences)
-        self._unstored.append((worker, cut, entry))
+        self._unstored.add(worker, cut, entry)
         if self._commit_s > 0:
             if self._due is None:
                 self._due = asyncio.get_running_loop().call_later(self._commit_s, self.retry)
@@ -182,10 +174,11 @@ class Rings:
                 self._on_fault(error)
 
     def _store_some(self) -> None:
-        some = list(itertools.islice(self._unstored, _AT_ONCE))
+        some = self._unstored.first(_AT_ONCE)
         entries: list[Entry] = []
         at: dict[str, int] = {}
-        for _, cut, entry in some:
+        for held in some:
+            cut = held.cut
             committed = at.get(cut.ring, self._store.ring_upto(cut.ring))
             if committed is not None and cut.start < committed:
                 # Sent twice: by a worker that did not hear of the commit, and by its heir. The first one counts.
@@ -194,17 +187,17 @@ class Rings:
                 )
                 continue
             at[cut.ring] = cut.upto
-            entries.append(entry)
+            entries.append(held.entry)
         if entries:
-            held = self._readings.held() if self._readings is not None else {}
-            if held:
-                entries[0] = _with_readings(entries[0], held)
+            readings = self._readings.held() if self._readings is not None else {}
+            if readings:
+                entries[0] = _with_readings(entries[0], readings)
             self._store.append(entries, [RingAt(ring=ring, upto=upto) for ring, upto in at.items()])
             if self._readings is not None:
-                self._readings.taken(held)
-        for worker, cut, _ in some:
-            self._unstored.popleft()
-            worker.send(ww.Committed(ring=cut.ring, upto=cut.upto))
+                self._readings.taken(readings)
+        self._unstored.take(len(some))
+        for held in some:
+            held.worker.send(ww.Committed(ring=held.cut.ring, upto=held.cut.upto))
         if entries:
             self._on_records()
 
@@ -215,7 +208,7 @@ class Rings:
             ring = str(path)
             if ring in owned or ring in self._lent or _locked(path):
                 continue
-            if self.spent(ring) or (ring in self._folded and not self._owes(ring)):
+            if self.spent(ring) or (ring in self._folded and not self._unstored.owes(ring)):
                 self.remove(ring)
                 continue
             if ring in self._folded or (self.guests is not None and not self.guests.take_over(path)):
@@ -263,8 +256,7 @@ class Rings:
     def continued(self, path: Path) -> int:
         """Where an heir goes on with a ring or a label book."""
         # What waits to be stored was folded already: the heir goes on behind it.
-        waiting = max((cut.upto for _, cut, _ in self._unstored if cut.ring == str(path)), default=0)
-        return max(waiting, self._positions(path)[1])
+        return max(self._unstored.upto(str(path)), self._positions(path)[1])
 
     def _positions(self, path: Path) -> tuple[int, int]:
         """(written, committed) of a ring; (-1, 0) when it cannot be read."""
@@ -282,10 +274,7 @@ class Rings:
         """Whether nothing of it has to be folded or stored any more."""
         path = Path(ring)
         written, committed = self._positions(path)
-        return not path.exists() or (written == committed and not self._owes(ring))
-
-    def _owes(self, ring: str) -> bool:
-        return any(cut.ring == ring for _, cut, _ in self._unstored)
+        return not path.exists() or (written == committed and not self._unstored.owes(ring))
 
     def recovered(self, message: ww.Recovered) -> bool:
         """A dead worker's ring is folded: notes what was lost in it, and removes it. False when that could not be noted."""
@@ -327,7 +316,7 @@ class Rings:
 
     def remove(self, ring: str) -> None:
         """Removes a ring or a book, unless windows of it wait to be stored."""
-        if self._owes(ring):
+        if self._unstored.owes(ring):
             return
         # The file first: a position without a ring is harmless, a ring without a position is counted again.
         Path(ring).unlink(missing_ok=True)
