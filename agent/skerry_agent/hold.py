@@ -36,9 +36,16 @@ def lock(config: Config) -> int:
         Its descriptor, to be kept.
 
     Raises:
-        Degraded: ``already_running``.
+        Degraded: ``already_running``; ``storage_failed`` where nothing can be written.
     """
-    descriptor = os.open(config.run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = config.run_dir / "lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        advice = "mount it to be written; a card that was remounted to be read only is worn out: replace it"
+        if error.errno != errno.EROFS:
+            advice = "check the disk and its rights"
+        raise Degraded("storage_failed", f"{path}: {error.strerror}", advice=advice) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -58,6 +59,10 @@ def check_state(patient: Patient) -> Iterator[Finding]:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"doctor")
     except OSError as error:
+        if error.errno == errno.EROFS:
+            advice = "mount it to be written; a card that was remounted to be read only is worn out: replace it"
+        elif error.errno == errno.ENOSPC:
+            advice = "make room on the device's disk"
         yield Finding(check="state folder", verdict="fail", detail=f"{folder}: {error.strerror}", advice=advice)
         return
     mode = stat.S_IMODE(folder.stat().st_mode)

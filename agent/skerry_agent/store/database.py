@@ -24,6 +24,11 @@ _INCREMENTAL = 2
 """SQLite's number for ``PRAGMA auto_vacuum = INCREMENTAL``."""
 SUFFIXES = ("", "-wal", "-shm")
 """The files that one store is."""
+_NOT_THE_FILE = (
+    sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_PROTOCOL,
+)  # fmt: skip
+"""What the disk, its mount or the memory did: they say nothing about what the file holds."""
 WAL_PAGES = 512
 """The log goes back into the file when it has so many pages, 2 MB; the page that carries it over is written twice, not three times."""
 _TIDY_SHARE = 8
@@ -46,7 +51,7 @@ class Database:
 
         Raises:
             Degraded: ``store_full`` without room on disk, ``store_busy`` while another process locks the file,
-                ``store_damaged`` when it cannot be read or written.
+                ``store_failed`` when disk or memory do, ``store_damaged`` when what the file holds cannot be.
         """
         if self._depth:
             self._depth += 1
@@ -248,6 +253,8 @@ def named(error: sqlite3.DatabaseError, path: Path) -> Degraded:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         # Moving the file aside would make the loss that a lock is not.
         return Degraded("store_busy", f"{path}: {text}", advice="end the program that has the file open")
+    if code in _NOT_THE_FILE:
+        return Degraded("store_failed", f"{path}: {text}", advice="check the disk, its mount and the device's memory")
     return damaged(path, text)
 
 

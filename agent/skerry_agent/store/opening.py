@@ -19,6 +19,8 @@ from skerry_agent.store.database import Database, connect, suspect_mark
 
 log = logging.getLogger(__name__)
 
+_IOERR_NOMEM = sqlite3.SQLITE_IOERR | 12 << 8
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opened:
@@ -120,8 +122,10 @@ def _damage(path: Path) -> bool:
             raise
         return True
     except sqlite3.DatabaseError as error:
-        # A lock or a full disk is no damage: moving the file aside would make the loss that it is to prevent.
-        return not isinstance(error, sqlite3.OperationalError) or "malformed" in str(error)
+        # A lock, a full disk or a mount to be read only is no damage: moving the file aside would make the loss that it is to
+        # prevent. What the disk cannot give back is lost already.
+        unreadable = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR and error.sqlite_errorcode != _IOERR_NOMEM
+        return unreadable or not isinstance(error, sqlite3.OperationalError) or "malformed" in str(error)
 
 
 def _salvage_counts(path: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.agent import test_outbox_life
-from tests.integration.agent.rig import Device, Load, wait_for
+from tests.integration.agent.rig import ROOT, Device, Load, wait_for
 from tests.integration.agent.test_doctor import examine, verdict
 from tests.integration.agent.test_outbox_life import Server, empty
 
@@ -191,3 +192,25 @@ def test_a_start_on_a_full_disk_serves_tells_what_is_wrong_and_recovers(
     )
     assert (server.inferences(), server.ledger.conflicts) == (made, 0)
     assert serving.status()["outbox"]["lost"] == {}
+
+
+@pytest.mark.parametrize("kind", ["tmpfs"])
+def test_a_card_that_can_only_be_read_is_named_and_nothing_on_it_is_moved(
+    serving: Device, server: Server, kind: str
+) -> None:
+    assert serving.stop() == 0
+    files = sorted(path.name for path in serving.state_dir.glob("state.db*"))
+    subprocess.run(["mount", "-o", "remount,ro", str(serving.state_dir)], check=True)
+    command = [sys.executable, "-m", "skerry_agent", "run", "--config", str(serving.config)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "storage_failed" in ended.stderr
+    assert "Read-only file system" in ended.stderr
+    told = verdict(examine(serving), "state folder")
+    assert told[0] == "fail"
+    subprocess.run(["mount", "-o", "remount,rw", str(serving.state_dir)], check=True)
+    assert sorted(path.name for path in serving.state_dir.glob("state.db*")) == files
+    serving.start()
+    wait_for(lambda: serving.infer() == ["1.0.0"], why="an answer")
+    wait_for(lambda: server.inferences() == 21 and empty(serving), why="all counts")

@@ -196,3 +196,14 @@ def test_a_merge_of_a_damaged_record_gives_up_that_record_alone(whole: Path, tmp
     # 0 + 1 + 2 + ... without the second record, whose one inference is lost and which says two.
     assert sum(windows.values()) == sum(range(RECORDS)) - 1
     store.close()
+
+
+def test_a_file_that_may_not_be_written_is_no_damage(tmp_path: Path) -> None:
+    store, _ = opened(tmp_path)
+    store._db.execute("PRAGMA query_only = ON")
+    with pytest.raises(Degraded) as caught:
+        store.put("update", {"n": 1})
+    assert caught.value.code == "store_failed"
+    store._db.execute("PRAGMA query_only = OFF")
+    store.put("update", {"n": 1})
+    assert not (tmp_path / "state.db.suspect").exists()
