@@ -55,12 +55,14 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         rate: requests per second of each client that has no rate of its own; 0: no limit.
         burst: at once after a pause; 0: a second's worth.
         distinct: whether different requests are counted.
+        shared: path of the file in which all workers of the device count against these limits; empty: each on its own.
     """
 
     clients: str = ""
     rate: float = 0.0
     burst: int = 0
     distinct: bool = False
+    shared: str = ""
 
 
 # --- supervisor -> worker -------------------------------------------------------------------------------------------

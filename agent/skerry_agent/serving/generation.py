@@ -139,6 +139,7 @@ def start_message(
             rate=access.rate,
             burst=access.burst,
             distinct=access.distinct,
+            shared=str(config.run_dir / "limits"),
         ),
         throttle=throttle,
         sampling=sampling,

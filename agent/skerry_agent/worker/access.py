@@ -3,8 +3,8 @@
 There is a gate only where something is configured or an operator throttles; without one a request pays nothing. A client is known by
 its bearer token or by the credentials of its process on a unix socket (``SO_PEERCRED``, which stay those of who connected when the
 connection is handed over). Health may be asked by everyone. Each limit is a token bucket, whose own arithmetic says when the
-next request would pass; of two limits that refuse, the longer wait is told. A worker's buckets are its own: its
-successor begins with full ones.
+next request would pass; of two limits that refuse, the longer wait is told. Buckets hold for all
+workers of the device together (``buckets``).
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from skerry_agent import clients as c
 from skerry_agent import workerwire as ww
 from skerry_agent.errors import Degraded
 from skerry_agent.worker import http1
+from skerry_agent.worker.buckets import Bucket, Buckets
 
 log = logging.getLogger(__name__)
 
 OPEN, ASK, INFER, LABEL = range(4)
 """What a request wants: health, something about models, an inference, to label."""
 _LOOK_S = 0.5
+_THROTTLE = "\0throttle"
+"""No client's name."""
 DENIED, RATE, THROTTLED = (1 << w.GUARD_KINDS.index(f"access.{kind}") for kind in ("denied", "rate", "throttled"))
 
 
@@ -56,27 +59,6 @@ class Refusal(NamedTuple):
     extra: bytes = b""
 
 
-class Bucket:
-    """A token bucket: full at first, refilled with ``rate`` tokens per second up to ``burst``."""
-
-    __slots__ = ("_at_s", "_level", "burst", "rate")
-
-    def __init__(self, rate: float, burst: float, now_s: float) -> None:
-        self.rate = rate
-        self.burst = self._level = burst
-        self._at_s = now_s
-
-    def wait_s(self, now_s: float) -> float:
-        """How long until a token is there; 0 when one is."""
-        self._level = min(self.burst, self._level + (now_s - self._at_s) * self.rate)
-        self._at_s = now_s
-        return 0.0 if self._level >= 1.0 else (1.0 - self._level) / self.rate
-
-    def take(self) -> None:
-        """Takes one; ``wait_s`` has just said that it is there."""
-        self._level -= 1.0
-
-
 class Gate:
     """The gate of one worker. Not thread-safe: every call comes from the event loop's thread."""
 
@@ -87,8 +69,10 @@ class Gate:
         self._seen: tuple[int, int, int] | None = (-1, -1, -1)
         self._looked_s = -math.inf
         self._epoch = 0
+        self._all = Buckets(access.shared)
         self._buckets: dict[str, Bucket] = {}
-        self._throttle = _bucket(throttle, 0, time.monotonic())
+        self._throttle: Bucket | None = None
+        self.throttle(throttle)
 
     @property
     def idle(self) -> bool:
@@ -97,7 +81,7 @@ class Gate:
 
     def throttle(self, rate: float) -> None:
         """Lets so many inferences per second through, of all clients together; 0 for no bound."""
-        self._throttle = _bucket(rate, 0, time.monotonic())
+        self._throttle = self._all.bucket(_THROTTLE, rate, max(1.0, rate)) if rate else None
 
     def judge(self, head: http1.Head, asker: Asker, what: int, model: str) -> Refusal | None:
         """Why the request must not be served, or None.
@@ -134,22 +118,26 @@ class Gate:
     # --- how often ---------------------------------------------------------------------------------------------------
 
     def _within(self, client: c.Client | None, asker: Asker, what: int) -> Refusal | None:
-        now_s = time.monotonic()
-        name, own = self._own_bucket(client, asker, now_s)
+        name, own = self._own_bucket(client, asker)
         shared = self._throttle if what == INFER else None
-        own_s = own.wait_s(now_s) if own is not None else 0.0
-        shared_s = shared.wait_s(now_s) if shared is not None else 0.0
+        if own is None and shared is None:
+            return None
+        with self._all.held():
+            now_s = time.monotonic()
+            own_s = own.wait_s(now_s) if own is not None else 0.0
+            shared_s = shared.wait_s(now_s) if shared is not None else 0.0
+            if not own_s and not shared_s:
+                if own is not None:
+                    own.take()
+                if shared is not None:
+                    shared.take()
+                return None
         if own is not None and own_s > 0 and own_s >= shared_s:
             return _later(f"{name}: more than {own.rate:g} requests/s", RATE, own_s)
-        if shared is not None and shared_s > 0:
-            return _later(f"the operator allows {shared.rate:g} inferences/s", THROTTLED, shared_s)
-        if own is not None:
-            own.take()
-        if shared is not None:
-            shared.take()
-        return None
+        assert shared is not None
+        return _later(f"the operator allows {shared.rate:g} inferences/s", THROTTLED, shared_s)
 
-    def _own_bucket(self, client: c.Client | None, asker: Asker, now_s: float) -> tuple[str, Bucket | None]:
+    def _own_bucket(self, client: c.Client | None, asker: Asker) -> tuple[str, Bucket | None]:
         rate, burst = self._access.rate, self._access.burst
         if client is not None:
             name = client.name
@@ -162,7 +150,7 @@ class Gate:
             name = "loopback" if peer is None else f"uid {peer[0]}"
         bucket = self._buckets.get(name)
         if bucket is None and rate:
-            bucket = self._buckets[name] = Bucket(rate, burst or max(1.0, rate), now_s)
+            bucket = self._buckets[name] = self._all.bucket(name, rate, burst or max(1.0, rate))
         return name, bucket
 
     # --- who ---------------------------------------------------------------------------------------------------------
@@ -217,10 +205,6 @@ class Gate:
         self._clients = tuple((client, bytes.fromhex(client.token_sha256)) for client in read)
         self._epoch += 1
         self._buckets.clear()
-
-
-def _bucket(rate: float, burst: float, now_s: float) -> Bucket | None:
-    return Bucket(rate, burst or max(1.0, rate), now_s) if rate else None
 
 
 def _later(message: str, kinds: int, wait_s: float) -> Refusal:

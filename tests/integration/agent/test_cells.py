@@ -103,6 +103,18 @@ def test_one_connection_asks_models_of_different_workers_and_each_counts_its_own
 
 
 @pytest.mark.slow
+def test_a_throttle_holds_for_all_workers_together(apart: Device) -> None:
+    client = Client(apart)
+    assert apart.call("POST", "/skerry/v1/throttle", {"rate": 3.0}).status == 200
+    # A second's worth at once, whichever worker they meet; each alone would answer three of its six.
+    begin = time.monotonic()
+    found = [client.ask("POST", f"/v2/models/{('gas', 'pump')[i % 2]}/infer", body())[0] for i in range(12)]
+    most = 3 + 3.0 * (time.monotonic() - begin)
+    assert found[:3] == [200] * 3
+    assert found.count(200) <= most + 1e-6
+    assert set(found) == {200, 429}
+
+
 def test_labels_reach_the_worker_of_their_model_whoever_holds_the_connection(apart: Device, server: Server) -> None:
     client = Client(apart)
     idents = {}

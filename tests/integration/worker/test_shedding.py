@@ -129,8 +129,8 @@ def test_a_connection_that_will_not_wait_is_refused_ten_times_a_second_and_one_t
         statuses.append(response.status)
         took.append(time.monotonic() - begin)
     assert statuses == [200] * 3 + [429] * 5
-    # The first at once, the others not before their time.
-    assert all(one > 0.09 for one in took[4:]), took
+    # The first at once, the four others 0.1 s apart each: from when the first was asked for, by a clock that no busy machine makes run ahead.
+    assert sum(took[3:]) > 0.4, took
     # A drain does not lose what is held back.
     impatient.request("POST", INFER, body())
     new = rig.swap(worker, rig.served(bundle))
