@@ -202,7 +202,9 @@ class Worker:
             model.recorder.show(explain=self._explaining.taker(name), sample=sampling.taker(name))
         self._service.stand_in = StandingIn(self._neighbours).answer
         labels = Splitting(self._feedback, self._neighbours)
-        routes = self._routes = Routes(self._models, self._service, labels, self._explaining, spans=self._spans)
+        routes = self._routes = Routes(
+            self._models, self._service, labels, self._explaining, spans=self._spans, generation=start.generation
+        )
         self._throttle(start.throttle)
         self._server = Server(self._routes)
         self._server.neighbours = Answerer(self._models, self._service, self._feedback)

@@ -6,9 +6,10 @@ Every error is ``{"error": "..."}``. A model of the generation is always loaded 
 from __future__ import annotations
 
 import asyncio
+import os
 import urllib.parse
 from collections.abc import Callable, Iterable
-from time import monotonic_ns
+from time import monotonic_ns, time
 
 import msgspec
 from skerry_contract import __version__
@@ -58,6 +59,7 @@ class Routes:
         explaining: Explaining,
         gate: a.Gate | None = None,
         spans: Spans | None = None,
+        generation: int = 0,
     ) -> None:
         self._explaining = explaining
         self.gate = gate
@@ -68,6 +70,7 @@ class Routes:
         self._packing = Packing()
         self._infer_paths: dict[bytes, Model] = {}
         self.elsewhere: dict[str, str] = {}
+        self._worker = {"pid": os.getpid(), "generation": generation, "since": int(time() * 1e3)}
 
     def handle(self, request: http1.Request, done: Done, asker: a.Asker) -> bytes | None:
         """Returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
@@ -145,7 +148,7 @@ class Routes:
             case ["repository", *rest]:
                 return self._repository(request, asker, rest)
             case ["models", "stats"] if "stats" not in self._models:
-                return _get(head, lambda: _statistics(self._known_to(head, asker)))
+                return _get(head, lambda: self._statistics(head, asker))
             case ["models", name, *rest] if rest[:1] != ["versions"]:
                 return self._model(request, done, name, None, rest)
             case ["models", name, "versions", version, *rest]:
@@ -175,13 +178,18 @@ class Routes:
             case ["ready"]:
                 return _get(head, lambda: {"name": name, "ready": True})
             case ["stats"]:
-                return _get(head, lambda: _statistics([model]))
+                return _get(head, lambda: {**_statistics([model]), "worker": self._worker})
             case ["infer"]:
                 _require_body(head)
                 if len(self._infer_paths) < _CACHED_PATHS:
                     self._infer_paths[head.path] = model
                 return self._infer(model, request, done)
         raise _Status(404, f"no such path: {_shown(head.path)}")
+
+    def _statistics(self, head: http1.Head, asker: a.Asker) -> _Json:
+        allowed = self._allowed(head, asker)
+        elsewhere = sorted(name for name in self.elsewhere if not allowed or name in allowed)
+        return {**_statistics(self._known_to(head, asker)), "worker": self._worker, "elsewhere": elsewhere}
 
     def _repository(self, request: http1.Request, asker: a.Asker, rest: list[str]) -> bytes:
         head = request.head

@@ -384,7 +384,15 @@ def test_statistics_go_on_when_windows_are_cut_and_keys_change(rig: Rig, bundle:
         assert (parts["success"]["count"], parts["fail"]["count"]) == (turn, turn)
         assert parts["success"]["ns"] > 0
         assert abs(stats["last_inference"] - time.time() * 1e3) < 60_000
-    assert ask(rig, "GET", "/v2/models/stats")[1]["model_stats"][0]["name"] == "gas"
+        # Whose counts they are, and since when.
+        assert answer["worker"]["pid"] == worker.pid
+        assert abs(answer["worker"]["since"] - time.time() * 1e3) < 60_000
+    rig.send(worker, ww.Elsewhere(models={"pump": "2.0.0"}))
+    answer = ask(rig, "GET", "/v2/models/stats")[1]
+    assert [stats["name"] for stats in answer["model_stats"]] == ["gas"]
+    assert answer["worker"]["pid"] == worker.pid
+    # Another worker serves it, and is asked for it by its own path.
+    assert answer["elsewhere"] == ["pump"]
     assert ask(rig, "GET", "/v2/models/gas/versions/2.0.0/stats")[0] == 404
 
 
