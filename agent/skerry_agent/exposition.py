@@ -122,6 +122,18 @@ def _families(s: Snapshot) -> Iterable[tuple[Literal["gauge", "counter"], str, s
     )
     yield (
         "gauge",
+        "skerry_agent_cold_start_last_seconds",
+        "How long it took the last time",
+        [({"model": name}, cell.cold_last_s) for name, cell in on_demand],
+    )
+    yield (
+        "gauge",
+        "skerry_agent_cold_start_max_seconds",
+        "How long it took at most since the agent started",
+        [({"model": name}, cell.cold_max_s) for name, cell in on_demand],
+    )
+    yield (
+        "gauge",
         "skerry_agent_outbox_records",
         "Records that the server has not acknowledged",
         [({}, float(s.pending))],

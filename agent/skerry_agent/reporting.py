@@ -213,7 +213,13 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
             for one in snapshot.workers
         ],
         "on_demand": {
-            name: {"asleep": cell.resting, "cold_starts": cell.cold_starts, "cold_start_s": cell.cold_start_s}
+            name: {
+                "asleep": cell.resting,
+                "cold_starts": cell.cold_starts,
+                "cold_start_s": cell.cold_start_s,
+                "cold_last_s": cell.cold_last_s,
+                "cold_max_s": cell.cold_max_s,
+            }
             for name, cell in sorted(snapshot.on_demand.items())
         },
         "engines": snapshot.engines,

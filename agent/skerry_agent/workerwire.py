@@ -156,18 +156,27 @@ class Warm(Message, frozen=True, kw_only=True, tag="warm"):
     runtimes: tuple[str, ...]
 
 
+class Cold(msgspec.Struct, frozen=True, kw_only=True):
+    """How often a model's worker was started for a request, what that took the last time and at most; since the agent started."""
+
+    starts: int = 0
+    last_ms: int = 0
+    max_ms: int = 0
+
+
 class Listen(Message, frozen=True, kw_only=True, tag="listen"):
     """Begin to accept on the listening socket.
 
     Attributes:
         books: label books of others; each will come by ``adopt_book`` once nobody writes it any more.
         accept: take new connections, not only those that are passed on.
-        cold_ms: how long requests have waited for this worker to start; 0 when none has.
+        cold_ms: how long requests have waited for this worker to start; 0 when none has. cold: for the statistics.
     """
 
     books: tuple[str, ...] = ()
     accept: bool = True
     cold_ms: int = 0
+    cold: Cold = Cold()
 
 
 class Accept(Message, frozen=True, kw_only=True, tag="accept"):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from skerry_agent import workerwire as ww
 from skerry_agent.core import backoff
 from skerry_agent.core.effects import Arm
 from skerry_agent.errors import AgentError
@@ -29,6 +30,7 @@ class OnDemand(Cell):
 
     Attributes:
         cold_starts, cold_start_s: how often its worker was waked by a request, and how long that took in all.
+        cold_last_s, cold_max_s: the last time, and at most.
     """
 
     def __init__(self, name: str, site: Site) -> None:
@@ -40,7 +42,7 @@ class OnDemand(Cell):
         self._work = -1
         self._used_s = 0.0
         self.cold_starts = 0
-        self.cold_start_s = 0.0
+        self.cold_start_s = self.cold_last_s = self.cold_max_s = 0.0
 
     @property
     def resting(self) -> bool:
@@ -74,6 +76,12 @@ class OnDemand(Cell):
         self._used_s = self._site.clock.boot_s()
         return super().take_over(new, accept=accept)
 
+    def cold(self) -> ww.Cold:
+        """See ``Cell``."""
+        return ww.Cold(
+            starts=self.cold_starts, last_ms=round(self.cold_last_s * 1e3), max_ms=round(self.cold_max_s * 1e3)
+        )
+
     def rekey(self, model: str, *, arm: Arm, rollout: str, stage: int) -> None:
         """See ``Cell``; asleep, it counts under that key from its next start on."""
         if self.resting and model in self._asleep:
@@ -97,7 +105,8 @@ class OnDemand(Cell):
             if self.resting and not site.stopping and self.runs(models):
                 self.cold_starts += 1
                 self.cold_start_s += self.start_s
-                new.cold_ms = round(self.start_s * 1e3)
+                self.cold_last_s, self.cold_max_s = self.start_s, max(self.cold_max_s, self.start_s)
+                new.cold_ms = max(1, round(self.start_s * 1e3))
                 log.info("model waked", extra=kv(model=self.name, took_s=round(self.start_s, 3)))
                 await self.switch(new)
         except AgentError as error:

@@ -91,6 +91,10 @@ class Cell:
         """Whether a request would be answered."""
         return self.answering() or self.resting
 
+    def cold(self) -> ww.Cold:
+        """The starts for which requests have waited, those of its former workers among them."""
+        return ww.Cold()
+
     def wake(self) -> bool:
         """A request wants a worker that is not there. Whether it is started for that request."""
         return False
@@ -190,7 +194,7 @@ class Cell:
         if new.elsewhere:
             # Before it hears of the first request.
             new.worker.send(ww.Elsewhere(models=new.elsewhere))
-        new.worker.send(ww.Listen(books=books, accept=accept, cold_ms=new.cold_ms))
+        new.worker.send(ww.Listen(books=books, accept=accept, cold_ms=new.cold_ms, cold=self.cold()))
         new.accepting = accept
         new.listening_s = site.clock.boot_s()
         new.silent_s = 0.0

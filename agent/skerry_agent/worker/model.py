@@ -11,6 +11,7 @@ from skerry_runtime.runner import Runner
 from skerry_runtime.streams import StreamTable
 from skerry_runtime.tensors import Tensors
 
+from skerry_agent import workerwire as ww
 from skerry_agent.worker.attributing import Attributing
 from skerry_agent.worker.expectation import Expectation
 from skerry_agent.worker.recorder import Recorder
@@ -26,6 +27,7 @@ class Model:
 
     Attributes:
         expectation: of what a request takes; expected_us: the same by rows.
+        cold: starts for which requests have waited.
         tee: shows a share of the requests to a bundle in shadow; None without one.
         infer: raw inputs to an answer; compute: the same past the policies.
         streams: of a stateful model; go_on: the next inference of one of them; policies: of one whose requests are judged.
@@ -54,6 +56,7 @@ class Model:
         self.recorder = recorder
         self.runner = runner
         self.tee: Tee | None = None
+        self.cold = ww.Cold()
         self.infer = runner.infer
         self.compute = runner.compute
         self.policies = runner.policies

@@ -224,9 +224,12 @@ class Worker:
         self._feedback.expect(message.books)
         self._since = time.monotonic()
         self._server.accept(message.accept)
+        for model in self._models.values():
+            model.cold = message.cold
         if message.cold_ms:
             for model in self._models.values():
                 model.recorder.cold_ms = message.cold_ms
+                model.recorder.tally("cold_ms_max", message.cold_ms)
         for listener in self._listeners:
             self._server.listen(listener)
 

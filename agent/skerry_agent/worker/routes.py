@@ -272,7 +272,11 @@ def _metadata(model: Model) -> _Json:
 
 
 def _statistics(models: Iterable[Model]) -> _Json:
-    return {"model_stats": [statistics_of(model.name, model.version, model.recorder.totals()) for model in models]}
+    return {
+        "model_stats": [
+            statistics_of(model.name, model.version, model.recorder.totals(), model.cold) for model in models
+        ]
+    }
 
 
 def _split(path: bytes) -> list[str]:

@@ -8,13 +8,14 @@ building its answer. ``fail`` is every request for the model that got no answer:
 
 from __future__ import annotations
 
+from skerry_agent import workerwire as ww
 from skerry_agent.worker.recorder import Totals
 
 Json = dict[str, object]
 
 
-def statistics_of(name: str, version: str, totals: Totals) -> Json:
-    """The ``$model_stat`` object of one model."""
+def statistics_of(name: str, version: str, totals: Totals, cold: ww.Cold) -> Json:
+    """The ``$model_stat`` object of one model, and beside Triton's fields ``cold_start`` of one that is loaded on demand."""
     counts = totals.counts
     total, queue, transform, infer = (
         totals.answered_ns[part] for part in ("total_ns", "queue_ns", "transform_ns", "infer_ns")
@@ -41,4 +42,9 @@ def statistics_of(name: str, version: str, totals: Totals) -> Json:
             "cache_miss": {"count": 0, "ns": 0},
         },
         "batch_stats": [],
+        **(
+            {"cold_start": {"count": cold.starts, "last_ms": cold.last_ms, "max_ms": cold.max_ms}}
+            if cold.starts
+            else {}
+        ),
     }

@@ -61,14 +61,26 @@ def test_a_model_on_demand_sleeps_when_nobody_asks_and_a_request_wakes_it(
     assert others.failed == []
     wait_for(lambda: server.inferences() == 43 + others.ok, why="all counted")
     found = device.status()["on_demand"]["pump"]
-    assert found["cold_starts"] == 2 and found["cold_start_s"] > 0
-    assert b'skerry_agent_cold_starts_total{model="pump"} 2' in device.call("GET", "/metrics").body
+    assert found["cold_starts"] == 2
+    assert 0.01 < found["cold_last_s"] <= found["cold_max_s"] < found["cold_start_s"]
+    text = device.call("GET", "/metrics").body.decode()
+    assert 'skerry_agent_cold_starts_total{model="pump"} 2' in text
+    for name in ("last", "max"):
+        (shown,) = [line for line in text.splitlines() if line.startswith(f"skerry_agent_cold_start_{name}_seconds{{")]
+        assert float(shown.split()[-1]) == pytest.approx(found[f"cold_{name}_s"], rel=1e-3)
     # A window of each worker says so: of the two requests that woke it, nobody waited beside them.
     assert sum(w.tallies.get("load.cold", 0) for w in server.windows()) == 2
     assert not any("load.waiting" in w.tallies for w in server.windows())
     cold = [w.resources for w in server.windows() if "cold_start_n" in w.resources]
     assert [one["cold_start_n"] for one in cold] == [1, 1]
     assert all(10 < one["cold_start_ms_max"] < 60_000 for one in cold)
+    peaks = [w.tallies["cold_ms_max"] for w in server.windows() if "cold_ms_max" in w.tallies]
+    assert sorted(peaks) == sorted(one["cold_start_ms_max"] for one in cold)
+    # Its own statistics have them since the agent started, not only this worker's.
+    client.ask("POST", "/v2/models/pump/infer", body())
+    (statistics,) = client.ask("GET", "/v2/models/pump/stats")[1]["model_stats"]
+    assert statistics["cold_start"]["count"] in (2, 3)
+    assert statistics["cold_start"]["max_ms"] >= max(peaks)
 
 
 @pytest.mark.slow
