@@ -475,6 +475,10 @@ def _check_abilities(m: Manifest) -> None:
     _require(finite, "$.explanations.medians", "wanted finite numbers")
     labels = {label for tensor in m.outputs for label in tensor.labels}
     _require(set(explanations.audit) <= labels, "$.explanations.audit", "wanted labels of an output")
+    asked = bool(explanations.share or explanations.audit)
+    _require(
+        bool(explanations.medians) or not asked, "$.explanations.medians", "wanted those of the features to explain"
+    )
 
 
 def _check_streams(streams: Streams) -> None:

@@ -139,6 +139,11 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     "no stream": (streams(internal=True, most=0), r"\$\.streams\.most"),
     "streams that end at once": (streams(internal=True, idle_s=0.0), r"\$\.streams\.idle_s"),
     "a share above 1": (explanations(share=1.5), r"\$\.explanations\.share"),
+    "a share of nothing": (explanations(share=0.1), r"\$\.explanations\.medians: .*of the features to explain"),
+    "an audit of nothing": (
+        explanations(audit=["ammonia"]),
+        r"\$\.explanations\.medians: .*of the features to explain",
+    ),
     "a median of no feature": (explanations(medians={"s9": 1.0}), r"\$\.explanations\.medians"),
     "an audit of no class": (explanations(audit=["gold"]), r"\$\.explanations\.audit"),
 }
