@@ -154,6 +154,24 @@ def test_an_outbox_that_nobody_foresaw_ends_no_serving_and_is_said(device: Devic
     assert device.infer(3) == ["1.0.0"] * 3
 
 
+def test_a_bound_that_is_set_while_the_agent_runs_holds_at_once_for_what_lies_on_disk_too(
+    device: Device, server: Server
+) -> None:
+    text = device.config.read_text()
+    device.config.write_text(text.replace("[limits]\n", "[limits]\noutbox_mb = 20.0\n"))
+    with stored(device) as store:
+        # Two records do not fit a page: more lies on disk than waits.
+        while store.live_bytes() < 9_500_000:
+            store.append([Entry(kind="sample", body=os.urandom(2_200)) for _ in range(50)])
+        assert store.pending()[1] < 0.9 * 8_000_000
+    server.announce("offline")
+    device.start()
+    assert device.status()["outbox"]["lost"] == {}
+    device.config.write_text(text.replace("[limits]\n", "[limits]\noutbox_mb = 8.0\n"))
+    assert device.call("POST", "/skerry/v1/reload", {}).body["live"] == ["limits.outbox_mb"]
+    wait_for(lambda: device.status()["outbox"]["lost"].get("samples_thinned"), why=lambda: device.log()[-2000:])
+
+
 def prefill(device: Device, size: int) -> int:
     """Windows of an outage, as the agent itself would have stored them. Returns their inferences."""
     made = 0
