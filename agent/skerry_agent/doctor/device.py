@@ -23,6 +23,7 @@ from skerry_agent.control import ask
 from skerry_agent.doctor.finding import NET_S, Finding, Patient, Verdict
 from skerry_agent.errors import AgentError
 from skerry_agent.link import tls_context
+from skerry_agent.store.opening import moved_aside_of
 
 _DAY_S = 86400.0
 _LITTLE_DISK_BYTES = 16 << 20
@@ -185,6 +186,15 @@ def check_root(patient: Patient) -> Iterator[Finding]:
 def check_store(patient: Patient) -> Iterator[Finding]:
     """Whether the store is sound, how much waits in its outbox, and what was lost."""
     path = patient.config.state_dir / "state.db"
+    aside = moved_aside_of(path)
+    if aside:
+        size_mb = sum(file.stat().st_size for file in aside) / 1e6
+        yield Finding(
+            check="damaged store",
+            verdict="warn",
+            detail=f"{aside[0]} was moved aside, {size_mb:.1f} MB with what belongs to it",
+            advice="look at the disk or card; then remove the file, or copy it to whoever is to read it: the next one takes its place",
+        )
     if not path.exists():
         yield Finding(check="store", verdict="ok", detail="not made yet: the agent has never run")
         return

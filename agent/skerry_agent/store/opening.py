@@ -1,13 +1,14 @@
 """Opening the store at a start: a damaged file is moved aside with its time, a new one starts, and the loss is counted.
 
-A file of a newer agent is left alone; a lock or a full disk is no damage.
+Of files moved aside the newest stays, for a person to look at, and none where the new store needs its room: a card that goes
+bad must not be filled by what went bad on it. A file of a newer agent is left alone; a lock or a full disk is no damage.
 """
 
 from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from skerry_agent.store.database import Database, connect, suspect_mark
 log = logging.getLogger(__name__)
 
 _IOERR_NOMEM = sqlite3.SQLITE_IOERR | 12 << 8
+_ASIDE = ".damaged-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +30,7 @@ class Opened:
 
     Attributes:
         new_epoch: why a new epoch began: ``first``, ``moved``, ``damaged``; empty when the old one goes on.
-        moved_aside: where a damaged file went.
+        moved_aside: where a damaged file went; empty too when there was no room to keep it.
         lost_records: pending records in it that could still be counted; -1 when they could not.
     """
 
@@ -74,14 +76,18 @@ def open_store(
     damaged = _damage(path)
     moved_aside, records, inferences = "", 0, 0
     if damaged:
-        aside = path.with_name(f"{path.name}.damaged-{int(wall_s)}")
+        aside = path.with_name(f"{path.name}{_ASIDE}{int(wall_s)}")
         records, inferences = _salvage_counts(path)
+        _remove(moved_aside_of(path))
         for suffix in ("", "-wal", "-shm"):
             source = Path(f"{path}{suffix}")
             if source.exists():
                 source.replace(Path(f"{aside}{suffix}"))
         suspect_mark(path).unlink(missing_ok=True)
         moved_aside = str(aside)
+    if ballast.room(path.parent)[0] < files_bound_bytes + free_bytes:
+        _remove(moved_aside_of(path))
+        moved_aside = ""
     try:
         store = Store(path, connect(path), new_epoch, bound_bytes, files_bound_bytes, free_bytes)
     except (sqlite3.Error, OSError) as error:
@@ -99,6 +105,21 @@ def open_store(
             store.count_lost("inferences_in_damaged_store", inferences)
         why = "damaged"
     return store, Opened(new_epoch=why, moved_aside=moved_aside, lost_records=records, lost_inferences=inferences)
+
+
+def moved_aside_of(path: Path) -> list[Path]:
+    """Damaged files of this store, the oldest first, each followed by its log."""
+    return sorted(path.parent.glob(f"{path.name}{_ASIDE}*"))
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("damaged store stays", extra=kv(file=str(file), detail=error.strerror))
+            continue
+        log.warning("damaged store removed", extra=kv(file=str(file)))
 
 
 def _damage(path: Path) -> bool:

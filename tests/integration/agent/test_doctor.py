@@ -94,6 +94,10 @@ def sign_the_future(device: Device) -> None:
     database.close()
 
 
+def leave_a_damaged_store(device: Device) -> None:
+    (device.state_dir / "state.db.damaged-1700000000").write_bytes(bytes(4_200_000))
+
+
 def open_the_folder(device: Device) -> None:
     device.state_dir.chmod(0o755)
 
@@ -109,6 +113,7 @@ def forget_the_root(device: Device) -> None:
         (flip_the_model, "runtime", "fail", "model.onnx"),
         (spoil_the_pointers, "slots", "fail", "cannot be checked"),
         (spoil_the_store, "store", "fail", "state.db"),
+        (leave_a_damaged_store, "damaged store", "warn", "state.db.damaged-1700000000 was moved aside, 4.2 MB"),
         (fill_the_outbox, "outbox", "fail", "97%"),
         (sign_the_future, "clock", "fail", "behind"),
         (open_the_folder, "state folder", "warn", "0755"),
