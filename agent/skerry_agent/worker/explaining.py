@@ -238,9 +238,10 @@ class Explaining:
             if parts and prefix == recorder.prediction_prefix:
                 if not recorder.plan.complete:
                     raise explain.NotExplainable("not all inputs are watched, so a record does not hold what was asked")
-                values = recorder.values_at(int(parts[2], 16) + asked.row) if 0 <= asked.row <= 1 << 32 else None
-                if values is None:
-                    raise _Refused(404, f"explain: {asked.id}: newer requests took its place")
+                try:
+                    values = recorder.values_of(int(parts[2], 16), asked.row)
+                except LookupError as error:
+                    raise _Refused(404, f"explain: {asked.id}: {error}") from None
                 return model, inputs_of(model, values)
         raise _Refused(404, f"explain: {asked.id[:100]}: no such prediction, or not of a model that answers now")
 

@@ -368,6 +368,30 @@ class Recorder:
         kept = ring.meta["flags"][slot] & r.VALUES and ring.meta["outcome"][slot] in (r.OK, r.ROW)
         return ring.values[slot].copy() if kept else None
 
+    def values_of(self, position: int, row: int) -> npt.NDArray[np.floating]:
+        """What one row of an answered request holds, as the plan lays it out.
+
+        Args:
+            position: of the request, and so of its first row.
+            row: which of its rows.
+
+        Raises:
+            LookupError: it is not there; the message says how.
+        """
+        ring = self.ring
+        if position < ring.written - ring.capacity:
+            raise LookupError("newer requests took its place")
+        if not self._width or position >= ring.written or ring.meta["outcome"][position % ring.capacity] != r.OK:
+            raise LookupError("no such prediction")
+        # The slots behind a request are its rows as long as they say so; the next request's are another client's.
+        slots = np.arange(position, min(position + row + 1, ring.written)) % ring.capacity
+        if not 0 <= row < len(slots) or np.any(ring.meta["outcome"][slots[1:]] != r.ROW):
+            raise LookupError(f"the request has no row {row}")
+        values = self.values_at(position + row)
+        if values is None:
+            raise LookupError("its values were not kept")
+        return values
+
     def committed(self, path: str, upto: int) -> None:
         """Notes that the store holds ``path`` up to ``upto``; of an older ring it is of no interest any more."""
         if path == self.ring.path:

@@ -171,6 +171,44 @@ def test_a_question_that_cannot_be_answered_says_why(rig: Rig, tmp_path: Path) -
         assert says in found[1]["error"], found
 
 
+def test_a_row_belongs_to_its_own_request_and_no_other_clients_answer_is_told(rig: Rig, tmp_path: Path) -> None:
+    bundle = build(tmp_path / "bundle")
+    worker = rig.start(rig.served(bundle))
+    x, _ = models.rows(6)
+    first = ask(rig, x[:1])[0]
+    status, _, headers = post(rig, "/v2/models/gas/infer", {"inputs": tensor(x[1:4])})
+    assert status == 200
+    three = headers["Skerry-Prediction-Id"]
+    last = ask(rig, x[4:5])[0]
+
+    def explained(of: str, row: int) -> tuple[int, Any]:
+        return post(rig, "/skerry/v1/explain", {"id": of, "row": row})[:2]
+
+    for of, row, values in ((first, 0, x[0]), (three, 0, x[1]), (three, 1, x[2]), (three, 2, x[3]), (last, 0, x[4])):
+        status, body = explained(of, row)
+        assert status == 200
+        given = post(rig, "/skerry/v1/explain", {"inputs": tensor(values[None])})
+        assert body["attributions"] == given[1]["attributions"]
+    for of, row in (
+        (first, 1),
+        (first, 2),
+        (three, 3),
+        (three, 4),
+        (last, 1),
+        (last, 1 << 40),
+        (first, -5),
+        (three, 99),
+    ):
+        assert explained(of, row) == (404, {"error": f"explain: {of}: the request has no row {row}"})
+    # The slots of its second and third row are no requests.
+    prefix, _, position = three.rpartition("-")
+    inside = f"{prefix}-{int(position, 16) + 1:x}"
+    assert explained(inside, 0) == (404, {"error": f"explain: {inside}: no such prediction"})
+    later = f"{prefix}-{int(position, 16) + 1000:x}"
+    assert explained(later, 0) == (404, {"error": f"explain: {later}: no such prediction"})
+    rig.stop(worker)
+
+
 def test_a_model_without_medians_says_so(rig: Rig, tmp_path: Path) -> None:
     models.build_bundle(tmp_path / "bundle")
     rig.start(rig.served(tmp_path / "bundle"))
