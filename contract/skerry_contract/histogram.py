@@ -15,6 +15,7 @@ The numpy code that folds many values at once must give the same integers; a pro
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -232,6 +233,22 @@ def moments_of(qs: Iterable[int]) -> Moments:
         total += q
         squares += q * q
     return Moments(n=n, total=total, squares=squares)
+
+
+def binned_moments(counts: Sequence[int], edges: Sequence[float], centre: float, scale: float) -> Moments:
+    """Moments of values of which only the bin shall be known: each counts as the middle of its bin, in the first and the last as their edge.
+
+    They follow from the counts and say nothing beyond them, so they merge exactly as those do.
+
+    >>> binned_moments((0, 1, 0), (1.0, 3.0), 0.0, 1.0)
+    Moments(n=1, total=8192, squares=67108864)
+    """
+    if edges:
+        middles = [edges[0], *((a + b) / 2 for a, b in itertools.pairwise(edges)), edges[-1]]
+    else:
+        middles = [centre]
+    pairs = [(n, quantize(value, centre, scale)) for n, value in zip(counts, middles, strict=True)]
+    return Moments(n=sum(counts), total=sum(n * q for n, q in pairs), squares=sum(n * q * q for n, q in pairs))
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:

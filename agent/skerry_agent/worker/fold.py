@@ -300,9 +300,7 @@ class Fold:
                     tuple(self._bins[i, : len(f.edges) + 1].tolist()),
                     int(self._null[i]),
                     int(self._outside[i]),
-                    h.Moments(
-                        n=int(self._moments[0, i]), total=int(self._moments[1, i]), squares=int(self._moments[2, i])
-                    ),
+                    self._moments_of(i),
                 )
                 for i, f in enumerate(self.plan.features)
                 if counted
@@ -322,6 +320,15 @@ class Fold:
             freshness=self._ages.result(),
             attributions=dict(self._attributions),
         )
+
+    def _moments_of(self, i: int) -> h.Moments:
+        feature = self.plan.features[i]
+        if feature.pii:
+            # Of a single row they would be its value.
+            counts = self._bins[i, : len(feature.edges) + 1].tolist()
+            return h.binned_moments(counts, feature.edges, feature.centre, feature.scale)
+        n, total, squares = self._moments[:, i].tolist()
+        return h.Moments(n=n, total=total, squares=squares)
 
     @property
     def span_ns(self) -> tuple[int, int]:

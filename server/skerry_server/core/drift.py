@@ -223,6 +223,10 @@ def _feature(feature: m.Feature, reference: m.ReferenceColumn, profile: Profile,
     if values and before:
         ks = d.kolmogorov_smirnov(now.counts, reference.counts)
         numbers |= {"ks": ks.effect, "ks_p": ks.p}
+    if feature.pii:
+        # A device says of these only in which bin they fell; so both sides are looked at in that way.
+        binned = h.binned_moments(reference.counts, feature.edges, feature.centre, feature.scale)
+        reference = msgspec.structs.replace(reference, moments=(binned.n, binned.total, binned.squares))
     return _measured(known, now.counts, reference, now.moments, signs, numbers, limits)
 
 

@@ -203,3 +203,32 @@ def test_what_is_recorded_comes_back_as_windows_whatever_the_batches_and_wraps(t
     wanted = h.quantile(h.exponential_of(totals), 0.95)
     assert wanted is not None
     assert health.p95_ms == pytest.approx(wanted / 1e6)
+
+
+@given(st.lists(st.tuples(values, values), min_size=1, max_size=20), st.sampled_from([(), (0.5,), MANY_EDGES]))
+@settings(max_examples=60, deadline=None)
+def test_of_a_personal_feature_nothing_is_folded_but_in_which_bins_values_fell(
+    rows: list[tuple[float, float]], edges: tuple[float, ...]
+) -> None:
+    the_plan = Plan(
+        features=(FeatureColumn(name="a", input="x", column=0, edges=edges, centre=CENTRE, scale=SCALE, pii=True),)
+    )
+    meta = np.zeros(len(rows), r.META)
+    meta["outcome"], meta["flags"], meta["rows"] = r.OK, r.VALUES, 1
+
+    def folded(numbers: list[float]) -> w.FeatureCounts:
+        fold = Fold(the_plan)
+        fold.add(meta, np.array(numbers, np.float32).reshape(-1, 1))
+        moment = w.Instant("", 0, 0, False)
+        return fold.window(KEY, moment, moment, {}).features["a"]
+
+    with np.errstate(over="ignore"):
+        stored = np.array(rows, np.float32)[:, 0].tolist()
+    found = folded(stored)
+    assert found.moments == h.binned_moments(found.counts, edges, CENTRE, SCALE)
+    # Another value in each bin: the windows are the same.
+    low, high = (edges[0] - 7.0, edges[-1] + 7.0) if edges else (3.0, 3.0)
+    inner = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
+    moved = [v if math.isnan(v) else [low, *inner, high][h.edge_bin(edges, v)] for v in stored]
+    assert folded(moved) == found
+    assert found.moments.n == sum(found.counts)

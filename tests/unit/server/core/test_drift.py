@@ -334,3 +334,21 @@ def test_every_number_can_be_written_as_json():
     written = msgspec.json.encode(found)
     assert b"null" in written
     assert msgspec.json.decode(written, type=drift.Evaluation) == found
+
+
+def test_a_personal_feature_of_which_only_bins_are_known_drifts_by_bins_and_not_by_their_width():
+    rng = np.random.default_rng(4)
+    reference = rng.normal(1.2, 2.0, (20_000, 1))
+    known = manifest(reference, np.zeros(20_000, int))
+    personal = msgspec.structs.replace(
+        known, features=tuple(msgspec.structs.replace(f, pii=True) for f in known.features)
+    )
+
+    def states(values):
+        counts, null, _ = column(values[:, 0])
+        moments = h.binned_moments(counts, EDGES, 0.0, 1.0)
+        profile = Profile(features={"x0": w.FeatureCounts(counts, null, 0, moments)}, outputs={})
+        return {one.subject: one.state for one in drift.measure(personal, profile, LIMITS)}
+
+    assert states(rng.normal(1.2, 2.0, (20_000, 1)))["feature:x0"] == "calm"
+    assert states(rng.normal(2.4, 2.0, (20_000, 1)))["feature:x0"] == "drifted"
