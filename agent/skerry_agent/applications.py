@@ -84,6 +84,7 @@ class Applications:
     Args:
         window_s: how long a window spans now.
         on_event: takes (name, code, data) for the server.
+        device: its id, for spans.
 
     Raises:
         Degraded: ``address_in_use``.
@@ -99,7 +100,9 @@ class Applications:
         *,
         window_s: Callable[[], float],
         on_event: Callable[[str, str, dict[str, Any]], None],
+        device: str = "",
     ) -> None:
+        self.device = device
         self.config = config
         self.store = store
         self.slots = slots
@@ -409,6 +412,7 @@ class Client:
                 agent=__version__, boot_id=self._house.clock.boot_id, window_s=self._house.window_s(),
                 fold_interval_s=config.timing.fold_interval_s, label_age_s=config.labels.max_age_s,
                 label_predictions=config.labels.predictions, label_books=config.labels.former_keys,
+                otlp_endpoint=config.telemetry.otlp_endpoint, trace_share=config.telemetry.trace_share, device=self._house.device,
             )
         )  # fmt: skip
 

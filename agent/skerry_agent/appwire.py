@@ -104,6 +104,9 @@ class Welcome(ww.Message, frozen=True, kw_only=True, tag="welcome"):
     label_age_s: float
     label_predictions: int
     label_books: int
+    otlp_endpoint: str = ""
+    trace_share: float = 0.0
+    device: str = ""
 
 
 class Sorry(ww.Message, frozen=True, kw_only=True, tag="sorry"):

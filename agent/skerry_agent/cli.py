@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from skerry_agent.config import Config
 
 OK, FAILED, USAGE, REFUSED = 0, 1, 2, 3
+_USAGE_CODES = frozenset({"client_exists", "client_invalid", "client_unknown"})
+"""What a person asked for that cannot be: another try with the same words ends the same."""
 DEFAULT_CONFIG = "/etc/skerry/agent.toml"
 
 
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"skerry-agent: {error.code}: {error.detail}", file=sys.stderr)
         if error.advice:
             print(f"  {error.advice}", file=sys.stderr)
+        if error.code in _USAGE_CODES:
+            return USAGE
         return REFUSED if isinstance(error, Rejected) else FAILED
 
 

@@ -94,7 +94,9 @@ def add(path: Path, client: Client, *, token: bool) -> str:
     known = read(path)
     if any(client.name == other.name for other in known):
         raise Rejected(
-            "client_exists", client.name, advice=f"skerry-agent token remove {client.name}, then add it again"
+            "client_exists",
+            f"name: wanted a new one, got {client.name!r}, which is there",
+            advice=f"skerry-agent token remove {client.name}, then add it again",
         )
     made = secrets.token_urlsafe(32) if token else ""
     if made:
@@ -117,7 +119,11 @@ def remove(path: Path, name: str) -> None:
     known = read(path)
     kept = tuple(client for client in known if client.name != name)
     if len(kept) == len(known):
-        raise Rejected("client_unknown", name, advice=f"known are: {', '.join(c.name for c in known) or 'none'}")
+        raise Rejected(
+            "client_unknown",
+            f"name: wanted a client that is there, got {name!r}",
+            advice=f"known are: {', '.join(c.name for c in known) or 'none'}",
+        )
     _write(path, kept)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
-from skerry_contract import ids
+from skerry_contract import ids, misfit
 from skerry_contract.errors import ContractError
 from skerry_contract.manifest import Runtime
 
@@ -353,6 +353,7 @@ LEAST_OUTBOX_MB = 8.0
 LONGEST_COMMIT_S = 60.0
 
 
+_PORT = "wanted a port from 0 to 65535, got {!r}"
 _PORT_OR_NONE = 'wanted a port from 0 to 65535, or "none", got {!r}'
 
 
@@ -426,7 +427,10 @@ def _section(
         try:
             value = msgspec.convert(raw, hint, strict=strict)
         except msgspec.ValidationError as error:
-            faults.append(f"{where}: {_PORT_OR_NONE.format(raw) if name == 'port' and hint is not int else error}")
+            place, words = misfit.words(error, hint, raw)
+            if name == "port":
+                place, words = "", (_PORT if hint is int else _PORT_OR_NONE).format(raw)
+            faults.append(f"{where}{'.' if place and not place.startswith('[') else ''}{place}: {words}")
             continue
         fault = _fault(f"{section}.{name}", value)
         if fault:

@@ -148,7 +148,7 @@ class Supervisor:
         if config.apps.clients:
             self._applications = Applications(
                 config, self._store, self._slots, self._clock, self._serving.site.rings,
-                window_s=lambda: self._orders.settings.window_s, on_event=self._uplink.event,
+                window_s=lambda: self._orders.settings.window_s, on_event=self._uplink.event, device=self._identity.device,
             )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ContractError(Exception):
     """The peer's data cannot be used. Never raised for a bug of ours."""
@@ -25,6 +27,15 @@ class Malformed(ContractError):
         self.where = where
         self.expected = expected
         super().__init__(f"{what}{' at ' + where if where else ''}: {expected}")
+
+
+def misfit_in(what: str, error: Exception, kind: Any, value: Any) -> Malformed:
+    """The ``Malformed`` of a value that does not fit its type: ``error`` is what msgspec raised."""
+    # Only here: what is well-formed, which is nearly all, does not pay for it.
+    from skerry_contract import misfit
+
+    where, words = misfit.words(error, kind, value)
+    return Malformed(what, words, where=f"$.{where}" if where and not where.startswith("[") else f"${where}")
 
 
 class UnsupportedVersion(ContractError):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from skerry_contract import canonical, ids
-from skerry_contract.errors import Malformed, UnsupportedVersion
+from skerry_contract.errors import Malformed, UnsupportedVersion, misfit_in
 
 SCHEMA = 1
 MAX_BYTES = 4 << 20
@@ -253,7 +253,7 @@ def parse(data: bytes) -> GroupDocument:
     try:
         document = msgspec.convert(value, GroupDocument)
     except msgspec.ValidationError as error:
-        raise Malformed("group document", str(error)) from None
+        raise misfit_in("group document", error, GroupDocument, value) from None
     _check(document)
     return document
 

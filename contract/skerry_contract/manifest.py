@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from skerry_contract import canonical, ids, layout
-from skerry_contract.errors import Malformed, UnsupportedVersion
+from skerry_contract.errors import Malformed, UnsupportedVersion, misfit_in
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20
@@ -369,7 +369,7 @@ def parse(data: bytes) -> Manifest:
     try:
         manifest = msgspec.convert(value, Manifest)
     except msgspec.ValidationError as error:
-        raise Malformed("manifest", str(error)) from None
+        raise misfit_in("manifest", error, Manifest, value) from None
     _check(manifest)
     return manifest
 
@@ -397,7 +397,11 @@ def _check(m: Manifest) -> None:
         _require(not any(folder in seen for folder in folders), "$.variants", f"{path} lies below another file")
     for kind, tensors in (("inputs", m.inputs), ("outputs", m.outputs)):
         for i, tensor in enumerate(tensors):
-            _require(all(d == -1 or d > 0 for d in tensor.shape), f"$.{kind}[{i}].shape", "wanted -1 or positive sizes")
+            _require(
+                all(d == -1 or d > 0 for d in tensor.shape),
+                f"$.{kind}[{i}].shape",
+                f"wanted -1 or positive sizes, got {list(tensor.shape)}",
+            )
     _check_features(m)
     _check_abilities(m)
 
@@ -409,16 +413,32 @@ def _check_variant(variant: Variant, where: str) -> None:
     for file in variant.files:
         layout.bundle_path(file.path)
         reserved = file.path.split("/")[0] in (MANIFEST_FILE, SIGNATURE_FILE)
-        _require(not reserved, f"{where}.files", f"{file.path} is a reserved name")
+        _require(
+            not reserved, f"{where}.files", f"wanted names but {MANIFEST_FILE} and {SIGNATURE_FILE}, got {file.path}"
+        )
         ids.sha256_hex(file.sha256, what=f"{where}.files {file.path}")
-        _require(0 <= file.size <= 1 << 40, f"{where}.files", f"size of {file.path} out of range")
-    _require(variant.model in paths, f"{where}.model", "wanted one of files")
-    _require(variant.golden.cases in paths, f"{where}.golden.cases", "wanted one of files")
+        _require(
+            0 <= file.size <= 1 << 40, f"{where}.files", f"{file.path}: wanted 0 to {1 << 40} bytes, got {file.size}"
+        )
+    _require(
+        variant.model in paths, f"{where}.model", f"wanted one of files ({', '.join(paths)}), got {variant.model!r}"
+    )
+    _require(
+        variant.golden.cases in paths,
+        f"{where}.golden.cases",
+        f"wanted one of files ({', '.join(paths)}), got {variant.golden.cases!r}",
+    )
     for name, value in variant.golden.tolerance.items():
-        _require(name in DATATYPES and 0 <= value < math.inf, f"{where}.golden.tolerance", f"{name}: {value} cannot be")
+        place = f"{where}.golden.tolerance"
+        _require(name in DATATYPES, place, f"wanted datatypes ({', '.join(DATATYPES)}), got {name!r}")
+        _require(0 <= value < math.inf, place, f"{name}: wanted a finite number from 0, got {value}")
     for name, value in variant.golden.minimum_recall.items():
         _require(0 <= value <= 1, f"{where}.golden.minimum_recall", f"{name}: wanted 0 to 1, got {value}")
-    _require(variant.needs.rss_mb > 0 and variant.needs.disk_mb >= 0, f"{where}.needs", "wanted positive MB")
+    _require(
+        variant.needs.rss_mb > 0 and variant.needs.disk_mb >= 0,
+        f"{where}.needs",
+        f"wanted rss_mb above 0 and disk_mb from 0, got {variant.needs.rss_mb} and {variant.needs.disk_mb}",
+    )
 
 
 def _check_features(m: Manifest) -> None:
@@ -426,36 +446,59 @@ def _check_features(m: Manifest) -> None:
     inputs = {tensor.name: tensor for tensor in m.inputs}
     for i, feature in enumerate(m.features):
         where = f"$.features[{i}]"
-        _require(feature.input in inputs, where, f"{feature.input!r} is no input")
+        _require(
+            feature.input in inputs,
+            where,
+            f"input: wanted one of $.inputs ({', '.join(inputs)}), got {feature.input!r}",
+        )
         width = inputs[feature.input].shape[-1] if inputs[feature.input].shape else 1
         _require(
             feature.column >= 0 and (width == -1 or feature.column < width),
             where,
-            f"column {feature.column} is outside",
+            f"column: wanted one of {width} columns of {feature.input}, from 0, got {feature.column}",
         )
         ascending = all(a < b for a, b in zip(feature.edges, feature.edges[1:], strict=False))
-        _require(ascending and len(feature.edges) <= 255, f"{where}.edges", "wanted at most 255 ascending edges")
+        _require(
+            ascending and len(feature.edges) <= 255,
+            f"{where}.edges",
+            f"wanted at most 255 ascending edges, got {len(feature.edges)}{'' if ascending else ', not ascending'}",
+        )
         _require(feature.scale > 0, f"{where}.scale", f"wanted > 0, got {feature.scale}")
         ordered = feature.range is None or feature.range[0] < feature.range[1]
-        _require(ordered, f"{where}.range", "wanted the smaller value first")
+        _require(ordered, f"{where}.range", f"wanted the smaller value first, got {feature.range}")
         _require(feature.ttl_s >= 0, f"{where}.ttl_s", f"wanted >= 0, got {feature.ttl_s}")
         column = m.reference.features.get(feature.name)
         fits = column is None or len(column.counts) == len(feature.edges) + 1
-        _require(fits, f"$.reference.features.{feature.name}", f"wanted {len(feature.edges) + 1} counts")
+        _require(
+            fits,
+            f"$.reference.features.{feature.name}",
+            f"wanted {len(feature.edges) + 1} counts, one more than edges, got {len(column.counts) if column else 0}",
+        )
         for name in ("on_null", "on_outside", "on_stale"):
             policy = getattr(feature, name)
-            _require(policy != "impute" or feature.impute is not None, f"{where}.{name}", "impute wants a value")
+            _require(
+                policy != "impute" or feature.impute is not None, f"{where}.{name}", "impute wants a value: impute"
+            )
             _require(policy != "fallback" or bool(m.fallback), f"{where}.{name}", "fallback wants $.fallback")
-        _require(feature.impute is None or math.isfinite(feature.impute), f"{where}.impute", "wanted a finite number")
+        _require(
+            feature.impute is None or math.isfinite(feature.impute),
+            f"{where}.impute",
+            f"wanted a finite number, got {feature.impute}",
+        )
     known = {feature.name for feature in m.features}
     for part in m.slices:
-        _require(part.feature in known and part.low < part.high, "$.slices", f"{part.name} cannot be")
+        _require(part.feature in known, "$.slices", f"{part.name}: wanted the name of a feature, got {part.feature!r}")
+        _require(
+            part.low < part.high, "$.slices", f"{part.name}: wanted low below high, got {part.low} and {part.high}"
+        )
 
 
 def _check_abilities(m: Manifest) -> None:
     if m.fallback:
         ids.model_name(m.fallback)
-        _require(m.fallback != m.model, "$.fallback", "a model cannot stand in for itself")
+        _require(
+            m.fallback != m.model, "$.fallback", f"wanted another model than {m.model}: it cannot stand in for itself"
+        )
     used: set[str] = set()
     if any(f.on_null or f.on_outside or f.on_stale for f in m.features):
         used.add("guards")
@@ -466,18 +509,32 @@ def _check_abilities(m: Manifest) -> None:
             steps or m.streams.internal or bool(m.streams.states), "$.streams", "wanted states, or internal, or steps"
         )
         _check_streams(m.streams)
-    _require(used <= set(m.requires), "$.requires", f"wanted {', '.join(sorted(used - set(m.requires)))} named")
+    _require(
+        used <= set(m.requires),
+        "$.requires",
+        f"wanted {', '.join(sorted(used - set(m.requires)))} named, got {', '.join(m.requires) or 'none'}",
+    )
     known = {feature.name for feature in m.features}
     explanations = m.explanations
     _require(0 <= explanations.share <= 1, "$.explanations.share", f"wanted 0 to 1, got {explanations.share}")
-    _require(set(explanations.medians) <= known, "$.explanations.medians", "wanted names of features")
+    _require(
+        set(explanations.medians) <= known,
+        "$.explanations.medians",
+        f"wanted names of features, got {', '.join(sorted(set(explanations.medians) - known))}",
+    )
     finite = all(map(math.isfinite, explanations.medians.values()))
-    _require(finite, "$.explanations.medians", "wanted finite numbers")
+    _require(finite, "$.explanations.medians", f"wanted finite numbers, got {dict(explanations.medians)}")
     labels = {label for tensor in m.outputs for label in tensor.labels}
-    _require(set(explanations.audit) <= labels, "$.explanations.audit", "wanted labels of an output")
+    _require(
+        set(explanations.audit) <= labels,
+        "$.explanations.audit",
+        f"wanted labels of an output ({', '.join(sorted(labels))}), got {', '.join(sorted(set(explanations.audit) - labels))}",
+    )
     asked = bool(explanations.share or explanations.audit)
     _require(
-        bool(explanations.medians) or not asked, "$.explanations.medians", "wanted those of the features to explain"
+        bool(explanations.medians) or not asked,
+        "$.explanations.medians",
+        "wanted those of the features to explain, got none",
     )
 
 
@@ -497,5 +554,9 @@ def _check_streams(streams: Streams) -> None:
 
 
 def _unique(names: list[str], where: str, *, nonempty: bool) -> None:
-    _require(not nonempty or bool(names), where, "wanted at least one")
-    _require(len(set(names)) == len(names), where, "names must be unique")
+    _require(not nonempty or bool(names), where, "wanted at least one, got none")
+    _require(
+        len(set(names)) == len(names),
+        where,
+        f"wanted each name once, got {', '.join(sorted({n for n in names if names.count(n) > 1}))} twice",
+    )

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
+from skerry_contract import misfit
 
 from skerry_server.errors import BadSettings
 
@@ -279,7 +280,8 @@ def _build(kind: type[msgspec.Struct], found: dict[str, tuple[str, Any, bool]], 
         try:
             good[key] = msgspec.convert(value, kinds[key], strict=not from_text)
         except msgspec.ValidationError as error:
-            faults.append(f"{where}: {error}")
+            place, words = misfit.words(error, kinds[key], value)
+            faults.append(f"{where}{'.' if place and not place.startswith('[') else ''}{place}: {words}")
     return kind(**good)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 from skerry_contract import group as g
-from skerry_contract import ids
+from skerry_contract import ids, misfit
 from skerry_contract.errors import Malformed
 from sqlalchemy import Connection, insert, select, update
 
@@ -90,7 +90,10 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         whole = msgspec.convert(settings, g.Settings)
         g.encode(g.GroupDocument(schema=g.SCHEMA, group="check", generation=1, settings=whole))
-    except (msgspec.ValidationError, Malformed) as error:
+    except msgspec.ValidationError as error:
+        place, words = misfit.words(error, g.Settings, settings)
+        raise Invalid("bad_settings", f"settings.{place}: {words}") from None
+    except Malformed as error:
         raise Invalid("bad_settings", f"settings: {error}") from None
     return dict(settings)
 

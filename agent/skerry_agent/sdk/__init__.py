@@ -15,6 +15,7 @@ over its socket for applications (``apps.socket`` of its configuration): what is
 from skerry_runtime.errors import BadInput, EngineFailed
 
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
-from skerry_agent.sdk.model import Answer, Model, open  # noqa: A004 - as gzip.open and zipfile's are
+from skerry_agent.sdk.live import Answer
+from skerry_agent.sdk.model import Model, open  # noqa: A004 - as gzip.open and zipfile's are
 
 __all__ = ["AgentError", "Answer", "BadInput", "Degraded", "EngineFailed", "Model", "Rejected", "Transient", "open"]

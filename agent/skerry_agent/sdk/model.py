@@ -9,26 +9,25 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-from skerry_contract import window as w
-from skerry_runtime.errors import BadInput, Violation
-from skerry_runtime.policies import KIND, MOST_AGE_MS, NO_AGES, Ages, Judged
-from skerry_runtime.runner import Inference
-from skerry_runtime.streams import Sequence
-from skerry_runtime.tensors import Tensors
+from skerry_runtime.errors import BadInput
+from skerry_runtime.policies import KIND, NO_AGES, Ages
 
 from skerry_agent import appwire
 from skerry_agent import workerwire as ww
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 from skerry_agent.sdk.connection import Connection
+from skerry_agent.sdk.live import Answer, Live, age_of, arrays_of, key_of, rows_of
 from skerry_agent.sdk.loading import Loaded
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.feedback import Feedback, Rules
 from skerry_agent.worker.plan import plan_of
 from skerry_agent.worker.recorder import Recorder
+
+if TYPE_CHECKING:
+    from skerry_agent.worker.spans import Spans
 
 SOCKET_VARIABLE = "SKERRY_APPS_SOCKET"
 DEFAULT_SOCKET = "/run/skerry-agent/apps.sock"
@@ -36,86 +35,6 @@ LOAD_S = 180.0
 """How long the first bundle may take to load and to prove itself."""
 _FINAL = frozenset({"not_allowed", "other_protocol"})
 _LABELS_S = 15.0
-
-Array = npt.NDArray[Any]
-
-
-class Answer:
-    """What came of one inference.
-
-    Attributes:
-        outputs: by name, as the manifest declares them.
-        version, digest: of the bundle that answered.
-    """
-
-    __slots__ = ("_position", "_prefix", "digest", "outputs", "version")
-
-    def __init__(self, outputs: Mapping[str, Array], live: _Live, position: int) -> None:
-        self.outputs = outputs
-        self.version = live.version
-        self.digest = live.digest
-        self._prefix = live.prefix
-        self._position = position
-
-    @property
-    def prediction_id(self) -> str:
-        """For a late label: ``Model.feedback``; empty where this model's answers cannot be labelled."""
-        return f"{self._prefix}{self._position:x}" if self._prefix else ""
-
-
-class _Live:
-    """One bundle under one key."""
-
-    __slots__ = (
-        "digest",
-        "dtypes",
-        "infer",
-        "kinds",
-        "loaded",
-        "max_rows",
-        "ok",
-        "other",
-        "prefix",
-        "recorder",
-        "served",
-        "special",
-        "streams",
-        "version",
-    )
-
-    def __init__(self, served: ww.Served, loaded: Loaded, recorder: Recorder) -> None:
-        self.served = served
-        self.loaded = loaded
-        self.recorder = recorder
-        runner = loaded.runner
-        self.infer = runner.infer
-        self.kinds = KIND["provider.fallback"] if runner.fallback else 0
-        self.streams = None if runner.streams is None else loaded.streams
-        self.special = runner.policies is not None or runner.streams is not None
-        self.other = recorder.other
-        self.dtypes = loaded.dtypes
-        self.max_rows = recorder.max_rows
-        self.version, self.digest = served.version, served.digest
-        self.prefix = recorder.prediction_prefix.decode()
-
-    def judge(self, inputs: Mapping[str, Array], ages: Ages) -> Judged:
-        """What policies make of a request; without any, what the guard does."""
-        runner = self.loaded.runner
-        if runner.policies is not None:
-            return runner.policies.judge(dict(inputs), ages)
-        violation = runner.guard.check(dict(inputs))
-        if violation is not None:
-            raise BadInput(violation)
-        return Judged(dict(inputs), 0, None)
-
-    def special_infer(self, inputs: Tensors, stream: int | str | None, begin: bool, end: bool) -> Inference:
-        """Computes what ``judge`` has passed, of a stream where one is named."""
-        if stream is None:
-            return self.loaded.runner.compute(inputs)
-        if self.streams is None:
-            raise BadInput(Violation("stream", repr(stream)[:80], "none: this model keeps no state"))
-        found: Inference = self.streams.infer(Sequence(stream, begin, end), inputs)[0]
-        return found
 
 
 class Model:
@@ -133,10 +52,11 @@ class Model:
         self.name = name
         self._lock = threading.Lock()
         self._news = threading.Condition()
-        self._live: _Live | None = None
+        self._live: Live | None = None
         self._error: AgentError | None = None
         self._closed = ""
         self._feedback: Feedback | None = None
+        self._spans: Spans | None = None
         self._recorders: dict[str, Recorder] = {}
         self._timers: list[tuple[float, Any, tuple[Any, ...]]] = []
         self._folds: list[Any] = []
@@ -160,6 +80,8 @@ class Model:
         stream: int | str | None = None,
         begin: bool = False,
         end: bool = False,
+        explain: bool = False,
+        traceparent: str = "",
     ) -> Answer:
         """One inference, guarded, transformed, timed and counted.
 
@@ -168,6 +90,8 @@ class Model:
             age_ms: how old the values are, for a manifest that says what stale ones do.
             stream: of a stateful model, whose inferences of one stream follow each other; without one each stands alone.
             begin, end: this is the first or the last of its stream.
+            explain: say what the answer hangs on, ``Answer.explanation``; one row, of a model whose manifest has ``explanations.medians``.
+            traceparent: W3C; whose trace this inference belongs to, where the agent's configuration names a collector.
 
         Raises:
             BadInput: guard or policy refuses them; counted as invalid. So it is where the manifest wants another model to
@@ -182,14 +106,15 @@ class Model:
                 raise Degraded(self._closed or "closed", f"{self.name}: not open in this process")
             start = monotonic_ns()
             kinds, oldest_ms = live.kinds, -1
+            told, explain_ns = None, 0
             try:
                 for value in inputs.values():
                     if type(value) is not np.ndarray:
-                        inputs = _arrays(inputs, live.dtypes)
+                        inputs = arrays_of(inputs, live.dtypes)
                         break
-                rows = _rows(inputs, live.max_rows)
+                rows = rows_of(inputs, live.max_rows)
                 if live.special or age_ms is not None or stream is not None:
-                    ages = NO_AGES if age_ms is None else Ages(_age(age_ms))
+                    ages = NO_AGES if age_ms is None else Ages(age_of(age_ms))
                     oldest_ms = ages.oldest_ms()
                     judged = live.judge(inputs, ages)
                     kinds |= judged.kinds
@@ -198,12 +123,19 @@ class Model:
                     result = live.special_infer(judged.inputs, stream, begin, end)
                 else:
                     result = live.infer(inputs)  # type: ignore[arg-type]  # converted above
+                if explain:
+                    begun = monotonic_ns()
+                    told = live.explain(inputs, explain)
+                    explain_ns = monotonic_ns() - begun
+                    live.recorder.tally("explain.asked", 1)
             except Exception as error:
                 now = monotonic_ns()
                 if isinstance(error, BadInput):
                     live.other(r.INVALID, now - asked, now, 0, kinds | KIND.get(error.violation.kind, 0))
                 else:
                     live.other(r.FAILED, now - asked, now, 0, kinds)
+                if self._spans is not None:
+                    self._trace(self._spans, live, traceparent, explain_ns)
                 raise
             outputs = result.outputs
             position = live.recorder.ring.written
@@ -211,7 +143,14 @@ class Model:
             live.recorder.ok(
                 inputs, outputs, rows, now - asked, start - asked, result.transform_ns, result.infer_ns, now, 0, 0, kinds, oldest_ms,
             )  # fmt: skip
-        return Answer(outputs, live, position)
+            if self._spans is not None:
+                self._trace(self._spans, live, traceparent, explain_ns)
+        return Answer(outputs, live, position, told)
+
+    def _trace(self, spans: Spans, live: Live, traceparent: str, explain_ns: int) -> None:
+        parent = spans.parent_of(traceparent.encode("ascii", "replace"))
+        if parent is not None:
+            spans.note(live, parent, explain_ns)
 
     def feedback(self, prediction_id: str, label: str | int, *, row: int | None = None) -> str:
         """Says what was right: a late label, counted under the bundle and key that had answered.
@@ -304,6 +243,9 @@ class Model:
             if self._feedback is not None:
                 self._feedback.cut()
                 self._feedback.close()
+            spans, self._spans = self._spans, None
+        if spans is not None:
+            spans.close(timeout_s)
         _open.discard(self)
         self._connection.stop(timeout_s)
 
@@ -316,7 +258,7 @@ class Model:
     def loaded(self, welcome: appwire.Welcome, served: ww.Served, found: Loaded) -> None:
         """See ``connection.Owner``."""
         recorder = Recorder(
-            _key(served), plan_of(found.manifest), ring=served.ring, boot_id=welcome.boot_id, send=self._take, later=self._later,
+            key_of(served), plan_of(found.manifest), ring=served.ring, boot_id=welcome.boot_id, send=self._take, later=self._later,
             predictions=welcome.label_predictions if welcome.label_age_s > 0 else 0,
         )  # fmt: skip
         with self._lock:
@@ -327,11 +269,13 @@ class Model:
                     self._recorders, Rules(max_age_s=welcome.label_age_s, books=welcome.label_books), boot_id=welcome.boot_id,
                     send=self._take, loop=self,
                 )  # fmt: skip
+            if self._spans is None and welcome.otlp_endpoint:
+                self._spans = _spans(welcome)
             old = self._live
             if old is not None:
                 self._leave(old)
             self._recorders[self.name] = recorder
-            self._live = _Live(served, found, recorder)
+            self._live = Live(served, found, recorder)
             self._error = None
         self._connection.wake()
         self.changed()
@@ -344,14 +288,14 @@ class Model:
                 return
             recorder = live.recorder
             before, book = recorder.ring.path, recorder.book
-            upto = recorder.rekey(_key(served), served.ring)
+            upto = recorder.rekey(key_of(served), served.ring)
             if book is not None and self._feedback is not None:
                 self._feedback.keep(book)
             self._end(before, upto)
-            self._live = _Live(served, live.loaded, recorder)
+            self._live = Live(served, live.loaded, recorder)
         self._connection.wake()
 
-    def _leave(self, old: _Live) -> None:
+    def _leave(self, old: Live) -> None:
         recorder = old.recorder
         recorder.cut()
         upto, path = recorder.ring.written, recorder.ring.path
@@ -443,7 +387,8 @@ class Model:
     def forked(self) -> None:
         """In the child of a fork: nothing is counted here, the parent goes on."""
         self._lock = threading.Lock()
-        self._live, self._closed = None, "forked"
+        # Its thread is the parent's.
+        self._live, self._spans, self._closed = None, None, "forked"
         self._connection.abandon()
 
 
@@ -471,33 +416,11 @@ def open(model: str, *, socket: str | Path | None = None, wait_s: float = 0.0) -
     return found
 
 
-def _key(served: ww.Served) -> w.Key:
-    return w.Key(served.name, served.digest, served.variant, served.arm, served.rollout, served.stage)
+def _spans(welcome: appwire.Welcome) -> Spans:
+    # Only an application that is traced needs it.
+    from skerry_agent.worker.spans import INTERNAL, Spans
 
-
-def _age(age_ms: float) -> float:
-    if not 0 <= age_ms <= MOST_AGE_MS:
-        raise BadInput(Violation("age_ms", f"{age_ms:g}", f"milliseconds from 0 to {MOST_AGE_MS:g}"))
-    return float(age_ms)
-
-
-def _arrays(inputs: Mapping[str, Any], dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, Array]:
-    found = {}
-    for name, value in inputs.items():
-        try:
-            found[name] = value if type(value) is np.ndarray else np.asarray(value, dtypes.get(name))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise BadInput(Violation(name, type(value).__name__, f"an array of {dtypes.get(name)}: {error}")) from None
-    return found
-
-
-def _rows(inputs: Mapping[str, Any], most: int) -> int:
-    for name, array in inputs.items():
-        rows: int = array.shape[0] if array.ndim else 1
-        if rows > most:
-            raise BadInput(Violation(name, f"{rows} rows", f"at most {most} in one inference"))
-        return rows
-    return 0
+    return Spans(welcome.otlp_endpoint, welcome.trace_share, device=welcome.device, service="skerry-sdk", kind=INTERNAL)
 
 
 _open: weakref.WeakSet[Model] = weakref.WeakSet()

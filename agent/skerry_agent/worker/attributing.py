@@ -52,25 +52,25 @@ class Attributing:
             raise found
         return found
 
-    def wanted(self, wish: Any, inputs: Tensors, name: str) -> explain.Occluder | None:
+    def wanted(self, wish: Any, inputs: Tensors, name: str, field: str = FIELD) -> explain.Occluder | None:
         """What explains a request for these raw inputs, where it wishes so; None where it does not.
 
         Raises:
             BadInput: a wish that is neither true nor false, several rows, or a model that cannot be explained.
         """
         if not isinstance(wish, bool):
-            raise BadInput(Violation(FIELD, repr(wish)[:80], "true or false"))
+            raise BadInput(Violation(field, repr(wish)[:80], "true or false"))
         if not wish:
             return None
         try:
             occluder = self.occluder
         except explain.NotExplainable as error:
             raise BadInput(
-                Violation(FIELD, "true", f"a model that can be explained, and {name} cannot: {error}")
+                Violation(field, "true", f"a model that can be explained, and {name} cannot: {error}")
             ) from None
-        for field, array in inputs.items():
+        for given, array in inputs.items():
             if array.shape[:1] != (1,):
-                raise BadInput(Violation(FIELD, f"{field} of shape {list(array.shape)}", "a request of one row"))
+                raise BadInput(Violation(field, f"{given} of shape {list(array.shape)}", "a request of one row"))
         return occluder
 
     def tell(self, found: explain.Explanation) -> Told:

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 from skerry_contract import manifest as mf
+from skerry_contract import misfit
 
 from skerry_runtime.errors import Rejected
 from skerry_runtime.tensors import Array, Spec, Tensors, datatype_of
@@ -171,7 +172,10 @@ def apply(
     for i, step in enumerate(steps):
         try:
             checked.append(step if isinstance(step, mf.Transform) else _transform(step))
-        except (msgspec.ValidationError, TypeError) as error:
+        except msgspec.ValidationError as error:
+            place, words = misfit.words(error, mf.Transform, dict(step) if isinstance(step, Mapping) else step)
+            raise Rejected("transform_invalid", f"steps[{i}]{'.' if place else ''}{place}: {words}") from None
+        except TypeError as error:
             raise Rejected("transform_invalid", f"steps[{i}]: {error}") from None
     tensors: Tensors
     if isinstance(data, Mapping):
@@ -192,7 +196,7 @@ def apply(
 def _transform(step: Mapping[str, Any]) -> mf.Transform:
     unknown = sorted(set(step) - set(mf.Transform.__struct_fields__))
     if unknown:
-        raise TypeError(f"unknown key {', '.join(unknown)}")
+        raise TypeError(f"unknown key {', '.join(unknown)}; wanted one of {', '.join(mf.Transform.__struct_fields__)}")
     return msgspec.convert(dict(step), mf.Transform)
 
 

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from skerry_agent import cli
 from skerry_agent import clients as c
 from skerry_agent.errors import Degraded, Rejected
 
@@ -63,6 +64,27 @@ def test_a_name_is_given_once_and_an_unknown_one_cannot_be_removed(tmp_path: Pat
     with pytest.raises(Rejected, match="client_unknown"):
         c.remove(path, "b")
     assert path.read_bytes() == before
+
+
+def test_a_client_that_cannot_be_is_wrong_use_and_no_refusal_for_safety(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "agent.toml"
+    config.write_text(f'state_dir = "{tmp_path / "state"}"\n')
+
+    def token(*arguments: str) -> tuple[int, str]:
+        code = cli.main(["token", *arguments, "--config", str(config)])
+        return code, capsys.readouterr().err
+
+    code, said = token("add", "Not A Name")
+    assert code == cli.USAGE
+    assert "client_invalid: name: wanted a-z, 0-9 and dashes inside, at most 64, got 'Not A Name'" in said
+    assert token("add", "press")[0] == cli.OK
+    again = "wanted a new one, got 'press', which is there\n  skerry-agent token remove press, then add it again\n"
+    assert token("add", "press") == (cli.USAGE, f"skerry-agent: client_exists: name: {again}")
+    code, said = token("remove", "lathe")
+    assert (code, "client_unknown: name: wanted a client that is there, got 'lathe'" in said) == (cli.USAGE, True)
+    assert "known are: press" in said
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_all_faults_are_told_together(tmp_path: Path) -> None:
     [
         ('["tflite", "torch"]', "wanted some of onnx, tflite, got 'torch'"),
         ('["onnx", "onnx"]', "wanted each runtime once"),
-        ('"tflite"', "Expected `array`"),
+        ('"tflite"', "wanted a list, each of it text, got 'tflite'"),
     ],
 )
 def test_runtimes_that_cannot_be_are_told_with_every_other_fault(tmp_path: Path, value: str, told: str) -> None:
@@ -290,3 +290,16 @@ def test_wishes_that_make_no_sense_are_faults(tmp_path: Path, line: str, told: s
         c.load(write(tmp_path, f'state_dir = "/x"\n[runtime]\n{line}\n'), {})
     (fault,) = caught.value.faults
     assert told in fault
+
+
+def test_a_wrong_choice_names_file_key_choices_and_what_was_given(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, 'state_dir = "/x"\n[telemetry]\npersonal = "keep"\n[[runtime.tflite_delegates]]\nlibrary = 7\n'
+    )
+    with pytest.raises(BadConfig) as caught:
+        c.load(path, {"SKERRY_AGENT_TELEMETRY_ENCRYPT": "perhaps"})
+    assert caught.value.faults == (
+        f"{path}: runtime.tflite_delegates[0].library: wanted text, got 7",
+        f"{path}: telemetry.personal: wanted one of drop, hash, got 'keep'",
+        "SKERRY_AGENT_TELEMETRY_ENCRYPT: wanted true or false, got 'perhaps'",
+    )
