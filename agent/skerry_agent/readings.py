@@ -18,6 +18,7 @@ readings are in the sum), and all numbers are integers >= 0, so that they merge 
 ``device_battery_percent``      charge, ``device_on_battery_n`` readings without a charger
 ``device_readings_n``           how often anything was read
 ``supervisor_rss_kb``, ``supervisor_cpu_us_sum``  of the supervisor itself
+``supervisor_written_kb_sum``   what it gave the disk to write, units of 1024 bytes
 =============================== =====================================================================================
 
 What a device does not tell has no name in the window. Whatever lies below ``/sys`` may vanish, hold rubbish or refuse to be
@@ -33,6 +34,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # ships no types
+
+from skerry_agent import wear
 
 _ZERO_CELSIUS_MK = 273_150
 _HOTTEST_MC = 300_000
@@ -64,6 +67,7 @@ class Readings:
         self._sums: dict[str, int] = {}
         self._process = psutil.Process()
         self._cpu_us = time.process_time_ns() // 1000
+        self._written_kb = self._read_written_kb()
         self._cpu = _cpu_times()
         self._sensors = _Sensors(sys)
         self._energy = self._sensors.energy()
@@ -98,8 +102,16 @@ class Readings:
         cpu_us = time.process_time_ns() // 1000
         self._add("supervisor_cpu_us_sum", cpu_us - self._cpu_us)
         self._cpu_us = cpu_us
+        written_kb = self._read_written_kb()
+        if written_kb is not None and self._written_kb is not None:
+            self._add("supervisor_written_kb_sum", written_kb - self._written_kb)
+        self._written_kb = written_kb
         self._level("supervisor_rss_kb", self._process.memory_info().rss // 1024)
         self._add("device_readings_n", 1)
+
+    def _read_written_kb(self) -> int | None:
+        written = wear.written_bytes(self._process.pid)
+        return None if written is None else written // 1024
 
     def _read_disk(self) -> None:
         try:

@@ -51,6 +51,7 @@ class Snapshot:
         stopped: models whose worker is gone.
         linked: whether an MQTT session is up; server_online: what the server last said of itself.
         pending, pending_bytes, pending_inferences: what waits in the outbox.
+        written_mb: what supervisor and workers gave the disk to write since each began; None where the kernel does not say.
         rss_mb: of this process; workers: the serving ones, the one that takes connections first.
         spare_pid: of a worker that was started ahead; 0 without one.
         requests_waited: for a worker that was not there. on_demand: models that are loaded when they are wanted.
@@ -93,6 +94,7 @@ class Snapshot:
     spare_pid: int
     on_demand: dict[str, OnDemand]
     uptime_s: float
+    written_mb: float | None = None
     applications: dict[str, Any] = field(default_factory=dict)
     swaps: dict[str, int] = field(default_factory=dict)
 
@@ -237,5 +239,6 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
         "tuf": snapshot.tuf,
         "sync": snapshot.sync,
         "rss_mb": snapshot.rss_mb,
+        "written_mb": snapshot.written_mb,
         "uptime_s": snapshot.uptime_s,
     }

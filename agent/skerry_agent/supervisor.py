@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import psutil  # type: ignore[import-untyped]  # ships no types
 
-from skerry_agent import at_rest, facts, hold, logs, reloading, reporting
+from skerry_agent import at_rest, facts, hold, logs, reloading, reporting, wear
 from skerry_agent import workerwire as ww
 from skerry_agent.applications import Applications
 from skerry_agent.asked_logs import AskedLogs
@@ -414,7 +414,7 @@ class Supervisor:
             sync=self._syncing.status(), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
             worker_ends=self._chronicle.ends(), suspects=suspects, requests_refused=serving.passing.refused,
             requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(),
-            swaps=dict(self._chronicle.swaps),
+            swaps=dict(self._chronicle.swaps), written_mb=wear.written_mb([os.getpid(), *(one.pid for one in workers)]),
             applications=self._applications.report() if self._applications is not None else {}, uptime_s=self._clock.boot_s() - self._started_s,
         )  # fmt: skip
 

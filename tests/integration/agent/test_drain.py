@@ -95,6 +95,8 @@ def test_after_an_outage_news_leave_first_and_the_backlog_at_its_rate_in_constan
     wait_for(lambda: server.inferences() == made + 25, why=lambda: f"{made + 25}, got {server.inferences()}")
     assert server.ledger.conflicts == 0
     assert device.status()["outbox"]["lost"] == {}
+    written_mb = device.status()["written_mb"]
+    assert (written_mb is not None) == Path("/proc/self/io").exists()
 
     sent = sum(size for _, size, _ in server.came)
     largest = max(size for _, size, _ in server.came)

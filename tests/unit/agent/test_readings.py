@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
+from skerry_agent import wear
 from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.readings import Readings
@@ -77,6 +80,38 @@ def test_the_real_device_says_how_busy_how_full_and_how_large_it_is(tmp_path: Pa
     assert found["device_disk_free_kb_sum"] == pytest.approx(shutil.disk_usage(tmp_path).free / 1024, rel=0.1)
     assert found["supervisor_rss_kb_max"] == pytest.approx(psutil.Process().memory_info().rss / 1024, rel=0.1)
     assert all(isinstance(value, int) and value >= 0 for value in found.values())
+
+
+def test_what_the_disk_was_given_to_write_is_counted_once(tmp_path: Path) -> None:
+    if wear.written_bytes(os.getpid()) is None:
+        pytest.skip("this kernel counts no writes")
+    reader = readings(tmp_path, Path("/sys"))
+    folder = Path(__file__).parents[3] / ".bench"
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        for _ in range(2):
+            (Path(name) / "x").write_bytes(os.urandom(2_000_000))
+            reader.read()
+    written_kb = reader.held()["supervisor_written_kb_sum"]
+    if written_kb == 0:
+        pytest.skip("the checkout lies in memory")
+    assert 3_900 <= written_kb < 8_000
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("rchar: 1\nwrite_bytes: 4096\ncancelled_write_bytes: 0\n", 4096),
+        ("rchar: 1\n", None),
+        ("write_bytes:\n", None),
+        ("write_bytes: many\n", None),
+        (None, None),
+    ],
+)
+def test_a_kernel_that_counts_no_writes_tells_none(tmp_path: Path, text: str | None, wanted: int | None) -> None:
+    if text is not None:
+        put(tmp_path, **{"7/io": text.rstrip("\n")})
+    assert wear.written_bytes(7, tmp_path) == wanted
 
 
 def test_sensors_are_read_where_sysfs_has_them(tmp_path: Path, sys: Path) -> None:
