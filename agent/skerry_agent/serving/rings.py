@@ -266,9 +266,10 @@ class Rings:
                 written, noted = _RING_POSITIONS.unpack(file.read(_RING_POSITIONS.size))
         except (OSError, struct.error):
             return -1, 0
-        known = self._store.ring_upto(str(path))
-        # Without a row the store may be younger than the ring (it was damaged): the worker's own note is the next best.
-        return int(written), int(noted) if known is None else known
+        known = self._store.ring_upto(str(path)) or 0
+        # The store may know less than the ring: it was damaged, or put back from a backup. Its worker noted what was committed once it
+        # was, so the note is never too high; one beyond what was written is none of a worker's.
+        return int(written), max(known, int(noted)) if noted <= written else known
 
     def spent(self, ring: str) -> bool:
         """Whether nothing of it has to be folded or stored any more."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from skerry_agent import config, facts
 from skerry_agent.store import Entry, Store, open_store
@@ -263,6 +266,34 @@ def test_restored_from_a_backup(serving: Device, server: Server) -> None:
     lost = serving.status()["outbox"]["lost"]
     assert lost.keys() <= {"epoch_ahead", "epoch_conflict"}
     assert lost
+
+
+def test_a_store_restored_beside_the_ring_of_a_killed_worker_counts_nothing_again(
+    serving: Device, server: Server, tmp_path: Path
+) -> None:
+    made = 20
+    with closing(sqlite3.connect(serving.state_dir / "state.db")) as source:
+        with closing(sqlite3.connect(tmp_path / "backup.db")) as target:
+            source.backup(target)
+    serving.infer(25)
+    made += 25
+    wait_for(lambda: server.inferences() == made and empty(serving), why="what the backup does not know")
+    worker = serving.status()["worker"]["pid"]
+    serving.kill()
+    with suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: not psutil.pid_exists(worker), why="the worker's end")
+    assert list((serving.state_dir / "rings").glob("*.ring"))
+    for path in serving.state_dir.glob("state.db*"):
+        path.unlink()
+    (serving.state_dir / "state.db").write_bytes((tmp_path / "backup.db").read_bytes())
+    serving.start()
+    serving.wait_running("1.0.0", "confirmed")
+    serving.infer(5)
+    made += 5
+    wait_for(lambda: server.inferences() >= made and empty(serving), why=lambda: f"{made}, got {server.inferences()}")
+    # What would be folded again came before what was answered since.
+    assert server.inferences() == made
 
 
 def test_a_damaged_store_holds_up_no_start_and_is_reported_with_what_it_cost(serving: Device, server: Server) -> None:
