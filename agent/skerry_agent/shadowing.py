@@ -23,6 +23,7 @@ from skerry_contract import group as g
 from skerry_contract import manifest as m
 from skerry_contract.errors import ContractError
 
+from skerry_agent import at_rest
 from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
@@ -55,6 +56,7 @@ class _Shadow:
     Attributes:
         fed: process of the serving worker that shows its requests; 0 for none.
         code, detail: why it does not run.
+        runs_on, fallback: see ``workerwire.Proved``.
     """
 
     model: str
@@ -69,6 +71,8 @@ class _Shadow:
     code: str = ""
     detail: str = ""
     rss_mb: float = 0.0
+    runs_on: tuple[str, ...] = ()
+    fallback: str = ""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
@@ -139,6 +143,8 @@ class Shadowing:
                 "running": self._is_shown(shadow),
                 "pid": shadow.worker.pid if shadow.worker is not None and shadow.worker.alive else 0,
                 "rss_mb": shadow.rss_mb,
+                "runs_on": shadow.runs_on,
+                "fallback": shadow.fallback,
                 "code": shadow.code,
                 "detail": shadow.detail,
                 "failures": shadow.failures,
@@ -265,6 +271,8 @@ class Shadowing:
                 cpu=cpu, max_c=max_c, boot_id=self._clock.boot_id,
                 fold_interval_s=self._config.timing.fold_interval_s or self._serving.site.window_s,
                 health_interval_s=self._config.timing.health_interval_s,
+                acceleration=self._config.runtime.acceleration,
+                sampling=at_rest.sampling_rules(self._config, self._serving.site.sample_rate),
             )
         )  # fmt: skip
         try:
@@ -324,11 +332,14 @@ class Shadowing:
         ready = shadow.ready
         match message:
             case ww.Ready() if ready is not None and not ready.done():
+                shadow.runs_on, shadow.fallback = message.models[0].runs_on, message.models[0].fallback
                 ready.set_result(None)
             case ww.Failed() if ready is not None and not ready.done():
                 ready.set_exception(Rejected(message.code, message.detail, model=message.model))
             case ww.WindowCut() if shadow.worker is not None:
                 self._serving.site.rings.commit(shadow.worker, message)
+            case ww.Sampled():
+                self._serving.site.rings.sampled(message)
             case ww.Health():
                 shadow.rss_mb = message.rss_mb
             case _:

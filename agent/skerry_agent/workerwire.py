@@ -130,12 +130,15 @@ class StartShadow(Message, frozen=True, kw_only=True, tag="start_shadow"):
     Attributes:
         candidate: the bundle; ``ring`` only names the positions of its windows, there is no file.
         cpu: share of one core that it may take; max_c: degrees Celsius above which it pauses, 0 for any.
+        acceleration: as in ``start``; sampling: which pairs that disagree are kept whole.
     """
 
     candidate: Served
     cpu: float
     max_c: float
     fold_interval_s: float
+    acceleration: dict[str, Any] = {}
+    sampling: SamplingRules = SamplingRules()
     boot_id: str = ""
     health_interval_s: float = 5.0
 

@@ -45,15 +45,17 @@ class Wired(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Keyed(_Frame, frozen=True, kw_only=True, tag="key"):
-    """What follows was answered under this key."""
+    """What follows was answered under this key, by a bundle that marks these features ``pii``: name, input, column."""
 
     key: w.Key
+    personal: tuple[tuple[str, str, int], ...] = ()
 
 
 class Shown(_Frame, frozen=True, kw_only=True, tag="pair"):
-    """One answered request. ``took_ns``: of transforms and runtime."""
+    """One answered request. ``took_ns``: of transforms and runtime; ``ident``: of its prediction."""
 
     place: int
+    ident: str = ""
     inputs: dict[str, Wired]
     outputs: dict[str, Wired]
     took_ns: int
@@ -109,7 +111,8 @@ class Tee:
         self._recorder = recorder
         self._loop = loop
         self._key: w.Key | None = None
-        self._waiting: deque[tuple[w.Key, int, Tensors, Tensors, int]] = deque()
+        self._personal = tuple((f.name, f.input, f.column) for f in recorder.plan.features if f.pii)
+        self._waiting: deque[tuple[w.Key, int, str, Tensors, Tensors, int]] = deque()
         self._out: deque[bytes] = deque()
         self._out_bytes = 0
         self._missed = 0
@@ -125,7 +128,7 @@ class Tee:
             return
         recorder = self._recorder
         place = share.place(recorder.book.header.token if recorder.book is not None else "", position)
-        self._waiting.append((recorder.key, place, inputs, outputs, took_ns))
+        self._waiting.append((recorder.key, place, f"{recorder.prefix}{position:x}", inputs, outputs, took_ns))
         self._wake()
 
     def label(self, token: str, position: int, truth: int, predicted: int) -> None:
@@ -156,15 +159,16 @@ class Tee:
     def _flush(self) -> None:
         self._soon = False
         while self._waiting and not self.closed:
-            key, place, inputs, outputs, took_ns = self._waiting.popleft()
+            key, place, ident, inputs, outputs, took_ns = self._waiting.popleft()
             if self._full:
                 self._missed += 1
                 continue
             if key != self._key:
                 self._key = key
-                self._push(Keyed(key=key))
+                self._push(Keyed(key=key, personal=self._personal))
             self._say_missed()
-            self._push(Shown(place=place, inputs=_wired(inputs), outputs=_wired(outputs), took_ns=took_ns))
+            shown = Shown(place=place, ident=ident, inputs=_wired(inputs), outputs=_wired(outputs), took_ns=took_ns)
+            self._push(shown)
         self._write()
 
     @property

@@ -9,8 +9,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
-from skerry_contract import group
+from skerry_contract import group, wire
 from skerry_contract import window as w
 
 from tests import models
@@ -46,9 +48,15 @@ def seen(server: Server, candidate: str, bundle: str = "") -> w.Shadow:
     return total
 
 
-def ask(device: Device, rows: int) -> list[tuple[str, list[float]]]:
+def samples(server: Server) -> list[wire.Sample]:
+    with server.lock:
+        found = [wire.decode(wire.Sample, r.body) for r in server.taken.values() if r.kind == "sample"]
+    return [one for one in found if one.why == "shadow"]
+
+
+def ask(device: Device, rows: int | np.ndarray) -> list[tuple[str, list[float]]]:
     """(prediction id, probabilities) of live rows, asked one by one."""
-    x, _ = models.rows(rows)
+    x = models.rows(rows)[0] if isinstance(rows, int) else rows
     connection = http.client.HTTPConnection("127.0.0.1", device.port, timeout=30)
     found = []
     for row in x.tolist():
@@ -67,6 +75,35 @@ def label(device: Device, labels: list[tuple[str, int]]) -> None:
     outcomes = json.loads(connection.getresponse().read())["feedback"]
     connection.close()
     assert {one["outcome"] for one in outcomes} == {"matched"}
+
+
+def test_a_shadow_runs_as_the_configuration_says_and_what_it_answers_otherwise_is_kept(
+    device: Device, server: Server
+) -> None:
+    device.config.write_text(f'{device.config.read_text()}[runtime]\nonnx_providers = ["CUDAExecutionProvider"]\n')
+    stable, other = device.bundle("1.0.0", seed=1), device.bundle("1.1.0", seed=2)
+    confirmed(device, "1.0.0", stable)
+    settings = msgspec.structs.replace(SETTINGS, sample_rate=1e-9)
+    device.publish(stable, shadow=other, settings=settings)
+    device.sync()
+    in_shadow(device, other)
+    assert shadow(device)["runs_on"] == ["cpu"]
+    assert shadow(device)["fallback"].startswith("CUDAExecutionProvider is not in this onnxruntime")
+    # Between what they learned, two good bundles are of two minds now and then.
+    x = np.random.default_rng(0).uniform(-10, 10, (2000, 4)).astype(np.float32)
+    ours, theirs = (models.probabilities(x, seed=seed).argmax(1) for seed in (1, 2))
+    x = np.concatenate([x[ours != theirs][:20], x[ours == theirs][:40]])
+    answered = dict(ask(device, x))
+    wait_for(lambda: seen(server, other).pairs == 60)
+    differ = 60 - seen(server, other).agreed
+    assert differ == 20
+    kept = wait_for(lambda: len(found := samples(server)) == differ and found, why=lambda: f"got {samples(server)}")
+    for one in kept:
+        assert one.key.bundle == stable and one.extra["shadow"] == other
+        assert one.outputs["probabilities"] == pytest.approx(answered[one.id], abs=1e-6)
+        other_one = one.extra["candidate"]["probabilities"]
+        assert other_one.index(max(other_one)) != answered[one.id].index(max(answered[one.id]))
+    wait_for(lambda: sum(w.tallies.get("samples.shadow", 0) for w in server.windows()) == differ)
 
 
 def test_every_request_of_the_share_is_paired_or_named_and_labels_say_who_was_right(
