@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -134,5 +134,7 @@ def _joined(run: list[Held]) -> list[Held]:
         inferences = sum(one.entry.inferences for one in some)
         cut = msgspec.structs.replace(some[0].cut, upto=some[-1].cut.upto, body=b"", inferences=inferences)
         # A ring has one writer at a time: whoever sent the last of it is the one that still may wish to know.
-        found.append(Held(some[-1].worker, cut, replace(some[0].entry, body=body, inferences=inferences)))
+        found.append(
+            Held(some[-1].worker, cut, msgspec.structs.replace(some[0].entry, body=body, inferences=inferences))
+        )
     return found

@@ -272,9 +272,9 @@ def test_a_store_restored_beside_the_ring_of_a_killed_worker_counts_nothing_agai
     serving: Device, server: Server, tmp_path: Path
 ) -> None:
     made = 20
-    with closing(sqlite3.connect(serving.state_dir / "state.db")) as source:
-        with closing(sqlite3.connect(tmp_path / "backup.db")) as target:
-            source.backup(target)
+    live, backup = sqlite3.connect(serving.state_dir / "state.db"), sqlite3.connect(tmp_path / "backup.db")
+    with closing(live) as source, closing(backup) as target:
+        source.backup(target)
     serving.infer(25)
     made += 25
     wait_for(lambda: server.inferences() == made and empty(serving), why="what the backup does not know")

@@ -105,7 +105,7 @@ def install(site: Path, distribution: str, *modules: str, version: str = "1.2.3"
 def seen_with(site: Path, config: Path) -> tuple[str, dict[str, str]]:
     """The stratum and the runtimes of an agent for which nothing but ``site`` is installed."""
     program = (
-        "import json, sys\n"
+        "import importlib.metadata, json, sys\n"
         "from pathlib import Path\n"
         "from skerry_agent import config, facts\n"
         "from skerry_runtime import engines\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,11 +142,16 @@ def test_admission_and_the_engine_compare_versions_of_a_runtime_alike(
 ) -> None:
     answer = a.admit(manifest(variant(min=want)), dataclasses.replace(GOOD, runtimes={"onnx": have}), a.Memory())
     assert isinstance(answer, a.Admit) is fits
-    # A distribution of that version in front of the installed one; the engine's next complaint is of the file.
-    folder = tmp_path / "onnxruntime-0.dist-info"
+    # The same module as of that version in front of the installed one; the engine's next complaint is of the file.
+    installed = importlib.util.find_spec("onnxruntime")
+    assert installed is not None
+    assert installed.origin is not None
+    (tmp_path / "onnxruntime").symlink_to(Path(installed.origin).parent)
+    folder = tmp_path / f"onnxruntime-{have}.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: onnxruntime\nVersion: {have}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     assert engines.available()["onnx"] == have
     with pytest.raises(BundleFault) as fault:
         engines.load_engine("onnx", tmp_path / "none.onnx", minimum=want)
