@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 from typing import TypeVar
 
 import msgspec
 
 from skerry_agent import workerwire as ww
+from skerry_agent.spilling import spill, unspill
 
 PROTOCOL = 1
 INLINE_BYTES = 64 * 1024
@@ -170,7 +170,7 @@ def send(sock: socket.socket, message: ww.Message, descriptors: tuple[int, ...] 
     own: list[int] = []
     try:
         if len(data) > INLINE_BYTES:
-            own.append(_spill(data))
+            own.append(spill(data))
             data = _encoder.encode(Spilled())
         given = [*own, *descriptors]
         if given:
@@ -213,7 +213,7 @@ def _receive(sock: socket.socket, decoder: msgspec.msgpack.Decoder[M]) -> tuple[
         if isinstance(message, Spilled):
             if not fds:
                 raise Malformed("a spilled message without its descriptor")
-            message = decoder.decode(_unspill(fds.pop(0)))
+            message = decoder.decode(_unspilled(fds.pop(0)))
             if isinstance(message, Spilled):
                 raise Malformed("a spilled message within another")
         return message, fds
@@ -230,22 +230,10 @@ def _close(fds: list[int]) -> None:
         os.close(fds.pop())
 
 
-def _spill(data: bytes) -> int:
-    fd = os.memfd_create("skerry-message", os.MFD_CLOEXEC)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    return fd
-
-
-def _unspill(fd: int) -> bytes:
+def _unspilled(fd: int) -> bytes:
     try:
-        status = os.fstat(fd)
-        # Not a pipe or a device, on which a read may wait for ever.
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
-            raise Malformed(f"a spilled message: wanted a file of at most {MOST_BYTES} bytes")
-        return os.pread(fd, MOST_BYTES, 0)
+        return unspill(fd, MOST_BYTES)
+    except ValueError as error:
+        raise Malformed(f"a spilled message: {error}") from None
     except OSError as error:
         raise Malformed(f"a spilled message: {error.strerror}") from None
-    finally:
-        os.close(fd)

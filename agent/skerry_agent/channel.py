@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from skerry_agent import workerwire as ww
+from skerry_agent.spilling import spill, unspill
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Channel:
         data = _encoder.encode(message)
         own: list[int] = []
         if len(data) > INLINE_BYTES:
-            own.append(_spill(data))
+            own.append(spill(data))
             data = _encoder.encode(Spilled())
         fds = own if fd is None else [*own, fd]
         if not self._queue and self._transmit(data, fds):
@@ -186,23 +187,9 @@ class Channel:
                     log.error("a message lost its descriptor; giving the channel up")
                     self._gone()
                     return
-                message = _decoder.decode(_unspill(fds.pop(0)))
+                message = _decoder.decode(unspill(fds.pop(0)))
             self._on_message(message, fds[0] if fds else None)
 
     def _gone(self) -> None:
         self.close()
         self._loop.call_soon(self._on_eof)
-
-
-def _spill(data: bytes) -> int:
-    fd = os.memfd_create("skerry-message", os.MFD_CLOEXEC)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    return fd
-
-
-def _unspill(fd: int) -> bytes:
-    with open(fd, "rb") as file:
-        file.seek(0)
-        return file.read()

@@ -16,8 +16,9 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 from skerry_contract import group, manifest
 
 from skerry_agent import __version__
-from skerry_agent.config import Config, Identity
+from skerry_agent.config import Config
 from skerry_agent.core.admission import Device
+from skerry_agent.identity import Identity
 from skerry_agent.store import ballast
 
 ABILITIES: frozenset[str] = group.FEATURES | manifest.ABILITIES

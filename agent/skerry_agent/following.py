@@ -13,10 +13,10 @@ from typing import Any
 from skerry_contract import group
 
 from skerry_agent.clock import Clock
-from skerry_agent.config import Identity
 from skerry_agent.core import admission
 from skerry_agent.core import effects as e
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
+from skerry_agent.identity import Identity
 from skerry_agent.orders import Orders
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Serving

@@ -26,8 +26,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 from skerry_contract import ids, topics, wire
 from skerry_contract.errors import ContractError
 
-from skerry_agent.config import Identity
 from skerry_agent.core import backoff
+from skerry_agent.identity import Identity
 from skerry_agent.logs import kv
 
 log = logging.getLogger(__name__)

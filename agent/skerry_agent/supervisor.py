@@ -28,13 +28,14 @@ from skerry_agent.applications import Applications
 from skerry_agent.asked_logs import AskedLogs
 from skerry_agent.chronicle import Chronicle
 from skerry_agent.clock import Clock
-from skerry_agent.config import Config, identity
+from skerry_agent.config import Config
 from skerry_agent.control import Answer, ControlServer
 from skerry_agent.core import culprits, liveness
 from skerry_agent.core import effects as e
 from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, BadConfig, Degraded
 from skerry_agent.following import Following
+from skerry_agent.identity import identity
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Rang
 from skerry_agent.logring import LogRing

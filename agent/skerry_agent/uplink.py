@@ -16,8 +16,9 @@ from skerry_contract import ids, topics, wire
 
 from skerry_agent import at_rest, reporting
 from skerry_agent.clock import Clock
-from skerry_agent.config import Config, Identity
+from skerry_agent.config import Config
 from skerry_agent.errors import Degraded
+from skerry_agent.identity import Identity
 from skerry_agent.link import Down, Happening, Link, Rang, Up, tls_context
 from skerry_agent.logs import kv
 from skerry_agent.store import Entry, Store

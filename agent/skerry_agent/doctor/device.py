@@ -18,10 +18,11 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # ships no types
 
-from skerry_agent.config import Config, identity
+from skerry_agent.config import Config
 from skerry_agent.control import ask
 from skerry_agent.doctor.finding import NET_S, Finding, Patient, Verdict
 from skerry_agent.errors import AgentError
+from skerry_agent.identity import identity
 from skerry_agent.link import tls_context
 from skerry_agent.store.opening import moved_aside_of
 

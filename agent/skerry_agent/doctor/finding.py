@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from skerry_agent.clock import Clock
-from skerry_agent.config import Config, Identity
+from skerry_agent.config import Config
+from skerry_agent.identity import Identity
 
 Verdict = Literal["ok", "warn", "fail"]
 NET_S = 5.0

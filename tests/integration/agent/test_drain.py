@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from skerry_agent import config, facts
+from skerry_agent.identity import identity
 from skerry_agent.store import Entry, open_store
 from skerry_agent.upload import BURST_S
 from skerry_contract import window as w
@@ -137,7 +138,7 @@ def outage(device: Device, days: int, readings: int) -> int:
     """What an agent keeps that has no network for so many days: windows of three models, events among them. Returns their inferences."""
     found = config.load(device.config, {})
     store, _ = open_store(
-        device.state_dir / "state.db", binding=facts.binding(config.identity(found)), device=DEVICE,
+        device.state_dir / "state.db", binding=facts.binding(identity(found)), device=DEVICE,
         new_epoch=lambda: os.urandom(16).hex(), wall_s=0.0, bound_bytes=1 << 30,
     )  # fmt: skip
     store._db.execute("PRAGMA synchronous = OFF")

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from skerry_agent import config, facts
+from skerry_agent.identity import identity
 from skerry_agent.store import Entry, Store, open_store
 from skerry_contract import window as w
 from skerry_contract import wire
@@ -196,7 +197,7 @@ def stored(device: Device) -> Iterator[Store]:
     """The device's store while no agent runs."""
     found = config.load(device.config, {})
     store, _ = open_store(
-        device.state_dir / "state.db", binding=facts.binding(config.identity(found)), device=DEVICE,
+        device.state_dir / "state.db", binding=facts.binding(identity(found)), device=DEVICE,
         new_epoch=lambda: os.urandom(16).hex(), wall_s=0.0,
     )  # fmt: skip
     store._db.execute("PRAGMA synchronous = OFF")

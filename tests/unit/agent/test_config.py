@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from skerry_agent import config as c
 from skerry_agent.errors import BadConfig, Degraded
+from skerry_agent.identity import identity
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -208,7 +209,7 @@ def enrolled(tmp_path: Path, **changes: object) -> c.Config:
 
 
 def test_what_enrolment_learnt_fills_the_addresses(tmp_path: Path) -> None:
-    found = c.identity(enrolled(tmp_path))
+    found = identity(enrolled(tmp_path))
     assert (found.device, found.server_url, found.repository_url, found.mqtt_port) == (
         "d-1",
         "https://s:1",
@@ -220,7 +221,7 @@ def test_what_enrolment_learnt_fills_the_addresses(tmp_path: Path) -> None:
 def test_the_file_beats_what_enrolment_learnt(tmp_path: Path) -> None:
     enrolled(tmp_path)
     tree = {"state_dir": str(tmp_path), "server": {"url": "https://other:2/"}, "mqtt": {"port": 99}}
-    found = c.identity(c.build(tree, {}))
+    found = identity(c.build(tree, {}))
     assert (found.server_url, found.repository_url, found.mqtt_port) == (
         "https://other:2",
         "https://other:2/repository",
@@ -230,7 +231,7 @@ def test_the_file_beats_what_enrolment_learnt(tmp_path: Path) -> None:
 
 def test_a_device_without_identity_is_told_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(Degraded) as caught:
-        c.identity(c.build({"state_dir": str(tmp_path)}, {}))
+        identity(c.build({"state_dir": str(tmp_path)}, {}))
     assert caught.value.code == "not_enrolled"
     assert "enrol" in caught.value.advice
 
@@ -239,7 +240,7 @@ def test_a_device_without_identity_is_told_how_to_get_one(tmp_path: Path) -> Non
 def test_a_damaged_identity_is_named(tmp_path: Path, changes: dict[str, object]) -> None:
     config = enrolled(tmp_path, **changes)
     with pytest.raises(Degraded) as caught:
-        c.identity(config)
+        identity(config)
     assert caught.value.code == "identity_damaged"
 
 
@@ -247,7 +248,7 @@ def test_a_missing_key_file_is_named(tmp_path: Path) -> None:
     config = enrolled(tmp_path)
     (tmp_path / "identity" / "device.pem").unlink()
     with pytest.raises(Degraded, match=r"device\.pem"):
-        c.identity(config)
+        identity(config)
 
 
 def test_what_models_run_on_is_read_as_engines_take_it(tmp_path: Path) -> None:
