@@ -33,6 +33,8 @@ from skerry_agent.logs import kv
 log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
+_NO_CHECK_TIME = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME of OpenSSL; Python's ssl does not name it."""
 _LASTING_S = 30.0
 """A session that lasted so long was a good one; one that was taken away sooner counts as a failure."""
 
@@ -63,10 +65,26 @@ class Rang:
 Happening = Up | Down | Rang | wire.Ack | wire.State | wire.ServerState
 
 
+class _Judged(ssl.SSLSocket):
+    """A connection whose peer's certificate has not ended, by the wall clock: the part of the check that ``_NO_CHECK_TIME`` leaves out."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        super().do_handshake(block)
+        ends = str((self.getpeercert() or {}).get("notAfter", ""))
+        if not ends or ssl.cert_time_to_seconds(ends) < time.time():
+            raise ssl.SSLCertVerificationError(f"its certificate expired {ends}")
+
+
 def tls_context(identity: Identity) -> ssl.SSLContext:
-    """Trusts the fleet's CA only, and shows the device's certificate."""
+    """Trusts the fleet's CA only, and shows the device's certificate.
+
+    As of the courier's connections only the end of validity is judged: by a clock at 1970 nothing would be valid yet, and a device that
+    nobody tells the time could never send what it counted.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _Judged
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
     context.load_verify_locations(identity.fleet_ca)
     context.load_cert_chain(identity.certificate, identity.key)
     return context
