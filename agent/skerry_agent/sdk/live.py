@@ -61,7 +61,6 @@ class Live:
         "loaded",
         "max_rows",
         "name",
-        "ok",
         "other",
         "prefix",
         "recorder",
