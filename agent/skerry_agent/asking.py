@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from skerry_agent.socket_path import short
 
+PATIENCE_S = 10.0
+
 
 class Answer(NamedTuple):
     """What a handler gives back. ``body``: bytes as they are, else a value that JSON can say."""
@@ -30,14 +32,16 @@ def control_socket(config: Path, environment: Mapping[str, str]) -> Path | None:
     return Path(found) / "run" / "control.sock" if isinstance(found, str) else None
 
 
-def ask(path: Path, method: str, target: str, body: dict[str, Any] | None = None, *, timeout_s: float = 10.0) -> Answer:
+def ask(
+    path: Path, method: str, target: str, body: dict[str, Any] | None = None, *, timeout_s: float = PATIENCE_S
+) -> Answer:
     """Asks a running agent, from another process.
 
     Returns:
         Status, and the decoded JSON or the bytes.
 
     Raises:
-        OSError: nobody listens there.
+        OSError: nobody listens there; ``TimeoutError`` when who does gives no answer.
     """
     payload = json.dumps(body).encode() if body is not None else b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:

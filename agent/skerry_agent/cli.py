@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skerry_agent import __version__
-from skerry_agent.asking import Answer, ask, control_socket
+from skerry_agent.asking import PATIENCE_S, Answer, ask, control_socket
 from skerry_agent.errors import AgentError, BadConfig, Rejected
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("--json", action="store_true")
     throttle = command("throttle", _throttle, "bound how many inferences per second this device answers")
     bound = throttle.add_mutually_exclusive_group(required=True)
-    bound.add_argument("--rate", type=float, metavar="N", help="inferences per second, of all clients together")
+    bound.add_argument("--rate", type=_rate, metavar="N", help="inferences per second, of all clients together")
     bound.add_argument("--off", action="store_true", help="no bound any more")
     throttle.add_argument(
         "--for", type=_duration, dest="for_s", metavar="TIME", help="e.g. 30s, 10m, 2h; else until --off"
@@ -85,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     acts = command("token", None, "who may ask the local endpoint").add_subparsers(required=True, metavar="ACT")
     _token_parsers(acts)
     lines = command("logs", _logs, "the last lines of the agent's log, one JSON object each, without secrets")
-    lines.add_argument("--last", type=int, default=0, metavar="N", help="at most so many lines")
+    lines.add_argument("--last", type=_count, default=0, metavar="N", help="at most so many lines")
+    command("metrics", _metrics, "everything of this moment in Prometheus' text format")
     reload = command("reload", _reload, "read the configuration again, as far as that goes without a restart")
     reload.add_argument("--json", action="store_true")
     doctor = command("doctor", _doctor, "check this device, whether or not the agent runs")
@@ -125,10 +127,29 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _duration(text: str) -> float:
-    try:
-        return float(text[:-1]) * _UNITS[text[-1:]]
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"wanted a time as 30s, 10m, 2h or 1d, got {text!r}") from None
+    found = math.nan
+    with contextlib.suppress(ValueError, KeyError):
+        found = float(text[:-1]) * _UNITS[text[-1:]]
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"wanted a time as 30s, 10m, 2h or 1d, got {text!r}")
+    return found
+
+
+def _rate(text: str) -> float:
+    found = math.nan
+    with contextlib.suppress(ValueError):
+        found = float(text)
+    if found == 0:
+        raise argparse.ArgumentTypeError("0 is no bound: --off lifts the throttle, and to serve nothing stop the agent")
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"wanted a number of inferences per second above 0, got {text!r}")
+    return found
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a number from 1, got {text!r}")
+    return int(text)
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -153,14 +174,29 @@ def _run(options: argparse.Namespace) -> int:
         ring.flush()
 
 
+def _silent(path: Path) -> AgentError:
+    return AgentError(
+        "agent_silent",
+        f"the agent behind {path} runs, and does not answer within {PATIENCE_S:g} s",
+        advice="restart it: systemctl restart skerry-agent; its log says what it did last",
+    )
+
+
 def _asked(options: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
     found = control_socket(options.config, os.environ)
     if found is not None:
-        with contextlib.suppress(OSError):
+        try:
             return ask(found, method, path, body)
+        except TimeoutError:
+            raise _silent(found) from None
+        except OSError:
+            # A full reading may know another place.
+            pass
     config = _config(options)
     try:
         return ask(config.run_dir / "control.sock", method, path, body)
+    except TimeoutError:
+        raise _silent(config.run_dir / "control.sock") from None
     except OSError as error:
         raise AgentError(
             "not_running",
@@ -329,6 +365,15 @@ def _logs(options: argparse.Namespace) -> int:
     lines = answer.body.decode().splitlines()
     for line in lines[-options.last :] if options.last > 0 else lines:
         print(line)
+    return OK
+
+
+def _metrics(options: argparse.Namespace) -> int:
+    answer = _asked(options, "GET", "/metrics")
+    if answer.status != 200:
+        print(f"skerry-agent: {answer.body['error']}", file=sys.stderr)
+        return FAILED
+    sys.stdout.write(answer.body.decode())
     return OK
 
 

@@ -16,7 +16,7 @@ from tests.system.conftest import Rig, utc_now
 
 DEVICE = "gas-1"
 CHECKS = {
-    "configuration", "agent", "state folder", "disk", "store", "outbox", "clock", "identity", "root of trust", "slots",
+    "configuration", "agent", "address", "state folder", "disk", "store", "outbox", "clock", "identity", "root of trust", "slots",
     "runtime", "worker", "update", "fleet", "server", "broker", "access", "applications",
 }  # fmt: skip
 

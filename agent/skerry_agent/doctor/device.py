@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import socket
 import sqlite3
 import ssl
 import stat
+import struct
 import tempfile
 import time
 import urllib.parse
@@ -29,6 +32,9 @@ from skerry_agent.store.opening import moved_aside_of
 _DAY_S = 86400.0
 _LITTLE_DISK_BYTES = 16 << 20
 _FEW_FILES = 16
+_HELD_S, _LOOKS = 3.0, 12
+_FLOCK = struct.Struct("@hhqqi")
+_WAL_WRITE_LOCK = 120
 
 
 def check_agent(patient: Patient) -> Iterator[Finding]:
@@ -37,6 +43,14 @@ def check_agent(patient: Patient) -> Iterator[Finding]:
         answer = ask(patient.config.run_dir / "control.sock", "GET", "/skerry/v1/status", timeout_s=NET_S)
     except PermissionError as error:
         yield Finding(check="agent", verdict="fail", detail=str(error), advice="run doctor as the agent's user")
+        return
+    except TimeoutError:
+        yield Finding(
+            check="agent",
+            verdict="fail",
+            detail=f"runs, and does not answer within {NET_S:g} s",
+            advice="restart it: systemctl restart skerry-agent; its log says what it did last",
+        )
         return
     except OSError as error:
         yield Finding(
@@ -48,6 +62,42 @@ def check_agent(patient: Patient) -> Iterator[Finding]:
         return
     patient.status = answer.body
     yield Finding(check="agent", verdict="ok", detail=f"{answer.body['agent']}, up as {answer.body['device']}")
+
+
+def check_address(patient: Patient) -> Iterator[Finding]:
+    """Whether the address of the local endpoint is the agent's, or free for it."""
+    host, port = patient.config.serving.host, patient.config.serving.port
+    if port == "none":
+        yield Finding(check="address", verdict="ok", detail="no TCP address; see serving.socket")
+        return
+    if patient.status is not None:
+        yield Finding(check="address", verdict="ok", detail=f"{host}: the agent has it")
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+    except OSError as error:
+        yield Finding(
+            check="address",
+            verdict="fail",
+            detail=f"{host}:{port}: {error.strerror}{_listener(port)}",
+            advice="end the program that has it, or change serving.host and serving.port",
+        )
+        return
+    yield Finding(check="address", verdict="ok", detail=f"{host}:{port} is free")
+
+
+def _listener(port: int) -> str:
+    try:
+        found = next(
+            c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port and c.pid
+        )
+        return f"; {psutil.Process(found).name()}, process {found}, listens there"
+    except (StopIteration, psutil.Error, OSError):
+        # Other users' programs are not shown.
+        return ""
 
 
 def check_state(patient: Patient) -> Iterator[Finding]:
@@ -213,6 +263,14 @@ def check_store(patient: Patient) -> Iterator[Finding]:
             advice="restart the agent: it moves the file aside, begins a new one and reports the loss",
         )
         return
+    if (holder := _holder(path)) != 0:
+        yield Finding(
+            check="store",
+            verdict="fail",
+            detail=f"{path}: process {holder} has locked it for more than {_HELD_S:g} s",
+            advice="end that program (a backup, a database shell): the agent can store nothing meanwhile",
+        )
+        return
     yield Finding(check="store", verdict="ok", detail=f"{path.stat().st_size / 1e6:.1f} MB, quick check ok")
     share = size / (patient.config.limits.outbox_mb * 1e6)
     lost = {cause: n for cause, n in (_stored(patient.config, "lost") or {}).items() if n}
@@ -231,6 +289,26 @@ def check_store(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             check="losses", verdict="warn", detail=causes, advice="the server knows of them; see the agent's log"
         )
+
+
+def _holder(path: Path) -> int:
+    """The process whose write lock on the store outlasts every commit of an agent; 0 for none. Takes no lock itself.
+
+    SQLite's writers lock one byte of the index of the write-ahead log (https://sqlite.org/walformat.html, 2.3.1).
+    """
+    holders = set()
+    try:
+        with open(f"{path}-shm", "rb") as file:
+            for _ in range(_LOOKS):
+                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _WAL_WRITE_LOCK, 1, 0)
+                kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, asked))
+                if kind == fcntl.F_UNLCK:
+                    return 0
+                holders.add(pid)
+                time.sleep(_HELD_S / _LOOKS)
+    except OSError:
+        return 0
+    return int(holders.pop()) if len(holders) == 1 else 0
 
 
 def _stored(config: Config, key: str) -> Any:

@@ -12,6 +12,7 @@ from skerry_agent.errors import BadConfig
 
 CHECKS: tuple[tuple[str, Callable[[Patient], Iterator[Finding]]], ...] = (
     ("agent", device.check_agent),
+    ("address", device.check_address),
     ("state folder", device.check_state),
     ("store", device.check_store),
     ("clock", device.check_clock),

@@ -196,6 +196,9 @@ def check_runtime(patient: Patient) -> Iterator[Finding]:
             yield _built(f"{name} {slot.version}", (str(path), slot.digest, slot.variant))
 
 
+_OF_THE_FILES = ("hash_mismatch", "size_mismatch", "malformed_manifest", "model_damaged")
+
+
 def _built(what: str, arguments: tuple[str, ...]) -> Finding:
     try:
         child = subprocess.run(  # noqa: PLW1510 - its status is looked at
@@ -216,6 +219,10 @@ def _built(what: str, arguments: tuple[str, ...]) -> Finding:
     if child.returncode == 0:
         return Finding(check="runtime", verdict="ok", detail=f"{what}: {last}")
     how = f"died of signal {-child.returncode}: {last}" if child.returncode < 0 else last
+    if any(code in last for code in _OF_THE_FILES):
+        # Not of the runtime: what lies here is not what was signed.
+        advice = "skerry-agent sync: the agent fetches it again; when it comes back, look at the disk or card"
+        return Finding(check="runtime", verdict="fail", detail=f"{what}: {how}", advice=advice)
     return Finding(
         check="runtime",
         verdict="fail",

@@ -295,7 +295,8 @@ class _Collector:
     def on_headers_complete(self) -> None:
         self.complete = True
         # Asked here: once a message is whole, llhttp has forgotten.
-        self.keep_alive = self.parser.should_keep_alive()
+        # A client of HTTP/1.0 would have to be told that its connection is kept, in a header of every reply.
+        self.keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
 
 
 def _number(headers: dict[bytes, bytes], name: bytes, default: int) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,3 +176,56 @@ def test_while_the_agent_runs_it_asks_it_and_its_worker(device: Device, server: 
     # The identity of these tests is made up: all that hangs on it says so, and the agent has not noticed.
     assert verdict(found, "identity")[0] == "fail"
     assert device.status()["link"]["connected"]
+
+
+def test_an_address_that_another_program_has_is_named(stopped: Device) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        environment = {"SKERRY_AGENT_SERVING_PORT": str(port)}
+        told, detail = verdict(examine(stopped, **environment), "address")
+        assert told == "fail"
+        assert f"127.0.0.1:{port}: Address already in use" in detail
+        assert f"process {os.getpid()}, listens there" in detail
+    assert verdict(examine(stopped, **environment), "address") == ("ok", f"127.0.0.1:{port} is free")
+
+
+def test_an_agent_that_hangs_is_not_taken_for_one_that_does_not_run(stopped: Device) -> None:
+    stopped.start()
+    assert stopped.process is not None
+    os.kill(stopped.process.pid, signal.SIGSTOP)
+    try:
+        told, detail = verdict(examine(stopped), "agent")
+        assert told == "fail"
+        assert detail.startswith("runs, and does not answer")
+        begun = time.monotonic()
+        command = [sys.executable, "-m", "skerry_agent", "status", "--config", str(stopped.config)]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert time.monotonic() - begun < 19.0, "it asks once"
+        assert asked.returncode == 1
+        assert "agent_silent" in asked.stderr
+        assert "restart it" in asked.stderr
+    finally:
+        os.kill(stopped.process.pid, signal.SIGCONT)
+
+
+def test_a_store_that_another_program_holds_is_named_with_it(stopped: Device) -> None:
+    stopped.start()
+    path = stopped.state_dir / "state.db"
+    program = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('BEGIN IMMEDIATE'); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        told, detail = verdict(examine(stopped), "store")
+        holder.terminate()
+    assert told == "fail"
+    assert f"process {holder.pid} has locked it" in detail
+    assert verdict(examine(stopped), "store")[0] == "ok"
+
+
+def test_a_model_that_rotted_is_no_fault_of_the_runtime(stopped: Device) -> None:
+    cut_the_model(stopped)
+    (finding,) = [f for f in examine(stopped)["runtime"] if f["verdict"] == "fail"]
+    assert "size_mismatch" in finding["detail"] or "hash_mismatch" in finding["detail"]
+    assert finding["advice"].startswith("skerry-agent sync")

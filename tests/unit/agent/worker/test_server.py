@@ -130,3 +130,14 @@ def test_read_ahead_behind_a_request_in_work_is_bounded() -> None:
         sock.close()
 
     serve(act)
+
+
+def test_a_client_of_http_1_0_is_answered_and_its_connection_ends() -> None:
+    async def act(server: Server, held: Held, port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /old HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n")
+        assert await read_reply(reader) == (200, b"/old")
+        assert await reader.read() == b""
+        writer.close()
+
+    serve(act)
