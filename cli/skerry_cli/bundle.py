@@ -60,7 +60,9 @@ def read_spec(path: Path) -> dict[str, Any]:
     return spec
 
 
-def build_bundle(spec: Mapping[str, Any], *, source: Path, out: Path, created: str) -> Bundle:
+def build_bundle(
+    spec: Mapping[str, Any], *, source: Path, out: Path, created: str, what: str = "bundle spec"
+) -> Bundle:
     """Makes a bundle's folder.
 
     Args:
@@ -69,6 +71,7 @@ def build_bundle(spec: Mapping[str, Any], *, source: Path, out: Path, created: s
         source: folder that the paths start from.
         out: folder to make; refused when it exists and is not empty.
         created: RFC 3339 UTC, used when the spec has none.
+        what: the spec's file, for what is said of it.
 
     Raises:
         Usage: a file is missing, a path leaves the folder, or the contract refuses the manifest; the message says where.
@@ -78,16 +81,16 @@ def build_bundle(spec: Mapping[str, Any], *, source: Path, out: Path, created: s
     fields: dict[str, Any] = {"schema": m.SCHEMA, "created": created, **spec}
     sources: dict[str, Path] = {}
     fields["variants"] = [
-        _with_files(variant, i, source, sources)
-        for i, variant in enumerate(_list(fields.get("variants"), "$.variants"))
+        _with_files(variant, f"{what}: $.variants[{i}]", source, sources)
+        for i, variant in enumerate(_list(fields.get("variants"), f"{what}: $.variants"))
     ]
     try:
         data = canonical.encode(fields)
         manifest = m.parse(data)
     except ContractError as error:
-        raise Usage(f"bundle spec: {error}") from None
+        raise Usage(f"{what}: {error}") from None
     except (TypeError, ValueError, OverflowError) as error:
-        raise Usage(f"bundle spec: cannot be written as JSON: {error}") from None
+        raise Usage(f"{what}: cannot be written as JSON: {error}") from None
     # Built beside its place and renamed: a folder with this name is always whole.
     staging = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -175,31 +178,30 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _with_files(variant: Any, index: int, source: Path, sources: dict[str, Path]) -> dict[str, Any]:
-    where = f"$.variants[{index}]"
+def _with_files(variant: Any, where: str, source: Path, sources: dict[str, Path]) -> dict[str, Any]:
     if not isinstance(variant, Mapping):
-        raise Usage(f"bundle spec: {where}: wanted a table, got {type(variant).__name__}")
+        raise Usage(f"{where}: wanted a table, got {type(variant).__name__}")
     files: list[dict[str, Any]] = []
     for entry in _list(variant.get("files"), f"{where}.files"):
         path, origin = (entry.get("path"), entry.get("from")) if isinstance(entry, Mapping) else (entry, entry)
         try:
             path = layout.bundle_path(path)
         except ContractError as error:
-            raise Usage(f"bundle spec: {where}.files: {error}") from None
+            raise Usage(f"{where}.files: {error}") from None
         if not isinstance(origin, str):
-            raise Usage(f"bundle spec: {where}.files: {path}: from: wanted a path, got {origin!r}")
+            raise Usage(f"{where}.files: {path}: from: wanted a path, got {origin!r}")
         place = source / origin
         if not place.is_file():
-            raise Usage(f"bundle spec: {where}.files: {place}: no such file")
+            raise Usage(f"{where}.files: {place}: no such file")
         if sources.setdefault(path, place) != place:
-            raise Usage(f"bundle spec: {where}.files: {path} is listed twice from different files")
+            raise Usage(f"{where}.files: {path} is listed twice from different files")
         files.append({"path": path, "sha256": sha256_of(place), "size": place.stat().st_size})
     return {**variant, "files": files}
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise Usage(f"bundle spec: {where}: wanted a list, got {type(value).__name__}")
+        raise Usage(f"{where}: wanted a list, got {type(value).__name__}")
     return list(value)
 
 

@@ -25,7 +25,11 @@ def build(
 ) -> None:
     """Makes a bundle from a spec: the manifest's fields, and files whose digests are filled in."""
     made = bundle.build_bundle(
-        bundle.read_spec(spec), source=spec.parent, out=out, created=now().strftime("%Y-%m-%dT%H:%M:%SZ")
+        bundle.read_spec(spec),
+        source=spec.parent,
+        out=out,
+        created=now().strftime("%Y-%m-%dT%H:%M:%SZ"),
+        what=str(spec),
     )
     if as_json:
         output.show_json(summary(made))

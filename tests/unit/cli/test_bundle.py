@@ -63,6 +63,17 @@ def test_what_the_contract_refuses_is_never_built(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_wrong_is_said_with_the_specs_file(source: Path, tmp_path: Path) -> None:
+    for changes, said in (
+        ({"owner": {"team": "x", "contact": 5}}, r"^a/spec\.toml: manifest at \$\.owner\.contact: wanted text, got 5$"),
+        ({"variants": "none"}, r"^a/spec\.toml: \$\.variants: wanted a list, got str$"),
+    ):
+        with pytest.raises(Usage, match=said):
+            bundle.build_bundle(
+                {**spec(), **changes}, source=source, out=tmp_path / "out", created=CREATED, what="a/spec.toml"
+            )
+
+
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "a/../b", ".hidden", "", "manifest.json", 7])
 def test_a_path_that_leaves_the_bundle_is_refused(source: Path, tmp_path: Path, path: object) -> None:
     variant = {**spec()["variants"][0], "files": ["model.onnx", "golden.jsonl", {"path": path, "from": "model.onnx"}]}
