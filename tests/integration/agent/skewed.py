@@ -7,6 +7,7 @@ device's monotonic clock stands still). Run as a program it is the product's wor
 from __future__ import annotations
 
 import mmap
+import runpy
 import struct
 import sys
 import time
@@ -43,6 +44,4 @@ def install(path: Path) -> None:
 
 if __name__ == "__main__":
     install(Path(sys.argv.pop(1)))
-    from skerry_agent.worker.__main__ import main
-
-    sys.exit(main())
+    runpy.run_module("skerry_agent.worker", run_name="__main__", alter_sys=True)
