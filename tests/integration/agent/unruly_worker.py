@@ -5,6 +5,7 @@ hold of the file first. ``die-loading N``: dies of a signal where it should load
 """
 
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -14,7 +15,6 @@ from typing import Any
 
 from skerry_agent import workerwire as ww
 from skerry_agent.worker import process
-from skerry_agent.worker.__main__ import main
 
 orders = Path(sys.argv.pop(1))
 kept: list[bytearray] = []
@@ -51,4 +51,4 @@ def misbehave() -> None:
 
 
 threading.Thread(target=misbehave, daemon=True).start()
-sys.exit(main())
+runpy.run_module("skerry_agent.worker", run_name="__main__", alter_sys=True)
