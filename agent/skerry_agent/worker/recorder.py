@@ -13,13 +13,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from skerry_contract import histogram as h
 from skerry_contract import window as w
 from skerry_contract import wire
 
@@ -29,9 +27,10 @@ from skerry_agent.worker import ring as r
 from skerry_agent.worker.choosing import Choice, Row, Rows, Tally, seed_of
 from skerry_agent.worker.distinct import Distinct
 from skerry_agent.worker.entries import Count, Tensors, input_copies, output_copies, quick_count
-from skerry_agent.worker.fold import Fold, LatencyFold
+from skerry_agent.worker.fold import Fold
 from skerry_agent.worker.plan import Plan
 from skerry_agent.worker.resources import cpu_time, peak_kb, rss_kb
+from skerry_agent.worker.totals import Past, Totals
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +38,6 @@ FOLD_EVERY = 1024
 """Slots folded in one go in the middle of traffic: 1 ms for 30 features."""
 MAX_WINDOW_ROWS = 1 << 22
 """Below the 2**23 at which a sum of squares could leave int64."""
-
-
-class Totals(NamedTuple):
-    """Everything counted since the recorder was made.
-
-    Attributes:
-        answered_ns: of answered requests, by part as ``ring.TIMES`` names them.
-        unanswered_ns: of all others, in all.
-        last_ms: wall clock of the latest request, milliseconds since 1970; 0 before the first.
-    """
-
-    counts: w.Counts
-    answered_ns: dict[str, int]
-    unanswered_ns: int
-    last_ms: int
 
 
 class Recorder:
@@ -102,10 +86,7 @@ class Recorder:
         self._capacity = capacity
         self._fold_every = min(FOLD_EVERY, capacity // 4)
         self.max_rows = capacity // 4 if plan.width else 1 << 32
-        self._past = w.Counts()
-        self._past_total = LatencyFold()
-        self._past_ns = dict.fromkeys(r.TIMES, 0)
-        self._unanswered_ns = self._last_ms = 0
+        self._past = Past()
         self._distinct: Distinct | None = None
         self.cold_ms = 0
         self._attach(key, ring)
@@ -226,7 +207,7 @@ class Recorder:
 
     def other(self, outcome: int, total_ns: int, at_ns: int, flags: int = 0, kinds: int = 0) -> None:
         """Counts a request that got no answer: ``ring.INVALID``, ``FAILED`` or ``SHED``. ``kinds`` as in ``ok``."""
-        self._unanswered_ns += total_ns
+        self._past.unanswered_ns += total_ns
         flags |= r.MARKED if kinds else 0
         self.ring.write(r.pack(outcome, flags, self.ring.written & r.TAG, 0, total_ns, 0, 0, 0, at_ns, 0, kinds, -1))
         self.ring.publish(1)
@@ -311,11 +292,7 @@ class Recorder:
                 ring=self.ring.path, start=self._cut, upto=self._folded, body=wire.encode(window), inferences=done.ok
             )
         )
-        self._past = _add(self._past, window.counts)
-        self._past_total.merge(done.latency["total_ns"])
-        for part, fold in done.latency.items():
-            self._past_ns[part] += fold.total
-        self._last_ms = window.end.wall_ms
+        self._past.add(done, window.end.wall_ms)
         self._cut = self._folded
         self._fold = Fold(self.plan, self._choice)
         if slept:
@@ -400,33 +377,15 @@ class Recorder:
     def totals(self) -> Totals:
         """What was counted so far, under whatever key."""
         self.fold()
-        now = self._fold
-        return Totals(
-            counts=_add(self._past, now.counts()),
-            answered_ns={part: before + now.latency[part].total for part, before in self._past_ns.items()},
-            unanswered_ns=self._unanswered_ns,
-            last_ms=self.ring.instant(now.span_ns[1]).wall_ms if now.slots else self._last_ms,
-        )
+        return self._past.totals(self._fold, self._ms_of(self._fold))
 
     def health(self, since_s: float) -> ww.ModelHealth:
         """Counts since the recorder was made."""
         self.fold()
-        counts = _add(self._past, self._fold.counts())
-        total = LatencyFold()
-        total.merge(self._past_total)
-        total.merge(self._fold.latency["total_ns"])
-        histogram = total.result()
-        p95 = h.quantile(histogram, 0.95)
-        return ww.ModelHealth(
-            ok=counts.ok,
-            invalid=counts.invalid,
-            failed=counts.failed,
-            shed=counts.shed,
-            p95_ms=None if p95 is None else p95 / 1e6,
-            since_s=since_s,
-            latency=below(histogram, ww.LATENCY_MS) if histogram.n else (),
-            latency_s=histogram.total / 1e9,
-        )
+        return self._past.health(self._fold, since_s)
+
+    def _ms_of(self, fold: Fold) -> int:
+        return self.ring.instant(fold.span_ns[1]).wall_ms if fold.slots else 0
 
     def _resources(self) -> dict[str, int]:
         rss = rss_kb()
@@ -441,23 +400,3 @@ class Recorder:
             "worker_rss_kb_sum": rss,
             "worker_rss_n": 1,
         }
-
-
-def below(histogram: h.Exponential, bounds_ms: Sequence[float]) -> tuple[int, ...]:
-    """How many of nanoseconds were at most each bound: those whose whole bucket is.
-
-    >>> below(h.exponential_of([0, 1_000_000, 3_000_000]), (0.5, 2.0, 10.0))
-    (1, 2, 3)
-    """
-    width = 2.0**-histogram.scale
-    upper_ms = [
-        2.0 ** ((i + 1) * width) / 1e6 for i in range(histogram.offset, histogram.offset + len(histogram.counts))
-    ]
-    return tuple(
-        histogram.zero + sum(n for n, upper in zip(histogram.counts, upper_ms, strict=True) if upper <= bound)
-        for bound in bounds_ms
-    )
-
-
-def _add(a: w.Counts, b: w.Counts) -> w.Counts:
-    return w.Counts(**{name: getattr(a, name) + getattr(b, name) for name in a.__struct_fields__})

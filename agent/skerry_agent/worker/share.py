@@ -20,7 +20,7 @@ def chosen(position: int, below: int) -> bool:
     """Whether the request at that position of the ring is shown; ``below``: a ``threshold``.
 
     >>> [sum(chosen(i, threshold(share)) for i in range(10_000)) for share in (0.0, 0.25, 1.0)]
-    [0, 2500, 10000]
+    [0, 2502, 10000]
     """
     return (position * _SPREAD) & _WORD < below
 

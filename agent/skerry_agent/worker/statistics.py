@@ -9,7 +9,7 @@ building its answer. ``fail`` is every request for the model that got no answer:
 from __future__ import annotations
 
 from skerry_agent import workerwire as ww
-from skerry_agent.worker.recorder import Totals
+from skerry_agent.worker.totals import Totals
 
 Json = dict[str, object]
 
