@@ -52,7 +52,7 @@ _POSITIVE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "apps.clients", "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
-    "pool.wait_s", "access.rate", "access.burst", "limits.outbox_free_mb", "limits.upload_kib_s", "limits.file_reserve", "timing.commit_s", "telemetry.readings_s", "telemetry.samples_per_hour",
+    "pool.wait_s", "access.rate", "access.burst", "access.distinct_most", "limits.outbox_free_mb", "limits.upload_kib_s", "limits.file_reserve", "timing.commit_s", "telemetry.readings_s", "telemetry.samples_per_hour",
 }  # fmt: skip
 LEAST_OUTBOX_MB = 8.0
 """The log of the store alone may take 4 MB."""

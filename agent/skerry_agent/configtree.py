@@ -59,12 +59,14 @@ class Access:
         rate: requests per second of each client that has no rate of its own; 0: no limit.
         burst: at once after a pause; 0: a second's worth.
         distinct: count different requests, about.
+        distinct_most: of one client in a day; more is reported. 0: any.
     """
 
     required: bool = False
     rate: float = 0.0
     burst: int = 0
     distinct: bool = False
+    distinct_most: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

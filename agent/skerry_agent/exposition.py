@@ -101,6 +101,12 @@ def _families(s: Snapshot) -> Iterable[tuple[Literal["gauge", "counter"], str, s
         "How often a serving worker ended or was replaced, over all starts",
         [({"code": code}, float(n)) for code, n in sorted(s.worker_ends.items())],
     )
+    yield (
+        "gauge",
+        "skerry_agent_client_distinct_requests",
+        "About how many different requests a client made, this day so far",
+        [({"client": name}, float(n)) for name, n in s.clients.items()],
+    )
     on_demand = sorted(s.on_demand.items())
     yield (
         "gauge",

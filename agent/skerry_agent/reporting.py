@@ -55,6 +55,7 @@ class Snapshot:
         rss_mb: of this process; workers: the serving ones, the one that takes connections first.
         spare_pid: of a worker that was started ahead; 0 without one.
         requests_waited: for a worker that was not there. on_demand: models that are loaded when they are wanted.
+        clients: about how many different requests each made, this day so far.
         suspects: models that were in work when a worker died, and how often of late.
         requests_refused: that waited too long, or with too many, for a worker that was not there.
         worker_ends: how often a serving worker ended or was replaced, by reason code, over all starts of the agent.
@@ -93,6 +94,7 @@ class Snapshot:
     requests_waited: int
     spare_pid: int
     on_demand: dict[str, OnDemand]
+    clients: dict[str, int]
     uptime_s: float
     written_mb: float | None = None
     applications: dict[str, Any] = field(default_factory=dict)
@@ -214,6 +216,7 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
             }
             for one in snapshot.workers
         ],
+        "clients": {name: {"distinct": n} for name, n in snapshot.clients.items()},
         "on_demand": {
             name: {
                 "asleep": cell.resting,

@@ -32,6 +32,7 @@ from skerry_agent.config import Config
 from skerry_agent.control import Answer, ControlServer
 from skerry_agent.core import culprits, liveness
 from skerry_agent.core import effects as e
+from skerry_agent.diversity import Diversity
 from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, BadConfig, Degraded
 from skerry_agent.following import Following
@@ -157,6 +158,9 @@ class Supervisor:
             self._restoring, errand_input=self._errand_input, on_change=self._uplink.changed, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
+        self._diversity = Diversity(
+            self._clock, most=lambda: self._config.access.distinct_most, on_event=self._uplink.event
+        )
         self._unstarted = Unstarted(
             on_event=self._uplink.event, on_damage=self._restoring.look_at_files, go_back=self._updating.go_back
         )
@@ -366,7 +370,8 @@ class Supervisor:
             self._uplink.changed("", {})
 
     def _health(self, generation: Generation) -> None:
-        del generation
+        if generation.health is not None:
+            self._diversity.take(generation.health.clients)
         self._updating.judge()
 
     def _crash(self, generation: Generation, code: int) -> bool:
@@ -414,7 +419,7 @@ class Supervisor:
             serving={**self._address, "inflight": sum(one.inflight for one in workers), "throttle": self._throttle.status()},
             sync=self._syncing.status(), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
             worker_ends=self._chronicle.ends(), suspects=suspects, requests_refused=serving.passing.refused,
-            requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(),
+            requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(), clients=self._diversity.counts(),
             swaps=dict(self._chronicle.swaps), written_mb=wear.written_mb([os.getpid(), *(one.pid for one in workers)]),
             applications=self._applications.report() if self._applications is not None else {}, uptime_s=self._clock.boot_s() - self._started_s,
         )  # fmt: skip

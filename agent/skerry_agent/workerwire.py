@@ -410,6 +410,7 @@ class Health(Message, frozen=True, kw_only=True, tag="health"):
         expected_s: what it should take.
         at_s, own_mb, cpu_s, work: see ``core.liveness.Use``.
         spans_sent, spans_dropped: requests whose spans the collector took, and did not get.
+        clients: of each that asked since the last report, ``histogram.Distinct`` registers of its different requests.
     """
 
     models: dict[str, ModelHealth]
@@ -423,6 +424,7 @@ class Health(Message, frozen=True, kw_only=True, tag="health"):
     work: int = 0
     spans_sent: int = 0
     spans_dropped: int = 0
+    clients: dict[str, bytes] = {}
 
 
 class Cut(Message, frozen=True, kw_only=True, tag="cut"):

@@ -110,6 +110,11 @@ class Gate:
         client = self._find(head, asker)
         return client is not None and (not model or not client.models or model in client.models)
 
+    def name_of(self, head: http1.Head, asker: Asker) -> str:
+        """The name of a known client; empty where clients have none."""
+        client = self._find(head, asker) if self._path is not None else None
+        return client.name if client is not None else ""
+
     def models_of(self, head: http1.Head, asker: Asker) -> tuple[str, ...]:
         """The models that who passed ``judge`` may ask; empty for all."""
         client = self._find(head, asker) if self._path is not None else None
@@ -146,8 +151,7 @@ class Gate:
         elif not rate:
             return "", None
         else:
-            peer = asker.peer()
-            name = "loopback" if peer is None else f"uid {peer[0]}"
+            name = peer_name(asker)
         bucket = self._buckets.get(name)
         if bucket is None and rate:
             bucket = self._buckets[name] = self._all.bucket(name, rate, burst or max(1.0, rate))
@@ -205,6 +209,12 @@ class Gate:
         self._clients = tuple((client, bytes.fromhex(client.token_sha256)) for client in read)
         self._epoch += 1
         self._buckets.clear()
+
+
+def peer_name(asker: Asker) -> str:
+    """Who asks, where no client is known by name: the user of a process on the unix socket, or whoever is on the port."""
+    peer = asker.peer()
+    return "loopback" if peer is None else f"uid {peer[0]}"
 
 
 def _later(message: str, kinds: int, wait_s: float) -> Refusal:

@@ -51,6 +51,30 @@ class Distinct:
         return found
 
 
+class Clients:
+    """Of each client on its own, and of those beyond ``MOST`` together. ``names``: of all models' inputs."""
+
+    MOST = 32
+    REST = "other"
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._clients: dict[str, Distinct] = {}
+
+    def add(self, client: str, inputs: Mapping[str, npt.NDArray[Any]], rows: int) -> None:
+        """Counts an answered request."""
+        found = self._clients.get(client)
+        if found is None:
+            name = client if len(self._clients) < self.MOST else self.REST
+            found = self._clients.setdefault(name, Distinct(self._names))
+        found.add(inputs, rows)
+
+    def take(self) -> dict[str, bytes]:
+        """Registers since the last call, of those who asked."""
+        taken = {name: found.take() for name, found in self._clients.items()}
+        return {name: registers for name, registers in taken.items() if registers}
+
+
 def _bytes_of(array: Any) -> bytes:
     if getattr(array, "dtype", None) is not None and array.dtype.kind not in "OSU":
         data: bytes = array.tobytes()

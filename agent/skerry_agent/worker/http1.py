@@ -72,6 +72,7 @@ class Head:
         accepts: the content coding that the reply may have, by ``Accept-Encoding``; empty for none.
         authorization: as it came; a secret, which no log may show.
         traceparent: of W3C Trace Context, as it came; empty without.
+        client: who asks, where that is counted; never of a head that is kept.
     """
 
     method: str
@@ -87,6 +88,7 @@ class Head:
     accepts: bytes = b""
     authorization: bytes = field(default=b"", repr=False)
     traceparent: bytes = b""
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)

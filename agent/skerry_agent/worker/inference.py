@@ -234,6 +234,8 @@ def _reply(
         kinds,
         age_ms,
     )
+    if head.client and model.clients is not None:
+        model.clients.add(head.client, asked.inputs, rows)
     if call is not None and call.explain_ns:
         model.explain_ns = call.explain_ns
         recorder.tally("explain.asked", 1)

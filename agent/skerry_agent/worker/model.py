@@ -13,6 +13,7 @@ from skerry_runtime.tensors import Tensors
 
 from skerry_agent import workerwire as ww
 from skerry_agent.worker.attributing import Attributing
+from skerry_agent.worker.distinct import Clients
 from skerry_agent.worker.expectation import Expectation
 from skerry_agent.worker.recorder import Recorder
 from skerry_agent.worker.tee import Tee
@@ -27,6 +28,7 @@ class Model:
 
     Attributes:
         expectation: of what a request takes; expected_us: the same by rows.
+        clients: counts how different the requests of each client are; None when nobody does.
         cold: starts for which requests have waited.
         tee: shows a share of the requests to a bundle in shadow; None without one.
         infer: raw inputs to an answer; compute: the same past the policies.
@@ -57,6 +59,7 @@ class Model:
         self.runner = runner
         self.tee: Tee | None = None
         self.cold = ww.Cold()
+        self.clients: Clients | None = None
         self.infer = runner.infer
         self.compute = runner.compute
         self.policies = runner.policies

@@ -153,6 +153,6 @@ def _quiet(model: Model) -> Model:
     """The model as it answers for another one: uncounted, no step of any stream, and by itself or not at all."""
     found = copy.copy(model)
     found.recorder = cast(Recorder, _Uncounted(model.recorder.max_rows))
-    found.tee = found.streams = found.go_on = found.fallback = None
+    found.tee = found.streams = found.go_on = found.fallback = found.clients = None
     found.no_fallback, found.fallback_tensors = "it answers for another already", ""
     return found

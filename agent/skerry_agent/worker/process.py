@@ -21,9 +21,10 @@ from skerry_runtime.errors import Degraded
 
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel
-from skerry_agent.worker.access import Gate
+from skerry_agent.worker import http1
+from skerry_agent.worker.access import Asker, Gate, peer_name
 from skerry_agent.worker.book import Book
-from skerry_agent.worker.distinct import Distinct
+from skerry_agent.worker.distinct import Clients, Distinct
 from skerry_agent.worker.explaining import Explaining, asked_of
 from skerry_agent.worker.feedback import Feedback, Rules, models_of
 from skerry_agent.worker.generation import CannotServe, key_of, load_generation
@@ -70,6 +71,7 @@ class Worker:
         self._sampling: Sampling | None = None
         self._passing: Passing | None = None
         self._routes: Routes | None = None
+        self._clients: Clients | None = None
         self._since = time.monotonic()
         self._folds = 0
         self._ending: asyncio.Task[None] | None = None
@@ -189,8 +191,11 @@ class Worker:
             on_matched=self._matched,
         )
         if start.access.distinct:
+            names = sorted({tensor.name for model in self._models.values() for tensor in model.manifest.inputs})
+            self._clients = Clients(names)
             for model in self._models.values():
                 model.recorder.count_distinct(Distinct([tensor.name for tensor in model.manifest.inputs]))
+                model.clients = self._clients
         if start.otlp_endpoint:
             self._spans = Spans(start.otlp_endpoint, start.trace_share, device=start.device)
         service = self._service
@@ -206,6 +211,8 @@ class Worker:
             self._models, self._service, labels, self._explaining, spans=self._spans, generation=start.generation
         )
         self._throttle(start.throttle)
+        if start.access.distinct:
+            routes.name_of = self._name_of
         self._server = Server(self._routes)
         self._server.neighbours = Answerer(self._models, self._service, self._feedback)
         self._passing = Passing(
@@ -239,6 +246,10 @@ class Worker:
         gate = self._routes.gate or Gate(self._start.access, rate)
         gate.throttle(rate)
         self._routes.gate = None if gate.idle else gate
+
+    def _name_of(self, head: http1.Head, asker: Asker) -> str:
+        gate = self._routes.gate if self._routes is not None else None
+        return (gate.name_of(head, asker) if gate is not None else "") or peer_name(asker)
 
     def _adopt(self, fd: int | None, message: ww.Conn) -> None:
         if fd is None:
@@ -341,6 +352,7 @@ class Worker:
                 cpu_s=time.process_time(),
                 spans_sent=self._spans.sent if self._spans is not None else 0,
                 spans_dropped=self._spans.dropped if self._spans is not None else 0,
+                clients=self._clients.take() if self._clients is not None else {},
                 work=self._folds + (self._server.requests if self._server is not None else 0),
             )
         )

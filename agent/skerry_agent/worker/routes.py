@@ -9,6 +9,7 @@ import asyncio
 import os
 import urllib.parse
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from time import monotonic_ns, time
 
 import msgspec
@@ -48,6 +49,7 @@ class Routes:
         gate: what every request must pass first; spans: what is traced; None for nothing.
 
     Attributes:
+        name_of: who asks, where that is counted; None where it is not.
         elsewhere: models that other workers serve, and their versions, for the index.
     """
 
@@ -70,6 +72,7 @@ class Routes:
         self._packing = Packing()
         self._infer_paths: dict[bytes, Model] = {}
         self.elsewhere: dict[str, str] = {}
+        self.name_of: Callable[[http1.Head, a.Asker], str] | None = None
         self._worker = {"pid": os.getpid(), "generation": generation, "since": int(time() * 1e3)}
 
     def handle(self, request: http1.Request, done: Done, asker: a.Asker) -> bytes | None:
@@ -78,6 +81,10 @@ class Routes:
             refused = self._refused(self.gate, request, asker)
             if refused is not None:
                 return self._spaced(refused, done, asker)
+        if self.name_of is not None and request.head.path.endswith(b"/infer"):
+            # Behind the gate, which knows a head by its identity.
+            head = replace(request.head, client=self.name_of(request.head, asker))
+            request = replace(request, head=head)
         reply = self._packed(request, done, asker) if request.head.accepts else self._answer(request, done, asker)
         if reply is not None and reply[9] == _FIVE and reply[11] == _THREE:
             return self._spaced(reply, done, asker)

@@ -92,4 +92,6 @@ class StandingIn:
             asked.inputs, calls.unknown_outputs(model, rows), rows, now - start, 0, 0, now - begun, now,
             flags | r.FALLBACK, 0, unserved.kinds, unserved.age_ms,
         )  # fmt: skip
+        if head.client and model.clients is not None:
+            model.clients.add(head.client, asked.inputs, rows)
         return http1.reply(200, body, close=not head.keep_alive, content_type=kind, extra=extra)

@@ -98,3 +98,43 @@ def test_a_throttle_is_kept_over_an_update_and_a_restart_and_ends_when_it_was_to
     run(device, "throttle", "--rate", "0.2")
     assert run(device, "throttle", "--off").stdout == "throttle: off\n"
     assert [infer(device)[0] for _ in range(5)] == [200] * 5
+
+
+def test_who_asks_too_many_different_things_is_named_to_the_server(device: Device, server: Server) -> None:
+    tokens = {name: run(device, "token", "add", name).stdout.strip() for name in ("sensor", "copier")}
+    limits = "[access]\nrequired = true\ndistinct = true\ndistinct_most = 100\n"
+    device.config.write_text(device.config.read_text() + limits)
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+
+    def ask(client: str, values: list[float]) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", device.port, timeout=30)
+        for number, value in enumerate(values):
+            tensor = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [value, 1.0, 2.0, 3.0]}
+            # An id of its own makes no request another one.
+            sent = json.dumps({"id": f"{client}-{number}", "inputs": [tensor]})
+            headers = {"Authorization": f"Bearer {tokens[client]}"}
+            connection.request("POST", "/v2/models/gas/infer", sent, headers)
+            response = connection.getresponse()
+            response.read()
+            assert response.status == 200
+        connection.close()
+
+    ask("sensor", [float(i % 5) for i in range(300)])
+    ask("copier", [i / 7 for i in range(200)])
+    (event,) = wait_for(lambda: server.events("access"), why="the event")
+    assert (event.code, event.data["client"], event.data["most"]) == ("requests_too_different", "copier", 100)
+
+    def counts() -> dict[str, int]:
+        return {name: one["distinct"] for name, one in device.status()["clients"].items()}
+
+    # Within four standard errors.
+    wait_for(lambda: abs(counts()["copier"] - 200) < 52 and abs(counts()["sensor"] - 5) <= 1, why=counts)
+    assert (
+        f'client_distinct_requests{{client="copier"}} {counts()["copier"]}'
+        in device.call("GET", "/metrics").body.decode()
+    )
+    ask("copier", [i / 7 for i in range(200, 300)])
+    wait_for(lambda: abs(counts()["copier"] - 300) < 78, why=counts)
+    assert len(server.events("access")) == 1
