@@ -1,23 +1,20 @@
-"""Looks in the database: reading the evidence of a stage for ``core.judge``, keeping what it said, saying it again.
+"""The next look at a stage: reading its evidence for ``core.judge``, and asking it.
 
-A look is stored with everything it rests on, in the transaction of the decision that follows from it. The design is not stored: it
-is made from the plan, the frozen list of the stage and the bundle, none of which change; a memory names the design it belongs to.
+A look is stored (``looks``) with everything it rests on, in the transaction of the decision that follows from it. The design is not
+stored: it is made from the plan, the frozen list of the stage and the bundle, none of which change; a memory names the design it belongs to.
 """
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from skerry_contract import histogram as h
 from skerry_contract import manifest as m
-from sqlalchemy import Connection, Text, func, insert, select, type_coerce
+from sqlalchemy import Connection, select
 
-from skerry_server import evidence, reports
+from skerry_server import evidence, looks, reports
 from skerry_server.core import judge as j
 from skerry_server.core import judge_plan
 from skerry_server.core import plan as p
@@ -27,30 +24,6 @@ SMALLEST_P95 = 20
 """Requests of a device behind a p95; with fewer it has none."""
 ACCURACY_DROP = 0.05
 """How far below its validated accuracy a candidate may be where its bundle does not say."""
-
-MOST_EXPLAINED = 50
-"""Looks that are recomputed for one question. One takes 0.03 to 0.1 s with 2,010 devices, in the process that takes what devices send."""
-
-
-class UnreadableLook(Exception):
-    """A look is stored that this release cannot read. Names it, and what is wrong."""
-
-    def __init__(self, rollout: str, stage: int, number: int, cause: Exception) -> None:
-        self.number, self.why = number, f"{type(cause).__name__}: {cause}"
-        super().__init__(
-            f"the stored look {number} of stage {stage + 1} of rollout {rollout} cannot be read: {self.why}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Taken:
-    """A look, new or stored. ``at_ms``: by the server's clock."""
-
-    stage: int
-    at_ms: int
-    look: j.Look
-    ruling: j.Ruling
-    memory: j.Memory
 
 
 def design(conn: Connection, row: Mapping[str, Any], plan: p.Plan, stage: int) -> j.Design:
@@ -94,52 +67,14 @@ def _limits(conn: Connection, row: Mapping[str, Any], gates: p.Gates) -> dict[st
     return found
 
 
-def last(conn: Connection, rollout: str, stage: int) -> Taken | None:
-    """The newest look at a stage.
-
-    Raises:
-        UnreadableLook: the judge cannot go on from it.
-    """
-    c = t.looks.c
-    query = select(*_LOOK).where(c.rollout == rollout, c.stage == stage).order_by(c.number.desc()).limit(1)
-    row = conn.execute(query).mappings().first()
-    return None if row is None else _taken(dict(row))
-
-
-def standing(conn: Connection, rollout: str, stage: int) -> tuple[j.Ruling | None, str]:
-    """What the judge last said of a stage, and why that cannot be told: the two as ``core.rollout.decide`` takes them.
-
-    For all who show how a rollout stands: a stored look that cannot be read is a fault of this one rollout, not of the question.
-    """
-    try:
-        taken = last(conn, rollout, stage)
-    except UnreadableLook as error:
-        return None, str(error)
-    return None if taken is None else taken.ruling, ""
-
-
-def newest_stage(conn: Connection, rollout: str) -> int:
-    """The last stage that was looked at; 0 when none was."""
-    return int(
-        conn.execute(
-            select(func.coalesce(func.max(t.looks.c.stage), 0)).where(t.looks.c.rollout == rollout)
-        ).scalar_one()
-    )
-
-
-def all_of(conn: Connection, rollout: str, stage: int) -> list[Taken]:
-    """Every look at a stage, oldest first."""
-    c = t.looks.c
-    query = select(*_LOOK).where(c.rollout == rollout, c.stage == stage).order_by(c.number)
-    return [_taken(dict(row)) for row in conn.execute(query).mappings()]
-
-
-def is_due(judge: judge_plan.Judge, before: Taken | None, now_ms: int) -> bool:
+def is_due(judge: judge_plan.Judge, before: looks.Taken | None, now_ms: int) -> bool:
     """Whether it is time for the next look."""
     return before is None or now_ms - before.at_ms >= judge.look_s * 1000
 
 
-def take(conn: Connection, row: Mapping[str, Any], plan: p.Plan, before: Taken | None, *, now_ms: int) -> Taken | None:
+def take(
+    conn: Connection, row: Mapping[str, Any], plan: p.Plan, before: looks.Taken | None, *, now_ms: int
+) -> looks.Taken | None:
     """The next look at the stage now running; None when the stage is not judged. Reads only.
 
     Args:
@@ -162,122 +97,12 @@ def take(conn: Connection, row: Mapping[str, Any], plan: p.Plan, before: Taken |
         readings={rail.name: readings[rail.name] for rail in made.guardrails},
     )
     ruling, memory = j.judge(made, look, before.memory if before else j.Memory())
-    taken = Taken(stage=stage, at_ms=now_ms, look=look, ruling=ruling, memory=memory)
+    taken = looks.Taken(stage=stage, at_ms=now_ms, look=look, ruling=ruling, memory=memory)
     # A look that could not be read again would stop every later one, and the page: it is never stored.
-    again = _taken(_stored(row["id"], taken) | {"ruling": msgspec.json.decode(_bytes(ruling))})
-    if again.look != look or again.memory != memory or _bytes(again.ruling) != _bytes(ruling):
+    again = looks.taken_of(looks.stored(row["id"], taken) | {"ruling": msgspec.json.decode(looks.as_bytes(ruling))})
+    if again.look != look or again.memory != memory or looks.as_bytes(again.ruling) != looks.as_bytes(ruling):
         raise ValueError(f"look {look.number} would not be read as it was written")
     return taken
-
-
-def keep(conn: Connection, rollout: str, taken: Taken) -> None:
-    """Stores a look, in the caller's transaction."""
-    conn.execute(insert(t.looks).values(**_stored(rollout, taken)))
-
-
-def explain(
-    conn: Connection, row: Mapping[str, Any], stage: int, *, after: int = 0, limit: int = MOST_EXPLAINED
-) -> Explained:
-    """Looks of a stage to be held against what they rest on. Reads only; ``Explained.to_builtins`` recomputes, which takes longer.
-
-    Args:
-        after: number of the look before the first that is wanted.
-        limit: as many looks at most.
-    """
-    c = t.looks.c
-    of_stage = (c.rollout == row["id"], c.stage == stage)
-    count = conn.execute(select(func.count()).select_from(t.looks).where(*of_stage)).scalar_one()
-    # The one before them too: what it left is where the first of them begins.
-    query = select(*_LOOK).where(*of_stage, c.number >= after).order_by(c.number).limit(limit + 2)
-    rows = [dict(found) for found in conn.execute(query).mappings()]
-    first = int(bool(rows) and rows[0]["number"] <= after)
-    return Explained(
-        rollout=row["id"],
-        stage=stage,
-        count=count,
-        before=rows[0] if first else None,
-        rows=rows[first : first + limit],
-        is_more=len(rows) > first + limit,
-        design=design(conn, row, p.read_plan(row["plan"]), stage) if count else None,
-        ruling=standing(conn, row["id"], stage)[0],
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Explained:
-    """Some stored looks of a stage, as they are stored.
-
-    Attributes:
-        count: looks that the stage has in all.
-        before: the look before the first of ``rows``; None at the start of the stage, or when it is not there.
-        is_more: there are looks after these.
-        design: None when the stage was never looked at.
-        ruling: of the stage's newest look; None without one, or when it cannot be read.
-    """
-
-    rollout: str
-    stage: int
-    count: int
-    before: dict[str, Any] | None
-    rows: list[dict[str, Any]]
-    is_more: bool
-    design: j.Design | None
-    ruling: j.Ruling | None
-
-    def to_builtins(self) -> dict[str, Any]:
-        """Recomputes each look from what is stored, and says whether the same comes out, byte for byte.
-
-        A look begins from the memory that the look before it left, as it is stored. So all looks of a stage come out the same
-        exactly when a replay from the first one does, whoever asks for them in however many parts.
-        """
-        units = self.design.units if self.design is not None else ()
-        looks: list[dict[str, Any]] = []
-        before = self.before
-        for row in self.rows:
-            looks.append(self._look(row, before))
-            before = row
-        return {
-            "rollout": self.rollout,
-            "stage": self.stage,
-            "looks": looks,
-            "count": self.count,
-            "next": str(self.rows[-1]["number"]) if self.is_more else None,
-            "identical": all(look["identical"] for look in looks),
-            "arms": {
-                "candidate": [unit.device for unit in units if unit.candidate],
-                "control": [unit.device for unit in units if not unit.candidate],
-            }
-            if units
-            else {},
-            "ruling": None if self.ruling is None else self.ruling.to_builtins(),
-        }
-
-    def _look(self, row: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
-        said = {"number": row["number"], "at_ms": row["at_ms"], "information": row["information"]}
-        try:
-            taken = _taken(row)
-        except UnreadableLook as error:
-            return said | {"verdict": "", "reasons": [], "identical": False, "fault": f"cannot be read: {error.why}"}
-        said |= {"verdict": taken.ruling.verdict, "reasons": list(taken.ruling.reasons)}
-        try:
-            ruling, memory = self._recomputed(row, taken, before)
-        except (UnreadableLook, ValueError, TypeError, ArithmeticError) as error:
-            return said | {"identical": False, "fault": f"cannot be recomputed: {error}"}
-        if _bytes(ruling) == _bytes(taken.ruling) and _bytes(memory) == _bytes(taken.memory):
-            return said | {"identical": True}
-        return said | {"identical": False, "recomputed": ruling.to_builtins()}
-
-    def _recomputed(
-        self, row: Mapping[str, Any], taken: Taken, before: Mapping[str, Any] | None
-    ) -> tuple[j.Ruling, j.Memory]:
-        assert self.design is not None
-        if taken.look.number != row["number"]:
-            raise ValueError(f"what is stored is of look {taken.look.number}")
-        if row["number"] == 1:
-            return j.judge(self.design, taken.look, j.Memory())
-        if before is None or before["number"] != row["number"] - 1:
-            raise ValueError("the look before it is missing")
-        return j.judge(self.design, taken.look, _taken(before).memory)
 
 
 # --- evidence -------------------------------------------------------------------------------------------------------------
@@ -369,45 +194,3 @@ def _troubled(
 
 def _labels(made: j.Design, readings: Mapping[str, j.Reading]) -> int:
     return sum(n for unit, n in zip(made.units, readings["labelled_errors"].n, strict=True) if unit.candidate)
-
-
-# --- stored form ------------------------------------------------------------------------------------------------------------
-
-
-def _bytes(value: j.Ruling | j.Memory) -> bytes:
-    return msgspec.json.encode(value.to_builtins(), order="sorted")
-
-
-def _packed(value: j.Look | j.Memory) -> bytes:
-    return zlib.compress(msgspec.msgpack.encode(value))
-
-
-def _stored(rollout: str, taken: Taken) -> dict[str, Any]:
-    return {
-        "rollout": rollout,
-        "stage": taken.stage,
-        "number": taken.look.number,
-        "at_ms": taken.at_ms,
-        "information": taken.look.information,
-        "evidence": _packed(taken.look),
-        "ruling": taken.ruling.to_builtins(),
-        "memory": _packed(taken.memory),
-    }
-
-
-# As text, where the database gives it so: then JSON that is none shows in ``_taken``, and not while rows are fetched.
-_LOOK = tuple(type_coerce(c, Text).label(c.name) if c.name == "ruling" else c for c in t.looks.c)
-
-
-def _taken(row: Mapping[str, Any]) -> Taken:
-    try:
-        ruling = row["ruling"]
-        return Taken(
-            stage=row["stage"],
-            at_ms=row["at_ms"],
-            look=msgspec.msgpack.decode(zlib.decompress(row["evidence"]), type=j.Look),
-            ruling=j.Ruling.from_builtins(json.loads(ruling) if isinstance(ruling, str) else ruling),
-            memory=msgspec.msgpack.decode(zlib.decompress(row["memory"]), type=j.Memory),
-        )
-    except (zlib.error, msgspec.MsgspecError, ValueError, TypeError) as error:
-        raise UnreadableLook(row["rollout"], row["stage"], row["number"], error) from error

@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, select
 
-from skerry_server import judging, presence, registry, rollouts
+from skerry_server import judging, looks, presence, registry, rollouts
 from skerry_server.config import Rollouts as Pace
 from skerry_server.core import rollout as core
 from skerry_server.db import queries
@@ -150,7 +150,7 @@ class Orchestrator:
             with writing(self._engine) as conn:
                 if look is not None:
                     rollouts.require_version(conn, rollout, row["version"])
-                    judging.keep(conn, rollout, look)
+                    looks.keep(conn, rollout, look)
                 if not is_news:
                     return False
                 rollouts.carry_out(
@@ -178,13 +178,13 @@ class Orchestrator:
 
     def _judge(
         self, conn: Connection, row: dict[str, Any], value: core.Rollout, *, now_ms: int, takes: bool
-    ) -> tuple[judging.Taken | None, judging.Taken | None, str]:
+    ) -> tuple[looks.Taken | None, looks.Taken | None, str]:
         """The look before, the next one where it is time for it, and what went wrong; nothing that the judge raises leaves this."""
         judge = value.plan.judge
         if judge is None:
             return None, None, ""
         try:
-            before = judging.last(conn, row["id"], value.stage)
+            before = looks.last(conn, row["id"], value.stage)
             look = None
             if takes and value.state == "running" and judging.is_due(judge, before, now_ms):
                 look = judging.take(conn, row, value.plan, before, now_ms=now_ms)
@@ -192,7 +192,7 @@ class Orchestrator:
             # Whatever it is: what a device sent must not hold gates and deadline.
             log.exception("judge failed rollout=%s stage=%s", row["id"], value.stage)
             self._observe_fault("judge")
-            said = str(error) if isinstance(error, judging.UnreadableLook) else f"{type(error).__name__}: {error}"
+            said = str(error) if isinstance(error, looks.UnreadableLook) else f"{type(error).__name__}: {error}"
             return None, None, said[:MOST_FAULT]
         return before, look, ""
 

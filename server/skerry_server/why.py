@@ -14,7 +14,7 @@ from skerry_contract import ids
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, func, select
 
-from skerry_server import audit, devices, groups, judging, presence, rollouts
+from skerry_server import audit, devices, groups, looks, presence, rollouts
 from skerry_server.core import cuts, eligibility
 from skerry_server.core import plan as p
 from skerry_server.core import rollout as moves
@@ -223,7 +223,7 @@ def _held(conn: Connection, rollout: Mapping[str, Any], now_ms: int) -> str:
     """What holds the stage that runs, as it stands now: a stored decision keeps the numbers of its time."""
     if rollout["state"] not in ("running", "completing"):
         return ""
-    ruling, fault = judging.standing(conn, rollout["id"], rollout["stage"])
+    ruling, fault = looks.standing(conn, rollout["id"], rollout["stage"])
     decision = moves.decide(rollouts.value(rollout), rollouts.gather(conn, rollout), now_ms, ruling, fault=fault)
     return decision.reason if decision.action == "hold" else ""
 

@@ -56,7 +56,7 @@ LAYERS = {
         ("findings outcomes why", False),
         (
             (
-                "anchors publication judging rollouts devices groups registry intake presence quarantine evidence ledger access "
+                "anchors publication judging looks recomputing rollouts devices groups registry intake presence quarantine evidence ledger access "
                 "versions profiles attributions rollups reports shadowing requested_logs"
             ),
             True,

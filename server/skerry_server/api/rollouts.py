@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select, tuple_
 
-from skerry_server import judging, rollouts, versions
+from skerry_server import looks, recomputing, rollouts, versions
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, page, read_cursor
 from skerry_server.core import rollout as core
 from skerry_server.core.plan import BadPlan, read_new_plan
@@ -103,7 +103,7 @@ def get_rollout(context: Ctx, _caller: Viewer, rollout: str) -> dict[str, Any]:
     """`now` is computed for this answer and stored nowhere; stored decisions are under `/decisions`."""
     with reading(context.engine) as conn:
         row = rollouts.require(conn, rollout)
-        ruling, fault = judging.standing(conn, rollout, row["stage"])
+        ruling, fault = looks.standing(conn, rollout, row["stage"])
         found = core.decide(rollouts.value(row), rollouts.gather(conn, row), context.now_ms(), ruling, fault=fault)
         frozen = rollouts.arms(conn, rollout, row["stage"])
     now = {"action": found.action, "verdict": found.verdict, "reason": found.reason, "evidence": found.evidence}
@@ -122,7 +122,7 @@ def decisions(context: Ctx, _caller: Viewer, rollout: str, after: After = None, 
 
 
 @router.get("/{rollout}/looks", summary="Every look of the judge with its ruling, oldest first")
-def looks(context: Ctx, _caller: Viewer, rollout: str, after: After = None, limit: Limit = 100) -> dict[str, Any]:
+def list_looks(context: Ctx, _caller: Viewer, rollout: str, after: After = None, limit: Limit = 100) -> dict[str, Any]:
     last = read_cursor(after, int, int) or (-1, 0)
     c = t.looks.c
     with reading(context.engine) as conn:
@@ -142,7 +142,7 @@ def explain(
     rollout: str,
     stage: Annotated[int | None, Query(ge=0)] = None,
     after: After = None,
-    limit: Annotated[int, Query(ge=1, le=judging.MOST_EXPLAINED)] = judging.MOST_EXPLAINED,
+    limit: Annotated[int, Query(ge=1, le=recomputing.MOST_EXPLAINED)] = recomputing.MOST_EXPLAINED,
 ) -> dict[str, Any]:
     """`identical` says whether each of these looks gives the stored ruling again, byte for byte, from its evidence and what the look
     before it left; a look that is not has `recomputed` or a `fault`. `ruling` is of the stage's newest look, `count` how many it has.
@@ -151,8 +151,8 @@ def explain(
     (last,) = read_cursor(after, int) or (0,)
     with reading(context.engine) as conn:
         row = rollouts.require(conn, rollout)
-        wanted = judging.newest_stage(conn, rollout) if stage is None else stage
-        found = judging.explain(conn, row, wanted, after=last, limit=limit)
+        wanted = looks.newest_stage(conn, rollout) if stage is None else stage
+        found = recomputing.explain(conn, row, wanted, after=last, limit=limit)
     # Recomputing takes seconds: no transaction waits for it.
     return found.to_builtins() | {"state": row["state"], "reason": row["reason"]}
 

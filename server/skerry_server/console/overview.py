@@ -19,7 +19,7 @@ from skerry_contract import histogram as h
 from skerry_contract import ids
 from sqlalchemy import Connection, Integer, Select, cast, func, select
 
-from skerry_server import attributions, evidence, findings, judging, outcomes, registry, rollouts
+from skerry_server import attributions, evidence, findings, looks, outcomes, registry, rollouts
 from skerry_server.console import formats
 from skerry_server.core import rollout as core
 from skerry_server.db import tables as t
@@ -274,7 +274,7 @@ def _progress(conn: Connection, now_ms: int) -> Iterable[Progress]:
     }
     for row in found:
         value = rollouts.value(row)
-        ruling, fault = judging.standing(conn, row["id"], row["stage"])
+        ruling, fault = looks.standing(conn, row["id"], row["stage"])
         decision = core.decide(value, rollouts.gather(conn, row), now_ms, ruling, fault=fault)
         yield Progress(
             id=row["id"],

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from skerry_contract import topics, wire
 from skerry_contract import window as w
-from skerry_server import judging, rollouts, why
+from skerry_server import judging, looks, recomputing, rollouts, why
 from skerry_server.config import Rollouts as Pace
 from skerry_server.console import overview, routes
 from skerry_server.core import judge as j
@@ -277,7 +277,7 @@ def test_an_event_of_a_wrong_type_stops_no_look(fleet, device, models):
     fleet.store_event(device, {"models": models})
     fleet.loop.tick()
     with reading(fleet.engine) as conn:
-        assert judging.last(conn, "r", 0) is not None
+        assert looks.last(conn, "r", 0) is not None
     assert fleet.faults == []
     assert sum(fleet.readings()[1]["trouble"].x) == 0
 
@@ -296,7 +296,7 @@ def test_whatever_events_ingest_takes_the_candidate_is_still_looked_at_and_sent_
         fleet.send(chance.choice(["d00", "d05", "thief"]), event, "event")
     fleet.loop.tick()
     with reading(fleet.engine) as conn:
-        assert judging.last(conn, "r", 0) is not None
+        assert looks.last(conn, "r", 0) is not None
     for i in range(CANDIDATES):
         fleet.count(f"d{i:02}", "candidate", failed=5000)
     fleet.now_ms += 60_000
@@ -458,7 +458,7 @@ def test_sums_stop_before_the_database_leaves_whole_numbers_and_looks_stay_reada
     fleet.now_ms += 60_000
     fleet.loop.tick()
     with reading(fleet.engine) as conn:
-        assert [taken.look.number for taken in judging.all_of(conn, "r", 0)] == [1, 2]
+        assert [taken.look.number for taken in looks.all_of(conn, "r", 0)] == [1, 2]
     assert explained(fleet)["identical"]
     assert fleet.faults == []
 
@@ -471,7 +471,7 @@ def test_a_look_that_could_not_be_read_again_is_not_stored(fleet):
         conn.execute(update(t.evidence).where(t.evidence.c.device == "d15").values(labelled=9.3e18))
     fleet.loop.tick()
     with reading(fleet.engine) as conn:
-        assert judging.all_of(conn, "r", 0) == []
+        assert looks.all_of(conn, "r", 0) == []
     assert fleet.faults == ["judge"]
     assert "the judge could not look" in fleet.last()["reason"]
 
@@ -482,7 +482,7 @@ def test_a_look_that_could_not_be_read_again_is_not_stored(fleet):
 def explained(fleet: Fleet, stage: int = 0, **asked: int) -> dict[str, Any]:
     row = fleet.row()
     with reading(fleet.engine) as conn:
-        found = judging.explain(conn, row, stage, **asked)
+        found = recomputing.explain(conn, row, stage, **asked)
     return found.to_builtins()
 
 
@@ -521,7 +521,7 @@ def test_looks_come_out_the_same_in_parts_of_any_size_and_as_a_replay_from_the_f
             after = int(part["next"])
         assert parts == whole["looks"], size
     with reading(looked.engine) as conn:
-        stored = judging.all_of(conn, "r", 0)
+        stored = looks.all_of(conn, "r", 0)
         made = judging.design(conn, rollouts.require(conn, "r"), p.read_plan(PLAN), 0)
     replayed = j.replay(made, [one.look for one in stored])
     assert replayed == [(one.ruling, one.memory) for one in stored]
