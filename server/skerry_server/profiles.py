@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,16 +25,15 @@ from skerry_contract import histogram as h
 from skerry_contract import manifest as m
 from skerry_contract import window as w
 from skerry_contract.errors import ContractError
-from sqlalchemy import Connection, Insert, Update, bindparam, func, insert, select, update
+from sqlalchemy import Connection, Insert, Update, bindparam, insert, select, update
 
 from skerry_server import attributions
 from skerry_server.core import profile as core
-from skerry_server.core.accuracy import DeviceLabels
 from skerry_server.core.drift import Span
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
-from skerry_server.evidence import ALL_LABELS, held_labels, labels_of
+from skerry_server.evidence import labels_of
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,8 @@ class _Body(msgspec.Struct, array_like=True):
 
 _to_bytes = msgspec.msgpack.Encoder().encode
 _to_body = msgspec.msgpack.Decoder(_Body).decode
-_to_counts = msgspec.msgpack.Decoder(tuple[int, ...]).decode
+to_counts = msgspec.msgpack.Decoder(tuple[int, ...]).decode
+"""Of a confusion matrix as it is stored."""
 
 
 def encode(profile: core.Profile) -> bytes:
@@ -296,7 +296,7 @@ def manifest_of(connection: Connection, digest: str) -> m.Manifest | None:
 def _read(row: Any) -> core.Profile:
     counted = decode(row.body)
     labels = w.Labels(
-        confusion=_to_counts(row.confusion) if row.confusion else (), **{name: getattr(row, name) for name in LABELS}
+        confusion=to_counts(row.confusion) if row.confusion else (), **{name: getattr(row, name) for name in LABELS}
     )
     return core.Profile(rows=row.rows, features=counted.features, outputs=counted.outputs, labels=labels)
 
@@ -331,75 +331,3 @@ def _readable(rows: Iterable[Any], shape: core.Shape) -> Iterator[core.Profile]:
         if unfit:
             log.warning("profile does not fit bundle=%s bucket_ms=%s parts=%d", row.bundle, row.bucket_ms, unfit)
         yield profile
-
-
-class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
-    """What answers and labels of a bundle came to in a span of time.
-
-    Attributes:
-        rows: answered; predicted, estimated: see ``core.accuracy.estimated``.
-        confusion: row-major [true][predicted], empty without labels.
-        labels: matched, late, unknown, duplicate, conflicting.
-        devices: labels per device, as far as they count (``evidence.held_labels``: over the whole life of device and bundle).
-        held_back: those of all devices that do not; the matrix holds them.
-        from_ms, to_ms: of the buckets that were added up; None without any.
-    """
-
-    rows: int
-    predicted: int
-    estimated: int
-    confusion: tuple[int, ...]
-    labels: dict[str, int]
-    devices: list[DeviceLabels]
-    held_back: DeviceLabels
-    from_ms: int | None
-    to_ms: int | None
-
-
-def outcomes(connection: Connection, bundle: str, *, from_ms: int, upto_ms: int) -> Outcomes:
-    """The buckets that begin within ``[from_ms, upto_ms)``, the one under way included."""
-    within = (_p.bundle == bundle, _p.bucket_ms >= from_ms, _p.bucket_ms < upto_ms)
-    names = ("rows", "predicted", "estimated", *LABELS)
-    sums = connection.execute(
-        select(
-            *(func.coalesce(func.sum(_p[name]), 0).label(name) for name in names),
-            func.min(_p.bucket_ms).label("from_ms"),
-            func.max(_p.bucket_ms + _p.span_ms).label("to_ms"),
-        ).where(*within)
-    ).one()
-    matrices = connection.execute(select(_p.confusion).where(*within, func.length(_p.confusion) > 0)).scalars()
-    s = t.label_sums.c
-    of_late = (s.bundle == bundle, s.bucket_ms >= from_ms, s.bucket_ms < upto_ms)
-    claimed = connection.execute(
-        select(s.device, func.sum(s.labelled), func.sum(s.wrong)).where(*of_late).group_by(s.device).order_by(s.device)
-    )
-    held = held_labels(connection, [bundle], select(s.device).where(*of_late))
-    devices, over = [], DeviceLabels(0, 0)
-    for device, labelled, wrong in claimed:
-        part = held.get((device, bundle), ALL_LABELS)
-        if part is not ALL_LABELS:
-            # Evidence stops at ``evidence.MOST``, these sums do not.
-            part = part._replace(labelled=max(part.labelled, int(labelled)))
-        counts = DeviceLabels(part.of(int(labelled)), part.of(int(wrong)))
-        devices.append(counts)
-        over = DeviceLabels(over.labelled + int(labelled) - counts.labelled, over.wrong + int(wrong) - counts.wrong)
-    return Outcomes(
-        rows=int(sums.rows),
-        predicted=int(sums.predicted),
-        estimated=int(sums.estimated),
-        confusion=_added(matrices),
-        labels={name: int(getattr(sums, name)) for name in LABELS},
-        devices=devices,
-        held_back=over,
-        from_ms=None if sums.from_ms is None else int(sums.from_ms),
-        to_ms=None if sums.to_ms is None else int(sums.to_ms),
-    )
-
-
-def _added(matrices: Iterable[bytes]) -> tuple[int, ...]:
-    found: tuple[int, ...] = ()
-    for data in matrices:
-        one: Sequence[int] = _to_counts(data)
-        if not found or len(one) == len(found):
-            found = tuple(map(int.__add__, found, one)) if found else tuple(one)
-    return found

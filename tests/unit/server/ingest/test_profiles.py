@@ -211,9 +211,9 @@ def test_outcomes_add_labels_per_device_and_class(held, make, device):
             part = msgspec.structs.replace(window, labels=labels)
             held.take(make.up(name, make.record(seq, at(part, end_ms))))
     with reading(held.engine) as connection:
-        whole = profiles.outcomes(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 1)
-        half = profiles.outcomes(connection, held.digest, from_ms=NOW_MS, upto_ms=NOW_MS + 1)
-        none = profiles.outcomes(connection, held.digest, from_ms=NOW_MS + BUCKET_MS, upto_ms=NOW_MS + 10**9)
+        whole = outcomes.counted(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 1)
+        half = outcomes.counted(connection, held.digest, from_ms=NOW_MS, upto_ms=NOW_MS + 1)
+        none = outcomes.counted(connection, held.digest, from_ms=NOW_MS + BUCKET_MS, upto_ms=NOW_MS + 10**9)
     assert whole.confusion == tuple(2 * n for n in (6, 1, 0, 3, 4, 0, 0, 0, 2))
     assert whole.devices == [DeviceLabels(24, 2), DeviceLabels(8, 6)]
     assert (whole.rows, whole.labels["matched"], whole.labels["late"], whole.labels["unknown"]) == (160, 32, 8, 4)
@@ -262,7 +262,7 @@ def test_labels_that_overtake_their_answers_count_in_full_when_those_are_here(he
 
     def devices():
         with reading(held.engine) as connection:
-            found = profiles.outcomes(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 10**6)
+            found = outcomes.counted(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 10**6)
         return found.devices, found.held_back
 
     held.take(make.up("dev-a", make.record(2, at(late, NOW_MS))))
@@ -292,7 +292,7 @@ def test_the_estimate_comes_from_calibrated_confidence(held, make, tmp_path):
     (window,) = windows(Counted(tmp_path / "b", digest, tmp_path), 1)
     held.take(make.up("dev-a", make.record(1, at(window, NOW_MS))))
     with reading(held.engine) as connection:
-        found = profiles.outcomes(connection, digest, from_ms=0, upto_ms=NOW_MS + 1)
+        found = outcomes.counted(connection, digest, from_ms=0, upto_ms=NOW_MS + 1)
     assert (found.predicted, found.estimated / 2**20) == (40, pytest.approx(10.0))
 
 
