@@ -122,7 +122,11 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Labels(msgspec.Struct, frozen=True, kw_only=True):
-    """Late labels: ``confusion`` is row-major [true][predicted]; the rest counts what could not be matched."""
+    """Late labels: ``confusion`` is row-major [true][predicted]; the rest counts what could not be matched.
+
+    ``lags``: per true class how long after its prediction a matched label came, whole seconds. It came after the first
+    release, and is left out of the bytes while it is empty.
+    """
 
     confusion: tuple[int, ...] = ()
     matched: int = 0
@@ -130,6 +134,7 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True):
     unknown: int = 0
     duplicate: int = 0
     conflicting: int = 0
+    lags: dict[int, h.Exponential] = {}
 
 
 class Shadow(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,7 +235,7 @@ def _add_fields(a: Any, b: Any) -> Any:
     return type(a)(**{f: getattr(a, f) + getattr(b, f) for f in a.__struct_fields__})
 
 
-def _merge_maps(a: dict[str, Any], b: dict[str, Any], join: Any) -> dict[str, Any]:
+def _merge_maps(a: dict[Any, Any], b: dict[Any, Any], join: Any) -> dict[Any, Any]:
     return {
         name: join(a[name], b[name]) if name in a and name in b else (a[name] if name in a else b[name])
         for name in sorted({*a, *b})
@@ -271,6 +276,7 @@ def _merge_labels(a: Labels, b: Labels) -> Labels:
         unknown=a.unknown + b.unknown,
         duplicate=a.duplicate + b.duplicate,
         conflicting=a.conflicting + b.conflicting,
+        lags=_merge_maps(a.lags, b.lags, h.merge_exponential),
     )
 
 
@@ -335,6 +341,7 @@ def check_relations(window: Window) -> Window:
 
 def _check_later(window: Window) -> None:
     h.check_buckets(window.freshness, where="freshness")
+    _check_lags(window.labels)
     _check_moments("attributions", window.attributions)
     if len(window.tallies) > MAX_TALLIES:
         raise Malformed("window", f"wanted at most {MAX_TALLIES} names", where="tallies")
@@ -348,6 +355,17 @@ def _check_later(window: Window) -> None:
             raise Malformed("window", "wanted no more than there are pairs", where="shadows")
     if len(window.distinct) not in (0, h.DISTINCT_REGISTERS):
         raise Malformed("window", f"wanted {h.DISTINCT_REGISTERS} bytes or none", where="distinct")
+
+
+def _check_lags(labels: Labels) -> None:
+    n = 0
+    for of_class, lag in labels.lags.items():
+        if not 0 <= of_class < MAX_BINS:
+            raise Malformed("window", f"wanted classes from 0 to {MAX_BINS}", where="labels.lags")
+        h.check_buckets(lag, where=f"labels.lags.{of_class}")
+        n += lag.n
+    if n > labels.matched:
+        raise Malformed("window", "wanted no more lags than matched labels", where="labels.lags")
 
 
 def _check_moments(kind: str, parts: Mapping[str, h.Moments]) -> None:
@@ -379,6 +397,8 @@ def _check_ranges(window: Window) -> None:
     numbers = (labels.matched, labels.late, labels.unknown, labels.duplicate, labels.conflicting, *labels.confusion)
     if not h.counts_fit(numbers):
         raise Malformed("window", "wanted counts >= 0", where="labels")
+    for of_class, lag in labels.lags.items():
+        h.check_counts(lag, where=f"labels.lags.{of_class}")
     if not all(0 <= reading < h.MAX_SUM for reading in window.resources.values()):
         raise Malformed("window", "wanted readings from 0 to 2**63", where="resources")
     if not 1 <= window.merged < h.MAX_COUNT:

@@ -221,6 +221,9 @@ def encode(message: T) -> bytes:
             # By its numbers: a reader's own subclass of a histogram is never equal to the contract's.
             if not value or (isinstance(value, h.Exponential) and msgspec.structs.astuple(value) == _NO_AGES):
                 del fields[name]
+        if not message.labels.lags:
+            fields["labels"] = msgspec.structs.asdict(message.labels)
+            del fields["labels"]["lags"]
     elif isinstance(message, State) and message.at is None:
         del fields["at"]
     return _encoder.encode({**extra, **fields})

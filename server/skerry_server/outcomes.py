@@ -9,12 +9,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
+from skerry_contract import histogram as h
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, Select, func, select, tuple_
 
 from skerry_server import profiles
 from skerry_server.core import accuracy as core
 from skerry_server.core.accuracy import DeviceLabels
+from skerry_server.core.profile import add_lags
 from skerry_server.db import tables as t
 from skerry_server.evidence import ALL_LABELS, held_labels
 
@@ -60,7 +62,9 @@ def of_bundle(
     """What labels and confidence say of one bundle, as builtins."""
     found = counted(connection, bundle, from_ms=from_ms, upto_ms=upto_ms)
     labels = next((tensor.labels for tensor in manifest.outputs if tensor.labels), ())
-    measured = core.measured(found.confusion, labels, found.devices, found.rows, held_back=found.held_back)
+    measured = core.measured(
+        found.confusion, labels, found.devices, found.rows, held_back=found.held_back, lags=found.lags
+    )
     estimate = core.estimated((found.estimated,) if found.predicted else (), found.predicted)
     return {
         "from_ms": found.from_ms,
@@ -81,6 +85,7 @@ class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         rows: answered; predicted, estimated: see ``core.accuracy.estimated``.
         confusion: row-major [true][predicted], empty without labels.
+        lags: per true class how long after its prediction a label came, seconds.
         labels: matched, late, unknown, duplicate, conflicting.
         devices: labels per device, as far as they count (``evidence.held_labels``: over the whole life of device and bundle).
         held_back: those of all devices that do not; the matrix holds them.
@@ -91,6 +96,7 @@ class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
     predicted: int
     estimated: int
     confusion: tuple[int, ...]
+    lags: dict[int, h.Exponential]
     labels: dict[str, int]
     devices: list[DeviceLabels]
     held_back: DeviceLabels
@@ -110,6 +116,7 @@ def counted(connection: Connection, bundle: str, *, from_ms: int, upto_ms: int) 
         ).where(*within)
     ).one()
     matrices = connection.execute(select(_p.confusion).where(*within, func.length(_p.confusion) > 0)).scalars()
+    lags = connection.execute(select(_p.lags).where(*within, _p.lags.is_not(None))).scalars()
     s = t.label_sums.c
     of_late = (s.bundle == bundle, s.bucket_ms >= from_ms, s.bucket_ms < upto_ms)
     claimed = connection.execute(
@@ -130,6 +137,7 @@ def counted(connection: Connection, bundle: str, *, from_ms: int, upto_ms: int) 
         predicted=int(sums.predicted),
         estimated=int(sums.estimated),
         confusion=_added(matrices),
+        lags=add_lags([profiles.to_lags(data) for data in lags]),
         labels={name: int(getattr(sums, name)) for name in profiles.LABELS},
         devices=devices,
         held_back=over,

@@ -61,6 +61,8 @@ _to_bytes = msgspec.msgpack.Encoder().encode
 _to_body = msgspec.msgpack.Decoder(_Body).decode
 to_counts = msgspec.msgpack.Decoder(tuple[int, ...]).decode
 """Of a confusion matrix as it is stored."""
+to_lags = msgspec.msgpack.Decoder(dict[int, h.Exponential]).decode
+"""Of lags per true class as they are stored."""
 
 
 def encode(profile: core.Profile) -> bytes:
@@ -192,7 +194,7 @@ class Folder:
 
     def labels_fit(self, window: w.Window) -> bool:
         """Whether the window's labels are such that a device can have counted them of this bundle."""
-        if not window.labels.confusion:
+        if not window.labels.confusion and not window.labels.lags:
             return True
         bundle = window.key.bundle
         shape = None if bundle in self._unknown else self._shapes.find(self._connection, bundle)
@@ -244,6 +246,7 @@ class Folder:
             "estimated": _bounded(sum(sum(part.estimated) for part in counted)),
             **{name: _bounded(getattr(profile.labels, name)) for name in LABELS},
             "confusion": _to_bytes(profile.labels.confusion) if profile.labels.confusion else b"",
+            "lags": _to_bytes(profile.labels.lags) if profile.labels.lags else None,
             "updated_ms": self._now_ms,
             "body": encode(profile),
         }
@@ -256,7 +259,7 @@ def _bounded(value: int) -> int:
 
 _p = t.profiles.c
 _COLUMNS = [column for column in _p if column.name not in ("model", "updated_ms")]
-_VALUES = ("windows", "rows", "predicted", "estimated", *LABELS, "confusion", "updated_ms", "body")
+_VALUES = ("windows", "rows", "predicted", "estimated", *LABELS, "confusion", "updated_ms", "body", "lags")
 _ENTER = Many(lambda _connection: insert(t.profiles), _p.keys())
 
 
@@ -296,7 +299,9 @@ def manifest_of(connection: Connection, digest: str) -> m.Manifest | None:
 def _read(row: Any) -> core.Profile:
     counted = decode(row.body)
     labels = w.Labels(
-        confusion=to_counts(row.confusion) if row.confusion else (), **{name: getattr(row, name) for name in LABELS}
+        confusion=to_counts(row.confusion) if row.confusion else (),
+        lags=to_lags(row.lags) if row.lags else {},
+        **{name: getattr(row, name) for name in LABELS},
     )
     return core.Profile(rows=row.rows, features=counted.features, outputs=counted.outputs, labels=labels)
 

@@ -79,6 +79,7 @@ class _Labels(w.Labels, frozen=True, kw_only=True, gc=False):
     unknown: Count = 0
     duplicate: Count = 0
     conflicting: Count = 0
+    lags: dict[int, _Exponential] = msgspec.field(default_factory=dict)  # type: ignore[assignment]
 
 
 class _Shadow(w.Shadow, frozen=True, kw_only=True):

@@ -192,6 +192,10 @@ LATER_WINDOW = msgspec.structs.replace(
     },
     distinct=h.distinct_of([1, 1 << 60, 12345 << 8]),
 )
+LATER_LABELS = msgspec.structs.replace(
+    WINDOW,
+    labels=msgspec.structs.replace(WINDOW.labels, lags={1: h.exponential_of([0, 7, 86_400])}),
+)
 LATER_GROUP = msgspec.structs.replace(
     GROUP,
     models={

@@ -6,7 +6,7 @@ stays as long as labels may come. Two parts follow the header:
 * columns, one entry per ring position (position ``p`` in entry ``p % capacity``): when, which class, which row of its
   request, the digest of the client's own id, and the label, once there is one. They are filled from the ring when it is
   folded, many at a time, so that a request costs nothing more. The file's third position says how far.
-* ``records`` fixed records, one per label that came and what it was taken for. They are folded into windows with
+* ``records`` fixed records, one per label that came, what it was taken for, and how long after its prediction it came. They are folded into windows with
   (start, upto) and committed as those of the ring are, so each is counted once, whatever dies.
 
 A record is written before its prediction is marked as labelled; opening the book again makes up for a mark that a kill
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from skerry_contract import histogram as h
 from skerry_contract import window as w
 from skerry_contract import wire
 
@@ -45,13 +46,16 @@ OUTCOMES = ("matched", "late", "unknown", "duplicate", "conflicting")
 _RECORD = np.dtype(
     [
         ("outcome", "u1"),
-        ("reserved", "u1", (3,)),
+        ("lag", "u1", (3,)),
         ("truth", "<u2"),
         ("predicted", "<u2"),
         ("position", "<u8"),
         ("at_ns", "<i8"),
     ]
 )
+_LAG_BYTES: npt.NDArray[np.int64] = np.array([1, 1 << 8, 1 << 16])
+"""A lag is one more than its whole seconds, little-endian, the greatest 194 days; 0 is none: an older worker wrote none."""
+_MOST_LAG = (1 << 24) - 1
 _COLUMNS = (("ident", "<u8"), ("at_s", "<u4"), ("row", "<u2"), ("predicted", "<u2"), ("truth", "<u2"))
 _ENTRY_BYTES = sum(np.dtype(kind).itemsize for _, kind in _COLUMNS)
 
@@ -317,10 +321,20 @@ class Book:
         """Label records that no window holds yet."""
         return self.written - self.cut_at
 
-    def record(self, outcome: int, *, at_ns: int, position: int = 0, truth: int = NONE, predicted: int = NONE) -> None:
-        """Counts one label; call before its reply is sent. There must be ``room``."""
+    def record(
+        self,
+        outcome: int,
+        *,
+        at_ns: int,
+        position: int = 0,
+        truth: int = NONE,
+        predicted: int = NONE,
+        lag_s: float | None = None,
+    ) -> None:
+        """Counts one label; call before its reply is sent. There must be ``room``. ``lag_s``: age of its prediction."""
+        lag = 0 if lag_s is None else min(max(0, int(lag_s)) + 1, _MOST_LAG)
         self._records[self.written % self.header.records] = (
-            outcome, (0, 0, 0), truth, predicted, position, at_ns,
+            outcome, (lag & 0xFF, lag >> 8 & 0xFF, lag >> 16), truth, predicted, position, at_ns,
         )  # fmt: skip
         self.written += 1
         self._positions[mapped.WRITTEN] = self.written
@@ -391,6 +405,7 @@ def _scanned(column: idents.Digests, low: int, high: int, wanted: idents.Digests
 def _counted(part: npt.NDArray[np.void], classes: int) -> w.Labels:
     by_outcome = np.bincount(part["outcome"], minlength=len(OUTCOMES)).tolist()
     confusion: tuple[int, ...] = ()
+    lags: dict[int, h.Exponential] = {}
     if classes <= MOST_CLASSES and by_outcome[MATCHED]:
         matched = part[part["outcome"] == MATCHED]
         cells = Counter((matched["truth"].astype(np.int64) * classes + matched["predicted"]).tolist())
@@ -398,6 +413,7 @@ def _counted(part: npt.NDArray[np.void], classes: int) -> w.Labels:
         for cell, n in cells.items():
             dense[cell] = n
         confusion = tuple(dense)
+        lags = _lags(matched)
     return w.Labels(
         confusion=confusion,
         matched=by_outcome[MATCHED],
@@ -405,4 +421,14 @@ def _counted(part: npt.NDArray[np.void], classes: int) -> w.Labels:
         unknown=by_outcome[UNKNOWN],
         duplicate=by_outcome[DUPLICATE],
         conflicting=by_outcome[CONFLICTING],
+        lags=lags,
     )
+
+
+def _lags(matched: npt.NDArray[np.void]) -> dict[int, h.Exponential]:
+    lag = matched["lag"].astype(np.int64) @ _LAG_BYTES
+    known, truth = lag > 0, matched["truth"]
+    return {
+        int(of_class): h.exponential_of((lag[known & (truth == of_class)] - 1).tolist())
+        for of_class in np.unique(truth[known])
+    }

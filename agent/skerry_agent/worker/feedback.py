@@ -331,7 +331,9 @@ class Feedback:
             classes = ", ".join(book.header.output.labels[:20])
             return _invalid(label, f"wanted one of {classes}, or their index, got {str(label.label)[:80]!r}")
         outcome = _taken_for(found, truth, self._rules.max_age_s)
-        book.record(outcome, at_ns=at_ns, position=found.position, truth=truth, predicted=found.predicted)
+        book.record(
+            outcome, at_ns=at_ns, position=found.position, truth=truth, predicted=found.predicted, lag_s=found.age_s
+        )
         if outcome == b.MATCHED and self._on_matched is not None:
             self._on_matched(book, found.position, truth, found.predicted)
         return _outcome(label, outcome)

@@ -85,13 +85,14 @@ def accuracy(
                 one["recall"]["n"],
                 _percent(one["precision"]),
                 one["precision"]["n"],
+                _lag(one["lag"]),
             )
             for one in item["measured"]["classes"]
         ]
         if item["measured"]["labelled"] and rows:
             output.show_table(
                 "per class; intervals take labels as independent (Wilson)",
-                ("class", "recall", "of", "precision", "of"),
+                ("class", "recall", "of", "precision", "of", "label after, median to p99"),
                 rows,
             )
 
@@ -269,6 +270,17 @@ def _devices_text(share: dict[str, Any]) -> str:
     if effective is None or effective > 0.8 * devices:
         return f"{devices} devices"
     return f"{devices} devices of unequal counts, which say as much as {effective:.1f}"
+
+
+def _lag(lag: dict[str, Any]) -> str:
+    return "-" if not lag["n"] else f"{_duration(lag['p50_s'])} to {_duration(lag['p99_s'])}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"
 
 
 def _percent(share: dict[str, Any]) -> str:

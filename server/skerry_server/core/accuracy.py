@@ -21,7 +21,7 @@ called an estimate wherever it stands, and never replaces a label.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -88,12 +88,22 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
         return self.by_device if self.shown == "by_device" else self.wilson
 
 
+class Lag(msgspec.Struct, frozen=True, kw_only=True):
+    """How long after their predictions ``n`` labels came, seconds; quantiles are None without any, and 1.1 % off at most where devices' own bins are."""
+
+    n: int
+    p50_s: float | None
+    p90_s: float | None
+    p99_s: float | None
+
+
 class PerClass(msgspec.Struct, frozen=True, kw_only=True):
-    """One class: of the rows that are it, how many were found; of those called it, how many are it."""
+    """One class: of the rows that are it, how many were found; of those called it, how many are it; how late it was told."""
 
     label: str
     recall: Share
     precision: Share
+    lag: Lag
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,6 +188,7 @@ def measured(
     minimums: Minimums | None = None,
     *,
     held_back: DeviceLabels = NOTHING,
+    lags: Mapping[int, h.Exponential] | None = None,
 ) -> Accuracy:
     """Accuracy, recall and precision from labelled rows.
 
@@ -187,6 +198,7 @@ def measured(
         devices: one entry per device that sent labels, without those held back.
         answered: rows answered in the same time.
         held_back: labels in the matrix that do not count, of all devices.
+        lags: by true class, seconds.
 
     Raises:
         ValueError: the matrix does not fit the classes.
@@ -208,6 +220,7 @@ def measured(
                 label=label,
                 recall=_share(confusion[i * k + i], sum(confusion[i * k : (i + 1) * k]), minimums.class_labels),
                 precision=_share(confusion[i * k + i], sum(confusion[i::k]), minimums.class_labels),
+                lag=_lag((lags or {}).get(i, h.Exponential())),
             )
             for i, label in enumerate(labels)
             if by_class
@@ -219,6 +232,11 @@ def measured(
         missing="" if n >= minimums.labels else f"wanted {minimums.labels} labels, have {n}",
         notes=tuple(_notes(coverage, held_back.labelled, by_class)),
     )
+
+
+def _lag(found: h.Exponential) -> Lag:
+    p50, p90, p99 = (h.quantile(found, q) for q in (0.5, 0.9, 0.99))
+    return Lag(n=found.n, p50_s=p50, p90_s=p90, p99_s=p99)
 
 
 def _notes(coverage: float | None, held_back: int, by_class: bool) -> Iterator[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 from skerry_contract import histogram as h
@@ -20,6 +21,8 @@ from skerry_contract import window as w
 
 MOST_LABELS = 1 << 32
 """Labels of one window, in sum: a thousand a second for seven weeks, more than any outbox merges. More is no count of labels."""
+MOST_LAG_S = 1 << 24
+"""What a device's label book can say: 194 days."""
 LEAST_SCALE = 3
 """Of a latency histogram: 8 buckets per doubling, 4.3 % off at most. Devices make 5. Sums take the scale of the coarsest that is in them, so that
 one window of scale -10, a bucket per 1,024 doublings, would hide how slow a whole arm is."""
@@ -137,7 +140,16 @@ def labels_fit(labels: w.Labels, shape: Shape | None) -> bool:
     """Whether a device can have counted these labels. ``shape`` None: nobody knows the bundle, any square matrix will do."""
     size = len(labels.confusion)
     classes = math.isqrt(size) if shape is None else shape.classes
-    return not size or (size == classes**2 and sum(labels.confusion) <= MOST_LABELS)
+    if size and (size != classes**2 or sum(labels.confusion) > MOST_LABELS):
+        return False
+    # A lag is one of a label that is in the matrix; no label is older than a device can be.
+    return all(
+        of_class < classes
+        and lag.n <= sum(labels.confusion[of_class * classes : (of_class + 1) * classes])
+        and lag.total <= lag.n * MOST_LAG_S
+        and latency_fits(lag)
+        for of_class, lag in labels.lags.items()
+    )
 
 
 def latency_fits(histogram: h.Exponential) -> bool:
@@ -235,4 +247,16 @@ def _add_labels(parts: list[w.Labels]) -> w.Labels:
         name: sum(getattr(part, name) for part in parts)
         for name in ("matched", "late", "unknown", "duplicate", "conflicting")
     }
-    return w.Labels(confusion=_columns([part.confusion for part in parts if part.confusion]), **plain)
+    return w.Labels(
+        confusion=_columns([part.confusion for part in parts if part.confusion]),
+        lags=add_lags([part.lags for part in parts if part.lags]),
+        **plain,
+    )
+
+
+def add_lags(parts: Sequence[Mapping[int, h.Exponential]]) -> dict[int, h.Exponential]:
+    """How long labels took, per true class, of all parts."""
+    return {
+        of_class: reduce(h.merge_exponential, [part[of_class] for part in parts if of_class in part])
+        for of_class in sorted({of_class for part in parts for of_class in part})
+    }

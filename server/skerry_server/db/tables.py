@@ -413,6 +413,7 @@ profiles = Table(
     Column("confusion", LargeBinary, nullable=False),  # MessagePack list, [true][predicted]; empty without labels
     Column("updated_ms", BigInteger, nullable=False),
     Column("body", LargeBinary, nullable=False),  # features and outputs as profiles.encode writes them
+    Column("lags", LargeBinary),  # MessagePack, true class -> histogram of seconds; none without any
     Index("profiles_by_bucket", "bundle", "bucket_ms"),
     Index("profiles_by_update", "updated_ms"),
 )

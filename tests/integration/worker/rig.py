@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel, pair
+from skerry_contract import histogram as h
 from skerry_contract import window as w
 from skerry_contract import wire
 
@@ -214,7 +215,14 @@ class Rig:
         return recovered
 
     def labels(self, *, where: Callable[[w.Key], bool] = lambda _: True) -> w.Labels:
-        """The sum of all committed windows' labels."""
+        """The sum of all committed windows' labels, without how late they came: that is ``lags``."""
+        return msgspec.structs.replace(self._labels(where), lags={})
+
+    def lags(self, *, where: Callable[[w.Key], bool] = lambda _: True) -> dict[int, h.Exponential]:
+        """How late labels came, per true class."""
+        return self._labels(where).lags
+
+    def _labels(self, where: Callable[[w.Key], bool]) -> w.Labels:
         moment = w.Instant("", 0, 0, False)
         key = w.Key("", "", "", "none", "", 0)
         found = w.Window(key=key, start=moment, end=moment)

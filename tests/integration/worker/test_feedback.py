@@ -76,6 +76,11 @@ def test_labels_are_matched_by_name_and_index_and_counted_by_true_and_predicted_
     assert found == w.Labels(
         confusion=tuple(wanted[truth, predicted] for truth in range(3) for predicted in range(3)), matched=50
     )
+    lags = rig.lags(where=lambda key: key.rollout == "r7")
+    assert {truth: lag.n for truth, lag in lags.items()} == {
+        truth: sum(wanted[truth, predicted] for predicted in range(3)) for truth in range(3)
+    }
+    assert all(lag.total <= 5 * lag.n for lag in lags.values())
     assert rig.total().ok == 50
 
 
@@ -91,6 +96,31 @@ def test_a_label_that_comes_again_is_a_duplicate_and_another_one_conflicts_and_c
     confusion = [0] * 9
     confusion[3 + predicted] = 1
     assert rig.labels() == w.Labels(confusion=tuple(confusion), matched=1, duplicate=2, conflicting=1)
+
+
+def test_a_label_says_how_long_it_took_also_when_its_worker_was_killed_before_the_window(
+    rig: Rig, bundle: Path
+) -> None:
+    worker = rig.start(rig.served(bundle))
+    app = App(rig.port)
+    early, _ = app.infer(one_row(0))
+    late, _ = app.infer(one_row(1))
+    assert app.label({"id": early, "label": 0}) == ["matched"]
+    asked = time.monotonic()
+    time.sleep(2.2)
+    assert app.label({"id": late, "label": 2}, {"id": early, "label": 0}) == ["matched", "duplicate"]
+    told = time.monotonic() - asked
+    rig.kill(worker)
+    successor = rig.start(rig.served(bundle))
+    rig.recover(successor, worker.rings["gas"])
+    rig.adopt_all(worker, successor)
+    rig.flush(successor)
+    rig.stop(successor)
+    lags = rig.lags()
+    # Whole seconds, and predictions are dated to the second: of one that took 2.2 s, 2 or 3. A duplicate adds nothing.
+    assert {truth: lag.n for truth, lag in lags.items()} == {0: 1, 2: 1}
+    assert lags[0].total <= 1
+    assert 2 <= lags[2].total <= told + 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from typing import Any
 
+import msgspec
 from hypothesis import strategies as st
 from skerry_contract import histogram as h
 from skerry_contract import ids, wire
@@ -72,6 +73,17 @@ _shadows = st.builds(
     faster=_few,
 )
 
+_lags = st.dictionaries(
+    st.integers(0, CLASSES - 1),
+    st.sampled_from([h.exponential_of(values) for values in ((0,), (5, 86_400), (9, 9, 9))]),
+)
+
+
+def _with_lags(labels: w.Labels, lags: dict[int, h.Exponential]) -> w.Labels:
+    """A lag is one of a label that was matched."""
+    return msgspec.structs.replace(labels, lags=lags, matched=max(labels.matched, sum(lag.n for lag in lags.values())))
+
+
 windows = st.builds(
     w.Window,
     key=st.just(KEY),
@@ -92,13 +104,17 @@ windows = st.builds(
         st.builds(w.SliceCounts, rows=counts, counts=st.one_of(st.just(()), _classes)),
     ),
     labels=st.builds(
-        w.Labels,
-        confusion=st.one_of(st.just(()), st.tuples(*[counts] * CLASSES**2)),
-        matched=counts,
-        late=counts,
-        unknown=counts,
-        duplicate=counts,
-        conflicting=counts,
+        _with_lags,
+        st.builds(
+            w.Labels,
+            confusion=st.one_of(st.just(()), st.tuples(*[counts] * CLASSES**2)),
+            matched=counts,
+            late=counts,
+            unknown=counts,
+            duplicate=counts,
+            conflicting=counts,
+        ),
+        _lags,
     ),
     resources=st.dictionaries(st.sampled_from(["rss_mb_sum", "rss_mb_n", "rss_mb_max", "temp_max"]), counts),
     merged=st.integers(1, 1000),
@@ -157,6 +173,11 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"slices": {"night": w.SliceCounts(1, (-1,))}}, "slices.night"),
     ({"labels": w.Labels(matched=-1)}, "labels"),
     ({"labels": w.Labels(confusion=(-1,))}, "labels"),
+    ({"labels": w.Labels(matched=1, lags={0: h.exponential_of([1, 2])})}, "labels.lags"),
+    ({"labels": w.Labels(matched=9, lags={-1: h.exponential_of([1])})}, "labels.lags"),
+    ({"labels": w.Labels(matched=9, lags={w.MAX_BINS: h.exponential_of([1])})}, "labels.lags"),
+    ({"labels": w.Labels(matched=9, lags={0: h.Exponential(zero=-1)})}, "labels.lags.0"),
+    ({"labels": w.Labels(matched=9, lags={0: h.Exponential(scale=6)})}, "labels.lags.0"),
     ({"resources": {"rss_max": 1 << 63}}, "resources"),
     ({"merged": 0}, "merged"),
     ({"tallies": {"null.rejected": -1}}, "tallies"),

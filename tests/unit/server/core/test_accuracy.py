@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from skerry_contract import histogram as h
 from skerry_server.core import accuracy as a
 
 
@@ -23,6 +24,16 @@ def test_wilson_is_scipys(pair):
     assert (low, high) == (pytest.approx(theirs.low, abs=1e-9), pytest.approx(theirs.high, abs=1e-9))
 
 
+def test_how_long_labels_took_is_told_per_class():
+    took = {0: h.exponential_of([10] * 50 + [3600] * 45 + [86_400] * 5), 1: h.exponential_of([0] * 3)}
+    x, y, z = a.measured([50, 50, 0, 0, 3, 0, 0, 0, 9], ["x", "y", "z"], devices((112, 50)), 300, lags=took).classes
+    assert x.lag.n == 100
+    for said, exact in ((x.lag.p50_s, 3600), (x.lag.p90_s, 3600), (x.lag.p99_s, 86_400)):
+        assert said == pytest.approx(exact, rel=0.011)
+    assert (y.lag.n, y.lag.p50_s, y.lag.p99_s) == (3, 0.0, 0.0)
+    assert (z.lag.n, z.lag.p50_s, z.lag.p90_s, z.lag.p99_s) == (0, None, None, None)
+
+
 def test_recall_and_precision_per_class():
     # Rows of the matrix are the true classes.
     found = a.measured([40, 10, 0, 5, 45, 0, 0, 0, 3], ["x", "y", "z"], devices((103, 15)), 206)
@@ -30,6 +41,7 @@ def test_recall_and_precision_per_class():
     x, y, z = found.classes
     assert (x.label, x.recall.value, x.precision.value) == ("x", 0.8, pytest.approx(40 / 45))
     assert y.precision.value == pytest.approx(45 / 55)
+    assert (x.lag.n, x.lag.p50_s) == (0, None)
     # Three labels say nothing about a class.
     assert (z.recall.value, z.recall.n, z.recall.interval) == (None, 3, None)
 

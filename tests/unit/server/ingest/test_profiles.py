@@ -222,6 +222,45 @@ def test_outcomes_add_labels_per_device_and_class(held, make, device):
     assert (none.rows, none.confusion, none.devices, none.from_ms) == (0, (), [], None)
 
 
+def test_outcomes_add_how_long_labels_took_per_class_exactly(held, make, device):
+    confusion = (5, 1, 0, 0, 4, 0, 0, 0, 2)
+    took = {0: [0, 3, 3, 60, 7200, 90], 1: [5], 2: [86_400, 1]}
+    lags = {of_class: h.exponential_of(seconds) for of_class, seconds in took.items()}
+    (window,) = windows(device, 1)
+    for seq, end_ms in ((1, NOW_MS - BUCKET_MS), (2, NOW_MS), (3, NOW_MS)):
+        for name in ("dev-a", "dev-b"):
+            labels = w.Labels(confusion=confusion, matched=12, lags=lags if seq < 3 else {})
+            part = msgspec.structs.replace(window, labels=labels)
+            held.take(make.up(name, make.record(seq, at(part, end_ms))))
+    with reading(held.engine) as connection:
+        whole = profiles.outcomes(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 1)
+        half = profiles.outcomes(connection, held.digest, from_ms=NOW_MS, upto_ms=NOW_MS + 1)
+        none = profiles.outcomes(connection, held.digest, from_ms=NOW_MS + BUCKET_MS, upto_ms=NOW_MS + 10**9)
+    assert whole.lags == {of_class: h.exponential_of(seconds * 4) for of_class, seconds in took.items()}
+    assert half.lags == {of_class: h.exponential_of(seconds * 2) for of_class, seconds in took.items()}
+    assert none.lags == {}
+    assert whole.labels["matched"] == 72
+
+
+@pytest.mark.parametrize(
+    "lags",
+    [
+        {3: h.exponential_of([1])},
+        {1: h.exponential_of([1] * 5)},
+        {0: h.exponential_of([1 << 40])},
+        {0: h.rescale(h.exponential_of([1, 9]), 0)},
+    ],
+    ids=["no such class", "more than labels", "older than devices", "too coarse"],
+)
+def test_lags_that_nobody_can_have_counted_take_their_labels_along_and_nothing_else(held, make, device, lags):
+    (window,) = windows(device, 1)
+    labels = w.Labels(confusion=(5, 1, 0, 0, 4, 0, 0, 0, 2), matched=12, lags=lags)
+    held.take(make.up("dev-a", make.record(1, at(msgspec.structs.replace(window, labels=labels), NOW_MS))))
+    with reading(held.engine) as connection:
+        found = profiles.outcomes(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 1)
+    assert (found.rows, found.confusion, found.lags) == (window.counts.rows, (), {})
+
+
 def test_labels_without_answers_move_no_accuracy_that_is_shown(held, make, device):
     (window,) = windows(device, 1)
     with reading(held.engine) as connection:
