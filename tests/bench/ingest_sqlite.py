@@ -27,7 +27,7 @@ from sqlalchemy import func, insert, select
 
 from tests.bench import gas_windows
 from tests.bench.mqtt_load import Plan
-from tests.bench.result import Result
+from tests.bench.result import Result, scratch
 from tests.integration.broker.conftest import Fleet
 
 DEVICES = 1000
@@ -37,7 +37,7 @@ BLOCKS = 6
 
 def run() -> Result:
     # Not in memory: what is measured includes the writing.
-    with tempfile.TemporaryDirectory(prefix="ingest-", dir=_disk()) as folder:
+    with tempfile.TemporaryDirectory(prefix="ingest-", dir=scratch()) as folder:
         ours, peer, bodies = _measure(Path(folder))
     sync = next(f.default for f in dataclasses.fields(Listener) if f.name == "sync_interval_s")
     return Result(
@@ -54,12 +54,6 @@ def run() -> Result:
             f"and the peer's {peer['cpu_s'] / peer['seconds']:.2f}; NATS sync_interval {sync} s; budget >= 3,400/s and >= 0.5x"
         ),
     )
-
-
-def _disk() -> Path:
-    folder = Path(__file__).parents[2] / ".bench"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _measure(folder: Path) -> tuple[dict[str, float], dict[str, float], float]:

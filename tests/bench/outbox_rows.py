@@ -17,7 +17,7 @@ from skerry_agent.store import Entry, RingAt, open_store
 from skerry_agent.store.database import WAL_PAGES
 
 from tests.bench.peer_environment import interpreter
-from tests.bench.result import Result, median
+from tests.bench.result import Result, median, scratch
 
 GROUP = 50
 BODY_BYTES = 1400
@@ -60,7 +60,7 @@ def _rate(commit: Callable[[int], None], start: int) -> float:
 def run() -> Result:
     bodies = [os.urandom(BODY_BYTES) for _ in range(GROUP)]
     # Beside this file, not in a folder that may lie in memory: a commit there costs nothing.
-    with tempfile.TemporaryDirectory(prefix="outbox-", dir=Path(__file__).parents[2] / ".bench") as name:
+    with tempfile.TemporaryDirectory(prefix="outbox-", dir=scratch()) as name:
         folder = Path(name)
         store, _ = open_store(
             folder / "state.db", binding="m", device="d-1", new_epoch=lambda: "e" * 32, wall_s=0.0, bound_bytes=1 << 30

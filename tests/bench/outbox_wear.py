@@ -19,7 +19,7 @@ from skerry_agent.worker.plan import FeatureColumn, OutputColumn, Plan
 from skerry_contract import window as w
 from skerry_contract import wire
 
-from tests.bench.result import Result
+from tests.bench.result import Result, scratch
 
 MODELS, PER_S = 8, 10
 """Models of the device, and inferences a second of all of them."""
@@ -35,7 +35,7 @@ WINDOWS_S = (5.0, 300.0)
 
 def run() -> Result:
     # Beside this file, not in a folder that may lie in memory: nothing written there counts.
-    with tempfile.TemporaryDirectory(prefix="wear-", dir=Path(__file__).parents[2] / ".bench") as name:
+    with tempfile.TemporaryDirectory(prefix="wear-", dir=scratch()) as name:
         folder = Path(name)
         stored = {
             (window_s, commit_s): _store_hour(folder / f"{window_s}-{commit_s}.db", window_s, commit_s)

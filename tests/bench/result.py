@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,13 @@ class Result:
             "note": self.note,
         }
         return json.dumps(fields)
+
+
+def scratch(root: Path = Path(__file__).parents[2]) -> Path:
+    """A folder on the disk of the sources: what ``/tmp`` holds may lie in memory, and nothing written there counts."""
+    folder = root / ".bench"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def percentile(values: Sequence[float], share: float) -> float:
