@@ -57,6 +57,10 @@ _NOT_NEGATIVE = {
 LEAST_OUTBOX_MB = 8.0
 """The log of the store alone may take 4 MB."""
 LONGEST_COMMIT_S = 60.0
+MOST_PREDICTIONS = 1 << 24
+"""Of one key, 300 MB of disk."""
+MOST_UPLOAD_KIB = 2048
+"""Half of what the server takes of a batch: records have more to them than bodies."""
 
 
 _PORT = "wanted a port from 0 to 65535, got {!r}"
@@ -153,7 +157,11 @@ def _fault(key: str, value: Any) -> str | None:
     if key == "limits.outbox_mb" and value < LEAST_OUTBOX_MB:
         return f"wanted {LEAST_OUTBOX_MB:g} or more: the log of the store may take half of it, got {value}"
     if key == "timing.commit_s" and value > LONGEST_COMMIT_S:
-        return f"wanted at most {LONGEST_COMMIT_S:g}: so much of the counts may be lost when power fails, got {value}"
+        return f"wanted at most {LONGEST_COMMIT_S:g}: so much more than a window's counts may be lost when power fails, got {value}"
+    if key == "labels.predictions" and value > MOST_PREDICTIONS:
+        return f"wanted at most {MOST_PREDICTIONS}: each takes 18 bytes of disk, per window key, got {value}"
+    if key == "limits.upload_kib" and value > MOST_UPLOAD_KIB:
+        return f"wanted at most {MOST_UPLOAD_KIB}: the server takes no larger batch, got {value}"
     if key.endswith(".port") and value != "none" and not 0 <= value <= 65535:
         return f"wanted a port from 0 to 65535, got {value}"
     if key == "telemetry.memory_dir" and not value.startswith("/"):

@@ -12,6 +12,7 @@ import pytest
 from skerry_agent import config as c
 from skerry_agent.errors import BadConfig, Degraded
 from skerry_agent.identity import identity
+from skerry_contract import wire
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -291,6 +292,26 @@ def test_wishes_that_make_no_sense_are_faults(tmp_path: Path, line: str, told: s
         c.load(write(tmp_path, f'state_dir = "/x"\n[runtime]\n{line}\n'), {})
     (fault,) = caught.value.faults
     assert told in fault
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "most"),
+    [("labels", "predictions", c.MOST_PREDICTIONS), ("limits", "upload_kib", c.MOST_UPLOAD_KIB)],
+)
+def test_what_no_disk_and_no_server_takes_is_a_fault(tmp_path: Path, section: str, key: str, most: int) -> None:
+    def read(value: int) -> c.Config:
+        return c.load(write(tmp_path, f'state_dir = "/x"\n[{section}]\n{key} = {value}\n'), {})
+
+    assert getattr(getattr(read(most), section), key) == most
+    with pytest.raises(BadConfig) as caught:
+        read(most + 1)
+    (fault,) = caught.value.faults
+    assert f"{section}.{key}: wanted at most {most}" in fault
+    assert fault.endswith(f"got {most + 1}")
+
+
+def test_the_largest_batch_is_half_of_what_a_server_unpacks() -> None:
+    assert c.MOST_UPLOAD_KIB * 1024 * 2 == wire.MAX_INFLATED_BYTES
 
 
 def test_a_wrong_choice_names_file_key_choices_and_what_was_given(tmp_path: Path) -> None:
