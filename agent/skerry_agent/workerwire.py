@@ -409,6 +409,7 @@ class Health(Message, frozen=True, kw_only=True, tag="health"):
         busy_s: how long the inference in the inference thread has taken so far; 0 when there is none.
         expected_s: what it should take.
         at_s, own_mb, cpu_s, work: see ``core.liveness.Use``.
+        held_mb: of ``own_mb``, what clients' requests take.
         spans_sent, spans_dropped: requests whose spans the collector took, and did not get.
         clients: of each that asked since the last report, ``histogram.Distinct`` registers of its different requests.
     """
@@ -422,6 +423,7 @@ class Health(Message, frozen=True, kw_only=True, tag="health"):
     own_mb: float = 0.0
     cpu_s: float = 0.0
     work: int = 0
+    held_mb: float = 0.0
     spans_sent: int = 0
     spans_dropped: int = 0
     clients: dict[str, bytes] = {}

@@ -230,6 +230,8 @@ def _from_binary_bytes(name: str, wanted: int, data: bytes) -> Array:
     values: list[bytes] = []
     at = 0
     while at < len(data):
+        if len(values) == wanted:
+            raise BadInput(Violation(name, f"more than {wanted} elements", str(wanted)))
         if at + 4 > len(data):
             raise BadInput(Violation(name, f"{len(data) - at} bytes after the last element", "a length of 4 bytes"))
         (length,) = struct.unpack_from("<I", data, at)

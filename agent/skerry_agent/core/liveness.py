@@ -77,9 +77,10 @@ class Use:
 
     Attributes:
         at_s: when, by its monotonic clock.
-        own_mb: memory that is its own: anonymous pages, swapped ones among them. Mapped files (rings, books) are not.
+        own_mb: memory that is its own: anonymous pages, swapped ones among them. Mapped files (rings, books) are not, nor is what
+            clients' requests take until they are answered.
         cpu_s: processor time of all its threads so far.
-        work: moves with every request taken up and everything folded.
+        work: moves with everything that clients do, served or refused, and everything folded.
         idle: nothing was in work at that moment.
     """
 

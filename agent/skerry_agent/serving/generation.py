@@ -77,7 +77,8 @@ class Generation:
 def use_of(health: ww.Health) -> liveness.Use:
     """What ``core.liveness`` wants of a report."""
     idle = health.inflight == 0 and health.busy_s == 0.0
-    return liveness.Use(at_s=health.at_s, own_mb=health.own_mb, cpu_s=health.cpu_s, work=health.work, idle=idle)
+    own_mb = max(0.0, health.own_mb - health.held_mb)
+    return liveness.Use(at_s=health.at_s, own_mb=own_mb, cpu_s=health.cpu_s, work=health.work, idle=idle)
 
 
 def life_of(generation: Generation) -> liveness.Life:

@@ -1,4 +1,5 @@
-"""Who may ask and label, how often, and how often all of them together: judged before anything else of a request is looked at.
+"""Who may ask and label, how often, and how often all of them together: judged before anything else of a request is looked at: at its
+header block, when its body is still to come.
 
 There is a gate only where something is configured or an operator throttles; without one a request pays nothing. A client is known by
 its bearer token or by the credentials of its process on a unix socket (``SO_PEERCRED``, which stay those of who connected when the
@@ -83,11 +84,12 @@ class Gate:
         """Lets so many inferences per second through, of all clients together; 0 for no bound."""
         self._throttle = self._all.bucket(_THROTTLE, rate, max(1.0, rate)) if rate else None
 
-    def judge(self, head: http1.Head, asker: Asker, what: int, model: str) -> Refusal | None:
+    def judge(self, head: http1.Head, asker: Asker, what: int, model: str, *, take: bool = True) -> Refusal | None:
         """Why the request must not be served, or None.
 
         Args:
             model: that it is about; empty for none, or not one alone.
+            take: whether it counts; not for one that is not whole yet, and will be judged again.
         """
         if what == OPEN:
             return None
@@ -101,7 +103,7 @@ class Gate:
                 return Refusal(403, f"{client.name} may not ask {model}", DENIED)
             if what == LABEL and not client.label:
                 return Refusal(403, f"{client.name} may not label", DENIED)
-        return self._within(client, asker, what)
+        return self._within(client, asker, what, take)
 
     def lets_by(self, head: http1.Head, asker: Asker, model: str) -> bool:
         """Whether ``judge`` would let the client ask the model at all; how often is not looked at, nor counted."""
@@ -122,7 +124,7 @@ class Gate:
 
     # --- how often ---------------------------------------------------------------------------------------------------
 
-    def _within(self, client: c.Client | None, asker: Asker, what: int) -> Refusal | None:
+    def _within(self, client: c.Client | None, asker: Asker, what: int, take: bool) -> Refusal | None:
         name, own = self._own_bucket(client, asker)
         shared = self._throttle if what == INFER else None
         if own is None and shared is None:
@@ -132,9 +134,9 @@ class Gate:
             own_s = own.wait_s(now_s) if own is not None else 0.0
             shared_s = shared.wait_s(now_s) if shared is not None else 0.0
             if not own_s and not shared_s:
-                if own is not None:
+                if own is not None and take:
                     own.take()
-                if shared is not None:
+                if shared is not None and take:
                     shared.take()
                 return None
         if own is not None and own_s > 0 and own_s >= shared_s:

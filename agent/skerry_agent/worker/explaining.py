@@ -29,6 +29,7 @@ from skerry_runtime.tensors import DTYPES, Tensors
 from skerry_agent.worker import http1, oip
 from skerry_agent.worker.attributing import open_part
 from skerry_agent.worker.choosing import Row
+from skerry_agent.worker.intake import SMALL
 from skerry_agent.worker.model import Model
 from skerry_agent.worker.spans import Parent, Spans
 
@@ -215,7 +216,8 @@ class Explaining:
         if asked.id:
             return self._remembered(asked)
         model = self._model(asked.model)
-        found = oip.parse_request(b'{"inputs":%b}' % bytes(asked.inputs), -1).inputs
+        text = b'{"inputs":%b}' % bytes(asked.inputs)
+        found = oip.parse_request(text, -1, model.takes if len(text) > SMALL else None).inputs
         if any(array.shape[:1] != (1,) for array in found.values()):
             raise _Refused(400, "explain: wanted inputs of one row")
         violation = model.runner.guard.check(found)

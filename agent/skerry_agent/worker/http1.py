@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httptools
 
@@ -52,9 +51,11 @@ _DIGITS = re.compile(rb"[0-9]{1,18}")
 class Refused(Exception):
     """The bytes are no request that is served here. The connection cannot go on after it."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, extra: bytes = b"") -> None:
+        """Args: ``extra``: header lines of the reply."""
         self.status = status
         self.message = message
+        self.extra = extra
         super().__init__(message)
 
 
@@ -93,7 +94,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A whole request. ``body`` is decoded (chunks joined, content encoding undone); ``size`` counts its bytes as sent."""
+    """A whole request. ``body``: chunks joined, its content encoding (``head.encoding``) not undone; ``size`` counts its bytes as sent."""
 
     head: Head
     body: bytes
@@ -116,9 +117,12 @@ class Cutter:
 
     The buffer belongs to the caller, who drops ``Request.size`` bytes after each request; until then every byte of an
     unfinished request stays in it, ready to be handed to another process.
+
+    Attributes:
+        most: bytes that the body of the request under way may have; as long as nobody says less, ``max_body_bytes``.
     """
 
-    __slots__ = ("_at", "_extensions", "_head", "_parts", "_start", "max_body_bytes")
+    __slots__ = ("_at", "_extensions", "_head", "_parts", "_start", "max_body_bytes", "most")
 
     def __init__(self, max_body_bytes: int) -> None:
         self.max_body_bytes = max_body_bytes
@@ -128,6 +132,12 @@ class Cutter:
         self._head: Head | None = None
         self._start = self._at = self._extensions = 0
         self._parts = bytearray()
+        self.most = self.max_body_bytes
+
+    @property
+    def joined(self) -> int:
+        """Bytes of chunks that are kept joined, beside the buffer."""
+        return len(self._parts)
 
     def cut(self, buffer: bytes | bytearray) -> Request | Incomplete:
         """The first request, or what is known of it.
@@ -150,8 +160,6 @@ class Cutter:
             if len(buffer) < size:
                 return Incomplete(head, size)
             body = bytes(memoryview(buffer)[self._start : size])
-        if head.encoding:
-            body = _inflate(body, head.encoding, self.max_body_bytes)
         self._forget()
         return Request(head, body, size)
 
@@ -195,8 +203,8 @@ class Cutter:
                 raise Refused(413, f"chunk extensions: at most {_MOST_EXTENSIONS} bytes")
             if size == 0:
                 return _skip_trailers(buffer, start)
-            if len(self._parts) + size > self.max_body_bytes:
-                raise Refused(413, f"body: at most {self.max_body_bytes} bytes")
+            if len(self._parts) + size > self.most:
+                raise Refused(413, f"body: at most {self.most} bytes")
             if len(buffer) < start + size + 2:
                 return None
             if buffer[start + size : start + size + 2] != b"\r\n":
@@ -234,6 +242,9 @@ def parse_head(block: bytes) -> Head:
     expect = found.get(b"expect", b"").lower()
     if expect not in (b"", b"100-continue"):
         raise Refused(417, "Expect: wanted 100-continue")
+    encoding = found.get(b"content-encoding", b"").lower().replace(b"identity", b"")
+    if encoding not in (b"", b"gzip", b"deflate"):
+        raise Refused(415, "Content-Encoding: wanted gzip or deflate")
     return Head(
         method=parser.get_method().decode("ascii"),
         path=collector.url.partition(b"?")[0],
@@ -242,12 +253,17 @@ def parse_head(block: bytes) -> Head:
         has_length=bool(transfer) or b"content-length" in found,
         expects=bool(expect) and parser.get_http_version() == "1.1",
         json_length=_number(found, b"inference-header-content-length", -1),
-        encoding=found.get(b"content-encoding", b"").lower().replace(b"identity", b""),
+        encoding=encoding,
         attempt=_number(found, b"skerry-attempt", 1),
         accepts=coding.accepted(found[b"accept-encoding"]) if b"accept-encoding" in found else b"",
         authorization=found.get(b"authorization", b""),
         traceparent=found.get(b"traceparent", b""),
     )
+
+
+def plainly(request: Request, body: bytes) -> Request:
+    """The request with its content encoding undone, which made it ``body``."""
+    return Request(replace(request.head, encoding=b""), body, request.size)
 
 
 def reply(
@@ -268,6 +284,12 @@ def reply(
         b"Connection: close\r\n" if close else b"",
         body,
     )
+
+
+def closing(said: bytes) -> bytes:
+    """A reply that says that its connection is closed after it."""
+    head, blank, body = said.partition(b"\r\n\r\n")
+    return said if b"\r\nConnection: close" in head else b"%b\r\nConnection: close%b%b" % (head, blank, body)
 
 
 def retry_after(wait_s: float) -> bytes:
@@ -328,19 +350,3 @@ def _skip_trailers(buffer: bytes | bytearray, at: int) -> int | None:
         if line_end == at:
             return at + 2
         at = line_end + 2
-
-
-def _inflate(body: bytes, encoding: bytes, max_body_bytes: int) -> bytes:
-    """Undoes gzip or deflate, never past ``max_body_bytes``."""
-    if encoding not in (b"gzip", b"deflate"):
-        raise Refused(415, "Content-Encoding: wanted gzip or deflate")
-    unpacker = zlib.decompressobj(wbits=31 if encoding == b"gzip" else 15)
-    try:
-        inflated = unpacker.decompress(body, max_body_bytes)
-    except zlib.error as error:
-        raise Refused(400, f"Content-Encoding: {error}") from None
-    if unpacker.unconsumed_tail:
-        raise Refused(413, f"body: at most {max_body_bytes} bytes when inflated")
-    if not unpacker.eof:
-        raise Refused(400, "Content-Encoding: the stream is cut short")
-    return inflated

@@ -3,7 +3,8 @@
 A request that should take less than ``Start.inline_below_us`` is answered on the event loop's own thread: handing it to a
 thread and back costs 120 us (measured), several times what a small model needs. A longer one runs in the single inference
 thread (runtimes release the GIL while they compute), so that health checks, small models and the control channel stay
-prompt; there requests queue. What is too much is shed at once with 503 (``backlog``).
+prompt; there requests queue. What is too much is shed at once with 503 (``backlog``). A large request is read in a thread of its
+own first, within what its model can take (``intake``): however it is made, the loop goes on.
 
 Every request for a known model ends in exactly one record, written before its reply is sent.
 """
@@ -21,15 +22,23 @@ from skerry_runtime.errors import BadInput, Violation
 from skerry_runtime.runner import Inference
 from skerry_runtime.tensors import Tensors
 
-from skerry_agent.worker import calls, http1, oip
+from skerry_agent.worker import calls, http1, intake, oip
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.backlog import Backlog
 from skerry_agent.worker.feedback import digest_of
+from skerry_agent.worker.intake import SMALL, small
 from skerry_agent.worker.model import Model
 
 log = logging.getLogger(__name__)
 
 Done = Callable[[bytes], None]
+Read = tuple[int, oip.InferRequest]
+"""When a request came, and what was read."""
+MOST_READING = 16
+"""Large requests that wait to be read."""
+OBJECTS = 20
+"""So many times the size of its text a request may take while it is decoded: two bytes become a number of 24 in a list."""
+_READING_US = 1e6
 
 
 class Loop(Protocol):
@@ -50,6 +59,8 @@ class InferenceService:
 
     Attributes:
         stand_in: asks the worker that serves a fallback model; see ``standing_in``.
+        reading_bytes: memory that the large requests now being read may take for a moment; reading_peak: the most of it since it was
+            last set to 0.
     """
 
     def __init__(self, loop: Loop, *, max_inflight: int, inline_below_us: float, max_wait_s: float) -> None:
@@ -59,20 +70,35 @@ class InferenceService:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._under_way: tuple[int, float] | None = None
+        self._large: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._reader: threading.Thread | None = None
+        self._reading = self.reading_bytes = self.reading_peak = 0
         self.stand_in: StandIn | None = None
 
     @property
     def inflight(self) -> int:
-        """Requests accepted for the inference thread and not yet answered."""
-        return self._backlog.queued
+        """Requests accepted for a thread and not yet answered."""
+        return self._backlog.queued + self._reading
+
+    def foresee(self, model: Model, head: http1.Head) -> bytes | None:
+        """The answer to a request of which only the header block has come, where it can be but a refusal."""
+        start = monotonic_ns()
+        wait_us = self._backlog.full(at_once=model.expected_us(1) < self._inline_below_us)
+        if not wait_us and self._reading >= MOST_READING:
+            wait_us = _READING_US
+        return _shed(model, head, start, r.RETRY if head.attempt > 1 else 0, wait_us) if wait_us else None
 
     def under_way_s(self) -> tuple[float, float]:
         """(how long the inference in the thread has taken, what it should take), seconds; zeros without one."""
         found = self._under_way
         return (0.0, 0.0) if found is None else ((monotonic_ns() - found[0]) / 1e9, found[1])
 
-    def answer(self, model: Model, request: http1.Request, done: Done) -> bytes | None:
-        """Answers one request: returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
+    def answer(self, model: Model, request: http1.Request, done: Done, read: Read | None = None) -> bytes | None:
+        """Answers one request: returns the reply's bytes, or None and calls ``done`` with them later, in the loop.
+
+        Args:
+            read: what a large request was found to be.
+        """
         start = monotonic_ns()
         head = request.head
         flags = r.RETRY if head.attempt > 1 else 0
@@ -82,7 +108,16 @@ class InferenceService:
             # Before it is read: under a burst, what is shed must cost next to nothing.
             return _shed(model, head, start, flags, wait_us)
         try:
-            asked = oip.parse_request(request.body, head.json_length)
+            if read is not None:
+                start, asked = read
+            elif head.encoding or len(request.body) > SMALL:
+                plain = small(request)
+                if plain is None:
+                    return self._read(model, request, start, flags, done)
+                request, head = plain, plain.head
+                asked = oip.parse_request(request.body, head.json_length)
+            else:
+                asked = oip.parse_request(request.body, head.json_length)
             rows = _rows(asked.inputs, model.recorder.max_rows)
             if model.special or asked.more is not None or asked.ages is not None or head.kinds:
                 call = calls.prepare(model, asked)
@@ -90,6 +125,8 @@ class InferenceService:
                 flags |= call.flags
         except BadInput as error:
             return _refuse(model, head, start, flags, error)
+        except http1.Refused as error:
+            return _undecoded(model, head, start, flags, error)
         except calls.Unserved as error:
             stand_in = self.stand_in
             if stand_in is not None and stand_in(model, request, asked, rows, start, flags, error, done):
@@ -116,13 +153,49 @@ class InferenceService:
         self._jobs.put(lambda: self._run(model, head, asked, rows, takes_us, start, flags, done, call))
         if self._thread is None:
             # A daemon: an inference that hangs must not keep the process from exiting.
-            self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+            self._thread = threading.Thread(target=_work, args=(self._jobs,), name="inference", daemon=True)
             self._thread.start()
         return None
 
-    def _work(self) -> None:
-        while True:
-            self._jobs.get()()
+    def _read(self, model: Model, request: http1.Request, start: int, flags: int, done: Done) -> bytes | None:
+        """Has a large request read by the thread for that, and answers it then."""
+        if self._reading >= MOST_READING:
+            return _shed(model, request.head, start, flags, _READING_US)
+        self._reading += 1
+        # What it is inflated to is known afterwards.
+        size = model.takes.body_bytes if request.head.encoding else len(request.body)
+        cost = size if request.head.json_length >= 0 else OBJECTS * size
+        self.reading_bytes += cost
+        self.reading_peak = max(self.reading_peak, self.reading_bytes)
+
+        def read() -> None:
+            found: tuple[http1.Request, Read] | Exception
+            try:
+                plain = intake.plain(request, model.takes.body_bytes)
+                found = plain, (start, oip.parse_request(plain.body, plain.head.json_length, model.takes))
+            except Exception as error:
+                # Its traceback would hold this frame, and so the request, until the collector comes.
+                found = error.with_traceback(None)
+            self._loop.call_soon_threadsafe(go_on, found)
+
+        def go_on(found: tuple[http1.Request, Read] | Exception) -> None:
+            self._reading -= 1
+            self.reading_bytes -= cost
+            reply: bytes | None
+            if isinstance(found, http1.Refused):
+                reply = _undecoded(model, request.head, start, flags, found)
+            elif isinstance(found, Exception):
+                reply = _fail(model, request.head, start, flags, found)
+            else:
+                reply = self.answer(model, found[0], done, found[1])
+            if reply is not None:
+                done(reply)
+
+        self._large.put(read)
+        if self._reader is None:
+            self._reader = threading.Thread(target=_work, args=(self._large,), name="reading", daemon=True)
+            self._reader.start()
+        return None
 
     def _run(
         self,
@@ -166,6 +239,11 @@ class InferenceService:
             done(_fail(model, head, times[0], flags, result))
         else:
             done(_reply(model, head, asked, rows, result, times, flags, call))
+
+
+def _work(jobs: queue.SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        jobs.get()()
 
 
 def _rows(inputs: Tensors, most: int) -> int:
@@ -253,6 +331,12 @@ def _refuse(model: Model, head: http1.Head, start: int, flags: int, error: BadIn
     now = monotonic_ns()
     model.recorder.other(r.INVALID, now - start, now, flags & ~r.FALLBACK, calls.kind_of(error))
     return http1.reply(400, oip.error_body(str(error)), close=not head.keep_alive)
+
+
+def _undecoded(model: Model, head: http1.Head, start: int, flags: int, error: http1.Refused) -> bytes:
+    now = monotonic_ns()
+    model.recorder.other(r.INVALID, now - start, now, flags)
+    return http1.reply(error.status, oip.error_body(error.message), close=not head.keep_alive)
 
 
 def _unserved(model: Model, head: http1.Head, start: int, flags: int, error: calls.Unserved) -> bytes:

@@ -15,6 +15,7 @@ from skerry_agent import workerwire as ww
 from skerry_agent.worker.attributing import Attributing
 from skerry_agent.worker.distinct import Clients
 from skerry_agent.worker.expectation import Expectation
+from skerry_agent.worker.intake import Takes
 from skerry_agent.worker.recorder import Recorder
 from skerry_agent.worker.tee import Tee
 
@@ -38,6 +39,7 @@ class Model:
         kinds: bits of ``GUARD_KINDS`` that every request of the model has.
         fallback: the model that answers where a policy says so; ``no_fallback`` says why there is none; ``fallback_tensors``: what
             it must take and give where another worker may serve it, else empty.
+        takes: what a request of it may hold.
         attributing: explains its answers; explain_ns: what that took for the request answered last, for its spans.
     """
 
@@ -73,6 +75,7 @@ class Model:
         self.special = judged or self.streams is not None or bool(self.kinds)
         self.fallback: Model | None = None
         self.no_fallback, self.fallback_tensors = "it is not served here", ""
+        self.takes = Takes(manifest.inputs, recorder.max_rows)
         self.attributing = Attributing(runner)
         self.explain_ns = 0
         self._check = runner.guard.check

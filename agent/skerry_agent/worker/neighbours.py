@@ -20,7 +20,7 @@ import msgspec
 
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel
-from skerry_agent.worker import calls, http1, oip
+from skerry_agent.worker import calls, http1, intake, oip
 from skerry_agent.worker.feedback import Feedback
 from skerry_agent.worker.inference import Done, InferenceService
 from skerry_agent.worker.model import Model
@@ -132,6 +132,14 @@ class Answerer:
             case ["", "feedback"]:
                 return self._feedback.answer(request, done)
         return http1.reply(503, oip.error_body("it is not served any more"), close=True)
+
+    def begin(self, _head: http1.Head, _asker: object) -> int:
+        """See ``server.Handler``: who asks has judged it."""
+        return intake.MOST_BODY
+
+    def space(self, refusal: bytes, _done: Done, _asker: object) -> bytes:
+        """See ``server.Handler``."""
+        return refusal
 
 
 class _Uncounted:

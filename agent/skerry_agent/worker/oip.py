@@ -20,10 +20,13 @@ from skerry_runtime import tensors
 from skerry_runtime.errors import BadInput, Violation
 from skerry_runtime.tensors import Array
 
+from skerry_agent.worker import intake
+
 MOST_TENSORS = 1024
 """Inputs, and outputs asked for, of one request: above what any model has, and little enough to be looked at one by one."""
 MORE = frozenset({"age_ms", "explain", "sequence_id", "sequence_start", "sequence_end"})
 """Parameters of a request that are not about its form: ``calls`` reads them."""
+_MOST_SHAPE = 1024
 _FLOAT_CODES = {"FP32": "f", "FP64": "d"}
 
 
@@ -92,24 +95,44 @@ class _Response(msgspec.Struct, omit_defaults=True):
     parameters: _Prediction | dict[str, Any] | None = None
 
 
+class _Sketched(msgspec.Struct):
+    name: str
+    shape: msgspec.Raw
+    datatype: str
+    data: msgspec.Raw = msgspec.Raw()
+    parameters: msgspec.Raw = msgspec.Raw()
+
+
+class _Sketch(msgspec.Struct):
+    """A request of which nothing that may be long is decoded."""
+
+    inputs: Annotated[list[_Sketched], msgspec.Meta(max_length=MOST_TENSORS)]
+    parameters: msgspec.Raw = msgspec.Raw()
+    outputs: msgspec.Raw = msgspec.Raw()
+
+
 _request = msgspec.json.Decoder(_Request)
+_sketch = msgspec.json.Decoder(_Sketch)
 _floats = msgspec.json.Decoder(list[float])
 _encoder = msgspec.json.Encoder()
 
 
-def parse_request(body: bytes, json_length: int = -1) -> InferRequest:
+def parse_request(body: bytes, json_length: int = -1, takes: intake.Takes | None = None) -> InferRequest:
     """Reads a request.
 
     Args:
         body: the whole body.
         json_length: of the JSON part, bytes, when binary tensors may follow it; -1 when all of it is JSON.
+        takes: of a large request: what the model can take, which is judged before anything is decoded.
 
     Raises:
-        BadInput: not JSON, a field missing or of the wrong type, data that does not fill its shape.
+        BadInput: more than the model takes, not JSON, a field missing or of the wrong type, data that does not fill its shape.
     """
     if json_length > len(body):
         raise _bad("Inference-Header-Content-Length", json_length, f"at most {len(body)}, the size of the body")
     text = body if json_length < 0 else body[:json_length]
+    if takes is not None:
+        _judge(text, len(body) - len(text), takes)
     loose: dict[int, Any] = {}
     try:
         request = _request.decode(text)
@@ -203,6 +226,45 @@ def _bad(field: str, got: object, wanted: str) -> BadInput:
     text = str(got)
     shown = field if len(field) <= 80 else field[:77] + "..."
     return BadInput(Violation(shown, text if len(text) <= 80 else text[:77] + "...", wanted))
+
+
+def _judge(text: bytes, binary: int, takes: intake.Takes) -> None:
+    sketch = _sketched(text)
+    _short("parameters", sketch.parameters, intake.SMALL)
+    if len(memoryview(sketch.outputs)) > intake.LEAST_BODY:
+        raise _bad("outputs", f"{len(memoryview(sketch.outputs))} bytes of them", f"at most {MOST_TENSORS}")
+    for tensor in sketch.inputs:
+        _short(f"{tensor.name}.shape", tensor.shape, _MOST_SHAPE)
+        _short(f"{tensor.name}.parameters", tensor.parameters, intake.SMALL)
+        try:
+            shape = msgspec.json.decode(tensor.shape, type=list[int])
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise _bad(f"{tensor.name}.shape", "something else", f"a list of sizes: {error}") from None
+        data = memoryview(tensor.data)
+        values = takes.judge(tensor.name, shape, len(data) + binary)
+        if len(data) > intake.SMALL:
+            intake.judge_text(tensor.name, tensor.datatype, shape, values, data)
+
+
+def _sketched(text: bytes) -> _Sketch:
+    try:
+        try:
+            return _sketch.decode(text)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            # What stands in the place of these words counts as much.
+            return _sketch.decode(text.replace(b"-Infinity", b"0").replace(b"Infinity", b"0").replace(b"NaN", b"0"))
+    except msgspec.ValidationError as error:
+        raise _bad("request", "something else", f"an inference request: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _bad("request", "something else", f"JSON: {error}") from None
+
+
+def _short(name: str, part: msgspec.Raw, most: int) -> None:
+    size = len(memoryview(part))
+    if size > most:
+        raise _bad(name, f"{size} bytes", f"at most {most}")
 
 
 def _from_json(tensor: _Input) -> Array:

@@ -15,7 +15,7 @@ from skerry_contract import window as w
 
 from skerry_agent import workerwire as ww
 from skerry_agent.channel import Channel
-from skerry_agent.worker import http1, oip
+from skerry_agent.worker import http1, intake, oip
 from skerry_agent.worker.access import Gate
 from skerry_agent.worker.server import Connection, Server
 
@@ -84,13 +84,20 @@ class Passing:
         gate = self._gate()
         if head.path in ABOUT_MODELS and request is not None and head.method == "POST":
             if gate is None or gate.lets_by(head, connection, ""):
-                about = self._models_of(request.body)
+                about = self._about(request)
                 model = about.pop() if len(about) == 1 and about <= self._models else ""
         if not model or (gate is not None and not gate.lets_by(head, connection, model)):
             return False
         self._going.add(connection)
         self._give(connection, model)
         return True
+
+    def _about(self, request: http1.Request) -> set[str]:
+        try:
+            return self._models_of(intake.plain(request, intake.LEAST_BODY).body)
+        except http1.Refused:
+            # Whoever answers here says so.
+            return set()
 
     def _model_in(self, path: bytes) -> str:
         parts = path.split(b"/")

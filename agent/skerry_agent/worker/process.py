@@ -30,7 +30,7 @@ from skerry_agent.worker.feedback import Feedback, Rules, models_of
 from skerry_agent.worker.generation import CannotServe, key_of, load_generation
 from skerry_agent.worker.handover import Handover
 from skerry_agent.worker.inference import InferenceService
-from skerry_agent.worker.memory import own_mb
+from skerry_agent.worker.memory import give_back, own_mb
 from skerry_agent.worker.model import Model
 from skerry_agent.worker.neighbours import Answerer, Neighbours
 from skerry_agent.worker.passing import Passing
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 FINISH_S = 5.0
 """How long requests in work may take once the worker is told to stop."""
 _POLL_S = 0.005
+GIVEN_BACK_BYTES = 8 << 20
 
 
 class Worker:
@@ -213,7 +214,7 @@ class Worker:
         self._throttle(start.throttle)
         if start.access.distinct:
             routes.name_of = self._name_of
-        self._server = Server(self._routes)
+        self._server = Server(self._routes, max_held_bytes=self._routes.most_held)
         self._server.neighbours = Answerer(self._models, self._service, self._feedback)
         self._passing = Passing(
             self._server, self._channel, lambda body: models_of(body) or asked_of(body), lambda: routes.gate
@@ -338,6 +339,7 @@ class Worker:
         for model in self._models.values():
             model.recorder.cut_if_slept()
             model.forget_quiet()
+        self._tidy()
         since_s = time.monotonic() - self._since
         busy_s, expected_s = self._service.under_way_s() if self._service is not None else (0.0, 0.0)
         self._channel.send(
@@ -353,13 +355,29 @@ class Worker:
                 spans_sent=self._spans.sent if self._spans is not None else 0,
                 spans_dropped=self._spans.dropped if self._spans is not None else 0,
                 clients=self._clients.take() if self._clients is not None else {},
-                work=self._folds + (self._server.requests if self._server is not None else 0),
+                work=self._folds + (self._server.work if self._server is not None else 0),
+                held_mb=self._held_bytes / 1e6,
             )
         )
 
     @property
     def _inflight(self) -> int:
         return self._service.inflight if self._service is not None else 0
+
+    def _tidy(self) -> None:
+        """Gives back what large requests took, once they are answered: it is not to be held against the model."""
+        server, service = self._server, self._service
+        if server is None or service is None or self._held_bytes > GIVEN_BACK_BYTES:
+            return
+        if max(server.peak, service.reading_peak) > GIVEN_BACK_BYTES:
+            server.peak = service.reading_peak = 0
+            give_back()
+
+    @property
+    def _held_bytes(self) -> int:
+        """What of its memory is its clients': requests not yet answered, and what large ones are being made into."""
+        server, service = self._server, self._service
+        return 0 if server is None or service is None else server.held + service.reading_bytes
 
     # --- endings ----------------------------------------------------------------------------------------------------
 

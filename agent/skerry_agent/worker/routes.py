@@ -17,12 +17,13 @@ from skerry_contract import __version__
 from skerry_contract import manifest as m
 
 from skerry_agent.worker import access as a
-from skerry_agent.worker import http1, oip
+from skerry_agent.worker import http1, intake, oip
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.coding import Packing
 from skerry_agent.worker.explaining import Explaining
 from skerry_agent.worker.feedback import Feedback
 from skerry_agent.worker.inference import Done, InferenceService
+from skerry_agent.worker.intake import LEAST_BODY
 from skerry_agent.worker.model import Model
 from skerry_agent.worker.spans import Spans
 from skerry_agent.worker.splitting import Splitting
@@ -31,7 +32,9 @@ from skerry_agent.worker.statistics import statistics_of
 EXTENSIONS = ("binary_tensor_data", "model_repository", "sequence", "statistics")
 REFUSALS_APART_S = 0.1
 """On one connection, at least."""
+LEAST_HELD = 32 << 20
 _CACHED_PATHS = 256
+_EXPLAIN = b"/skerry/v1/explain"
 _THREE, _FIVE = b"35"
 _Json = dict[str, object]
 
@@ -50,6 +53,7 @@ class Routes:
 
     Attributes:
         name_of: who asks, where that is counted; None where it is not.
+        most_held: bytes of requests not yet answered that are worth keeping: two of the largest that a model takes.
         elsewhere: models that other workers serve, and their versions, for the index.
     """
 
@@ -69,8 +73,11 @@ class Routes:
         self._models = models
         self._infer = service.answer if spans is None else spans.watching(service.answer)
         self._feedback = feedback
+        self._service = service
         self._packing = Packing()
+        self._most_body = max((model.takes.body_bytes for model in models.values()), default=LEAST_BODY)
         self._infer_paths: dict[bytes, Model] = {}
+        self.most_held = max(LEAST_HELD, 2 * self._most_body)
         self.elsewhere: dict[str, str] = {}
         self.name_of: Callable[[http1.Head, a.Asker], str] | None = None
         self._worker = {"pid": os.getpid(), "generation": generation, "since": int(time() * 1e3)}
@@ -78,19 +85,42 @@ class Routes:
     def handle(self, request: http1.Request, done: Done, asker: a.Asker) -> bytes | None:
         """Returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
         if self.gate is not None:
-            refused = self._refused(self.gate, request, asker)
+            refused = self._refused(self.gate, request.head, asker)
             if refused is not None:
-                return self._spaced(refused, done, asker)
+                return self.space(refused, done, asker)
         if self.name_of is not None and request.head.path.endswith(b"/infer"):
             # Behind the gate, which knows a head by its identity.
             head = replace(request.head, client=self.name_of(request.head, asker))
             request = replace(request, head=head)
         reply = self._packed(request, done, asker) if request.head.accepts else self._answer(request, done, asker)
         if reply is not None and reply[9] == _FIVE and reply[11] == _THREE:
-            return self._spaced(reply, done, asker)
+            return self.space(reply, done, asker)
         return reply
 
-    def _spaced(self, refusal: bytes, done: Done, asker: a.Asker) -> bytes | None:
+    def begin(self, head: http1.Head, asker: a.Asker) -> bytes | int:
+        """The refusal that the header block has earned, else the most bytes that the body may have; for one that is not whole yet."""
+        if self.gate is not None:
+            refused = self._refused(self.gate, head, asker, take=False)
+            if refused is not None:
+                return refused
+        model = self._infer_paths.get(head.path) if head.method == "POST" else None
+        most, whose = LEAST_BODY, head.path
+        if model is None:
+            what, name = _meaning(head)
+            model = self._models.get(name) if what == a.INFER else None
+        if model is not None:
+            shed = self._service.foresee(model, head)
+            if shed is not None:
+                return shed
+            most, whose = model.takes.body_bytes, model.name.encode()
+        elif head.path == _EXPLAIN:
+            most = self._most_body
+        if head.length > most:
+            text = f"body: at most {most} bytes for {_shown(whose)}, got {head.length}"
+            return http1.reply(413, oip.error_body(text), close=not head.keep_alive)
+        return most
+
+    def space(self, refusal: bytes, done: Done, asker: a.Asker) -> bytes | None:
         """Holds a refusal back when its connection was refused a moment ago: who comes again at once costs less than who is served."""
         now_s = self._loop.time()
         due_s = asker.refused_s + REFUSALS_APART_S
@@ -106,12 +136,11 @@ class Routes:
         reply = self._answer(request, self._packing.later(coding, done), asker)
         return reply if reply is None else self._packing.now(reply, coding, done)
 
-    def _refused(self, gate: a.Gate, request: http1.Request, asker: a.Asker) -> bytes | None:
+    def _refused(self, gate: a.Gate, head: http1.Head, asker: a.Asker, *, take: bool = True) -> bytes | None:
         start = monotonic_ns()
-        head = request.head
         model = self._infer_paths.get(head.path) if head.method == "POST" else None
         what, name = (a.INFER, model.name) if model is not None else _meaning(head)
-        refusal = gate.judge(head, asker, what, name)
+        refusal = gate.judge(head, asker, what, name, take=take)
         if refusal is None:
             return None
         model = model or self._models.get(name)
@@ -141,10 +170,10 @@ class Routes:
         parts = _split(head.path)
         if parts == ["skerry", "v1", "feedback"]:
             _require_body(head)
-            return self._feedback.answer(request, done, self._allowed(head, asker))
+            return self._feedback.answer(intake.plain(request, LEAST_BODY), done, self._allowed(head, asker))
         if parts == ["skerry", "v1", "explain"]:
             _require_body(head)
-            return self._explaining.answer(request, done, self._allowed(head, asker))
+            return self._explaining.answer(intake.plain(request, self._most_body), done, self._allowed(head, asker))
         if parts[:1] != ["v2"]:
             raise _Status(404, f"no such path: {_shown(head.path)}")
         match parts[1:]:
@@ -205,7 +234,7 @@ class Routes:
                 if head.method != "POST":
                     raise _Status(405, f"{head.method}: wanted POST", allow=b"POST")
                 try:
-                    msgspec.json.decode(request.body or b"{}", type=_Index)
+                    msgspec.json.decode(intake.plain(request, LEAST_BODY).body or b"{}", type=_Index)
                 except (msgspec.DecodeError, RecursionError) as error:
                     raise _Status(400, f"index: {error}") from None
                 # What is not ready is not in a generation: with "ready" or without, these are all.

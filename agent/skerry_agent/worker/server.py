@@ -6,6 +6,10 @@ connection can be handed to another process together with its buffer (``handover
 
 An idle connection is never closed: a client that is about to use it would fail. What is closed: a connection whose request
 is malformed or too large (after saying so), and one whose request stays half-sent for ``partial_s`` (408).
+
+As soon as a header block is whole the handler is asked whether its request will be refused; the body of such a one is read and dropped, and
+is never kept. What is kept of all connections together, read and not yet answered, has a bound; beyond it the unfinished request of which
+most is kept is turned away.
 """
 
 from __future__ import annotations
@@ -25,6 +29,10 @@ from skerry_agent.worker import http1, oip
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
+MAX_HELD_BYTES = 2 * MAX_BODY_BYTES
+SKIPPED_BYTES = 1 << 20
+"""So much of a refused request's body is read and dropped, to keep its connection; one with more is closed."""
+HELD_RETRY_S = 1.0
 PARTIAL_S = 20.0
 LINGER_S = 2.0
 TURN = 16
@@ -38,6 +46,12 @@ class Handler(Protocol):
 
     def handle(self, request: http1.Request, done: Callable[[bytes], None], asker: Connection) -> bytes | None:
         """Returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""
+
+    def begin(self, head: http1.Head, asker: Connection) -> bytes | int:
+        """The refusal that the header block has earned, else the most bytes that the body may have; for one that is not whole yet."""
+
+    def space(self, refusal: bytes, done: Callable[[bytes], None], asker: Connection) -> bytes | None:
+        """Holds a refusal back when the connection was refused a moment ago; returns as ``handle``."""
 
 
 class Passing(Protocol):
@@ -55,18 +69,27 @@ class Server:
         on_boundary: called with a connection whenever it has answered a request, or was just made; ``handover`` sets it.
         passing: whether a request is another worker's; None while there are none.
         neighbours: what answers the questions of other workers.
-        requests: taken up so far.
+        work: moves with whatever clients do: connections accepted, and everything that was read from one.
+        held: bytes read and not yet answered, of all connections; peak: the most of it since it was last set to 0.
     """
 
-    def __init__(self, handler: Handler, *, max_body_bytes: int = MAX_BODY_BYTES, partial_s: float = PARTIAL_S) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        max_held_bytes: int = MAX_HELD_BYTES,
+        partial_s: float = PARTIAL_S,
+    ) -> None:
         self.handler = handler
         self.max_body_bytes = max_body_bytes
+        self._max_held_bytes = max_held_bytes
         self.connections: set[Connection] = set()
         self.partial: dict[Connection, float] = {}
         self.on_boundary: Callable[[Connection], None] | None = None
         self.passing: Passing | None = None
         self.neighbours: Handler | None = None
-        self.requests = 0
+        self.work = self.held = self.peak = 0
         self._partial_s = partial_s
         self._loop = asyncio.get_running_loop()
         self._listeners: list[socket.socket] = []
@@ -140,6 +163,18 @@ class Server:
             log.debug("connection not set up error=%s", error)
             sock.close()
 
+    def hold(self, more: int) -> None:
+        """Counts what connections keep."""
+        self.held += more
+        self.peak = max(self.peak, self.held)
+        while more > 0 and self.held > self._max_held_bytes and self.partial:
+            heaviest = max(self.partial, key=lambda connection: connection.held)
+            if not heaviest.held:
+                return
+            heaviest.refuse(
+                http1.Refused(503, "too much is being sent already; come again later", http1.retry_after(HELD_RETRY_S))
+            )
+
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(64):
             if listener not in self._listeners:
@@ -176,10 +211,12 @@ class Connection(asyncio.Protocol):
         settled: its first request was passed to this process and goes no further; retry_s: it is to be turned away, see ``passing``.
         waited: see ``workerwire.Conn``; kinds: what is to be recorded of the next request.
         known, refused_s: see ``access.Asker``.
+        held: bytes kept of what is not answered yet, as last told to the server.
         own: another worker asks on it, and no client.
     """
 
     __slots__ = (
+        "_begun",
         "_buffer",
         "_continued",
         "_cutter",
@@ -190,9 +227,13 @@ class Connection(asyncio.Protocol):
         "_paused",
         "_refused",
         "_server",
+        "_skip",
+        "_skipped",
         "_transport",
+        "_working",
         "_writable",
         "busy",
+        "held",
         "kinds",
         "known",
         "own",
@@ -225,7 +266,9 @@ class Connection(asyncio.Protocol):
         self.known: tuple[http1.Head, int, Client] | None = None
         self.refused_s = -1.0
         self._writable = True
-        self._paused = self._refused = self._continued = self._eof = False
+        self._paused = self._refused = self._continued = self._begun = self._eof = False
+        self._skip = self._working = self.held = 0
+        self._skipped = b""
         self._keep_alive = True
 
     # --- asyncio ----------------------------------------------------------------------------------------------------
@@ -236,6 +279,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         server = self._server
         server.connections.add(self)
+        server.work += 1
         if self._head:
             self.data_received(self._head)
             self._head = b""
@@ -244,6 +288,11 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
+        self._server.work += 1
+        if self._skip:
+            data = self._skip_some(data)
+            if not data:
+                return
         if self._refused:
             return
         if not self._buffer:
@@ -253,6 +302,7 @@ class Connection(asyncio.Protocol):
                 self._buffer = bytearray(self._buffer)
             self._buffer += data
         if self.busy or not self._writable:
+            self._hold()
             if len(self._buffer) > READ_AHEAD_BYTES and not self._paused:
                 self._paused = True
                 self._transport.pause_reading()
@@ -268,6 +318,8 @@ class Connection(asyncio.Protocol):
         """See asyncio."""
         self._server.connections.discard(self)
         self._server.partial.pop(self, None)
+        self._buffer = b""
+        self._hold()
 
     def pause_writing(self) -> None:
         """See asyncio. A client that does not read its replies gets no more of them."""
@@ -307,24 +359,32 @@ class Connection(asyncio.Protocol):
             if server.passing is not None and server.passing.takes(self, found):
                 return
             if isinstance(found, http1.Incomplete):
-                self._wait_for_more(found)
+                if not self._wait_for_more(found):
+                    return
                 break
             if self.kinds:
                 found, self.kinds = replace(found, head=replace(found.head, kinds=self.kinds)), 0
             self._drop(found.size)
-            server.requests += 1
-            self._continued = False
+            self._continued = self._begun = False
+            if self.held:
+                self._hold()
             if server.partial:
                 server.partial.pop(self, None)
             self._keep_alive = found.head.keep_alive
             self.busy = True
             try:
                 reply = self._handler.handle(found, self._done, self)
+            except http1.Refused as error:
+                self.busy = False
+                self.refuse(error)
+                return
             except Exception:
                 log.exception("request failed method=%s", found.head.method)
                 self._keep_alive = False
                 reply = http1.reply(500, oip.error_body("the worker failed; its log says more"), close=True)
             if reply is None:
+                self._working = len(found.body)
+                self._hold()
                 return
             self.busy = False
             self._transport.write(reply)
@@ -357,6 +417,9 @@ class Connection(asyncio.Protocol):
 
     def _done(self, reply: bytes) -> None:
         self.busy = False
+        self._working = 0
+        if self.held:
+            self._hold()
         if self._transport.is_closing():
             return
         self._transport.write(reply)
@@ -379,21 +442,74 @@ class Connection(asyncio.Protocol):
         else:
             self._buffer = self._buffer[size:]
 
-    def _wait_for_more(self, found: http1.Incomplete) -> None:
+    def _hold(self) -> None:
+        size = len(self._buffer) + self._cutter.joined + self._working
+        more, self.held = size - self.held, size
+        self._server.hold(more)
+
+    def _wait_for_more(self, found: http1.Incomplete) -> bool:
+        """Whether the rest of the request is awaited."""
         # The clock runs from the first byte: a client that trickles gains nothing.
         self._server.partial.setdefault(self, time.monotonic())
+        if found.head is not None and not self._begun:
+            self._begun = True
+            verdict = self._handler.begin(found.head, self)
+            if isinstance(verdict, bytes):
+                self._turn_away(verdict, found.head, found.wanted)
+                return False
+            self._cutter.most = verdict
+        self._hold()
+        if self._refused:
+            return False
         if found.head is not None and found.head.expects and not self._continued:
             self._continued = True
             self._transport.write(http1.CONTINUE)
+        return True
+
+    def _turn_away(self, refusal: bytes, head: http1.Head, wanted: int) -> None:
+        """Answers a request of which the body is not whole, and keeps nothing of it."""
+        left = wanted - len(self._buffer)
+        if not head.keep_alive or head.expects or not 0 < left <= SKIPPED_BYTES:
+            self._end(http1.closing(refusal))
+            return
+        self._skip, self._skipped = left, refusal
+        self._cutter = http1.Cutter(self._server.max_body_bytes)
+        self._buffer = b""
+        self._hold()
+
+    def _skip_some(self, data: bytes) -> bytes:
+        """Drops what belongs to a refused request, and answers it when it is whole. What is behind it."""
+        left = data[self._skip :]
+        self._skip = max(0, self._skip - len(data))
+        if self._skip:
+            return b""
+        self._server.partial.pop(self, None)
+        self._begun = False
+        self._keep_alive = self.busy = True
+        refusal, self._skipped = self._skipped, b""
+        self._buffer = left
+        reply = self._handler.space(refusal, self._done, self)
+        if reply is not None:
+            self._done(reply)
+        elif left:
+            self._hold()
+        return b""
 
     def refuse(self, error: http1.Refused) -> None:
         """Says what is wrong and closes, leaving the client time to read it."""
+        self._end(http1.reply(error.status, oip.error_body(error.message), close=True, extra=error.extra))
+
+    def _end(self, reply: bytes) -> None:
+        """Says a last thing and closes, leaving the client time to read it."""
         self._server.partial.pop(self, None)
         if self._refused or self._transport.is_closing():
             return
         self._refused = True
+        self._skip = 0
         self._buffer = b""
-        self._transport.write(http1.reply(error.status, oip.error_body(error.message), close=True))
+        self._cutter = http1.Cutter(self._server.max_body_bytes)
+        self._hold()
+        self._transport.write(reply)
         # Closing at once with unread bytes would make the kernel reset the connection and the reply be lost.
         if self._transport.can_write_eof():
             self._transport.write_eof()
@@ -411,6 +527,7 @@ class Connection(asyncio.Protocol):
         """Whether the connection can be handed over now: nothing in work, nothing left to write."""
         return (
             not self.busy
+            and not self._skip
             and not self._refused
             and not self._transport.is_closing()
             and self._transport.get_write_buffer_size() == 0
@@ -449,5 +566,7 @@ class Connection(asyncio.Protocol):
         self._server.connections.discard(self)
         self._server.partial.pop(self, None)
         self._refused = True
+        self._buffer = b""
+        self._hold()
         # abort() closes the descriptor only; close() or write_eof() would end the connection for the new owner too.
         self._transport.abort()

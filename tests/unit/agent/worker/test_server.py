@@ -22,11 +22,19 @@ class Held:
             return None
         return http1.reply(200, request.head.path, close=not request.head.keep_alive)
 
+    def begin(self, head: http1.Head, asker: object) -> bytes | int:
+        if head.path.startswith(b"/refused"):
+            return http1.reply(401, head.path, close=not head.keep_alive)
+        return 64 << 20
 
-def serve(act: Callable[[Server, Held, int], Awaitable[None]], *, partial_s: float = 20.0) -> None:
+    def space(self, refusal: bytes, done: Callable[[bytes], None], asker: object) -> bytes | None:
+        return refusal
+
+
+def serve(act: Callable[[Server, Held, int], Awaitable[None]], *, partial_s: float = 20.0, **bounds: int) -> None:
     async def run() -> None:
         held = Held()
-        server = Server(held, partial_s=partial_s)
+        server = Server(held, partial_s=partial_s, **bounds)
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         server.listen(listener)
@@ -139,5 +147,88 @@ def test_a_client_of_http_1_0_is_answered_and_its_connection_ends() -> None:
         assert await read_reply(reader) == (200, b"/old")
         assert await reader.read() == b""
         writer.close()
+
+    serve(act)
+
+
+def post(path: str, size: int, sent: bytes = b"") -> bytes:
+    return b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (path.encode(), size, sent)
+
+
+def test_the_body_of_a_refused_request_is_dropped_as_it_comes_and_its_connection_goes_on() -> None:
+    async def act(server: Server, held: Held, port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(2):
+            writer.write(post("/refused", 500_000, b"x" * 200_000))
+            await asyncio.sleep(0.05)
+            (connection,) = server.connections
+            assert (server.held, connection.at_boundary) == (0, False)
+            # What is behind the body is the next request.
+            writer.write(b"GET / HTTP/1.1\r\n" + b"x" * 299_984 + get("/next"))
+            assert await read_reply(reader) == (401, b"/refused")
+            assert await read_reply(reader) == (200, b"/next")
+        writer.close()
+
+    serve(act)
+
+
+def test_a_refused_request_with_a_long_body_is_answered_before_it_and_closed() -> None:
+    async def act(server: Server, held: Held, port: int) -> None:
+        for head in (
+            post("/refused", 60_000_000),
+            b"POST /refused HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n",
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head + b"5\r\nabcde\r\n")
+            said = await reader.readuntil(b"\r\n\r\n")
+            assert said.startswith(b"HTTP/1.1 401 ")
+            assert b"\r\nConnection: close\r\n" in said
+            assert await reader.read() == b"/refused"
+            assert server.held == 0
+            writer.close()
+
+    serve(act)
+
+
+def test_of_unfinished_requests_that_are_too_much_together_the_heaviest_is_turned_away() -> None:
+    async def act(server: Server, held: Held, port: int) -> None:
+        streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        whole, sent = (100_000, 600_000, 400_000), (50_000, 500_000, 350_000)
+        for i in range(3):
+            before = server.held
+            streams[i][1].write(post("/body", whole[i], b"x" * sent[i]))
+            while before == server.held:
+                await asyncio.sleep(0.001)
+            assert server.held <= 800_000
+        said = await streams[1][0].readuntil(b"\r\n\r\n")
+        assert said.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nRetry-After: 1\r\n" in said
+        for i in (0, 2):
+            reader, writer = streams[i]
+            writer.write(b"x" * (whole[i] - sent[i]))
+            assert await read_reply(reader) == (200, b"/body")
+        assert server.held == 0
+        for _, writer in streams:
+            writer.close()
+
+    serve(act, max_held_bytes=800_000)
+
+
+def test_whatever_a_client_does_is_work_of_its_own() -> None:
+    async def act(server: Server, held: Held, port: int) -> None:
+        for said in (
+            b"",
+            b"GET /v2 HTTP/1.1\r\n\r\n",
+            b"\x16\x03\x01",
+            b"\r\n\r\n",
+            b"PO",
+            post("/refused", 9_000_000),
+        ):
+            before = server.work
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(said)
+            while server.work - before < 1 + bool(said):
+                await asyncio.sleep(0.001)
+            writer.close()
 
     serve(act)
