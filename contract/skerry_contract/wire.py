@@ -27,6 +27,8 @@ MAX_MESSAGE_BYTES = 256 * 1024
 MAX_INFLATED_BYTES = 4 << 20
 MAX_RECORDS = 1000
 MAX_SEQ = (1 << 63) - 1
+MAX_RANGES = 10_000
+"""Ranges that one record may replace. A device merges and drops so that it stays well below; the server refuses what has more."""
 MAX_FIELDS = 64
 """Most fields of a message, known and unknown together."""
 MAX_EXTRA_BYTES = 16 * 1024

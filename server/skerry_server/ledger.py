@@ -31,8 +31,6 @@ QUARANTINED = "quarantined"
 REPLACED = "replaced"
 TOMBSTONED = "tombstoned"
 
-MAX_RANGES = 10_000
-"""Ranges that one record may replace; more is malformed."""
 MAX_EXTRA = 2000
 """Ranges above ``upto`` that one acknowledgement lists: those of what it answers, and of the others the lowest."""
 _PAGE = 4096

@@ -137,6 +137,38 @@ def next_batch(rows: Iterable[Row], in_flight: Collection[int], *, max_bytes: in
     return tuple(sorted(seqs))
 
 
+def together(spans: Sequence[Sequence[Range]], most: int) -> list[int]:
+    """How many neighbours may share one record each time, so that it replaces at most ``most`` ranges; one alone always may.
+
+    Args:
+        spans: what each of them stands for, ascending, disjoint, of one with those of the others.
+
+    >>> together([[(1, 1)], [(3, 3)], [(5, 5)], [(6, 6)]], 2)
+    [2, 2]
+    >>> together([[(1, 1), (3, 3)], [(2, 2)]], 1)
+    [2]
+    """
+    if len(join_ranges(span for one in spans for span in one)) <= most:
+        return [len(spans)] if spans else []
+    found: list[int] = []
+    joined: tuple[Range, ...] = ()
+    upper = 0
+    for one in spans:
+        upper += len(one)
+        if upper > most:
+            # Counted anew only where it could matter: each time would take time by the square.
+            joined = join_ranges((*joined, *one))
+            upper = len(joined)
+        else:
+            joined = (*joined, *one)
+        if found and upper <= most:
+            found[-1] += 1
+        else:
+            found.append(1)
+            joined, upper = tuple(one), len(one)
+    return found
+
+
 def ranges_of(seqs: Iterable[int]) -> tuple[Range, ...]:
     """Ascending disjoint inclusive ranges.
 

@@ -29,6 +29,8 @@ _PLANNED_ROWS = 2000
 """Records of one kind, the oldest, among which a step of retention chooses: a long backlog is never loaded whole."""
 _INDEX_BYTES = 32 * 1024
 """What the index of the write-ahead log takes on disk."""
+_TOMBS_AT_ONCE = 8
+"""Older tombstones that one drop takes up: what is not among the newest is full."""
 _LEAST_PAGES = 64
 """Free pages of the file in which windows still find room on a full file system."""
 _LEAST_SHARE = 8
@@ -57,6 +59,8 @@ class Store(Outbox):
         self.bound_bytes = bound_bytes
         self.files_bound_bytes = files_bound_bytes
         self.free_bytes = free_bytes
+        self._apart = 0
+        """Windows that were set apart, which is progress too."""
 
     def load(self) -> tuple[int, int]:
         """(bytes used, bytes allowed) of whichever bound is nearer: of records, or of pages in the file."""
@@ -109,6 +113,7 @@ class Store(Outbox):
         started = waiting = self.pending()[1]
         while True:
             used, bound = self.load()
+            apart = self._apart
             actions = retention.plan_retention(self._oldest(), used, bound) if used > bound else ()
             for step in _in_steps(actions):
                 # Some at a time: the log holds what a transaction changed, and is within the bound too.
@@ -125,7 +130,7 @@ class Store(Outbox):
                 if rounds <= 0:
                     break
             left = self.pending()[1]
-            if not actions or left >= waiting or rounds <= 0:
+            if not actions or rounds <= 0 or (left >= waiting and self._apart == apart):
                 return started - left
             waiting = left
 
@@ -155,6 +160,13 @@ class Store(Outbox):
     def _merge(self, seqs: tuple[int, ...]) -> None:
         records = [self.record(self.epoch, seq) for seq in seqs]
         key, _ = self.weigh(seqs)
+        room = retention.together([_stands_for(record) for record in records], _most_ranges())[0]
+        ended = room < len(seqs)
+        seqs, records = seqs[:room], records[:room]
+        if room == 1:
+            # Between these windows lie so many other records that no record may stand for more of them.
+            self._keep_apart(key, seqs)
+            return
         try:
             windows = [wire.decode(w.Window, record.body, max_bytes=wire.MAX_INFLATED_BYTES) for record in records]
             merged = [(wire.encode(window), n) for window, n in merging.merge_some(windows)]
@@ -172,7 +184,7 @@ class Store(Outbox):
         for i, (body, n) in enumerate(merged):
             group, start = seqs[start : start + n], start + n
             # Nothing more goes into one to which its neighbour could not be added; the last may still take some.
-            full = i < len(merged) - 1
+            full = ended or i < len(merged) - 1
             if n == 1:
                 if full:
                     self._keep_apart(key, group)
@@ -185,6 +197,7 @@ class Store(Outbox):
             )
 
     def _keep_apart(self, key: str, seqs: tuple[int, ...]) -> None:
+        self._apart += len(seqs)
         self._db.executemany(
             "UPDATE outbox SET key = ? WHERE epoch = ? AND seq = ?", [(f"{key}#{seq}", self.epoch, seq) for seq in seqs]
         )
@@ -194,22 +207,34 @@ class Store(Outbox):
         tombs = [
             int(row[0])
             for row in self._db.execute(
-                "SELECT seq FROM outbox WHERE epoch = ? AND kind = 'tombstone' AND key = ? AND sent = 0",
-                (self.epoch, action.why),
+                "SELECT seq FROM outbox WHERE epoch = ? AND kind = 'tombstone' AND key = ? AND sent = 0 "
+                "ORDER BY seq DESC LIMIT ?",
+                (self.epoch, action.why, _TOMBS_AT_ONCE),
             )
-        ]
+        ][::-1]
         records = [self.record(self.epoch, seq) for seq in (*tombs, *action.seqs)]
-        _, inferences = self.weigh(action.seqs)
-        dropped = len(action.seqs)
-        self.count_lost(action.why, dropped)
+        start = 0
+        for n in retention.together([_stands_for(record) for record in records], _most_ranges()):
+            group, start = records[start : start + n], start + n
+            if n > 1 or group[0].kind != "tombstone":
+                self._bury(group, action.why, at)
+
+    def _bury(self, records: list[wire.Record], why: str, at: w.Instant) -> None:
+        """One tombstone instead of records; what older ones among them tell, it tells too."""
+        gone = tuple(record.seq for record in records if record.kind != "tombstone")
+        _, inferences = self.weigh(gone)
+        dropped = len(gone)
+        if dropped:
+            self.count_lost(why, dropped)
         if inferences:
             self.count_lost("inferences_dropped", inferences)
-        for record in records[: len(tombs)]:
-            old = wire.decode(wire.Tombstone, record.body)
-            dropped, inferences = dropped + old.records, inferences + old.inferences
-        self.remove((*tombs, *action.seqs))
-        body = wire.encode(wire.Tombstone(at=at, why=action.why, records=dropped, inferences=inferences))
-        self.insert(Entry(kind="tombstone", body=body, key=action.why), _replaced(records))
+        for record in records:
+            if record.kind == "tombstone":
+                old = wire.decode(wire.Tombstone, record.body)
+                dropped, inferences = dropped + old.records, inferences + old.inferences
+        self.remove([record.seq for record in records])
+        body = wire.encode(wire.Tombstone(at=at, why=why, records=dropped, inferences=inferences))
+        self.insert(Entry(kind="tombstone", body=body, key=why), _replaced(records))
 
     def drop(self, epoch: str, seq: int, at: w.Instant, why: str) -> None:
         """Gives up one record that can never be sent, with a tombstone."""
@@ -268,9 +293,14 @@ def _readable(spans: bytes, seq: int) -> tuple[wire.Range, ...]:
     return found
 
 
+def _most_ranges() -> int:
+    """Half of what the server takes: what is dropped or damaged afterwards adds a range each time."""
+    return wire.MAX_RANGES // 2
+
+
+def _stands_for(record: wire.Record) -> tuple[wire.Range, ...]:
+    return (*record.replaces, (record.seq, record.seq))
+
+
 def _replaced(records: Iterable[wire.Record]) -> tuple[wire.Range, ...]:
-    spans: list[wire.Range] = []
-    for record in records:
-        spans.append((record.seq, record.seq))
-        spans += record.replaces
-    return retention.join_ranges(spans)
+    return retention.join_ranges(span for record in records for span in _stands_for(record))

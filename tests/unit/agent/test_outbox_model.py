@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -23,6 +24,7 @@ from skerry_server import ledger
 
 BOOT = "b" * 32
 BOUND = 2500
+MAX_RANGES, MAX_EXTRA = 8, 3
 ACK_S = 30.0
 epochs = itertools.count(1)
 
@@ -35,6 +37,8 @@ class Server:
         self.at: dict[str, tuple[int, int]] = {}
         self.taken: dict[tuple[str, int], wire.Record] = {}
         self.conflicts = 0
+        self.refused = 0
+        """Records that replace more than a record may."""
 
     def take(self, payload: bytes) -> bytes:
         batch = wire.decode_batch(payload)
@@ -46,8 +50,12 @@ class Server:
             ][:most],
         )
         for record in batch.records:
-            if stream.take(record, wire.digest(record)) == "new":
-                self.taken[batch.epoch, record.seq] = record
+            malformed = len(record.replaces) > wire.MAX_RANGES
+            if stream.take(record, wire.digest(record), malformed=malformed) == "new":
+                if malformed:
+                    self.refused += 1
+                else:
+                    self.taken[batch.epoch, record.seq] = record
         extra = stream.settle()
         self.held[batch.epoch] = sorted(rows + stream.added)
         self.at[batch.epoch] = stream.upto, stream.high
@@ -69,6 +77,10 @@ class Device(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="skerry-outbox-"))
+        # What a history of months reaches with the real numbers, one of minutes reaches with these.
+        self.bounds = pytest.MonkeyPatch()
+        self.bounds.setattr(wire, "MAX_RANGES", MAX_RANGES)
+        self.bounds.setattr(ledger, "MAX_EXTRA", MAX_EXTRA)
         self.life = 0
         self.now_s = 0.0
         self.server = Server()
@@ -123,6 +135,19 @@ class Device(RuleBasedStateMachine):
     def something_else_is_kept(self, kind: wire.Kind, size: int) -> None:
         self.store.append([Entry(kind=kind, body=bytes(size))])
         self.others += 1
+
+    @rule(n=st.integers(2, 24), kinds=st.integers(1, 3))
+    def windows_of_several_models_come_with_samples_between(self, n: int, kinds: int) -> None:
+        entries = []
+        for i in range(n):
+            key = w.Key("gas", "a" * 64, "v", "none", "", i % kinds)
+            found = w.Window(key=key, start=self.at(), end=self.at(), counts=w.Counts(ok=1), resources={"r_n": 1})
+            entries.append(Entry(kind="window", body=wire.encode(found), key=str(i % kinds), inferences=1))
+            entries.append(Entry(kind="sample", body=bytes(20)))
+        self.store.append(entries, [RingAt(ring="r", upto=self.ring + n)])
+        self.made += n
+        self.ring += n
+        self.others += n
 
     @rule()
     def the_outbox_is_brought_below_its_bound(self) -> None:
@@ -182,13 +207,22 @@ class Device(RuleBasedStateMachine):
         assert self.server.conflicts == 0
 
     @invariant()
+    def no_record_stands_for_more_than_one_may(self) -> None:
+        assert self.server.refused == 0
+
+    @invariant()
     def the_ring_is_committed_as_far_as_its_windows(self) -> None:
         if self.store is not None and self.ring:
             assert self.store.ring_upto("r") == self.ring
 
     def teardown(self) -> None:
-        if self.store is None:
-            return
+        try:
+            if self.store is not None:
+                self.everything_arrives(self.store)
+        finally:
+            self.bounds.undo()
+
+    def everything_arrives(self, store: Store) -> None:
         self.online = self.upload.open = True
         self.upload.again()
         rounds = 0
