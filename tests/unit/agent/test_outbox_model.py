@@ -136,7 +136,7 @@ class Device(RuleBasedStateMachine):
         self.store.append([Entry(kind=kind, body=bytes(size))])
         self.others += 1
 
-    @rule(n=st.integers(2, 24), kinds=st.integers(1, 3))
+    @rule(n=st.integers(2, 12), kinds=st.integers(1, 3))
     def windows_of_several_models_come_with_samples_between(self, n: int, kinds: int) -> None:
         entries = []
         for i in range(n):
@@ -253,5 +253,5 @@ class Device(RuleBasedStateMachine):
 
 TestOutboxAndServer = Device.TestCase
 TestOutboxAndServer.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
