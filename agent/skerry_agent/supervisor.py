@@ -109,6 +109,7 @@ class Supervisor:
             files_bound_bytes=int(config.limits.outbox_mb * 1e6),
             free_bytes=int(config.limits.outbox_free_mb * 1e6),
         )
+        self._note_boot()
         self._clock.set_lower_bound(float(self._store.get("lower_bound_s", 0.0)))
         self._slots = Slots(config.state_dir / "slots")
         self._runtimes = Runtimes(config, self._clock, self._draw)
@@ -236,6 +237,13 @@ class Supervisor:
             if task is not stopped and not task.cancelled() and task.exception() is not None:
                 raise task.exception() or RuntimeError(task.get_name())
         return 1 if self._ended is not None else 0
+
+    def _note_boot(self) -> None:
+        try:
+            self._store.note_boot(self._clock.boot_id)
+        except Degraded as error:
+            # A full disk, say: the wall clock places this boot, as far as it can.
+            log.warning("boot not noted", extra=kv(code=error.code, detail=error.detail))
 
     def _note_opening(self) -> None:
         opened = self._opened

@@ -193,7 +193,7 @@ def merge(a: Window, b: Window) -> Window:
     """The window of both spans. Commutative and associative in every count.
 
     ``start`` and ``end`` become the earliest and latest by (boot_ns within one boot, else wall_ms). Of two boots, wall clocks that
-    were not set do not tell which came first: who knows the order puts them right (``merging`` on the device).
+    were not set do not tell which came first: who knows it puts them right (``merging`` on the device).
 
     Raises:
         ValueError: when the keys or the bins differ.

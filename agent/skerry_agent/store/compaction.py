@@ -169,7 +169,7 @@ class Store(Outbox):
             return
         try:
             windows = [wire.decode(w.Window, record.body, max_bytes=wire.MAX_INFLATED_BYTES) for record in records]
-            merged = [(wire.encode(window), n) for window, n in merging.merge_some(windows)]
+            merged = [(wire.encode(window), n) for window, n in merging.merge_some(windows, self.boots())]
         except (ValueError, ContractError) as error:
             # Bins that differ under one key cannot be added, bytes that are no window neither.
             log.warning("windows cannot merge", extra=kv(code="unmergeable", key=key, detail=str(error)))

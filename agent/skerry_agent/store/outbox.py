@@ -28,6 +28,8 @@ from skerry_agent.store.database import Database, checksum
 _PAGE_ROWS = 500
 AT_ONCE = 256
 """Records that one transaction takes out."""
+_BOOTS = 256
+"""Boots whose order is remembered."""
 _ROW_BYTES = 64
 """What a row takes beside its body, about."""
 
@@ -149,6 +151,16 @@ class Outbox(Database):
             self._db.execute("UPDATE outbox SET sent = 1")
             self.begin_epoch(binding)
             return "first" if owner is None else "moved"
+
+    def note_boot(self, boot_id: str) -> None:
+        """Remembers the order of boots, in which no clock that was never set can mislead."""
+        boots = self.boots()
+        if boot_id not in boots[-1:]:
+            self.put("boots", [*(boot for boot in boots if boot != boot_id), boot_id][-_BOOTS:])
+
+    def boots(self) -> tuple[str, ...]:
+        """The last boots of this device, in their order."""
+        return tuple(self.get("boots", ()))
 
     @property
     def last_seq(self) -> int:
