@@ -12,7 +12,7 @@ from typing import Any
 
 import paho.mqtt.client as mqtt
 import pytest
-from skerry_agent.config import Identity
+from skerry_agent.identity import Identity
 from skerry_agent.link import Down, Happening, Link, Up
 from skerry_contract import ids, topics
 

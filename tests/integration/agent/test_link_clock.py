@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from skerry_agent.config import Identity
+from skerry_agent.identity import Identity
 from skerry_agent.link import Down, Happening, Link, Up, tls_context
 from skerry_contract import ids
 from skerry_server.ca import FleetCA, open_ca
