@@ -125,8 +125,4 @@ def test_what_ended_otherwise_is_told_in_words(cli: Cli, server: ServerRig, tmp_
     gone = cli("device", "logs", "odd", "--request", str(waiting))
     assert gone.code == FAILED
     assert "the device is revoked" in gone.err
-    again = cli("device", "logs", "odd")
-    assert again.code == FAILED
-    assert "revoked: device 'odd' is revoked" in again.err
-    for arguments in (("nobody",), ("odd", "--request", "0")):
-        assert cli("device", "logs", *arguments).code == USAGE
+    assert cli("device", "logs", "nobody").code == USAGE
