@@ -233,9 +233,9 @@ def test_outcomes_add_how_long_labels_took_per_class_exactly(held, make, device)
             part = msgspec.structs.replace(window, labels=labels)
             held.take(make.up(name, make.record(seq, at(part, end_ms))))
     with reading(held.engine) as connection:
-        whole = profiles.outcomes(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 1)
-        half = profiles.outcomes(connection, held.digest, from_ms=NOW_MS, upto_ms=NOW_MS + 1)
-        none = profiles.outcomes(connection, held.digest, from_ms=NOW_MS + BUCKET_MS, upto_ms=NOW_MS + 10**9)
+        whole = outcomes.counted(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 1)
+        half = outcomes.counted(connection, held.digest, from_ms=NOW_MS, upto_ms=NOW_MS + 1)
+        none = outcomes.counted(connection, held.digest, from_ms=NOW_MS + BUCKET_MS, upto_ms=NOW_MS + 10**9)
     assert whole.lags == {of_class: h.exponential_of(seconds * 4) for of_class, seconds in took.items()}
     assert half.lags == {of_class: h.exponential_of(seconds * 2) for of_class, seconds in took.items()}
     assert none.lags == {}
@@ -257,7 +257,7 @@ def test_lags_that_nobody_can_have_counted_take_their_labels_along_and_nothing_e
     labels = w.Labels(confusion=(5, 1, 0, 0, 4, 0, 0, 0, 2), matched=12, lags=lags)
     held.take(make.up("dev-a", make.record(1, at(msgspec.structs.replace(window, labels=labels), NOW_MS))))
     with reading(held.engine) as connection:
-        found = profiles.outcomes(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 1)
+        found = outcomes.counted(connection, held.digest, from_ms=0, upto_ms=NOW_MS + 1)
     assert (found.rows, found.confusion, found.lags) == (window.counts.rows, (), {})
 
 
