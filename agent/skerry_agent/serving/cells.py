@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from skerry_agent import at_rest
@@ -29,7 +28,8 @@ from skerry_agent.readings import Readings
 from skerry_agent.serving.generation import Generation, counts_of
 from skerry_agent.serving.on_demand import OnDemand
 from skerry_agent.serving.passing import Passing
-from skerry_agent.serving.rings import Rings, model_of
+from skerry_agent.serving.recovering import Recovering
+from skerry_agent.serving.rings import Rings
 from skerry_agent.serving.site import Site
 from skerry_agent.serving.spare import Spare
 from skerry_agent.serving.succession import Cell, ensure_alive, retire
@@ -120,6 +120,7 @@ class Serving:
         )  # fmt: skip
         self.cells: dict[str, Cell] = {}
         self.passing = Passing(self.site, self.cells, self.cell_of, self.front)
+        self.recovering = Recovering(self.site, self.cells, self.cell_of, self.front)
         self.site.on_connection = self.passing.take
         self.site.on_took = self.passing.took
         self.site.on_change = self._changed
@@ -382,42 +383,7 @@ class Serving:
         self._readings.tick()
         self.site.rings.retry()
         self.passing.tick()
-        self.recover()
-
-    def recover(self) -> None:
-        """Lets the serving workers fold the rings that no living worker owns."""
-        if not any(True for _ in self._hands()):
-            return
-        alive, rings = self.site.alive, self.site.rings
-        owned = {ring for other in alive for ring in other.owned_rings}
-        for ring, start in rings.left_behind(owned):
-            heir = self._heir(ring)
-            if heir is not None:
-                heir.recovering.add(ring)
-                heir.worker.send(ww.Recover(ring=ring, start=start))
-                log.info("ring left behind", extra=kv(ring=Path(ring).name, folded_by=heir.number))
-        # Behind the rings: what a dead worker had not yet taken into its book is in there.
-        written = {book for other in alive for book in other.books}
-        recovering = {ring for other in alive for ring in other.recovering}
-        for book, start in rings.books_left_behind(written, recovering=recovering):
-            heir = self._heir(book)
-            if heir is not None:
-                heir.books.add(book)
-                heir.worker.send(ww.AdoptBook(book=book, start=start))
-
-    def _heir(self, ring: str) -> Generation | None:
-        """Who folds what is left of a model: its own cell, since labels for it come there; else the front."""
-        cell = self.cell_of(model_of(ring))
-        if cell is None or (cell.resting and ring.endswith(".ring")):
-            cell = self.front()
-        own = cell.current if cell is not None else None
-        return own if own is not None and own in self._hands() else None
-
-    def _hands(self) -> Iterator[Generation]:
-        for cell in self.cells.values():
-            generation = cell.current
-            if generation is not None and cell.answering() and not generation.leaving:
-                yield generation
+        self.recovering.recover()
 
     # --- who takes connections ---------------------------------------------------------------------------------------
 
@@ -438,7 +404,7 @@ class Serving:
                 generation.accepting = cell is front
                 generation.worker.send(ww.Accept(on=generation.accepting))
         self.passing.hand_on()
-        self.recover()
+        self.recovering.recover()
 
     def _elsewhere(self, generation: Generation) -> dict[str, str]:
         """Models that other cells serve, or will when the change under way is done, and their versions."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from skerry_agent.core import backoff, liveness
 from skerry_agent.core.effects import Arm
 from skerry_agent.errors import AgentError, Rejected
 from skerry_agent.logs import kv
-from skerry_agent.serving.generation import Generation, exit_words, life_of, start_message, take_health
+from skerry_agent.serving.generation import Generation, exit_words, life_of, start_message
+from skerry_agent.serving.hearing import hear
 from skerry_agent.serving.notes import Note
 from skerry_agent.serving.rings import book_of
 from skerry_agent.serving.site import Site
@@ -130,7 +130,7 @@ class Cell:
         # A failure that nobody awaits any more (a start that was given up) is no error of the loop.
         ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         holder: list[Generation] = []
-        worker = await site.spare.take(lambda message, fd: self._take(holder[0], message, fd))
+        worker = await site.spare.take(lambda message, fd: self._hear(holder[0], message, fd))
         generation = Generation(
             number=number, cell=self.name, models=dict(models), rings=rings, worker=worker, ready=ready,
             note=Note(tuple(sorted(models))),
@@ -169,6 +169,9 @@ class Cell:
         site.spare.refill_soon(tuple(sorted({variant.runtime for variant in variants if variant is not None})))
         site.on_start(models, None, generation.proofs)
         return generation
+
+    def _hear(self, generation: Generation, message: Any, fd: int | None) -> None:
+        hear(self._site, generation, message, fd, serves=generation is self.current)
 
     async def _found_out(self, generation: Generation, error: AgentError) -> AgentError:
         """Of a worker that died without a word: the runtime's fault when that does not work with the smallest model either."""
@@ -260,68 +263,6 @@ class Cell:
                 continue
             if (now.arm, now.rollout, now.stage) != (slot.arm, slot.rollout, slot.stage):
                 self.rekey(model, arm=now.arm, rollout=now.rollout, stage=now.stage)
-
-    # --- what comes from workers -------------------------------------------------------------------------------------
-
-    def _take(self, generation: Generation, message: Any, fd: int | None) -> None:
-        site, rings = self._site, self._site.rings
-        match message:
-            case ww.Loading(model=model):
-                generation.loading = model
-            case ww.Ready():
-                if not generation.ready.done():
-                    self._note_memory(generation, message)
-                    generation.loading = ""
-                    generation.ready.set_result(message)
-            case ww.Failed():
-                if not generation.ready.done():
-                    detail = f"{message.model}: {message.detail}"
-                    generation.ready.set_exception(Rejected(message.code, detail, model=message.model))
-            case ww.WindowCut():
-                rings.commit(generation.worker, message)
-            case ww.Sampled():
-                rings.sampled(message)
-            case ww.Health():
-                take_health(generation, message)
-                if generation is self.current:
-                    site.on_health(generation)
-            case ww.Conn() if fd is not None:
-                site.on_connection(generation, message, fd)
-                fd = None
-            case ww.Conn():
-                rings.count_lost("connections_cut", 1)
-            case ww.Took(id=number):
-                site.on_took(number)
-            case ww.Cut(connections=connections):
-                rings.count_lost("connections_cut", connections)
-            case ww.Rekeyed():
-                generation.former.discard(message.ring)
-                rings.remove(message.ring)
-            case ww.Recovered():
-                if rings.recovered(message):
-                    generation.recovering.discard(message.ring)
-            case ww.BookClosed():
-                generation.books.discard(message.book)
-                rings.book_closed(message)
-            case ww.Flushed(id=number):
-                rings.retry()
-                site.on_flushed(number)
-            case ww.Drained():
-                generation.drained.set()
-                rings.count_lost("connections_cut", message.unpassed)
-            case _:
-                pass
-        if fd is not None:
-            os.close(fd)
-
-    def _note_memory(self, generation: Generation, ready: ww.Ready) -> None:
-        variants = (self._site.slots.variant(slot) for slot in generation.models.values())
-        generation.needs_mb = sum(float(variant.needs.rss_mb) for variant in variants if variant is not None)
-        generation.ready_mb = ready.own_mb
-        generation.most_mb = liveness.allowed_mb(
-            base_mb=ready.base_mb, ready_mb=ready.own_mb, needs_mb=generation.needs_mb,
-            slack_mb=self._site.config.limits.leak_slack_mb,
-        )  # fmt: skip
 
     # --- what does not go on -----------------------------------------------------------------------------------------
 
