@@ -11,47 +11,22 @@ import contextlib
 import json
 import logging
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 from sqlalchemy import Connection
 
-from skerry_server import __version__, ca, clock, collector, device_auth, durable, listener, renewal
-from skerry_server.api import (
-    access as access_routes,
-)
-from skerry_server.api import (
-    bundles,
-    device,
-    devices,
-    faults,
-    files,
-    groups,
-    health,
-    insight,
-    limits,
-    logs,
-    repository,
-    rollouts,
-)
-from skerry_server.api import (
-    telemetry as telemetry_routes,
-)
+from skerry_server import ca, clock, collector, device_auth, durable, listener, ports, renewal
 from skerry_server.api.context import Context
+from skerry_server.application import create_app
 from skerry_server.broker.embedded import EmbeddedBroker
 from skerry_server.broker.external import Broker, ExternalBroker
 from skerry_server.broker.natsconf import Client
 from skerry_server.config import Address, Settings
-from skerry_server.console import overview
-from skerry_server.console import routes as console
-from skerry_server.console.sessions import Sessions
 from skerry_server.db import queries
 from skerry_server.db.engine import BUSY_TIMEOUT_MS, can_write, open_engine, reading
 from skerry_server.db.migrations import migrate
@@ -69,61 +44,6 @@ from skerry_server.watch import DriftWatch
 log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-TAGS = [
-    {"name": "server", "description": "Who this server is."},
-    {
-        "name": "tokens",
-        "description": "API tokens and their roles: viewer, engineer, approver, operator, auditor, admin.",
-    },
-    {"name": "audit", "description": "The hash-chained record of every change."},
-    {"name": "repository", "description": "The TUF repository that devices verify."},
-    {"name": "bundles", "description": "Model packages: draft, validated, approved, deprecated, retired, rejected."},
-    {"name": "devices", "description": "Enrolment, pins, membership, revocation."},
-    {"name": "groups", "description": "Devices that share one signed document."},
-    {"name": "rollouts", "description": "Candidates on their way through stages, on recorded evidence."},
-    {"name": "telemetry", "description": "What devices counted."},
-    {"name": "insight", "description": "What counts and labels say of a model: drift and accuracy."},
-    {"name": "device", "description": "What devices call; requests are signed with the device's key."},
-    {"name": "health", "description": "For machines that watch this server."},
-]
-
-
-def create_app(context: Context) -> FastAPI:
-    """The HTTP application over composed parts."""
-    app = FastAPI(
-        title="Skerry",
-        version=__version__,
-        summary="ModelOps for edge fleets",
-        description='Errors: `{"error": {"code", "message", "details"?}}`. Lists: `{"items": [...], "next": cursor or null}`.',
-        openapi_tags=TAGS,
-        docs_url=None,
-        redoc_url=None,
-    )
-    app.state.context = context
-    app.state.sessions = Sessions(context.settings.data / "sessions.json")
-    app.state.overview = overview.Shared()
-    for module in (
-        access_routes,
-        repository,
-        bundles,
-        devices,
-        logs,
-        groups,
-        rollouts,
-        telemetry_routes,
-        insight,
-        device,
-        health,
-    ):
-        app.include_router(module.router)
-    folder = context.settings.data / "repository"
-    app.mount("/repository", files.RepositoryFiles(directory=folder), name="repository")
-    app.include_router(console.router)
-    app.mount("/console/assets", console.assets(), name="assets")
-    faults.install(app)
-    app.add_middleware(limits.BodyLimit, limits=context.settings.limits)
-    app.add_middleware(limits.Timed, telemetry=context.telemetry)
-    return app
 
 
 class Server:
@@ -158,7 +78,7 @@ class Server:
         )
         log.info("limits descriptors=%d connections=%d", descriptors, self._patience.most)
         now = clock.utc_now()
-        last = _last_run(data)
+        last = ports.last_run(data / RUN_FILE)
         self._authority = ca.open_ca(data / "ca", now)
         names = (settings.server.public_host, *settings.server.public_names)
         self._authority.ensure_own(names, now)
@@ -175,7 +95,7 @@ class Server:
         signer = make_online_key(data / "keys" / "online.pem", data / "keys" / "online.pub.json")
         self._repository = Repository(data / "repository", signer, clock.utc_now)
         self._publication = Publication(self._engine, self._repository, clock.now_ms)
-        self._socket = _listen(settings.server.host, settings.server.port, last.get("port", 0))
+        self._socket = ports.listen(settings.server.host, settings.server.port, last.get("port", 0))
         self._stack.callback(self._socket.close)
         self._port = int(self._socket.getsockname()[1])
         with reading(self._engine) as conn:
@@ -197,7 +117,7 @@ class Server:
             key_file=files_.server_key,
             clients=enrolled,
             host=settings.server.host,
-            port=settings.mqtt.port or _if_free(settings.server.host, last_port),
+            port=settings.mqtt.port or ports.if_free(settings.server.host, last_port),
         )
 
     @property
@@ -400,39 +320,3 @@ def _stop_part(name: str, stop: Callable[[], None]) -> None:
     begun = time.monotonic()
     stop()
     log.info("stopped part=%s took_s=%.2f", name, time.monotonic() - begun)
-
-
-def _last_run(data: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((data / RUN_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _listen(host: str, port: int, last: int) -> socket.socket:
-    """A listening socket on the port asked for; on 0 that of the last run, else a free one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for wanted in [port] if port else [last, 0]:
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            found.bind((host, wanted))
-            found.listen(512)
-            return found
-        except OSError:
-            found.close()
-            if wanted == port:
-                raise
-    raise AssertionError("0 always binds or raises")
-
-
-def _if_free(host: str, port: int) -> int:
-    """The port when it can be bound now, else 0."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return 0
-        return port

@@ -51,6 +51,7 @@ LAYERS = {
     "skerry_server": [
         ("cli __main__", True),
         ("app", False),
+        ("application", False),
         ("api renewal console", True),
         ("folder orchestrator ingest watch", False),
         ("findings outcomes why", False),
@@ -61,7 +62,7 @@ LAYERS = {
             ),
             True,
         ),
-        ("repository metadata trust broker mqtt ca device_auth validation telemetry audit listener", False),
+        ("repository metadata trust broker mqtt ca device_auth validation telemetry audit listener ports", False),
         ("db durable clock collector config errors windows", True),
         ("core", True),
     ],
