@@ -58,12 +58,16 @@ class Worker:
         """Sends a message; dropped when the worker is gone."""
         self._channel.send(message, fd)
 
-    async def end(self, grace_s: float) -> int:
-        """Asks it to stop, waits, kills. Returns the exit code."""
+    async def end(self, grace_s: float, *, finish_s: float = 0.0) -> int:
+        """Asks it to stop, waits, kills. Returns the exit code.
+
+        Args:
+            finish_s: how long what is in work may take; ``grace_s`` comes on top, for what is to be done then.
+        """
         if self.alive:
-            self._channel.send(ww.Stop())
+            self._channel.send(ww.Stop(finish_s=finish_s))
             try:
-                await asyncio.wait_for(asyncio.shield(self.exited), grace_s)
+                await asyncio.wait_for(asyncio.shield(self.exited), finish_s + grace_s)
             except TimeoutError:
                 self.kill()
         code = await asyncio.shield(self.exited)

@@ -270,7 +270,9 @@ class Throttle(Message, frozen=True, kw_only=True, tag="throttle"):
 
 
 class Stop(Message, frozen=True, kw_only=True, tag="stop"):
-    """Finish what is in flight, fold, exit. Connections are closed."""
+    """Finish what is in flight, for so long, fold, exit. Connections are closed. Without ``finish_s`` as long as the worker thinks fit."""
+
+    finish_s: float = 0.0
 
 
 # --- worker -> supervisor -------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ from skerry_agent.workers import WORKER, spawn
 
 log = logging.getLogger(__name__)
 
+_LAST_S = 5.0
+"""What is left to a worker once its requests are answered: to fold, and to send that."""
 _FORMER_S = 10.0
 """A worker whose supervisor was killed answers for at most 5 s and goes."""
 
@@ -321,7 +323,7 @@ class Serving:
         site.stopping = True
         for generation in list(site.alive):
             generation.leaving = True
-        await asyncio.gather(*(g.worker.end(grace_s=site.config.timing.drain_s) for g in list(site.alive)))
+        await asyncio.gather(*(g.worker.end(_LAST_S, finish_s=site.config.timing.drain_s) for g in list(site.alive)))
         await site.spare.close()
         site.rings.retry()
         for task in list(site.tasks):

@@ -48,7 +48,7 @@ from skerry_agent.worker.telling import Telling
 log = logging.getLogger(__name__)
 
 FINISH_S = 5.0
-"""How long requests in work may take once the worker is told to stop."""
+"""How long requests in work may take once the worker is told to stop, by whom it is not told how long."""
 _POLL_S = 0.005
 GIVEN_BACK_BYTES = 8 << 20
 
@@ -143,8 +143,8 @@ class Worker:
                 self._channel.send(ww.Flushed(id=number))
             case ww.Throttle(rate=rate):
                 self._throttle(rate)
-            case ww.Stop():
-                self._on_stop()
+            case ww.Stop(finish_s=finish_s):
+                self._end(self._finish(finish_s or FINISH_S))
         if fd is not None:
             os.close(fd)
 
@@ -153,7 +153,7 @@ class Worker:
         self._on_stop()
 
     def _on_stop(self) -> None:
-        self._end(self._finish())
+        self._end(self._finish(FINISH_S))
 
     def _warm(self, runtimes: tuple[str, ...]) -> None:
         for runtime in runtimes:
@@ -401,13 +401,13 @@ class Worker:
         self._channel.send(ww.Drained(unpassed=unpassed))
         self._over.set()
 
-    async def _finish(self) -> None:
+    async def _finish(self, finish_s: float) -> None:
         server = self._server
         if self._feedback is not None:
             self._feedback.leave()
         if server is not None:
             server.stop_accepting()
-            end = self._loop.time() + FINISH_S
+            end = self._loop.time() + finish_s
             while self._loop.time() < end and any(c.busy or c.unsent for c in server.connections):
                 await asyncio.sleep(_POLL_S)
             server.close()

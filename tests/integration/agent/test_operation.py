@@ -119,6 +119,13 @@ def test_a_reload_is_told_to_the_manager_and_a_broken_file_changes_nothing(manag
     assert manager.heard("STATUS=configuration not taken")
     assert device.infer(1) == ["1.0.0"]
 
+    before = time.monotonic()
+    device.config.write_text(f"{good}\n[access]\nrate = inf\n")
+    device.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: manager.heard("READY=1", before), why="READY after a number without an end")
+    answer = device.call("POST", "/skerry/v1/reload", {})
+    assert (answer.status, answer.body["code"]) == (409, "bad_config")
+
     device.config.write_text(good.replace("drain_s = 3", "drain_s = 5"))
     done = agent(device, "reload")
     assert done.stdout == "changed: log.level, timing.drain_s\n", done.stderr
@@ -218,13 +225,18 @@ def test_sigterm_under_load_answers_what_is_in_work_and_counts_exactly_what_was_
     shutil.rmtree(folder)
 
 
-def test_sigterm_waits_for_a_long_inference(make_device: Callable[..., Device]) -> None:
-    device = started(make_device(drain_s=15), kind="slow-on-rows")
+def test_sigterm_waits_for_a_long_inference_as_long_as_the_configuration_says(
+    make_device: Callable[..., Device],
+) -> None:
+    device = started(make_device(drain_s=50), kind="slow")
+    begun = time.monotonic()
+    device.infer(1, value=100_000.0)
+    turns = 100_000.0 * 8 / (time.monotonic() - begun)
     x, _ = models.rows(1)
-    x[0, 0] = models.SLOW_ABOVE + 250_000
+    x[0, 0] = turns
     port = device.port
     client = Client(lambda: http.client.HTTPConnection("127.0.0.1", port, timeout=60), x[0].tolist())
-    time.sleep(0.2)
+    time.sleep(0.5)
     assert client.ok == 0, "it is in work"
     assert device.stop() == 0
     client.join(TIMEOUT_S)
