@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import msgspec
-from skerry_contract import misfit
+from skerry_contract import ids, misfit
+from skerry_contract.errors import ContractError
 from skerry_contract.manifest import Runtime
 
 from skerry_agent.configtree import Config
+from skerry_agent.core import bounds
 from skerry_agent.errors import BadConfig
 
 __all__ = ["Config", "as_toml_keys", "build", "load"]
@@ -45,15 +47,6 @@ _SECTIONS = (
     "telemetry",
     "log",
 )
-_POSITIVE = {
-    "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "limits.max_wait_s", "timing.health_interval_s",
-    "timing.drain_s", "timing.ack_s", "timing.backoff_scale", "timing.courier_s", "mqtt.keepalive_s",
-    "labels.predictions", "labels.former_keys", "timing.spin_s", "timing.unserved_s", "runtime.threads",
-}  # fmt: skip
-_NOT_NEGATIVE = {
-    "apps.clients", "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s", "labels.max_age_s", "pool.waiting",
-    "pool.wait_s", "access.rate", "access.burst", "access.distinct_most", "limits.outbox_free_mb", "limits.upload_kib_s", "limits.file_reserve", "timing.commit_s", "telemetry.readings_s", "telemetry.samples_per_hour",
-}  # fmt: skip
 LEAST_OUTBOX_MB = 8.0
 """The log of the store alone may take 4 MB."""
 LONGEST_COMMIT_S = 60.0
@@ -149,11 +142,18 @@ def _section(
     return kind(**values)
 
 
+def _is_model(name: str) -> bool:
+    try:
+        ids.model_name(name)
+    except ContractError:
+        return False
+    return True
+
+
 def _fault(key: str, value: Any) -> str | None:
-    if key in _POSITIVE and not value > 0:
-        return f"wanted more than 0, got {value}"
-    if key in _NOT_NEGATIVE and not value >= 0:
-        return f"wanted 0 or more, got {value}"
+    outside = bounds.fault(key, value)
+    if outside is not None:
+        return outside
     if key == "limits.outbox_mb" and value < LEAST_OUTBOX_MB:
         return f"wanted {LEAST_OUTBOX_MB:g} or more: the log of the store may take half of it, got {value}"
     if key == "timing.commit_s" and value > LONGEST_COMMIT_S:
@@ -177,6 +177,10 @@ def _fault(key: str, value: Any) -> str | None:
             return f"wanted some of {', '.join(known)}, got {', '.join(map(repr, wrong))}"
         if len(set(value)) != len(value):
             return f"wanted each runtime once, got {', '.join(value)}"
+    if key == "pool.on_demand":
+        wrong = [name for name in value if not _is_model(name)]
+        if wrong:
+            return f"wanted names of models, got {', '.join(map(repr, wrong))}"
     if key == "runtime.threads" and value > MOST_THREADS:
         return f"wanted at most {MOST_THREADS}, got {value}"
     if key == "runtime.onnx_providers" and len(set(value)) != len(value):

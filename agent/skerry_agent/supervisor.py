@@ -324,14 +324,19 @@ class Supervisor:
             log.error("configuration not taken", extra=kv(faults="; ".join(error.faults)))
             self._notify.tell("READY=1", f"STATUS=configuration not taken: {error.faults[0]}")
             return Answer(409, {"error": "; ".join(error.faults), "code": "bad_config", "faults": error.faults})
-        self._config = config
-        for part in (self._serving, self._updating, self._syncing, self._applications):
-            if part is not None:
-                part.configure(config)
-        self._store.bound_bytes = self._store.files_bound_bytes = int(config.limits.outbox_mb * 1e6)
-        logs.configure(as_json=config.log.json, level=config.log.level)
-        self._apply_settings()
-        self._notify.tell("READY=1", "STATUS=")
+        status = "STATUS=configuration not taken whole, the log says why"
+        try:
+            self._config = config
+            for part in (self._serving, self._updating, self._syncing, self._applications):
+                if part is not None:
+                    part.configure(config)
+            self._store.bound_bytes = self._store.files_bound_bytes = int(config.limits.outbox_mb * 1e6)
+            logs.configure(as_json=config.log.json, level=config.log.level)
+            self._apply_settings()
+            status = "STATUS="
+        finally:
+            # A manager that waits for it would wait for ever.
+            self._notify.tell("READY=1", status)
         self.sync()
         return Answer(200, {"live": changes.live, "next_worker": changes.next_worker, "restart": changes.restart})
 

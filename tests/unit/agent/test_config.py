@@ -10,8 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 from skerry_agent import config as c
+from skerry_agent.core import bounds
 from skerry_agent.errors import BadConfig, Degraded
 from skerry_agent.identity import identity
+from skerry_agent.reloading import by_key
 from skerry_contract import wire
 
 
@@ -325,3 +327,37 @@ def test_a_wrong_choice_names_file_key_choices_and_what_was_given(tmp_path: Path
         f"{path}: telemetry.personal: wanted one of drop, hash, got 'keep'",
         "SKERRY_AGENT_TELEMETRY_ENCRYPT: wanted true or false, got 'perhaps'",
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "told"),
+    [
+        ("limits", "outbox_mb = inf", "wanted a number that has an end, got inf"),
+        ("timing", "silent_s = nan", "wanted a number that has an end, got nan"),
+        ("timing", "sync_s = nan", "wanted a number that has an end, got nan"),
+        ("timing", "health_interval_s = inf", "wanted a number that has an end, got inf"),
+        ("timing", "health_interval_s = 1e-9", "wanted at least 0.01, got 1e-09"),
+        ("timing", "inference_s = -5", "wanted more than 0, got -5.0"),
+        ("timing", "silent_s = 0", "wanted more than 0, got 0.0"),
+        ("timing", "courier_s = 1e300", "wanted at most 3.16224e+07, got 1e+300"),
+        ("labels", "predictions = 1000000000000", "wanted at most 1.67772e+07, got 1000000000000"),
+        ("limits", "disk_reserve_mb = 1e30", "wanted at most 1e+09, got 1e+30"),
+        ("access", "rate = 1e-300", "wanted at least 0.0001, got 1e-300"),
+        ("mqtt", "keepalive_s = 70000", "wanted at most 65535, got 70000"),
+        ("pool", 'on_demand = ["gas", "No Such"]', "wanted names of models, got 'No Such'"),
+    ],
+)  # fmt: skip
+def test_numbers_that_nothing_can_follow_are_faults(tmp_path: Path, section: str, line: str, told: str) -> None:
+    with pytest.raises(BadConfig) as caught:
+        c.load(write(tmp_path, f'state_dir = "/x"\n[{section}]\n{line}\n'), {})
+    (fault,) = caught.value.faults
+    assert fault.endswith(f"{section}.{line.split(maxsplit=1)[0]}: {told}")
+
+
+def test_every_number_of_the_configuration_has_bounds(tmp_path: Path) -> None:
+    for key, value in by_key(c.Config(state_dir=tmp_path)).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert bounds.fault(key, value) is None, "its default"
+            assert bounds.fault(key, float("inf")), key
+            if not key.endswith((".port", ".trace_share", ".threads")):
+                assert bounds.fault(key, 10**300), key
