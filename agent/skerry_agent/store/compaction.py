@@ -158,13 +158,14 @@ class Store(Outbox):
         return sorted(found, key=lambda row: row.seq)
 
     def _merge(self, seqs: tuple[int, ...]) -> None:
-        records = [self.record(self.epoch, seq) for seq in seqs]
+        records = self._of_one_life([self.record(self.epoch, seq) for seq in seqs])
+        seqs = tuple(record.seq for record in records)
         key, _ = self.weigh(seqs)
         room = retention.together([_stands_for(record) for record in records], _most_ranges())[0]
         ended = room < len(seqs)
         seqs, records = seqs[:room], records[:room]
         if room == 1:
-            # Between these windows lie so many other records that no record may stand for more of them.
+            # Its neighbours are of another life, or between them lie more other records than a record may stand for.
             self._keep_apart(key, seqs)
             return
         try:
@@ -195,6 +196,14 @@ class Store(Outbox):
                 Entry(kind="window", body=body, key=f"{key}#{group[0]}" if full else key, inferences=inferences),
                 _replaced(records[start - n : start]),
             )
+
+    def _of_one_life(self, records: list[wire.Record]) -> list[wire.Record]:
+        """The most that may merge: what another life of this outbox may have sent does not merge with what only this one made."""
+        starts = self.starts(self.epoch)
+        found: dict[str, list[wire.Record]] = {}
+        for record in records:
+            found.setdefault(starts.life(record.seq, record.replaces), []).append(record)
+        return max(found.values(), key=len)
 
     def _keep_apart(self, key: str, seqs: tuple[int, ...]) -> None:
         self._apart += len(seqs)

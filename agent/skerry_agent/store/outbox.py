@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 from skerry_contract import ids, wire
 
-from skerry_agent.core import retention
+from skerry_agent.core import lives, retention
 from skerry_agent.store.database import Database, checksum
 
 _PAGE_ROWS = 500
@@ -92,6 +92,7 @@ class Outbox(Database):
         self._next_seq = 1
         self._stored = ""
         """The epoch and next seq that the file has."""
+        self._starts: dict[str, lives.Starts] = {}
         self._added = (0, 0, 0)
         """Records, bytes and inferences that the transaction under way put in."""
 
@@ -146,11 +147,28 @@ class Outbox(Database):
             if row is not None and row[1] == binding:
                 self.epoch, self.binding = ids.epoch(row[0]), binding
                 self._next_seq, self._stored = int(row[2]), reached
+                self._note_start()
                 return ""
             # Records of the former epoch are frozen: they may exist on another machine too, and must stay the same records.
             self._db.execute("UPDATE outbox SET sent = 1")
             self.begin_epoch(binding)
             return "first" if owner is None else "moved"
+
+    def _note_start(self) -> None:
+        """See ``core.lives``."""
+        known = self.get("starts", {})
+        starts: dict[str, list[int]] = {}
+        for epoch, next_seq in self.read("SELECT epoch, next_seq FROM epochs"):
+            if self.read("SELECT 1 FROM outbox WHERE epoch = ? LIMIT 1", (epoch,)):
+                last = int(next_seq) - 1
+                starts[epoch] = [int(known[epoch][0]) if epoch in known else last, last]
+        if starts != known:
+            self.put("starts", starts)
+        self._starts = {epoch: lives.Starts(*seqs) for epoch, seqs in starts.items()}
+
+    def starts(self, epoch: str) -> lives.Starts:
+        """How far an epoch was at the starts that matter."""
+        return self._starts.get(epoch, lives.Starts())
 
     def note_boot(self, boot_id: str) -> None:
         """Remembers the order of boots, in which no clock that was never set can mislead."""
@@ -327,7 +345,7 @@ class Outbox(Database):
                 self.begin_epoch(self.binding)
                 self.count_lost(f"epoch_{why}", 1)
             if disputed:
-                self._move(ack.epoch)
+                self._move(ack.epoch, spans=((1, ack.upto), *ack.extra_ranges))
             self._db.execute(
                 "DELETE FROM epochs WHERE current = 0 AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.epoch = epochs.epoch)"
             )
@@ -355,8 +373,11 @@ class Outbox(Database):
             ).rowcount
         return found > 0
 
-    def _move(self, epoch: str) -> None:
-        """Renumbers the disputed records of a broken epoch into the current one."""
+    def _move(self, epoch: str, spans: Sequence[wire.Range]) -> None:
+        """Renumbers the disputed records of a broken epoch into the current one. ``spans``: what the server holds of the broken one.
+
+        A merged window of which the server may hold parts is not sent whole a second time: they would count twice.
+        """
         rows = self._db.execute(
             "SELECT seq, key, inferences FROM outbox WHERE epoch = ? AND kept = 1 ORDER BY seq", (epoch,)
         ).fetchall()
@@ -364,13 +385,24 @@ class Outbox(Database):
             try:
                 record = self.record(epoch, seq)
             except RecordDamaged:
-                self.count_lost("record_damaged", 1)
-                self.count_lost("inferences_dropped", inferences)
+                self._count_gone("record_damaged", inferences)
                 record = None
             self._db.execute("DELETE FROM outbox WHERE epoch = ? AND seq = ?", (epoch, seq))
-            if record is not None:
+            if record is None:
+                continue
+            fate = "move"
+            if record.kind == "window":
+                fate = self.starts(epoch).fate(seq, record.replaces, spans)
+            if fate == "move":
                 # What a merged record replaced lies under the old epoch: the new one knows no trace of it.
                 self.insert(Entry(kind=record.kind, body=record.body, key=key, inferences=inferences), ())
+            elif fate == "give up":
+                self._count_gone("windows_disputed", inferences)
+
+    def _count_gone(self, cause: str, inferences: int) -> None:
+        self.count_lost(cause, 1)
+        if inferences:
+            self.count_lost("inferences_dropped", inferences)
 
     def begin_epoch(self, binding: str) -> None:
         """Begins another life of the outbox, in the caller's transaction."""
