@@ -151,9 +151,11 @@ def _is_model(name: str) -> bool:
 
 
 def _fault(key: str, value: Any) -> str | None:
-    outside = bounds.fault(key, value)
-    if outside is not None:
-        return outside
+    # What can say why comes first.
+    return _own_fault(key, value) or bounds.fault(key, value)
+
+
+def _own_fault(key: str, value: Any) -> str | None:
     if key == "limits.outbox_mb" and value < LEAST_OUTBOX_MB:
         return f"wanted {LEAST_OUTBOX_MB:g} or more: the log of the store may take half of it, got {value}"
     if key == "timing.commit_s" and value > LONGEST_COMMIT_S:
