@@ -6,9 +6,12 @@ of the unix socket. The file is replaced in one rename; a worker sees that withi
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,6 +19,7 @@ import msgspec
 from skerry_agent.errors import Degraded, Rejected
 
 FILE = "clients.json"
+LAST = "clients.last.json"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 _MOST_BYTES = 1 << 20
 
@@ -88,6 +92,11 @@ def add(path: Path, client: Client, *, token: bool) -> str:
         Rejected: ``client_exists``, or ``client_invalid`` with what is wrong.
         Degraded: the file is damaged, or cannot be written.
     """
+    with _alone(path):
+        return _add(path, client, token=token)
+
+
+def _add(path: Path, client: Client, *, token: bool) -> str:
     # Workers import this module and never come here.
     import secrets
 
@@ -116,15 +125,16 @@ def remove(path: Path, name: str) -> None:
         Rejected: ``client_unknown``.
         Degraded: the file is damaged, or cannot be written.
     """
-    known = read(path)
-    kept = tuple(client for client in known if client.name != name)
-    if len(kept) == len(known):
-        raise Rejected(
-            "client_unknown",
-            f"name: wanted a client that is there, got {name!r}",
-            advice=f"known are: {', '.join(c.name for c in known) or 'none'}",
-        )
-    _write(path, kept)
+    with _alone(path):
+        known = read(path)
+        kept = tuple(client for client in known if client.name != name)
+        if len(kept) == len(known):
+            raise Rejected(
+                "client_unknown",
+                f"name: wanted a client that is there, got {name!r}",
+                advice=f"known are: {', '.join(c.name for c in known) or 'none'}",
+            )
+        _write(path, kept)
 
 
 def _check(client: Client) -> None:
@@ -143,8 +153,58 @@ def _check(client: Client) -> None:
         raise ValueError(f"{client.name}: burst: wanted 1 to 1000000, got {client.burst}")
 
 
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One change at a time: of two that read and write in turn, one would be lost, whose token was given away."""
+    try:
+        # The folder itself is locked: it is there, and nothing is left behind.
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise Degraded("clients_not_written", f"{path}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def last_good(path: Path) -> tuple[Client, ...]:
+    """The clients as somebody last read or wrote them, for when the file is damaged; none when nobody did.
+
+    Raises:
+        Degraded: ``clients_damaged``: this copy is, too.
+    """
+    return read(path.with_name(LAST))
+
+
+def keep(path: Path, clients: tuple[Client, ...]) -> None:
+    """Keeps what was read, for ``last_good``. Where that cannot be, the file serves as long as it is whole."""
+    copy = path.with_name(LAST)
+    with contextlib.suppress(OSError, Degraded):
+        if not clients and not copy.exists():
+            return
+        with contextlib.suppress(Degraded):
+            if read(copy) == clients:
+                return
+        _put(copy, clients)
+
+
 def _write(path: Path, clients: tuple[Client, ...]) -> None:
-    temporary = path.with_name(path.name + ".new")
+    try:
+        _put(path, clients)
+    except OSError as error:
+        raise Degraded("clients_not_written", f"{path}: {error.strerror}") from None
+    # Who was removed must not come back.
+    keep(path, clients)
+
+
+def _put(path: Path, clients: tuple[Client, ...]) -> None:
+    # A name of its own: workers keep copies, each when it likes.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "wb") as file:
@@ -152,5 +212,6 @@ def _write(path: Path, clients: tuple[Client, ...]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise Degraded("clients_not_written", f"{path}: {error.strerror}") from None
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

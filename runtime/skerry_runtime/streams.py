@@ -32,11 +32,13 @@ class Sequence(NamedTuple):
 
     Attributes:
         id: the client's name for it; start: begin it anew; end: forget it after this one.
+        of: whose name it is: two clients that are told apart may use one name for two streams.
     """
 
     id: int | str
     start: bool = False
     end: bool = False
+    of: str = ""
 
 
 class States:
@@ -77,7 +79,7 @@ class StreamTable:
         self._begin = begin
         self._clock = clock
         self._lock = threading.Lock()
-        self._streams: OrderedDict[int | str, tuple[Computing, float]] = OrderedDict()
+        self._streams: OrderedDict[tuple[str, int | str], tuple[Computing, float]] = OrderedDict()
         self.begun = self.ended = 0
 
     def __len__(self) -> int:
@@ -91,7 +93,8 @@ class StreamTable:
         """
         with self._lock:
             self._forget_quiet()
-            known = self._streams.pop(sequence.id, None)
+            key = sequence.of, sequence.id
+            known = self._streams.pop(key, None)
             began = sequence.start or known is None
             if known is None or sequence.start:
                 while len(self._streams) >= self._settings.most:
@@ -106,10 +109,10 @@ class StreamTable:
                 found = stream(inputs)
             except Exception:
                 if not self._settings.internal and not began:
-                    self._streams[sequence.id] = (stream, self._clock())
+                    self._streams[key] = (stream, self._clock())
                 raise
             if not sequence.end:
-                self._streams[sequence.id] = (stream, self._clock())
+                self._streams[key] = (stream, self._clock())
             return found, began
 
     def forget_quiet(self) -> None:

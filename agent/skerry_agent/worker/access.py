@@ -207,7 +207,14 @@ class Gate:
         except Degraded as error:
             # Who was known stays known, and nobody else: what the file says cannot be told.
             log.error("clients not read code=%s detail=%s", error.code, error.detail)
-            return
+            if self._epoch:
+                return
+            try:
+                read = c.last_good(self._path)
+            except Degraded:
+                return
+        else:
+            c.keep(self._path, read)
         self._clients = tuple((client, bytes.fromhex(client.token_sha256)) for client in read)
         self._epoch += 1
         self._buckets.clear()

@@ -70,22 +70,25 @@ class Call:
         self.explain_ns = 0
 
 
-def prepare(model: Model, asked: oip.InferRequest) -> Call:
+def prepare(model: Model, asked: oip.InferRequest, client: str = "") -> Call:
     """Judges a request and decides who answers it.
+
+    Args:
+        client: who asks, whose streams it may go on with.
 
     Raises:
         BadInput: a parameter is wrong, or a policy refuses a value.
         Unserved: the fallback model must answer, and is not served here or cannot.
     """
-    call = _prepared(model, asked)
+    call = _prepared(model, asked, client)
     if asked.more is not None and "explain" in asked.more:
         _explain(call, asked.more["explain"], asked.inputs)
     return call
 
 
-def _prepared(model: Model, asked: oip.InferRequest) -> Call:
+def _prepared(model: Model, asked: oip.InferRequest, client: str) -> Call:
     ages = ages_of(asked)
-    sequence = sequence_of(asked)
+    sequence = sequence_of(asked, client)
     age_ms = ages.oldest_ms()
     policies = model.policies
     inputs, kinds = asked.inputs, model.kinds
@@ -254,7 +257,7 @@ def ages_of(asked: oip.InferRequest) -> Ages:
     return Ages(None if whole is None else _age("parameters.age_ms", whole), inputs)
 
 
-def sequence_of(asked: oip.InferRequest) -> Sequence | None:
+def sequence_of(asked: oip.InferRequest, client: str = "") -> Sequence | None:
     """The request's stream, as the protocol's sequence extension says it; None for a request of its own.
 
     Raises:
@@ -280,7 +283,7 @@ def sequence_of(asked: oip.InferRequest) -> Sequence | None:
         if any(marks.values()):
             raise _bad("parameters.sequence_id", "none", "a sequence_id beside sequence_start or sequence_end")
         return None
-    return Sequence(found, marks["sequence_start"], marks["sequence_end"])
+    return Sequence(found, marks["sequence_start"], marks["sequence_end"], client)
 
 
 def kind_of(error: BadInput) -> int:

@@ -73,7 +73,7 @@ class Head:
         accepts: the content coding that the reply may have, by ``Accept-Encoding``; empty for none.
         authorization: as it came; a secret, which no log may show.
         traceparent: of W3C Trace Context, as it came; empty without.
-        client: who asks, where that is counted; never of a head that is kept.
+        client: who asks, where that is counted or has streams; never of a head that is kept.
     """
 
     method: str

@@ -120,7 +120,7 @@ class InferenceService:
                 asked = oip.parse_request(request.body, head.json_length)
             rows = _rows(asked.inputs, model.recorder.max_rows)
             if model.special or asked.more is not None or asked.ages is not None or head.kinds:
-                call = calls.prepare(model, asked)
+                call = calls.prepare(model, asked, head.client)
                 call.kinds |= head.kinds
                 flags |= call.flags
         except BadInput as error:

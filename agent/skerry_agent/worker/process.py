@@ -212,7 +212,7 @@ class Worker:
             self._models, self._service, labels, self._explaining, spans=self._spans, generation=start.generation
         )
         self._throttle(start.throttle)
-        if start.access.distinct:
+        if start.access.distinct or any(model.streams is not None for model in self._models.values()):
             routes.name_of = self._name_of
         self._server = Server(self._routes, max_held_bytes=self._routes.most_held)
         self._server.neighbours = Answerer(self._models, self._service, self._feedback)

@@ -52,7 +52,7 @@ class Routes:
         gate: what every request must pass first; spans: what is traced; None for nothing.
 
     Attributes:
-        name_of: who asks, where that is counted; None where it is not.
+        name_of: who asks, where that is counted or a model has streams; None where neither is.
         most_held: bytes of requests not yet answered that are worth keeping: two of the largest that a model takes.
         elsewhere: models that other workers serve, and their versions, for the index.
     """

@@ -134,7 +134,7 @@ def test_a_client_bound_to_models_labels_only_what_they_predicted(
 def test_clients_are_added_and_removed_while_the_worker_serves_and_a_damaged_file_changes_nobody(
     rig: Rig, bundle: Path, file: Path, ask: Asking
 ) -> None:
-    rig.start(rig.served(bundle), access=ww.Access(clients=str(file)))
+    first = rig.start(rig.served(bundle), access=ww.Access(clients=str(file)))
     assert ask("POST", INFER, body())[0] == 401
 
     def until(status: int, token: str) -> None:
@@ -150,6 +150,12 @@ def test_clients_are_added_and_removed_while_the_worker_serves_and_a_damaged_fil
     end = time.monotonic() + 1.0
     while time.monotonic() < end:
         assert ask("POST", INFER, body(), token)[0] == 200
+    # Nor does the next worker forget them: after a crash, an update.
+    rig.kill(first)
+    ask.connection.close()
+    rig.start(rig.served(bundle), access=ww.Access(clients=str(file)))
+    assert ask("POST", INFER, body(), token)[0] == 200
+    assert ask("POST", INFER, body(), token + "x")[0] == 401
     file.write_bytes(good)
     clients.remove(file, "late")
     until(401, token)

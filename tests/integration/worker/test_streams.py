@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from skerry_agent import clients
+from skerry_agent import workerwire as ww
 from skerry_contract import manifest as mf
 
 from tests import streaming
@@ -20,7 +22,8 @@ from tests.integration.worker.rig import Rig
 class Client:
     """One keep-alive connection."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, token: str = "") -> None:
+        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
 
     def ask(self, row: np.ndarray, sequence: int | str | None = None, **marks: Any) -> tuple[int, Any]:
@@ -33,7 +36,7 @@ class Client:
             body["parameters"] = {**({"sequence_id": sequence} if sequence is not None else {}), **marks}
         if outputs:
             body["outputs"] = outputs
-        self.connection.request("POST", "/v2/models/gas/infer", json.dumps(body))
+        self.connection.request("POST", "/v2/models/gas/infer", json.dumps(body), self.headers)
         response = self.connection.getresponse()
         return response.status, json.loads(response.read())
 
@@ -182,3 +185,17 @@ def test_memory_stays_bounded_over_many_streams(rig: Rig, tmp_path: Path) -> Non
     for i in range(500, 2000):
         client.y(one, i)
     assert rss_kb() - before < 2000
+
+
+def test_clients_that_are_told_apart_may_use_one_name_for_two_streams(rig: Rig, summing: Path, tmp_path: Path) -> None:
+    file = tmp_path / clients.FILE
+    tokens = [clients.add(file, clients.Client(name=name), token=True) for name in ("first", "second")]
+    rig.start(rig.served(summing), access=ww.Access(clients=str(file)))
+    x = streaming.rows(6, seed=1)
+    first, second = (Client(rig, token) for token in tokens)
+    for t, wanted in enumerate(streaming.sums(x)):
+        assert first.y(x[t], 1, sequence_start=t == 0) == (wanted.tolist(), t == 0)
+        assert second.y(x[t], 1, sequence_start=t == 0) == (wanted.tolist(), t == 0)
+    assert second.y(x[0], 1, sequence_end=True)[1] is False
+    assert second.y(x[0], 1)[1] is True
+    assert first.y(x[0], 1)[1] is False

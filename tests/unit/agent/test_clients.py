@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,29 @@ def test_a_damaged_file_is_told_and_never_taken_for_an_empty_one(tmp_path: Path,
     with pytest.raises(Degraded, match="clients_damaged"):
         c.add(path, c.Client(name="b"), token=True)
     assert path.read_bytes() == data
+
+
+def test_clients_added_by_several_at_a_time_are_all_there(tmp_path: Path) -> None:
+    path = tmp_path / c.FILE
+    said = f"""
+import sys
+from pathlib import Path
+from skerry_agent import clients as c
+for i in range(20):
+    c.add(Path({str(path)!r}), c.Client(name=f"{{sys.argv[1]}}-{{i}}"), token=True)
+"""
+    adding = [subprocess.Popen([sys.executable, "-c", said, f"client-{n}"]) for n in range(4)]
+    assert [one.wait(60) for one in adding] == [0] * 4
+    assert len(c.read(path)) == 80
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([c.FILE, c.LAST])
+
+
+def test_the_last_good_clients_are_those_last_written_or_read(tmp_path: Path) -> None:
+    path = tmp_path / c.FILE
+    c.add(path, c.Client(name="camera"), token=True)
+    c.add(path, c.Client(name="logger"), token=True)
+    c.remove(path, "camera")
+    path.write_bytes(b"{")
+    assert [client.name for client in c.last_good(path)] == ["logger"]
+    c.keep(path, ())
+    assert c.last_good(path) == ()
