@@ -25,6 +25,8 @@ LEAST_BODY: Final = 1 << 20
 """Any path takes as much."""
 MOST_JSON_VALUES: Final = 4 << 20
 """Of one tensor that comes as JSON: each becomes an object of some 32 bytes."""
+_INFERENCE = 4 << 20
+"""Of an inference, whatever the model's inputs: names, parameters, and spaces that somebody likes."""
 _VALUE = 128
 """Bytes that one number may take in a request: 17 digits, written one to a line and far indented."""
 _SLACK = 2048
@@ -43,7 +45,7 @@ class Takes:
         self._most = {tensor.name: _most_values(tensor, max_rows) for tensor in inputs}
         free = any(most is None or text for most, text in self._most.values())
         values = sum(most or 0 for most, _ in self._most.values())
-        self.body_bytes = MOST_BODY if free else min(MOST_BODY, LEAST_BODY + _VALUE * values)
+        self.body_bytes = MOST_BODY if free else min(MOST_BODY, _INFERENCE + _VALUE * values)
 
     def judge(self, name: str, shape: Sequence[int], size: int) -> int:
         """How many values a tensor of a large request has, by its shape.

@@ -75,10 +75,10 @@ def test_a_body_that_no_input_needs_is_refused_at_its_header(rig: Rig, bundle: P
     with begin(rig, 60 * _MB) as sock:
         said = sock.recv(4096)
     assert said.startswith(b"HTTP/1.1 413 ")
-    assert b'{"error":"body: at most 2097152 bytes for gas, got 62914560"}' in said
+    assert b'{"error":"body: at most 5242880 bytes for gas, got 62914560"}' in said
     bomb = gzip.compress(b" " * (60 * _MB))
     status, said = ask(rig, bomb, {"Content-Encoding": "gzip"})
-    assert (status, said["error"]) == (413, "body: at most 2097152 bytes when inflated")
+    assert (status, said["error"]) == (413, "body: at most 5242880 bytes when inflated")
     for path in ("/skerry/v1/feedback", "/v2/repository/index"):
         status, said = ask(rig, bomb, {"Content-Encoding": "gzip"}, path)
         assert (status, said["error"]) == (413, "body: at most 1048576 bytes when inflated")

@@ -27,7 +27,7 @@ def body(data: str, shape: object, *, name: str = "x", datatype: str = "FP32", m
 
 
 def test_a_body_may_be_as_long_as_the_models_inputs_can_need() -> None:
-    assert takes(ROWS).body_bytes == (1 << 20) + 2048 * 4 * 128
+    assert takes(ROWS).body_bytes == (4 << 20) + 2048 * 4 * 128
     assert takes(ROWS, TEXT).body_bytes == takes(FREE).body_bytes == 64 << 20
     rows = [[0.12345678901234567] * 4] * 2048
     assert len(json.dumps({"inputs": [{"name": "x", "data": rows}]}, indent=8)) < takes(ROWS).body_bytes
