@@ -26,7 +26,8 @@ from skerry_agent.upload import Upload
 
 log = logging.getLogger(__name__)
 
-_COMPACT_ROUNDS = 2
+_COMPACT_S, _REST_S = 0.02, 0.05
+"""An outbox above its bound is compacted for so long, then the loop does its other work: links, workers, ``status``."""
 _AGAIN_S = 60.0
 """After what nobody foresaw: a bug that shows at every look must not keep the loop and the log busy."""
 
@@ -67,6 +68,8 @@ class Uplink:
         self._server: wire.ServerState | None = None
         self._birth = 0
         self._pumping = False
+        self._rest: asyncio.TimerHandle | None = None
+        self._freed_bytes = 0
         self._not_before_s: dict[str, float] = {}
         self.link = Link(
             identity, context=None if plain_mqtt else lambda: tls_context(identity),
@@ -92,6 +95,8 @@ class Uplink:
     async def stop(self) -> None:
         """Sends what may still be sent, says goodbye and ends."""
         self.pump()
+        if self._rest is not None:
+            self._rest.cancel()
         await self.link.stop()
 
     # --- to the server -----------------------------------------------------------------------------------------------
@@ -152,11 +157,21 @@ class Uplink:
                     self.event("outbox", "outbox_unforeseen", {"what": what, "detail": detail})
 
     def _keep_within_bound(self) -> None:
-        used, bound = self._store.load()
-        if used > bound:
-            # A little at a time: the loop has links and workers to look after, and comes by again.
-            freed = self._store.compact(self._clock.instant(), rounds=_COMPACT_ROUNDS)
-            log.warning("outbox compacted", extra=kv(freed_bytes=freed))
+        if self._store.within_bounds():
+            if self._freed_bytes:
+                log.warning("outbox compacted", extra=kv(freed_bytes=self._freed_bytes))
+                self._freed_bytes = 0
+            return
+        end_s = self._clock.boot_s() + _COMPACT_S
+        freed = self._store.compact(self._clock.instant(), more=lambda: self._clock.boot_s() < end_s)
+        self._freed_bytes += freed
+        # What cannot be made smaller is looked at again at the next tick.
+        if (freed > 0 or self._store.planned) and self._rest is None:
+            self._rest = asyncio.get_running_loop().call_later(_REST_S, self._rested)
+
+    def _rested(self) -> None:
+        self._rest = None
+        self.pump_soon()
 
     def _send(self) -> None:
         self._store.tidy()

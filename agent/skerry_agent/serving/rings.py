@@ -33,6 +33,8 @@ from skerry_agent.store import Entry, RingAt, Store
 log = logging.getLogger(__name__)
 
 _BUSY_S = 1.0
+_COMPACT_S = 0.05
+"""Room is made for so long at a try: the loop has other work, and comes by again."""
 SHADOW_RING = "shadow-"
 """Positions of a process that answers nobody have a name that begins so, and no file; they end with it."""
 _AT_ONCE = 64
@@ -165,13 +167,17 @@ class Rings:
                         self._retry_at_s = self._clock.boot_s() + _BUSY_S if again else 0.0
                         return
                     if error.code != "store_damaged":
-                        self._store.compact(self._clock.instant())
+                        self._make_room()
                         return
                     raise
         except Degraded as error:
             # No room to make room either, or a lock: the windows wait here, and in their rings, for the next try.
             if error.code == "store_damaged":
                 self._on_fault(error)
+
+    def _make_room(self) -> None:
+        end_s = self._clock.boot_s() + _COMPACT_S
+        self._store.compact(self._clock.instant(), more=lambda: self._clock.boot_s() < end_s)
 
     def _store_some(self) -> None:
         some = self._unstored.first(_AT_ONCE)

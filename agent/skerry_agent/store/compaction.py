@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -59,8 +60,9 @@ class Store(Outbox):
         self.bound_bytes = bound_bytes
         self.files_bound_bytes = files_bound_bytes
         self.free_bytes = free_bytes
-        self._apart = 0
-        """Windows that were set apart, which is progress too."""
+        self._planned: deque[retention.Action] = deque()
+        """What is still to be done of a plan, so that a step does not look at everything again; ``_planned_for``: the epoch it is of."""
+        self._planned_for = ""
 
     def load(self) -> tuple[int, int]:
         """(bytes used, bytes allowed) of whichever bound is nearer: of records, or of pages in the file."""
@@ -104,35 +106,81 @@ class Store(Outbox):
             )  # fmt: skip
         return super().append(entries, rings)
 
-    def compact(self, at: w.Instant, *, rounds: int = 1 << 30) -> int:
+    def compact(self, at: w.Instant, *, rounds: int = 1 << 30, more: Callable[[], bool] = lambda: True) -> int:
         """Brings the outbox below its bounds by ``core.retention``. Returns the bytes of records that went.
 
         Args:
             rounds: most transactions of this call; whoever has other work calls again.
+            more: whether there is time for more than what was done so far; asked after each step, the shortest there is.
         """
         started = waiting = self.pending()[1]
         while True:
-            used, bound = self.load()
-            apart = self._apart
-            actions = retention.plan_retention(self._oldest(), used, bound) if used > bound else ()
-            for step in _in_steps(actions):
-                # Some at a time: the log holds what a transaction changed, and is within the bound too.
-                try:
-                    with self.transaction():
-                        for action in step:
-                            if isinstance(action, retention.Merge):
-                                self._merge(action.seqs)
-                            else:
-                                self._drop(action, at)
-                except RecordDamaged as error:
-                    self.drop(error.epoch, error.seq, at, "record_damaged")
-                rounds -= 1
-                if rounds <= 0:
+            if not self._planned or self._planned_for != self.epoch:
+                self._plan()
+                if not self._planned:
                     break
-            left = self.pending()[1]
-            if not actions or rounds <= 0 or (left >= waiting and self._apart == apart):
-                return started - left
-            waiting = left
+                waiting = self.pending()[1]
+            try:
+                self._some(at, more)
+            except RecordDamaged as error:
+                self._planned.clear()
+                self.drop(error.epoch, error.seq, at, "record_damaged")
+            rounds -= 1
+            if rounds <= 0 or not more():
+                break
+            if not self._planned and self.pending()[1] >= waiting:
+                break
+        return started - self.pending()[1]
+
+    def within_bounds(self) -> bool:
+        """Whether there is nothing to compact."""
+        used, bound = self.load()
+        return used <= bound and not self._planned
+
+    @property
+    def planned(self) -> bool:
+        """Whether something of a plan is still to be done."""
+        return bool(self._planned)
+
+    def _plan(self) -> None:
+        self._planned.clear()
+        self._planned_for = self.epoch
+        used, bound = self.load()
+        if used > bound:
+            for action in retention.plan_retention(self._oldest(), used, bound):
+                if isinstance(action, retention.Merge):
+                    self._planned.append(action)
+                else:
+                    self._planned += [
+                        retention.Drop(seqs=action.seqs[at : at + AT_ONCE], why=action.why)
+                        for at in range(0, len(action.seqs), AT_ONCE)
+                    ]
+
+    def _some(self, at: w.Instant, more: Callable[[], bool]) -> None:
+        """One transaction: the log holds what it changed, and is within the bound too."""
+        used, bound = self.load()
+        if used <= int(bound * retention.LOW_WATER):
+            # Acknowledgements made room meanwhile.
+            self._planned.clear()
+            return
+        taken = 0
+        with self.transaction():
+            while self._planned and taken < AT_ONCE:
+                action = self._planned.popleft()
+                # Since it was planned, some may have been sent, or are gone.
+                seqs = self._free_seqs(action.seqs)
+                taken += len(action.seqs)
+                if isinstance(action, retention.Drop):
+                    if seqs:
+                        self._drop(retention.Drop(seqs=seqs, why=action.why), at)
+                elif len(seqs) > 1:
+                    self._merge(seqs)
+                if not more():
+                    break
+
+    def _free_seqs(self, seqs: tuple[int, ...]) -> tuple[int, ...]:
+        query = "SELECT 1 FROM outbox WHERE epoch = ? AND seq = ? AND sent = 0"
+        return tuple(seq for seq in seqs if self.read(query, (self.epoch, seq)))
 
     def tidy(self) -> int:
         """See ``Database.tidy``; also takes the ballast again once there is room for it."""
@@ -206,7 +254,6 @@ class Store(Outbox):
         return max(found.values(), key=len)
 
     def _keep_apart(self, key: str, seqs: tuple[int, ...]) -> None:
-        self._apart += len(seqs)
         self._db.executemany(
             "UPDATE outbox SET key = ? WHERE epoch = ? AND seq = ?", [(f"{key}#{seq}", self.epoch, seq) for seq in seqs]
         )
@@ -264,28 +311,6 @@ class Store(Outbox):
                 Entry(kind="tombstone", body=body, key=why),
                 _replaced([wire.Record(seq=seq, kind="window", body=b"", replaces=_readable(spans, seq))]),
             )
-
-
-def _in_steps(actions: Iterable[retention.Action]) -> Iterator[list[retention.Action]]:
-    """The same actions, each list of about ``AT_ONCE`` records."""
-    step: list[retention.Action] = []
-    taken = 0
-    for action in actions:
-        if isinstance(action, retention.Merge):
-            step.append(action)
-            taken += len(action.seqs)
-        else:
-            for start in range(0, len(action.seqs), AT_ONCE):
-                step.append(retention.Drop(seqs=action.seqs[start : start + AT_ONCE], why=action.why))
-                if start + AT_ONCE < len(action.seqs):
-                    yield step
-                    step, taken = [], 0
-            taken += len(action.seqs) % AT_ONCE
-        if taken >= AT_ONCE:
-            yield step
-            step, taken = [], 0
-    if step:
-        yield step
 
 
 def _readable(spans: bytes, seq: int) -> tuple[wire.Range, ...]:

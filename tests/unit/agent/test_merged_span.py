@@ -43,7 +43,8 @@ def test_a_full_outbox_over_two_boots_without_a_clock(tmp_path: Path) -> None:
         )[0]
 
     # Both boots begin in 1970: by the wall clock the short second one lies within the long first one.
-    boots = {"a": range(0, 90_000, 3000), "b": range(60, 2060, 100)}
+    # What waited at the first start of all merges with nothing later: it may have been put back from a backup.
+    boots = {"z": range(1), "a": range(0, 90_000, 3000), "b": range(60, 2060, 100)}
     for boot, at in boots.items():
         store = opened()
         try:
@@ -58,11 +59,11 @@ def test_a_full_outbox_over_two_boots_without_a_clock(tmp_path: Path) -> None:
             store.close()
     store = opened()
     try:
-        while store.pending()[0] > 1:
+        while store.pending()[0] > 2:
             squeeze(store)
         batch = store.next_batch(set(), max_bytes=1 << 20, max_records=100)
         assert batch is not None
-        (record,) = batch.records
+        _, record = batch.records
         merged = wire.decode_window(record.body)
         assert merged.counts.ok == 50
         assert spans(merged) == (("a", 0), ("b", 2050))
