@@ -5,8 +5,8 @@ was. The answer is a number: of a classifier the probability of the class that i
 first number of the first numeric output. Of a linear model ``y = w x + b`` the attribution of feature i is exactly
 ``w_i (x_i - median_i)``. Only features with a median in the manifest (``explanations.medians``) are explained.
 
-All features of a row are one run of the model where its batch may vary; else each is a run of its own. A model that keeps
-state between requests has no answer that could be asked again, and is not explained.
+All features of a row, and several rows, are one run of the model where its batch may vary; else each is a run of its own. A
+model that keeps state between requests has no answer that could be asked again, and is not explained.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Occluder:
     Attributes:
         features: names, in the manifest's order, of those that have a median.
         scale: what attributions are quantized by, see ``attribution_scale``.
-        batched: whether all features of a row are one run.
+        batched: whether all features of a row, and several rows, are one run.
     """
 
     def __init__(self, manifest: mf.Manifest, infer: Callable[[Tensors], Tensors], *, batched: bool) -> None:
@@ -87,22 +87,47 @@ class Occluder:
         Raises:
             BadInput, EngineFailed: as the model's own inference.
         """
+        return self.explain_rows(inputs)[0]
+
+    def explain_rows(self, inputs: Tensors) -> list[Explanation]:
+        """Explains rows, of a model that is ``batched`` all in one run.
+
+        Args:
+            inputs: raw; every first dimension is the number of rows, 1 where the model is not ``batched``.
+
+        Raises:
+            BadInput, EngineFailed: as the model's own inference; also where only one of the rows is at fault.
+        """
         values = self._batch(inputs) if self.batched else self._one_by_one(inputs)
+        return [self._told(row) for row in values.reshape(-1, 1 + len(self._watched), values.shape[1])]
+
+    def explain_each(self, inputs: Tensors) -> list[Explanation | Exception]:
+        """``explain_rows``, where a row that the model refuses takes no other along: it has its error in its place."""
+        try:
+            return list(self.explain_rows(inputs))
+        except Exception as error:
+            rows = len(next(iter(inputs.values())))
+            if rows == 1:
+                return [error]
+        return [one for i in range(rows) for one in self.explain_each({k: v[i : i + 1] for k, v in inputs.items()})]
+
+    def _told(self, values: npt.NDArray[np.float64]) -> Explanation:
         column = int(values[0].argmax()) if self._output.labels else 0
         answers = values[:, column]
         return Explanation(self._output.name, column, float(answers[0]), answers[0] - answers[1:])
 
     def _batch(self, inputs: Tensors) -> npt.NDArray[np.float64]:
-        feeds = {name: np.repeat(array, 1 + len(self._watched), axis=0) for name, array in inputs.items()}
+        step = 1 + len(self._watched)
+        feeds = {name: np.repeat(array, step, axis=0) for name, array in inputs.items()}
         for i, feature in enumerate(self._watched, 1):
-            _put(feeds[feature.input], i, feature.column, self._medians[feature.name])
+            _put(feeds[feature.input], slice(i, None, step), feature.column, self._medians[feature.name])
         return self._numbers(self._infer(feeds))
 
     def _one_by_one(self, inputs: Tensors) -> npt.NDArray[np.float64]:
         found = [self._numbers(self._infer(inputs))]
         for feature in self._watched:
             changed = inputs[feature.input].copy()
-            _put(changed, 0, feature.column, self._medians[feature.name])
+            _put(changed, slice(None), feature.column, self._medians[feature.name])
             found.append(self._numbers(self._infer({**inputs, feature.input: changed})))
         return np.concatenate(found)
 
@@ -135,10 +160,10 @@ def attribution_scale(occluder_output: Array | None, *, classifier: bool) -> flo
     return float(2.0 ** np.ceil(np.log2(largest))) if 0 < largest < np.inf else 1.0
 
 
-def _put(array: Array, row: int, column: int, value: float) -> None:
+def _put(array: Array, rows: slice, column: int, value: float) -> None:
     # A datatype of integers has its nearest.
     number = round(value) if array.dtype.kind in "iu" else value
     if array.ndim == 1:
-        array[row] = number
+        array[rows] = number
     else:
-        array[row, column] = number
+        array[rows, column] = number

@@ -1,7 +1,8 @@
 """Explains answers beside the answering: chosen rows into windows, and single ones on request (``POST /skerry/v1/explain``).
 
-A thread of its own, of low priority, does it while no request is in work, one row at a time, and sleeps after each so that it
-has at most ``BUDGET`` of one processor. What it cannot get to is dropped and counted: of the rows that were chosen
+A thread of its own, of low priority, does it while no request is in work, some rows in one run of the model, and sleeps after
+each run so that it has at most ``BUDGET`` of one processor. Of an audit class all are to be explained: their rows wait up to
+``MOST_AUDITED_BYTES``, of a share only ``MOST_WAITING``. What does not fit is dropped and counted: of the rows that were chosen
 (``explain.chosen``) each ends as explained (``explain.rows``) or dropped (``explain.dropped``), in this window or in a later
 one of the same key; a killed worker takes along what it had not explained.
 """
@@ -16,6 +17,7 @@ import queue
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -37,6 +39,15 @@ log = logging.getLogger(__name__)
 
 BUDGET = 0.05
 MOST_WAITING = 256
+"""Rows of a share, of all models."""
+MOST_AUDITED_BYTES = 4 << 20
+"""Of rows of audit classes that wait, of all models: 8,000 rows of 30 features, as many as a ring holds by default."""
+MOST_TOGETHER = 512
+"""Rows of the model's own batch: each row that is explained is one, and one more for each of its features."""
+_RUN_NS = 10_000_000
+"""How long one run may take, about, where the last one's pace holds: what a client asks waits for it."""
+_ROW_BYTES = 300
+"""What a row that waits takes beside its values."""
 MOST_ASKED = 8
 _IDLE_S = 0.02
 _LONGEST_PAUSE_S = 5.0
@@ -45,8 +56,9 @@ _RETRY_LATER = b"Retry-After: 1\r\n"
 _PREDICTION = re.compile(r"([a-z0-9][a-z0-9-]{0,62}-[0-9a-f]{10}-)([0-9a-f]{1,16})")
 
 Done = Callable[[bytes], None]
-Finish = Callable[["explain.Explanation | Exception", int], None]
-"""Gets what came of it, and what that took, ns."""
+Found = list[explain.Explanation | Exception]
+Finish = Callable[[Found, int], None]
+"""Gets what came of each row, and what all of them took, ns."""
 
 
 class Loop(Protocol):
@@ -116,6 +128,13 @@ class Explaining:
         self._waiting: dict[str, int] = dict.fromkeys(models, 0)
         self._lives: dict[str, int] = dict.fromkeys(models, 0)
         self._asked = 0
+        self._chosen: deque[tuple[str, Row]] = deque()
+        self._shares = 0
+        """Rows among them that no audit wants."""
+        self._audited_bytes = 0
+        self._running = False
+        self._pace_ns = dict.fromkeys(models, 0)
+        """What a row took in the last run."""
 
     # --- chosen rows ------------------------------------------------------------------------------------------------
 
@@ -135,36 +154,79 @@ class Explaining:
         return lambda rows: self._take(name, rows)
 
     def _take(self, name: str, rows: list[Row]) -> int:
-        model = self._models[name]
-        room = MOST_WAITING - sum(self._waiting.values())
-        taken = rows[: max(0, room)]
-        occluder, life = model.attributing.occluder, self._lives[name]
-        for row in taken:
-            inputs = inputs_of(model, row.values)
-            self._put(
-                1, occluder, inputs, lambda found, took_ns, row=row: self._explained(name, life, row, found, took_ns)  # type: ignore[misc]
-            )  # fmt: skip
-        self._waiting[name] += len(taken)
-        return len(taken)
+        taken = 0
+        for row in rows:
+            size = _ROW_BYTES + row.values.nbytes
+            if self._audits(name, row):
+                if self._audited_bytes + size > MOST_AUDITED_BYTES:
+                    continue
+                self._audited_bytes += size
+            elif self._shares < MOST_WAITING:
+                self._shares += 1
+            else:
+                continue
+            self._chosen.append((name, row))
+            taken += 1
+        self._waiting[name] += taken
+        self._run()
+        return taken
 
-    def _explained(self, name: str, life: int, row: Row, found: explain.Explanation | Exception, took_ns: int) -> None:
-        if life != self._lives[name]:
-            return  # counted as dropped, under the key it was answered under
-        self._waiting[name] -= 1
-        model = self._models[name]
-        wanted = model.recorder.plan.explain
-        audited = wanted is not None and row.predicted in wanted.audit
-        if self._spans is not None:
-            parent = self._spans.request_at(model, row.position)
-            self._spans.explained(model, parent, took_ns, "audit" if audited else "share", found)
-        if isinstance(found, Exception):
-            log.warning("row not explained model=%s error=%s", name, type(found).__name__)
-            model.recorder.tally("explain.dropped", 1)
+    def _audits(self, name: str, row: Row) -> bool:
+        wanted = self._models[name].recorder.plan.explain
+        return wanted is not None and row.predicted in wanted.audit
+
+    def _out(self, name: str, row: Row) -> None:
+        """A row waits no longer."""
+        if self._audits(name, row):
+            self._audited_bytes -= _ROW_BYTES + row.values.nbytes
+        else:
+            self._shares -= 1
+
+    def _run(self) -> None:
+        """Gives the thread the next rows of one model, unless it has some."""
+        if self._running or not self._chosen:
             return
+        name = self._chosen[0][0]
+        model, life = self._models[name], self._lives[name]
         occluder = model.attributing.occluder
-        model.recorder.explained(occluder.features, found.attributions[None], occluder.scale)
-        if audited:
-            self._on_audit(name, row, open_part(model.manifest, occluder, found)[0])
+        most = MOST_TOGETHER // (1 + len(occluder.features)) if occluder.batched else 1
+        if self._pace_ns[name]:
+            most = min(most, _RUN_NS // self._pace_ns[name])
+        rows: list[Row] = []
+        while self._chosen and self._chosen[0][0] == name and (not rows or len(rows) < most):
+            row = self._chosen.popleft()[1]
+            self._out(name, row)
+            rows.append(row)
+        self._running = True
+        inputs = inputs_of(model, np.stack([row.values for row in rows]))
+        self._put(1, occluder, inputs, lambda found, took_ns: self._ran(name, life, rows, found, took_ns))
+
+    def _ran(self, name: str, life: int, rows: list[Row], found: Found, took_ns: int) -> None:
+        self._running = False
+        self._pace_ns[name] = took_ns // len(rows)
+        if life == self._lives[name]:  # else counted as dropped, under the key they were answered under
+            self._waiting[name] -= len(rows)
+            self._explained(name, list(zip(rows, found, strict=True)), took_ns // len(rows))
+        self._run()
+
+    def _explained(self, name: str, pairs: list[tuple[Row, explain.Explanation | Exception]], took_ns: int) -> None:
+        model = self._models[name]
+        occluder, attributions = model.attributing.occluder, []
+        for row, found in pairs:
+            audited = self._audits(name, row)
+            if self._spans is not None:
+                parent = self._spans.request_at(model, row.position)
+                self._spans.explained(model, parent, took_ns, "audit" if audited else "share", found)
+            if isinstance(found, Exception):
+                log.warning("row not explained model=%s error=%s", name, type(found).__name__)
+                continue
+            attributions.append(found.attributions)
+            if audited:
+                self._on_audit(name, row, open_part(model.manifest, occluder, found)[0])
+        if attributions:
+            model.recorder.explained(occluder.features, np.stack(attributions), occluder.scale)
+        if len(attributions) < len(pairs):
+            model.recorder.tally("explain.dropped", len(pairs) - len(attributions))
 
     def abandon(self, name: str) -> None:
         """Drops what waits, before the model's key changes: it must count under the key it was answered under."""
@@ -172,6 +234,11 @@ class Explaining:
             self._models[name].recorder.tally("explain.dropped", self._waiting[name])
         self._waiting[name] = 0
         self._lives[name] += 1
+        left = [(other, row) for other, row in self._chosen if other != name]
+        for other, row in self._chosen:
+            if other == name:
+                self._out(name, row)
+        self._chosen = deque(left)
 
     def leave(self) -> None:
         """Drops all that waits: the worker goes."""
@@ -203,7 +270,9 @@ class Explaining:
             return http1.reply(400, oip.error_body(str(error)), close=close)
         self._asked += 1
         parent = self._spans.parent_of(request.head.traceparent) if self._spans is not None else None
-        self._put(0, occluder, inputs, lambda found, took_ns: self._reply(model, found, took_ns, parent, close, done))
+        self._put(
+            0, occluder, inputs, lambda found, took_ns: self._reply(model, found[0], took_ns, parent, close, done)
+        )
         return None
 
     def _question(self, body: bytes) -> tuple[Model, Tensors]:
@@ -285,11 +354,7 @@ class Explaining:
             while order and self._busy():
                 time.sleep(_IDLE_S)
             before, begun_ns = time.thread_time(), time.monotonic_ns()
-            found: explain.Explanation | Exception
-            try:
-                found = occluder.explain(inputs)
-            except Exception as error:
-                found = error
+            found = occluder.explain_each(inputs)
             used = time.thread_time() - before
             try:
                 self._loop.call_soon_threadsafe(finish, found, time.monotonic_ns() - begun_ns)
@@ -299,13 +364,13 @@ class Explaining:
 
 
 def inputs_of(model: Model, values: npt.NDArray[np.floating]) -> Tensors:
-    """One row's inputs of what its record holds. Only of a plan that is ``complete``."""
+    """Inputs of what records hold, of one or of several rows. Only of a plan that is ``complete``."""
     found: Tensors = {}
-    at = 0
+    at, values = 0, np.atleast_2d(values)
     for name in dict.fromkeys(f.input for f in model.recorder.plan.features):
         tensor = next(t for t in model.manifest.inputs if t.name == name)
         width = tensor.shape[-1] if len(tensor.shape) == 2 else 1
-        part = values[at : at + width].astype(DTYPES[tensor.datatype])
-        found[name] = part.reshape(1, width) if len(tensor.shape) == 2 else part
+        part = values[:, at : at + width].astype(DTYPES[tensor.datatype])
+        found[name] = part if len(tensor.shape) == 2 else part.reshape(len(values))
         at += width
     return found

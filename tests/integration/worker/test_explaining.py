@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from skerry_agent import workerwire as ww
 from skerry_agent.worker import choosing
+from skerry_agent.worker.explaining import MOST_WAITING
 from skerry_contract import histogram as h
 from skerry_contract import manifest as mf
 from skerry_contract import window as w
@@ -98,6 +99,46 @@ def test_all_answers_of_an_audit_class_and_a_share_by_id_are_explained_exactly(r
     assert set(found.attributions) == set(MEDIANS)
     for k, name in enumerate(occluder.features):
         assert found.attributions[name] == h.moments_of(h.quantize(abs(float(a[k])), 0.0, 1.0) for a in each)
+
+
+def test_all_of_an_audit_class_are_explained_however_many_come_together_and_a_share_has_its_bound(
+    rig: Rig, tmp_path: Path
+) -> None:
+    bundle = build(tmp_path / "bundle", share=1.0, audit=["class-1"])
+    worker = rig.start(rig.served(bundle))
+    x = models.rows(1800)[0]
+    status, _, _ = post(rig, "/v2/models/gas/infer", {"inputs": tensor(x)})
+    assert status == 200
+    audited = models.probabilities(x).argmax(1) == 1
+    n = int(np.count_nonzero(audited))
+    others = len(x) - n
+    assert n > 2 * MOST_WAITING
+    assert others > 4 * MOST_WAITING
+    end = time.monotonic() + 60
+    while True:
+        rig.flush(worker)
+        tallies = merged(rig).tallies
+        done = tallies.get("explain.rows", 0) + tallies.get("explain.dropped", 0)
+        if done == len(x) or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    assert done == tallies["explain.chosen"] == len(x)
+    # Folds are of at most 1,024 rows: at least one has more of the share than may wait.
+    assert n + MOST_WAITING <= tallies["explain.rows"] < len(x)
+    occluder = explain.occluder_of(load(open_bundle(bundle), "onnx-fp32"))
+    only = build(tmp_path / "only", share=0.0, audit=["class-1"])
+    rig.stop(worker)
+    rig.windows.clear()
+    second = rig.start(rig.served(only))
+    post(rig, "/v2/models/gas/infer", {"inputs": tensor(x)})
+    found = until(rig, second, n)
+    assert found.tallies == {"explain.chosen": n, "explain.rows": n}
+    each = [occluder.explain({"x": row[None]}).attributions for row in x[audited]]
+    for k, name in enumerate(occluder.features):
+        moments = h.moments_of(h.quantize(abs(float(a[k])), 0.0, 1.0) for a in each)
+        assert found.attributions[name].n == moments.n == n
+        # Some of one run in the runtime's last bit: at most one step of 2**-12 in a row.
+        assert found.attributions[name].total == pytest.approx(moments.total, abs=n // 100)
 
 
 def test_what_was_chosen_and_not_explained_is_counted_when_the_worker_leaves_or_its_key_changes(

@@ -66,6 +66,35 @@ def test_all_features_of_a_row_are_one_run_where_the_batch_may_vary(regression: 
     assert x.tolist() == [[1.0] * 4]
 
 
+def test_several_rows_are_one_run_and_each_is_explained_as_if_alone(regression: mf.Manifest) -> None:
+    sizes: list[int] = []
+    weights = np.array([3.0, -1.0, 0.5, 7.0])
+
+    def infer(inputs: Tensors) -> Tensors:
+        sizes.append(len(inputs["x"]))
+        return {"y": inputs["x"].astype(np.float64) @ weights[:, None]}
+
+    x = np.arange(28, dtype=np.float32).reshape(7, 4)
+    occluder = explain.Occluder(regression, infer, batched=True)
+    together = occluder.explain_rows({"x": x})
+    assert sizes == [35]
+    alone = [occluder.explain({"x": row[None]}) for row in x]
+    assert [t.value for t in together] == [a.value for a in alone] == (x @ weights).tolist()
+    assert [t.attributions.tolist() for t in together] == [a.attributions.tolist() for a in alone]
+
+
+def test_a_row_that_the_model_refuses_takes_no_other_along(regression: mf.Manifest) -> None:
+    def infer(inputs: Tensors) -> Tensors:
+        if (inputs["x"] == 99).any():
+            raise ValueError("99")
+        return {"y": inputs["x"].sum(1, keepdims=True, dtype=np.float64)}
+
+    x = np.arange(16, dtype=np.float32).reshape(4, 4)
+    x[2, 1] = 99
+    found = explain.Occluder(regression, infer, batched=True).explain_each({"x": x})
+    assert [one.value if isinstance(one, explain.Explanation) else str(one) for one in found] == [6.0, 22.0, "99", 54.0]
+
+
 def test_a_real_network_is_explained_as_numpy_says_and_one_run_is_as_many(tmp_path: Path) -> None:
     medians = {"f0": 0.5, "f2": -0.25}
     digest = models.build_bundle(tmp_path, changes={"explanations": {"medians": medians}})
