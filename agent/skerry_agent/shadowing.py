@@ -27,7 +27,8 @@ from skerry_agent import at_rest
 from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
-from skerry_agent.core import admission, backoff
+from skerry_agent.core import admission, backoff, liveness
+from skerry_agent.core.care import Care
 from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Rejected, Transient
 from skerry_agent.logs import kv
@@ -57,6 +58,7 @@ class _Shadow:
         fed: process of the serving worker that shows its requests; 0 for none.
         code, detail: why it does not run.
         runs_on, fallback: see ``workerwire.Proved``.
+        care: of its process.
     """
 
     model: str
@@ -73,6 +75,7 @@ class _Shadow:
     rss_mb: float = 0.0
     runs_on: tuple[str, ...] = ()
     fallback: str = ""
+    care: Care | None = None
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
@@ -132,7 +135,19 @@ class Shadowing:
         """Shows each shadow what answers now: after a hand-over, or a crash, that is another worker."""
         for shadow in self._shadows.values():
             if shadow.worker is not None and shadow.worker.alive and shadow.ready is not None and shadow.ready.done():
+                self._look_after(shadow, shadow.worker)
                 self._feed(shadow)
+
+    def _look_after(self, shadow: _Shadow, worker: Worker) -> None:
+        timing = self._config.timing
+        limits = liveness.Limits(
+            silent_s=timing.silent_s, inference_s=timing.inference_s, interval_s=timing.health_interval_s
+        )
+        care = shadow.care
+        if care is not None and care.look(self._clock.boot_s(), limits):
+            told = kv(model=shadow.model, pid=worker.pid, code=care.code, detail=care.detail)
+            log.error("shadow is ended", extra=told)
+            worker.kill()
 
     def status(self) -> dict[str, Any]:
         """By model, as ``skerry-agent status`` shows it."""
@@ -189,7 +204,7 @@ class Shadowing:
             if shadow.failures >= _MOST_FAILURES:
                 log.error("shadow given up", extra=kv(model=shadow.model, digest=shadow.target.digest))
                 return
-            cause = "worker" if shadow.code == "runtime_crashed" else "sync"
+            cause = "worker" if shadow.code in ("runtime_crashed", "worker_hung", "worker_leaked") else "sync"
             wait_s = backoff.delay_s(cause, shadow.failures, self._draw(), scale=self._config.timing.backoff_scale)
             await asyncio.sleep(wait_s)
 
@@ -260,6 +275,7 @@ class Shadowing:
         shadow.fed = 0
         shadow.worker = await spawn((), lambda message, fd: self._take(shadow, message, fd), command=SHADOW)
         worker = shadow.worker
+        care = shadow.care = Care(needs_mb=variant.needs.rss_mb, slack_mb=self._config.limits.leak_slack_mb)
         target = shadow.target
         _, cpu, max_c = shadow.settings
         worker.send(
@@ -291,6 +307,8 @@ class Shadowing:
             await asyncio.shield(self._leave(worker, shadow.ring))
         if self._clock.boot_s() - shadow.since_s >= _STEADY_S:
             shadow.failures = 0
+        if care.code:
+            raise Transient(care.code, care.detail)
         raise Transient("runtime_crashed", f"signal {-code}" if code < 0 else f"exit code {code}")
 
     async def _leave(self, worker: Worker, ring: str) -> None:
@@ -333,6 +351,8 @@ class Shadowing:
         match message:
             case ww.Ready() if ready is not None and not ready.done():
                 shadow.runs_on, shadow.fallback = message.models[0].runs_on, message.models[0].fallback
+                if shadow.care is not None:
+                    shadow.care.begin(self._clock.boot_s(), base_mb=message.base_mb, ready_mb=message.own_mb)
                 ready.set_result(None)
             case ww.Failed() if ready is not None and not ready.done():
                 ready.set_exception(Rejected(message.code, message.detail, model=message.model))
@@ -342,6 +362,13 @@ class Shadowing:
                 self._serving.site.rings.sampled(message)
             case ww.Health():
                 shadow.rss_mb = message.rss_mb
+                if shadow.care is not None:
+                    shadow.care.hear(
+                        self._clock.boot_s(),
+                        own_mb=message.own_mb,
+                        busy_s=message.busy_s,
+                        expected_s=message.expected_s,
+                    )
             case _:
                 pass
         if fd is not None:

@@ -122,6 +122,12 @@ class Comparison:
         self._looked_s = -math.inf
         self._hot = False
         self.stopping = threading.Event()
+        self._begun_s: float | None = None
+
+    def busy_s(self) -> float:
+        """How long the inference under way has taken; 0 without one."""
+        begun_s = self._begun_s
+        return 0.0 if begun_s is None else time.monotonic() - begun_s
 
     def follow(self, file: BinaryIO) -> None:
         """Reads frames until the other side ends them, or ``stopping``."""
@@ -165,7 +171,11 @@ class Comparison:
             return "hot"
         try:
             asked, answered = tee.read(frame.inputs), tee.read(frame.outputs)
-            found = self._runner.infer(asked)
+            self._begun_s = time.monotonic()
+            try:
+                found = self._runner.infer(asked)
+            finally:
+                self._begun_s = None
             if not _alike(answered, found.outputs):
                 return "unlike"
             agrees = self._agrees(answered, found.outputs)

@@ -27,6 +27,7 @@ from skerry_agent.channel import Channel
 from skerry_agent.worker.comparison import Comparison
 from skerry_agent.worker.disagreements import Disagreements
 from skerry_agent.worker.generation import CannotServe, code_of, load_and_prove
+from skerry_agent.worker.memory import own_mb
 from skerry_agent.worker.resources import rss_kb
 from skerry_agent.worker.telling import Telling
 
@@ -43,6 +44,7 @@ class ShadowProcess:
         self._start: ww.StartShadow | None = None
         self._comparison: Comparison | None = None
         self._upto = 0
+        self._expected_s = 0.0
         self._channel = Channel(control, self._on_message, self._stop)
         self._telling = Telling(self._loop, self._channel.send)
         self._loop.add_signal_handler(signal.SIGTERM, self._stop)
@@ -77,7 +79,7 @@ class ShadowProcess:
             os.close(fd)
 
     def _load(self, start: ww.StartShadow) -> None:
-        began_s = time.monotonic()
+        began_s, base_mb = time.monotonic(), own_mb()
         candidate = start.candidate
         try:
             runner, found, infer_us = load_and_prove(candidate, msgspec.convert(start.acceleration, Acceleration))
@@ -96,7 +98,8 @@ class ShadowProcess:
             name=candidate.name, proof=proof, load_ms=load_ms, infer_us=infer_us, runs_on=runner.engine.runs_on,
             fallback=runner.fallback,
         )  # fmt: skip
-        self._channel.send(ww.Ready(pid=os.getpid(), models=(proved,)))
+        self._expected_s = infer_us / 1e6
+        self._channel.send(ww.Ready(pid=os.getpid(), models=(proved,), base_mb=base_mb, own_mb=own_mb()))
         self._every(start.fold_interval_s, self._cut)
         self._every(start.health_interval_s, self._report)
 
@@ -143,7 +146,13 @@ class ShadowProcess:
             self._channel.send(cut)
 
     def _report(self) -> None:
-        self._channel.send(ww.Health(models={}, inflight=0, rss_mb=rss_kb() * 1024 / 1e6))
+        busy_s = self._comparison.busy_s() if self._comparison is not None else 0.0
+        self._channel.send(
+            ww.Health(
+                models={}, inflight=0, rss_mb=rss_kb() * 1024 / 1e6, busy_s=busy_s, expected_s=self._expected_s,
+                at_s=time.monotonic(), own_mb=own_mb(),
+            )
+        )  # fmt: skip
 
     def _stop(self) -> None:
         self._over.set()

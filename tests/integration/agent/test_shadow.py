@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -195,6 +196,27 @@ def test_a_shadow_keeps_within_its_share_of_a_core_and_what_it_missed_is_counted
     assert load.failed == []
     assert cpu_s(pid) - before < 1.0
     wait_for(lambda: seen(server, other).dropped.get("busy", 0) > 500)
+
+
+def test_a_shadow_that_hangs_in_an_inference_is_ended_and_told_and_serving_goes_on(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = make_device(inference_s=2.0)
+    stable, hanging = device.bundle("1.0.0", seed=1), device.bundle("1.1.0", kind="slow-on-rows")
+    confirmed(device, "1.0.0", stable)
+    device.publish(stable, shadow=hanging, settings=SETTINGS)
+    device.sync()
+    pid = in_shadow(device, hanging)
+    # For what it would need hours.
+    assert device.infer(1, value=models.SLOW_ABOVE + 5e8) == ["1.0.0"]
+    wait_for(
+        lambda: "worker_hung" in [event.code for event in server.events("shadow")], why=lambda: device.log()[-3000:]
+    )
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    assert device.infer(5) == ["1.0.0"] * 5
+    assert device.status()["update"]["state"] == "confirmed"
+    # It comes back, and what it is shown now it can do.
+    assert in_shadow(device, hanging) != pid
 
 
 def test_a_shadow_that_cannot_be_proved_is_reported_and_serving_goes_on(device: Device, server: Server) -> None:
