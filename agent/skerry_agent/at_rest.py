@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from skerry_agent import workerwire as ww
@@ -88,11 +88,13 @@ class Opener:
             return None
 
 
-def sampling_rules(config: Config, rate: float) -> ww.SamplingRules:
-    """What a worker keeps. ``rate``: the group's."""
+def sampling_rules(config: Config, rate: float, kept: Mapping[str, int]) -> ww.SamplingRules:
+    """What a worker keeps. ``rate``: the group's; ``kept``: what others kept in this hour already."""
     telemetry = config.telemetry
     key = telemetry_key(config.identity_dir) if telemetry.personal == "hash" and rate else b""
-    return ww.SamplingRules(rate=rate, per_hour=telemetry.samples_per_hour, personal=telemetry.personal, key=key)
+    return ww.SamplingRules(
+        rate=rate, per_hour=telemetry.samples_per_hour, personal=telemetry.personal, key=key, kept=dict(kept)
+    )
 
 
 def _memory_folder(config: Config) -> Path:

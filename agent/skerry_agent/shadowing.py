@@ -149,6 +149,16 @@ class Shadowing:
             log.error("shadow is ended", extra=told)
             worker.kill()
 
+    def sample(self) -> None:
+        """The share of answers that are kept changed: tells it."""
+        for shadow in self._shadows.values():
+            if shadow.worker is not None and shadow.worker.alive:
+                shadow.worker.send(ww.Sample(rules=self._rules()))
+
+    def _rules(self) -> ww.SamplingRules:
+        site = self._serving.site
+        return at_rest.sampling_rules(self._config, site.sample_rate, site.rings.kept_this_hour())
+
     def status(self) -> dict[str, Any]:
         """By model, as ``skerry-agent status`` shows it."""
         return {
@@ -288,7 +298,7 @@ class Shadowing:
                 fold_interval_s=self._config.timing.fold_interval_s or self._serving.site.window_s,
                 health_interval_s=self._config.timing.health_interval_s,
                 acceleration=self._config.runtime.acceleration,
-                sampling=at_rest.sampling_rules(self._config, self._serving.site.sample_rate),
+                sampling=self._rules(),
             )
         )  # fmt: skip
         try:

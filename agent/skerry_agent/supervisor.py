@@ -367,8 +367,9 @@ class Supervisor:
             inferences=timing.trial_inferences if timing.trial_inferences >= 0 else settings.trial_inferences,
             max_kib_s=settings.max_kib_s,
         )
-        site = self._serving.site
-        site.window_s, site.sample_rate = settings.window_s, settings.sample_rate
+        self._serving.site.window_s = settings.window_s
+        if self._serving.sample(settings.sample_rate):
+            self._shadowing.sample()
 
     # --- workers -----------------------------------------------------------------------------------------------------
 

@@ -75,12 +75,14 @@ class SamplingRules(msgspec.Struct, frozen=True, kw_only=True):
         rate: share by hash; 0: no row is kept, for whatever reason.
         per_hour: most of one reason in an hour.
         personal: what becomes of features marked ``pii``: ``drop``, or ``hash`` with ``key``.
+        kept: how many other workers kept in this hour already, by model and reason, ``<model> <why>``.
     """
 
     rate: float = 0.0
     per_hour: int = 60
     personal: str = "drop"
     key: bytes = b""
+    kept: dict[str, int] = {}
 
 
 class Start(Message, frozen=True, kw_only=True, tag="start"):
@@ -267,6 +269,12 @@ class Throttle(Message, frozen=True, kw_only=True, tag="throttle"):
     """Let so many inferences per second through, of all clients together; 0: no bound."""
 
     rate: float = 0.0
+
+
+class Sample(Message, frozen=True, kw_only=True, tag="sample_by"):
+    """Keep rows whole by these rules from now on."""
+
+    rules: SamplingRules
 
 
 class Stop(Message, frozen=True, kw_only=True, tag="stop"):
@@ -475,6 +483,7 @@ class Logged(Message, frozen=True, kw_only=True, tag="logged"):
 ToWorker = (
     Warm
     | Throttle
+    | Sample
     | Start
     | StartShadow
     | Feed

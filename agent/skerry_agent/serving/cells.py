@@ -343,6 +343,17 @@ class Serving:
         for generation in self.site.alive:
             generation.worker.send(ww.Throttle(rate=rate))
 
+    def sample(self, rate: float) -> bool:
+        """Keeps that share of answers whole from now on, whichever worker answers; 0: none. Whether that is another one than before."""
+        site = self.site
+        if rate == site.sample_rate:
+            return False
+        site.sample_rate = rate
+        rules = at_rest.sampling_rules(site.config, rate, site.rings.kept_this_hour())
+        for generation in site.alive:
+            generation.worker.send(ww.Sample(rules=rules))
+        return True
+
     # --- counts ------------------------------------------------------------------------------------------------------
 
     async def flush(self, timeout_s: float = 5.0) -> bool:

@@ -14,6 +14,7 @@ import fcntl
 import logging
 import os
 import struct
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 _BUSY_S = 1.0
 _COMPACT_S = 0.05
 """Room is made for so long at a try: the loop has other work, and comes by again."""
+_HOUR_NS = 3_600_000_000_000
 SHADOW_RING = "shadow-"
 """Positions of a process that answers nobody have a name that begins so, and no file; they end with it."""
 _AT_ONCE = 64
@@ -97,6 +99,8 @@ class Rings:
         self.guests: Guests | None = None
         self._unstored = Waiting(store.ring_upto)
         self._folded: set[str] = set()
+        self._hour = 0
+        self._kept: dict[str, int] = {}
         self._refused = False
         self._retry_at_s = 0.0
         folder.mkdir(exist_ok=True, mode=0o700)
@@ -134,6 +138,7 @@ class Rings:
 
     def sampled(self, message: ww.Sampled) -> None:
         """Stores a sample, sealed where that is wanted. Without room it is dropped: the next one is as good."""
+        self._count_kept(message.body)
         body = message.body if self.seal is None else self.seal(message.body)
         try:
             self._store.append([Entry(kind="sample", body=body)])
@@ -143,6 +148,19 @@ class Rings:
                 self._on_fault(error)
             return
         self._on_records()
+
+    def kept_this_hour(self) -> dict[str, int]:
+        """Samples of this hour by model and reason, of all workers: the next one goes on with their bound."""
+        hour = time.monotonic_ns() // _HOUR_NS
+        if hour != self._hour:
+            self._hour = hour
+            self._kept.clear()
+        return self._kept
+
+    def _count_kept(self, body: bytes) -> None:
+        sample = wire.decode(wire.Sample, body)
+        what, kept = f"{sample.key.model} {sample.why}", self.kept_this_hour()
+        kept[what] = kept.get(what, 0) + 1
 
     def retry(self) -> None:
         """Stores what waits; of a store that another program holds, tries once a second."""

@@ -42,7 +42,7 @@ class Site:
         on_flushed: a worker has sent all it had when it was asked.
         elsewhere: models that other cells serve, and their versions.
         apart: digests that get a cell of their own although they do not ask for it; set_apart: makes it so.
-        sample_rate: share of answers that are kept whole, of workers that start; 0: none, whatever they are.
+        sample_rate: share of answers that are kept whole; 0: none, whatever they are.
         throttle: inferences per second of all clients together, of each worker; 0: no bound.
         alive: generations whose process runs, of all cells.
     """

@@ -147,7 +147,7 @@ class Cell:
             boot_id=site.clock.boot_id,
             throttle=site.throttle,
             device=str(site.store.get("device", "")),
-            sampling=at_rest.sampling_rules(site.config, site.sample_rate),
+            sampling=at_rest.sampling_rules(site.config, site.sample_rate, site.rings.kept_this_hour()),
         )
         worker.send(message, generation.note.fd)
         try:

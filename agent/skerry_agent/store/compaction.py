@@ -125,6 +125,10 @@ class Store(Outbox):
             except RecordDamaged as error:
                 self._planned.clear()
                 self.drop(error.epoch, error.seq, at, "record_damaged")
+            except Exception:
+                # What was taken off the plan was not done.
+                self._planned.clear()
+                raise
             rounds -= 1
             if rounds <= 0 or not more():
                 break

@@ -6,6 +6,7 @@ feature that either bundle marks ``pii`` is left out, or stands as a keyed hash,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,10 @@ from skerry_runtime.tensors import Tensors
 from skerry_agent import workerwire as ww
 from skerry_agent.worker.choosing import Row
 from skerry_agent.worker.plan import OutputColumn, Plan, plan_of
-from skerry_agent.worker.sampling import sample_of
+from skerry_agent.worker.sampling import HOUR_NS, sample_of
 from skerry_agent.worker.tee import Keyed
 
 WHY = "shadow"
-_HOUR_NS = 3_600_000_000_000
 
 
 class Disagreements:
@@ -38,12 +38,25 @@ class Disagreements:
     def __init__(
         self, manifest: m.Manifest, digest: str, rules: ww.SamplingRules, *, send: Callable[[ww.Sampled], None]
     ) -> None:
+        self._model = manifest.model
         self._plan = plan_of(manifest)
         self._digest = digest
         self._rules = rules
         self._send = send
         self._hour = 0
         self._kept = 0
+        self.follow(rules)
+
+    def follow(self, rules: ww.SamplingRules) -> None:
+        """Keeps by other rules from now on; of what was kept in this hour the larger number counts."""
+        self._rules = rules
+        self._begin_hour(time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+        self._kept = max(self._kept, rules.kept.get(f"{self._model} {WHY}", 0))
+
+    def _begin_hour(self, at_ns: int) -> None:
+        hour = at_ns // HOUR_NS
+        if hour > self._hour:
+            self._hour, self._kept = hour, 0
 
     def keep(
         self,
@@ -65,9 +78,7 @@ class Disagreements:
         """
         if not self._rules.rate or not self._plan.width:
             return ""
-        hour = at.boot_ns // _HOUR_NS
-        if hour != self._hour:
-            self._hour, self._kept = hour, 0
+        self._begin_hour(at.boot_ns)
         if self._kept >= self._rules.per_hour:
             return "samples.bounded"
         self._kept += 1

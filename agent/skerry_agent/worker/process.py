@@ -145,8 +145,18 @@ class Worker:
                 self._throttle(rate)
             case ww.Stop(finish_s=finish_s):
                 self._end(self._finish(finish_s or FINISH_S))
+            case ww.Sample(rules=rules):
+                self._sample_by(rules)
         if fd is not None:
             os.close(fd)
+
+    def _sample_by(self, rules: ww.SamplingRules) -> None:
+        if self._sampling is None:
+            return
+        self._folds += 1
+        self._sampling.follow(rules)
+        for name, model in self._models.items():
+            model.recorder.sample_with(self._sampling.taker(name))
 
     def _on_eof(self) -> None:
         log.warning("supervisor gone; finishing inflight=%s", self._inflight)

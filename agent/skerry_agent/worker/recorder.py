@@ -328,6 +328,10 @@ class Recorder:
         self._choice = Choice(self.plan, self.ring.header.seed, explain=explain, sample=sample)
         self._fold.show(self._choice)
 
+    def sample_with(self, sample: Callable[[Rows, Tally], None] | None) -> None:
+        """Says anew who keeps samples; who explains stays."""
+        self.show(explain=self._explain, sample=sample)
+
     def tally(self, name: str, n: int) -> None:
         """Adds to one of the ``tallies`` of the window under way."""
         self._fold.tally(name, n)

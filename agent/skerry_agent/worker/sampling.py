@@ -3,7 +3,7 @@
 Nothing is kept while the group's ``sample_rate`` is 0. Reasons, in the order in which one row's is named: ``outside`` (a value out
 of its feature's range, or none at all), ``uncertain`` (the two likeliest classes less than 0.1 apart), ``share`` (by hash,
 see ``choosing``); later ``disagrees`` (a label names another class) and ``audit`` (an explained row of an audit class, with its
-attributions). Of each reason at most ``per_hour`` are kept in an hour, the first that come; the rest is counted
+attributions). Of each reason at most ``per_hour`` are kept in an hour, the first that come, by whichever worker; the rest is counted
 (``samples.bounded``). A sample holds the watched features and the classifier's outputs. Features marked ``pii`` are left out,
 or stand as a keyed hash, before anything leaves this process.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from skerry_agent.worker.plan import Plan
 
 UNCERTAIN = 0.1
 _Mask = npt.NDArray[np.bool_]
-_HOUR_NS = 3_600_000_000_000
+HOUR_NS = 3_600_000_000_000
 
 
 class Sampling:
@@ -44,7 +45,15 @@ class Sampling:
         self._rules = rules
         self._send = send
         self._hour = 0
-        self._kept: dict[tuple[str, str], int] = {}
+        self._kept: dict[str, int] = {}
+        self.follow(rules)
+
+    def follow(self, rules: ww.SamplingRules) -> None:
+        """Keeps by other rules from now on; of what was kept in this hour the larger number counts."""
+        self._rules = rules
+        self._begin_hour(time.monotonic_ns())
+        for name, n in rules.kept.items():
+            self._kept[name] = max(n, self._kept.get(name, 0))
 
     def taker(self, name: str) -> Callable[[Rows, Tally], None] | None:
         """What looks at a model's rows; None when none are kept."""
@@ -54,6 +63,8 @@ class Sampling:
         return lambda rows, tally: self._look(name, rows, tally)
 
     def _look(self, name: str, rows: Rows, tally: Tally) -> None:
+        if not self._rules.rate:
+            return
         plan = self._models[name].recorder.plan
         outside, uncertain = strange(plan, rows.values)
         by_hash = chosen(rows.hashes, self._rules.rate)
@@ -88,18 +99,23 @@ class Sampling:
             self._keep(name, row._replace(why="audit"), {"attributions": attributions})
 
     def _room(self, name: str, why: str, at_ns: int, wanted: int, tally: Tally) -> int:
-        hour = at_ns // _HOUR_NS
-        if hour != self._hour:
-            self._hour = hour
-            self._kept.clear()
-        kept = self._kept.get((name, why), 0)
+        self._begin_hour(at_ns)
+        what = f"{name} {why}"
+        kept = self._kept.get(what, 0)
         taken = min(wanted, max(0, self._rules.per_hour - kept))
-        self._kept[name, why] = kept + taken
+        self._kept[what] = kept + taken
         if taken:
             tally(f"samples.{why}", taken)
         if wanted > taken:
             tally("samples.bounded", wanted - taken)
         return taken
+
+    def _begin_hour(self, at_ns: int) -> None:
+        # Never back: what was answered before the hour turned, and is folded after it, counts in the new one.
+        hour = at_ns // HOUR_NS
+        if hour > self._hour:
+            self._hour = hour
+            self._kept.clear()
 
     def _keep(self, name: str, row: Row, further: dict[str, Any] | None = None) -> None:
         recorder = self._models[name].recorder

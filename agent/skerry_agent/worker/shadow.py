@@ -45,6 +45,7 @@ class ShadowProcess:
         self._comparison: Comparison | None = None
         self._upto = 0
         self._expected_s = 0.0
+        self._samples: Disagreements | None = None
         self._channel = Channel(control, self._on_message, self._stop)
         self._telling = Telling(self._loop, self._channel.send)
         self._loop.add_signal_handler(signal.SIGTERM, self._stop)
@@ -68,6 +69,9 @@ class ShadowProcess:
             case ww.Feed() if fd is not None and self._comparison is not None:
                 self._feed(self._comparison, socket.socket(fileno=fd))
                 fd = None
+            case ww.Sample(rules=rules):
+                if self._samples is not None:
+                    self._samples.follow(rules)
             case ww.Flush(id=number):
                 self._cut()
                 self._channel.send(ww.Flushed(id=number))
@@ -90,7 +94,9 @@ class ShadowProcess:
             self._fail(candidate.name, "shadow_stateful", "its answers depend on requests that a shadow does not see")
             return
         self._start = start
-        samples = Disagreements(runner.bundle.manifest, candidate.digest, start.sampling, send=self._send_soon)
+        self._samples = samples = Disagreements(
+            runner.bundle.manifest, candidate.digest, start.sampling, send=self._send_soon
+        )
         self._comparison = Comparison(runner, cpu=start.cpu, max_c=start.max_c, boot_id=start.boot_id, samples=samples)
         load_ms = (time.monotonic() - began_s) * 1e3
         proof = ww.Proof(cases=found.cases, passed=found.passed, max_abs_diff=found.max_abs_diff, recall=found.recall)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sqlite3
 import struct
 from collections.abc import Callable
@@ -82,3 +84,44 @@ def test_a_group_without_a_sample_rate_gets_no_samples_and_needs_no_key(
     wait_for(lambda: server.inferences() == 5)
     assert server_samples(server) == []
     assert not (device.state_dir / "identity" / "telemetry.key").exists()
+
+
+def test_a_rate_that_the_group_sets_holds_at_once_and_the_hour_over_workers_that_end(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = make_device()
+    with device.config.open("a") as file:
+        file.write("[telemetry]\nsamples_per_hour = 8\n")
+    digest = device.bundle("1.0.0")
+
+    def settle(rate: float) -> None:
+        device.publish(digest, settings=group.Settings(sample_rate=rate, trial_inferences=1))
+        device.synced()
+
+    device.publish(digest, settings=group.Settings(trial_inferences=1))
+    device.start()
+    device.wait_running("1.0.0", "trial", "confirmed", "confirmed_on_golden")
+    made = 0
+
+    def infer(n: int) -> int:
+        """Samples at the server once all that was answered is counted there."""
+        nonlocal made
+        device.infer(n, value=SEEN)
+        made += n
+        wait_for(lambda: server.inferences() == made, why=lambda: f"{made}, got {server.inferences()}")
+        wait_for(lambda: device.status()["outbox"]["pending"] == 0, why="nothing that waits")
+        return len(server_samples(server))
+
+    assert infer(30) == 0
+    device.wait_running("1.0.0", "confirmed")
+    settle(1.0)
+    assert infer(3) == 3
+    pid = device.status()["worker"]["pid"]
+    settle(0.0)
+    assert infer(4) == 3, "a worker that runs is told"
+    settle(1.0)
+    assert infer(2) == 5
+    assert device.status()["worker"]["pid"] == pid
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: device.status()["worker"]["pid"] not in (0, pid), why="the next worker")
+    assert infer(10) == 8, "of one reason, in one hour, by both workers"
