@@ -16,6 +16,7 @@ import logging
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,8 @@ class Link:
         self._birth = 0
         self._again = asyncio.Event()
         self._leaving = False
+        self._vain = False
+        self._owed: deque[tuple[mqtt.MQTTMessageInfo, float]] = deque()
 
     @property
     def birth(self) -> int:
@@ -166,7 +169,25 @@ class Link:
         client = self._client
         if client is None or not client.is_connected():
             return False
-        return client.publish(topic, payload, qos=1, retain=retain).rc == mqtt.MQTT_ERR_SUCCESS
+        handed = client.publish(topic, payload, qos=1, retain=retain)
+        if handed.rc != mqtt.MQTT_ERR_SUCCESS:
+            return False
+        self._owed.append((handed, time.monotonic()))
+        return True
+
+    def owed_s(self) -> float:
+        """For how long the broker has owed its acknowledgement of what was published, the oldest of it; 0 when it has all.
+
+        Until then a message may still lie here, in a queue that has no bound of its own.
+        """
+        while self._owed and self._owed[0][0].is_published():
+            self._owed.popleft()
+        return time.monotonic() - self._owed[0][1] if self._owed else 0.0
+
+    def give_up(self) -> None:
+        """Ends a session that is of no use, however long it lasted; the next comes after a longer wait each time."""
+        self._vain = True
+        self.reconnect()
 
     def follow(self, group: ids.GroupName) -> None:
         """Listens to another group's bell from now on."""
@@ -190,7 +211,9 @@ class Link:
         while True:
             began_s = time.monotonic()
             down = await self._session()
-            failures = 1 if time.monotonic() - began_s > _LASTING_S else failures + 1
+            lasted = time.monotonic() - began_s > _LASTING_S and not self._vain
+            self._vain = False
+            failures = 1 if lasted else failures + 1
             wait_s = backoff.delay_s(down.cause, failures, self._draw(), scale=self._scale)
             log.info("link down", extra=kv(cause=down.cause, detail=down.detail, wait_s=round(wait_s, 2)))
             self._on_happening(down)
@@ -204,6 +227,7 @@ class Link:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Down] = loop.create_future()
         self._birth = birth = self._next_birth()
+        self._owed.clear()
 
         def post(function: Callable[..., None], *values: Any) -> None:
             # A loop that is closing has no use for news.

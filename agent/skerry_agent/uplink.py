@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _COMPACT_S, _REST_S = 0.02, 0.05
 """An outbox above its bound is compacted for so long, then the loop does its other work: links, workers, ``status``."""
+_LEAST_PUBACK_S = 5.0
+"""A busy broker takes a moment, however short ``timing.ack_s`` is."""
 _AGAIN_S = 60.0
 """After what nobody foresaw: a bug that shows at every look must not keep the loop and the log busy."""
 
@@ -70,6 +72,7 @@ class Uplink:
         self._pumping = False
         self._rest: asyncio.TimerHandle | None = None
         self._freed_bytes = 0
+        self._puback_s = max(config.timing.ack_s, _LEAST_PUBACK_S)
         self._not_before_s: dict[str, float] = {}
         self.link = Link(
             identity, context=None if plain_mqtt else lambda: tls_context(identity),
@@ -79,7 +82,7 @@ class Uplink:
         self._upload = Upload(
             store, self._publish_up, window=config.limits.uploads_in_flight,
             batch_bytes=config.limits.upload_kib * 1024, ack_s=config.timing.ack_s,
-            rate_bytes_s=config.limits.upload_kib_s * 1024, opened=at_rest.Opener(config.identity_dir),
+            rate_bytes_s=config.limits.upload_kib_s * 1024, owed=lambda: self.link.owed_s() > 0.0, opened=at_rest.Opener(config.identity_dir),
         )  # fmt: skip
 
     @property
@@ -175,6 +178,12 @@ class Uplink:
 
     def _send(self) -> None:
         self._store.tidy()
+        owed_s = self.link.owed_s()
+        if owed_s > self._puback_s:
+            # It answers pings and takes nothing: its disk is full, say. What it has not taken goes out in another session.
+            log.warning("broker acknowledges nothing", extra=kv(for_s=round(owed_s, 1)))
+            self.link.give_up()
+            return
         self._upload.pump(self._clock.boot_s(), self._clock.instant())
 
     def _publish_up(self, payload: bytes) -> bool:

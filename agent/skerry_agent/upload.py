@@ -1,7 +1,8 @@
 """What of the outbox is on its way: a bounded number of batches, each until the *server* acknowledged it.
 
 A broker's PUBACK frees nothing. A batch that is not acknowledged in time, or was on its way when the session or the
-server ended, is sent again; the server takes each record once. Records are frozen on disk before they leave.
+server ended, is sent again, after a longer wait each time; the server takes each record once. Records are frozen on disk
+before they leave.
 
 What a long outage held up leaves at a bounded rate: the link, and a server that a whole fleet comes back to, have other work too.
 """
@@ -23,6 +24,7 @@ from skerry_agent.store import RecordDamaged
 log = logging.getLogger(__name__)
 
 _MAX_RECORDS = 400
+_MOST_DOUBLINGS = 4
 BURST_S = 4.0
 """After a pause so many seconds' worth may leave at once: what an ordinary interval made does not wait."""
 
@@ -49,7 +51,7 @@ class Outbox(Protocol):
 class _Flight:
     epoch: str
     seqs: tuple[int, ...]
-    sent_s: float
+    until_s: float
 
 
 class Upload:
@@ -60,6 +62,7 @@ class Upload:
         publish: hands bytes to the session; False without one.
         opened: a record's body as it is sent, of what lies on the disk; None for what cannot be read any more.
         window: batches in flight at most; batch_bytes: of bodies per batch; ack_s: patience per batch, seconds.
+        owed: whether the broker has yet to take something that was published: until then nothing is sent a second time.
         rate_bytes_s: of messages, what is sent again included, bytes per second in the mean; 0: not limited.
     """
 
@@ -72,6 +75,7 @@ class Upload:
         batch_bytes: int,
         ack_s: float,
         rate_bytes_s: float = 0.0,
+        owed: Callable[[], bool] = lambda: False,
         opened: Callable[[bytes], bytes | None] = lambda body: body,
     ) -> None:
         self._opened = opened
@@ -80,6 +84,9 @@ class Upload:
         self._window = window
         self._batch_bytes = batch_bytes
         self._ack_s = ack_s
+        self._owed = owed
+        self._in_vain = 0
+        """How often patience ended since the last acknowledgement: it doubles each time."""
         self._rate_bytes_s = rate_bytes_s
         self._allowance = rate_bytes_s * BURST_S
         """Bytes that may leave now. Below 0 after a message that was larger: the next waits for it."""
@@ -96,7 +103,7 @@ class Upload:
         """Sends what may be sent. Returns the number of batches. ``now_s`` is any clock that only grows."""
         if not self.open:
             return 0
-        self._flights = [flight for flight in self._flights if now_s - flight.sent_s < self._ack_s]
+        self._expire(now_s)
         self._allow(now_s)
         sent = 0
         max_bytes = self._batch_bytes
@@ -128,9 +135,16 @@ class Upload:
             if not self._publish(payload):
                 break
             self._allowance -= len(payload)
-            self._flights.append(_Flight(epoch=batch.epoch, seqs=seqs, sent_s=now_s))
+            self._flights.append(_Flight(epoch=batch.epoch, seqs=seqs, until_s=now_s + self._ack_s * 2**self._in_vain))
             sent += 1
         return sent
+
+    def _expire(self, now_s: float) -> None:
+        left = [flight for flight in self._flights if now_s < flight.until_s]
+        # A copy beside one that never left would only make the queue longer.
+        if len(left) < len(self._flights) and not self._owed():
+            self._flights = left
+            self._in_vain = min(self._in_vain + 1, _MOST_DOUBLINGS)
 
     def _allow(self, now_s: float) -> None:
         passed_s = now_s - self._allowed_s if self._allowed_s is not None else 0.0
@@ -151,6 +165,7 @@ class Upload:
 
     def acknowledged(self, ack: wire.Ack) -> None:
         """Lets go of the batches that the server holds in full."""
+        self._in_vain = 0
         spans = ((0, ack.upto), *ack.extra_ranges)
         known = set(ack.conflict)
 
@@ -164,3 +179,4 @@ class Upload:
     def again(self) -> None:
         """Whatever was on its way may be lost: it is sent again."""
         self._flights.clear()
+        self._in_vain = 0

@@ -88,3 +88,29 @@ def test_without_a_rate_all_leaves_at_once(store: Store) -> None:
     link = Wire(store)
     link.up.pump(0.0, AT)
     assert sum(len(wire.decode_batch(payload).records) for payload in link.sent) == 400
+
+
+def test_what_is_not_acknowledged_is_sent_again_after_a_longer_wait_each_time_and_never_while_a_copy_lies_here(
+    store: Store,
+) -> None:
+    sent: list[float] = []
+    owed = False
+
+    def publish(payload: bytes) -> bool:
+        sent.append(now_s)
+        return True
+
+    up = Upload(store, publish, window=1, batch_bytes=1200, ack_s=10.0, owed=lambda: owed)
+    up.open = True
+    for now_s in map(float, range(400)):
+        up.pump(now_s, AT)
+    assert sent == [0.0, 10.0, 30.0, 70.0, 150.0, 310.0]
+    owed = True
+    for now_s in map(float, range(400, 2000)):
+        up.pump(now_s, AT)
+    assert len(sent) == 6
+    owed = False
+    up.acknowledged(wire.Ack(epoch="e" * 32, upto=0))
+    for now_s in map(float, range(2000, 2025)):
+        up.pump(now_s, AT)
+    assert sent[6:] == [2000.0, 2020.0]
