@@ -399,7 +399,7 @@ class Connection:
     # --- windows -----------------------------------------------------------------------------------------------------
 
     def _transmit(self) -> None:
-        self.ledger.sort_in(away=self.away)
+        self.ledger.sort_in()
         if self._sock is None or self.away:
             return
         for file in list(self.ledger.files.values()):
@@ -408,6 +408,8 @@ class Connection:
             for one in list(file.waiting):
                 if one.sent:
                     continue
+                if not file.room:
+                    break
                 try:
                     if not appwire.send(self._sock, one.message):
                         return

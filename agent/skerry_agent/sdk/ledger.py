@@ -1,7 +1,8 @@
 """What was counted in this process and is not yet in the agent's store: the files of the rings and label books, and windows cut from them.
 
-A window that was sent stays as it is until the agent says what its store holds. While the agent is away the oldest windows of a ring
-merge beyond a number, exactly, so that memory is bounded and no inference is forgotten. Belongs to the connection's thread,
+A window that was sent stays as it is until the agent says what its store holds; only some are on their way at a time. The oldest of the
+others merge beyond a number, exactly, so that memory is bounded and no inference is forgotten while the agent is away, hangs, or
+cannot store. Belongs to the connection's thread,
 but for ``take``.
 """
 
@@ -19,7 +20,9 @@ from skerry_contract import wire
 from skerry_agent import workerwire as ww
 
 MOST_WAITING = 64
-"""Windows of a ring that are kept apart while the agent is away."""
+"""Windows of a ring that are kept apart."""
+MOST_SENT = 16
+"""Windows of a ring that are on their way, so not yet in the agent's store."""
 MOST_POSITIONS = 1 << 22
 """A merged window spans at most so many: beyond twice that a sum of squares could leave int64."""
 
@@ -85,15 +88,20 @@ class File:
         for one in self.waiting:
             one.sent = False
 
+    @property
+    def room(self) -> bool:
+        """Whether another window may be on its way: only the first ones that wait are."""
+        return len(self.waiting) < MOST_SENT or not self.waiting[MOST_SENT - 1].sent
+
     def squeeze(self) -> None:
-        """Merges the oldest windows beyond ``MOST_WAITING``."""
-        cuts = [one for one in self.waiting if isinstance(one.message, ww.WindowCut)]
-        if len(cuts) <= MOST_WAITING or any(one.sent for one in self.waiting):
+        """Merges the oldest windows that were not sent, where more than ``MOST_WAITING`` wait."""
+        if len(self.waiting) <= MOST_WAITING:
             return
         for i in range(len(self.waiting) - 1):
             a, b = self.waiting[i].message, self.waiting[i + 1].message
-            fits = isinstance(a, ww.WindowCut) and isinstance(b, ww.WindowCut) and b.upto - a.start <= MOST_POSITIONS
-            if isinstance(a, ww.WindowCut) and isinstance(b, ww.WindowCut) and fits:
+            if self.waiting[i].sent or not isinstance(a, ww.WindowCut) or not isinstance(b, ww.WindowCut):
+                continue
+            if b.upto - a.start <= MOST_POSITIONS:
                 self.waiting[i].message = merged(a, b)
                 del self.waiting[i + 1]
                 return
@@ -122,15 +130,14 @@ class Ledger:
         """Takes what a recorder or a book cut; from any thread."""
         self._new.append(message)
 
-    def sort_in(self, *, away: bool) -> None:
-        """Puts what came to its file; merges while the agent is away."""
+    def sort_in(self) -> None:
+        """Puts what came to its file; merges what is too much."""
         while self._new:
             message = self._new.popleft()
             file = self.files.get(message.ring if isinstance(message, ww.WindowCut) else message.book)
             if file is not None:
                 file.waiting.append(Waiting(message))
-                if away:
-                    file.squeeze()
+                file.squeeze()
 
     @property
     def empty(self) -> bool:

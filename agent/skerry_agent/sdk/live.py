@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from skerry_runtime.streams import Sequence
 from skerry_runtime.tensors import Tensors
 
 from skerry_agent import workerwire as ww
+from skerry_agent.errors import Rejected
 from skerry_agent.sdk.loading import Loaded
 from skerry_agent.worker.attributing import Attributing, Told
 from skerry_agent.worker.recorder import Recorder
@@ -100,6 +102,11 @@ class Live:
         """Computes what ``judge`` has passed, of a stream where one is named."""
         if stream is None:
             return self.loaded.runner.compute(inputs)
+        if isinstance(stream, bool) or not isinstance(stream, int | str):
+            raise BadInput(Violation("stream", type(stream).__name__, "a number or a text"))
+        for field, mark in (("begin", begin), ("end", end)):
+            if not isinstance(mark, bool):
+                raise BadInput(Violation(field, repr(mark)[:80], "True or False"))
         if self.streams is None:
             raise BadInput(Violation("stream", repr(stream)[:80], "none: this model keeps no state"))
         found: Inference = self.streams.infer(Sequence(stream, begin, end), inputs)[0]
@@ -120,8 +127,36 @@ def key_of(served: ww.Served) -> w.Key:
     return w.Key(served.name, served.digest, served.variant, served.arm, served.rollout, served.stage)
 
 
+def named_of(inputs: Any) -> Mapping[str, Any]:
+    """Inputs by name. Raises ``BadInput`` for anything else."""
+    if not isinstance(inputs, Mapping):
+        raise BadInput(Violation("inputs", type(inputs).__name__, "a mapping from names of inputs to arrays"))
+    return inputs
+
+
+def label_of(prediction_id: Any, label: Any, row: Any) -> tuple[str | int, int | None]:
+    """A label and its row, as strict as the endpoint is; whole numbers of numpy are whole numbers.
+
+    Raises:
+        Rejected: ``invalid_label``.
+    """
+    if not isinstance(prediction_id, str):
+        raise Rejected("invalid_label", f"prediction_id: wanted a text, got {type(prediction_id).__name__}")
+    if not isinstance(label, str):
+        if isinstance(label, bool) or not isinstance(label, int | np.integer):
+            raise Rejected("invalid_label", f"label: wanted a class by name or index, got {type(label).__name__}")
+        label = int(label)
+    if row is not None:
+        if isinstance(row, bool) or not isinstance(row, int | np.integer):
+            raise Rejected("invalid_label", f"row: wanted a whole number, got {type(row).__name__}")
+        row = int(row)
+    return label, row
+
+
 def age_of(age_ms: float) -> float:
     """Raises ``BadInput`` for what is no age."""
+    if isinstance(age_ms, bool) or not isinstance(age_ms, Real):
+        raise BadInput(Violation("age_ms", type(age_ms).__name__, "a number of milliseconds"))
     if not 0 <= age_ms <= MOST_AGE_MS:
         raise BadInput(Violation("age_ms", f"{age_ms:g}", f"milliseconds from 0 to {MOST_AGE_MS:g}"))
     return float(age_ms)

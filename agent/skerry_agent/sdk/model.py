@@ -12,14 +12,14 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from skerry_runtime.errors import BadInput
+from skerry_runtime.errors import BadInput, Violation
 from skerry_runtime.policies import KIND, NO_AGES, Ages
 
 from skerry_agent import appwire
 from skerry_agent import workerwire as ww
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 from skerry_agent.sdk.connection import Connection
-from skerry_agent.sdk.live import Answer, Live, age_of, arrays_of, key_of, rows_of
+from skerry_agent.sdk.live import Answer, Live, age_of, arrays_of, key_of, label_of, named_of, rows_of
 from skerry_agent.sdk.loading import Loaded
 from skerry_agent.worker import ring as r
 from skerry_agent.worker.feedback import Feedback, Rules
@@ -108,6 +108,10 @@ class Model:
             kinds, oldest_ms = live.kinds, -1
             told, explain_ns = None, 0
             try:
+                if type(inputs) is not dict:
+                    inputs = named_of(inputs)
+                if type(traceparent) is not str:
+                    raise BadInput(Violation("traceparent", type(traceparent).__name__, "a text"))
                 for value in inputs.values():
                     if type(value) is not np.ndarray:
                         inputs = arrays_of(inputs, live.dtypes)
@@ -164,10 +168,11 @@ class Model:
             ``matched``, ``late``, ``unknown``, ``duplicate`` or ``conflicting``.
 
         Raises:
-            Rejected: ``invalid_label``: no such class, or a row is wanted; ``other_life``: the prediction is of another process or
+            Rejected: ``invalid_label``: no such class, a row is wanted, or what was given is none of these types; ``other_life``: the prediction is of another process or
                 an earlier one; tell it to the agent's own endpoint, ``POST /skerry/v1/feedback``. Neither is counted.
             Transient: ``labels_busy``: it cannot be counted now.
         """
+        label, row = label_of(prediction_id, label, row)
         end_s = time.monotonic() + _LABELS_S
         while True:
             with self._lock:
