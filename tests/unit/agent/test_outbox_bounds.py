@@ -250,3 +250,13 @@ def test_sums_are_right_within_a_transaction_and_after_one_that_failed(store: St
     assert (store.pending()[0], store.pending_inferences()) == (3, 3)
     ((records, told),) = store._db.execute("SELECT records, told FROM waiting")
     assert (records, told) == (3, f"{store.epoch} 1")
+
+
+@pytest.mark.parametrize(("body", "most"), [(1400, 2200), (2200, 4300), (4160, 4800)])
+def test_a_megabyte_of_outbox_holds_as_many_windows_as_the_documentation_says(
+    store: Store, body: int, most: int
+) -> None:
+    before, key = store.live_bytes(), f"gas/{'a' * 64}/v/none//0"
+    for _ in range(10):
+        store.append([Entry(kind="window", body=os.urandom(body), key=key, inferences=500) for _ in range(20)])
+    assert (store.live_bytes() - before) / 200 < most
