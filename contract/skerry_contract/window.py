@@ -72,7 +72,8 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         shed: refused with 503.
         rows: rows of the answered requests.
         retries: requests marked as a repeat by the client, included above.
-        cached, fallback: answered from a cache, by the fallback model; included in ok.
+        cached: answered from a cache; included in ok. Skerry's own workers and SDK keep none: theirs is 0.
+        fallback: answered by the fallback model; included in ok.
     """
 
     ok: int = 0
