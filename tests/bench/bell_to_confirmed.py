@@ -39,7 +39,7 @@ def run() -> Result:
 
 
 def _measure(folder: Path, processes: Processes) -> Result:
-    fleet = Fleet(folder, processes, batch=1, seed=1)
+    fleet = Fleet(folder, processes, seed=1)
     fleet.start_server()
     fleet.hold_ceremony(dt.datetime.now(dt.UTC))
     fleet.api.put(f"/api/v1/groups/{GROUP}", {"settings": {**SETTINGS, "trial_inferences": 100, "trial_s": 60.0}})
