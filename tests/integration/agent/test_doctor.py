@@ -189,6 +189,7 @@ def test_an_address_that_another_program_has_is_named(stopped: Device) -> None:
     assert verdict(examine(stopped, **environment), "address") == ("ok", f"127.0.0.1:{port} is free")
 
 
+@pytest.mark.slow
 def test_an_agent_that_hangs_is_not_taken_for_one_that_does_not_run(stopped: Device) -> None:
     stopped.start()
     assert stopped.process is not None

@@ -210,6 +210,7 @@ def ask_until(device: Device, version: str) -> None:
     wait_for(answered, why=lambda: f"an answer of {version}: {device.log()[-3000:]}")
 
 
+@pytest.mark.slow
 def test_a_model_on_demand_whose_worker_dies_at_every_load_goes_back_to_the_bundle_before_it(
     make_device: Callable[..., Device], server: Server
 ) -> None:

@@ -130,6 +130,7 @@ def test_buffer_full(device: Device, server: Server) -> None:
     assert server.ledger.conflicts == 0
 
 
+@pytest.mark.slow
 def test_an_outbox_that_nobody_foresaw_ends_no_serving_and_is_said(device: Device, server: Server) -> None:
     """Making it smaller fails for a reason of no class of ours: answers go on, what waits is sent, the log has it, and not often."""
     text = device.config.read_text().replace("[limits]\n", "[limits]\noutbox_mb = 8.0\nupload_kib_s = 0.0\n")

@@ -580,6 +580,7 @@ def test_a_window_that_cannot_be_is_put_aside_and_its_ring_given_up_once_a_minut
     assert counted(server, running) == 26
 
 
+@pytest.mark.slow
 def test_a_window_that_cannot_be_loses_no_inference_of_its_application(
     running: Device, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
