@@ -15,7 +15,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -103,10 +103,16 @@ class Rings:
         self._kept: dict[str, int] = {}
         self._refused = False
         self._retry_at_s = 0.0
+        self._gone: list[tuple[str, dict[str, int]]] = []
+        self._counted: dict[str, int] = {}
+        """Inferences in the windows of a ring, since this agent began."""
         folder.mkdir(exist_ok=True, mode=0o700)
         for ring in store.rings():
             if ring.startswith(SHADOW_RING):
                 self.remove(ring)
+            elif folder.is_symlink() and ring.endswith(_RING_SUFFIX) and not Path(ring).exists():
+                # A folder in memory, and the power failed: nobody can say how much of it had no window yet.
+                self._note_gone(ring, {})
 
     def path(self, generation: int, model: str, serial: int = 0) -> str:
         """The ring of a model in a generation; ``serial`` counts its keys."""
@@ -129,6 +135,7 @@ class Rings:
         waited = bool(self._unstored)
         entry = Entry(kind="window", body=cut.body, key="/".join(map(str, key)), inferences=cut.inferences)
         self._unstored.add(worker, cut, entry)
+        self._counted[cut.ring] = self._counted.get(cut.ring, 0) + cut.inferences
         if self._commit_s > 0:
             if self._due is None:
                 self._due = asyncio.get_running_loop().call_later(self._commit_s, self.retry)
@@ -167,6 +174,7 @@ class Rings:
         if self._due is not None:
             self._due.cancel()
             self._due = None
+        self._name_gone()
         if not self._unstored or self._clock.boot_s() < self._retry_at_s:
             return
         try:
@@ -301,6 +309,46 @@ class Rings:
         written, committed = self._positions(path)
         return not path.exists() or (written == committed and not self._unstored.owes(ring))
 
+    def granted(self, rings: Iterable[str]) -> None:
+        """Notes rings that are written from now on: should their files be gone at the next start, it is known that there were some."""
+        fresh = [RingAt(ring=ring, upto=0) for ring in rings if self._store.ring_upto(ring) is None]
+        try:
+            if fresh:
+                self._store.append([], fresh)
+        except Degraded as error:
+            log.warning("ring not noted", extra=kv(code=error.code, detail=error.detail))
+
+    def went_along(self, ring: str, answered: int) -> None:
+        """A worker ended hard: names what it had answered beyond its windows where its ring has no file, by its last report.
+
+        Args:
+            answered: inferences of the ring's model since the worker began, as it said last.
+        """
+        if not Path(ring).exists():
+            self._note_gone(ring, {"inferences": max(0, answered - self._counted.get(ring, 0))})
+
+    def _note_gone(self, ring: str, data: dict[str, int]) -> None:
+        log.error("ring gone", extra=kv(ring=Path(ring).name, **data))
+        self._gone.append((ring, data))
+        self._name_gone()
+
+    def _name_gone(self) -> None:
+        """Stores what is gone; without room at the next try: the disk that has none is why the ring lay in memory."""
+        while self._gone:
+            ring, data = self._gone[0]
+            about = {"ring": Path(ring).name, **data}
+            event = wire.Event(at=self._clock.instant(), name="ring", code="ring_gone", data=about)
+            try:
+                with self._store.transaction():
+                    self._store.count_lost("rings_gone", 1)
+                    if data.get("inferences"):
+                        self._store.count_lost("inferences_in_gone_rings", data["inferences"])
+                    self._store.append([Entry(kind="event", body=wire.encode(event))])
+                    self._store.forget_ring(ring)
+            except Degraded:
+                return
+            del self._gone[0]
+
     def recovered(self, message: ww.Recovered) -> bool:
         """A dead worker's ring is folded: notes what was lost in it, and removes it. False when that could not be noted."""
         try:
@@ -346,6 +394,7 @@ class Rings:
         # The file first: a position without a ring is harmless, a ring without a position is counted again.
         Path(ring).unlink(missing_ok=True)
         self._folded.discard(ring)
+        self._counted.pop(ring, None)
         try:
             self._store.forget_ring(ring)
         except Degraded as error:

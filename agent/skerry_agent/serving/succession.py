@@ -200,6 +200,7 @@ class Cell:
         new.worker.send(ww.Listen(books=books, accept=accept, cold_ms=new.cold_ms, cold=self.cold()))
         new.accepting = accept
         new.listening_s = site.clock.boot_s()
+        site.rings.granted(new.rings.values())
         new.silent_s = 0.0
         self.current, self.trying = new, {}
         self._take_up_keys(new)
@@ -318,7 +319,7 @@ class Cell:
                 Rejected("runtime_crashed", f"the worker ended with {exit_words(code)} while loading")
             )
         if generation is not self.current or generation.leaving or site.stopping:
-            self._clean_up(generation)
+            self._clean_up(generation, code)
             site.on_change()
             return
         log.error(
@@ -342,12 +343,17 @@ class Cell:
         if again:
             models = {n: s for n, s in generation.models.items() if n == self.name or s.digest not in site.apart}
             site.background(self._start_again(generation, models))
-        self._clean_up(generation)
+        self._clean_up(generation, code)
         site.on_change()
 
-    def _clean_up(self, generation: Generation) -> None:
+    def _clean_up(self, generation: Generation, code: int) -> None:
         rings = self._site.rings
         rings.retry()
+        if code != 0 and generation.listening_s is not None and generation.health is not None:
+            # A ring that lay in memory went with its worker, which had no time to cut a last window.
+            for name, ring in generation.rings.items():
+                found = generation.health.models.get(name)
+                rings.went_along(ring, found.ok if found is not None else 0)
         for ring in generation.owned_rings:
             if rings.spent(ring):
                 rings.remove(ring)
