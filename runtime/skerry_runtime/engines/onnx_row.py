@@ -58,11 +58,12 @@ def bind_row(session: Any, inputs: Sequence[Spec], outputs: Sequence[Spec], run:
 
 def _one_to_one(inner_run: Callable[[Any, Any], None], run: Run, name: str, places: _Places) -> Run:
     free = [places]
-    shape = places.inputs[0].shape
+    shape, dtype = places.inputs[0].shape, places.inputs[0].dtype
 
     def run_row(feeds: Tensors) -> Sequence[Array]:
         array = feeds[name]
-        if array.shape != shape:
+        # Bytes of another type of that size would be taken for numbers. Types that numpy brings are the same object everywhere.
+        if array.shape != shape or array.dtype is not dtype:
             return run(feeds)
         try:
             mine = free.pop()
@@ -82,18 +83,19 @@ def _one_to_one(inner_run: Callable[[Any, Any], None], run: Run, name: str, plac
 
 def _many(inner_run: Callable[[Any, Any], None], run: Run, inputs: Sequence[Spec], places: _Places) -> Run:
     free = [places]
-    wanted = [(spec.name, array.shape) for spec, array in zip(inputs, places.inputs, strict=True)]
+    wanted = [(spec.name, array.shape, array.dtype) for spec, array in zip(inputs, places.inputs, strict=True)]
 
     def run_row(feeds: Tensors) -> Sequence[Array]:
-        for name, shape in wanted:
-            if feeds[name].shape != shape:
+        for name, shape, dtype in wanted:
+            array = feeds[name]
+            if array.shape != shape or array.dtype is not dtype:
                 return run(feeds)
         try:
             mine = free.pop()
         except IndexError:
             return run(feeds)
         try:
-            for (name, _), filled in zip(wanted, mine.filled, strict=True):
+            for (name, _, _), filled in zip(wanted, mine.filled, strict=True):
                 filled[:] = feeds[name].tobytes()
             inner_run(mine.binding, None)
             found = [output.copy() for output in mine.outputs]

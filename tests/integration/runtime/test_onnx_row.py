@@ -153,6 +153,14 @@ def test_what_fails_says_so_and_the_next_is_answered_as_fast(tmp_path: Path) -> 
     assert len(free) == 1, "the places were given up"
 
 
+def test_numbers_of_another_type_and_the_same_size_are_not_taken_for_ours(tmp_path: Path) -> None:
+    run = doubled(tmp_path).prepare(["y"])
+    with pytest.raises(EngineFailed):
+        run({"x": np.ones((1, 4), np.int32)})
+    # The same type by another name is.
+    assert run({"x": np.ones((1, 4), np.dtype("<f4"))})[0].tolist() == [[2, 2, 2, 2]]
+
+
 def test_large_tensors_and_texts_go_the_usual_way(tmp_path: Path) -> None:
     assert not is_bound(doubled(tmp_path, MOST_BYTES // 8 + 1).prepare(["y"]))
     assert is_bound(doubled(tmp_path, MOST_BYTES // 8).prepare(["y"]))
