@@ -13,7 +13,7 @@ from onnx import TensorProto as T
 from onnx import helper as h
 from skerry_runtime.engines.onnx import OnnxEngine
 from skerry_runtime.engines.onnx_row import MOST_BYTES
-from skerry_runtime.errors import EngineFailed
+from skerry_runtime.errors import BadInput, EngineFailed
 
 KINDS = {np.float32: T.FLOAT, np.float16: T.FLOAT16, np.int64: T.INT64, np.uint8: T.UINT8, np.bool_: T.BOOL}
 
@@ -155,7 +155,7 @@ def test_what_fails_says_so_and_the_next_is_answered_as_fast(tmp_path: Path) -> 
 
 def test_numbers_of_another_type_and_the_same_size_are_not_taken_for_ours(tmp_path: Path) -> None:
     run = doubled(tmp_path).prepare(["y"])
-    with pytest.raises(EngineFailed):
+    with pytest.raises(BadInput, match="Unexpected input data type"):
         run({"x": np.ones((1, 4), np.int32)})
     # The same type by another name is.
     assert run({"x": np.ones((1, 4), np.dtype("<f4"))})[0].tolist() == [[2, 2, 2, 2]]
