@@ -83,6 +83,7 @@ def test_the_demo_loses_nothing_refuses_what_it_must_and_cleans_up(tmp_path: Pat
     assert left_behind(folder) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     # A shell starts what runs in the background with SIGINT ignored, and that is inherited: here somebody is at the terminal.

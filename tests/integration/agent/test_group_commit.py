@@ -34,10 +34,10 @@ def cut(ring: str, n: int) -> ww.WindowCut:
 
 
 def on_disk(folder: Path) -> tuple[int, dict[str, int]]:
-    """What another program reads of the file: (inferences, ring positions)."""
+    """What another program reads of the file: (inferences, positions of rings of which it has something)."""
     with closing(sqlite3.connect(f"file:{folder / 'state.db'}?mode=ro", uri=True)) as other:
         (inferences,) = other.execute("SELECT coalesce(sum(inferences), 0) FROM outbox").fetchone()
-        return inferences, dict(other.execute("SELECT ring, upto FROM rings"))
+        return inferences, dict(other.execute("SELECT ring, upto FROM rings WHERE upto > 0"))
 
 
 def commits(statements: list[str]) -> int:
