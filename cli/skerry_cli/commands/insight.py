@@ -68,10 +68,8 @@ def accuracy(
     """Shows how often each version is right, from labels with intervals, and the label-free estimate beside it."""
     # Over a version's whole life a fall is lost among the labels of better days.
     since_ms = _beginning(since_ms, until_ms)
-    api = session(context).api
-    items = list(api.items("/api/v1/accuracy", model=model, since_ms=since_ms, until_ms=until_ms))
-    if as_json:
-        output.show_json({"items": items})
+    items = _counted(context, "accuracy", model, since_ms, until_ms, as_json)
+    if items is None:
         return
     span = _span(since_ms, until_ms)
     output.say(f"Counted {span}." if items else f"Nothing was counted{_of(model)} {span}.")
@@ -106,10 +104,8 @@ def attributions(
 ) -> None:
     """Shows what each feature had to do with a version's answers, of those that devices explained, and how many they did."""
     since_ms = _beginning(since_ms, until_ms)
-    api = session(context).api
-    items = list(api.items("/api/v1/attributions", model=model, since_ms=since_ms, until_ms=until_ms))
-    if as_json:
-        output.show_json({"items": items})
+    items = _counted(context, "attributions", model, since_ms, until_ms, as_json)
+    if items is None:
         return
     span = _span(since_ms, until_ms)
     if not items:
@@ -126,6 +122,18 @@ def attributions(
                 output.show_table(title, ("feature", "mean", "of all"), rows)
             if len(one["features"]) > _MOST_SHOWN:
                 output.say(f"  and {len(one['features']) - _MOST_SHOWN} weaker; --json shows all.")
+
+
+def _counted(
+    context: typer.Context, what: str, model: str | None, since_ms: int, until_ms: int | None, as_json: bool
+) -> list[dict[str, Any]] | None:
+    """What the server counted in a span; None when it was shown as JSON already."""
+    api = session(context).api
+    items = list(api.items(f"/api/v1/{what}", model=model, since_ms=since_ms, until_ms=until_ms))
+    if as_json:
+        output.show_json({"items": items})
+        return None
+    return items
 
 
 def _beginning(since_ms: int | None, until_ms: int | None) -> int:

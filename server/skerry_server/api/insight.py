@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from skerry_contract import ids
 
 from skerry_server import attributions, findings, outcomes, registry, shadowing
-from skerry_server.api.context import After, Ctx, Limit, Viewer, page, read_cursor
+from skerry_server.api.context import After, Context, Ctx, Limit, Viewer, page, read_cursor
 from skerry_server.db.engine import reading
 from skerry_server.errors import NotFound
 
@@ -45,6 +46,31 @@ def drift_of(context: Ctx, _caller: Viewer, digest: str) -> dict[str, Any]:
     return found | {"attributions": explained.get("variants", [])}
 
 
+def _counted(
+    context: Context,
+    listed: Callable[..., list[dict[str, Any]]],
+    model: str | None,
+    since_ms: int | None,
+    until_ms: int | None,
+    after: str | None,
+    limit: int,
+) -> dict[str, Any]:
+    """A page of what was counted of bundles, by (model, bundle), in the buckets that begin within ``[since_ms, until_ms)``."""
+    last = read_cursor(after, str, str)
+    with reading(context.engine) as conn:
+        if model is not None:
+            registry.require_model(conn, model)
+        items = listed(
+            conn,
+            model=model,
+            from_ms=since_ms or 0,
+            upto_ms=until_ms if until_ms is not None else 1 << 53,
+            after=None if last is None else (last[0], last[1]),
+            limit=limit,
+        )
+    return page(items, limit, *((items[-1]["model"], items[-1]["bundle"]) if items else ()))
+
+
 @router.get("/accuracy", summary="Accuracy of each bundle from labels with intervals, and a marked estimate beside it")
 def accuracy(
     context: Ctx,
@@ -56,19 +82,7 @@ def accuracy(
     limit: Limit = 100,
 ) -> dict[str, Any]:
     """Of the buckets that begin within `[since_ms, until_ms)`; all without bounds. `estimate` is CBPE and never a measurement."""
-    last = read_cursor(after, str, str)
-    with reading(context.engine) as conn:
-        if model is not None:
-            registry.require_model(conn, model)
-        items = outcomes.accuracy_page(
-            conn,
-            model=model,
-            from_ms=since_ms or 0,
-            upto_ms=until_ms if until_ms is not None else 1 << 53,
-            after=None if last is None else (last[0], last[1]),
-            limit=limit,
-        )
-    return page(items, limit, *((items[-1]["model"], items[-1]["bundle"]) if items else ()))
+    return _counted(context, outcomes.accuracy_page, model, since_ms, until_ms, after, limit)
 
 
 @router.get(
@@ -86,19 +100,7 @@ def attributed(
     """Of the buckets that begin within `[since_ms, until_ms)`; all without bounds. `mean` is the mean absolute attribution of the explained
     rows: of probability where `unit` says so, else in the variant's own scale; `share` is of the sum of all means.
     """
-    last = read_cursor(after, str, str)
-    with reading(context.engine) as conn:
-        if model is not None:
-            registry.require_model(conn, model)
-        items = attributions.page(
-            conn,
-            model=model,
-            from_ms=since_ms or 0,
-            upto_ms=until_ms if until_ms is not None else 1 << 53,
-            after=None if last is None else (last[0], last[1]),
-            limit=limit,
-        )
-    return page(items, limit, *((items[-1]["model"], items[-1]["bundle"]) if items else ()))
+    return _counted(context, attributions.page, model, since_ms, until_ms, after, limit)
 
 
 @router.get("/shadows", summary="Candidates in shadow beside what answered, paired by request, all devices added up")

@@ -130,7 +130,7 @@ def test_a_stateful_model_is_accelerated_in_every_stream(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = pytest.importorskip("skerry_cli.demo.models")
+    made = pytest.importorskip("skerry_cli.demo.models", reason="the demo's models are not installed")
     out: Path = tmp_path_factory.mktemp("demo") / "bundle"
     made.make_bundle(out, version="1.0.0", batches=(1,), created="2026-01-01T00:00:00Z")
     return out
