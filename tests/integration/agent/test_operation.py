@@ -91,12 +91,12 @@ def test_the_watchdog_is_told_only_while_the_endpoint_answers(
     back = time.monotonic()
     wait_for(lambda: manager.heard("WATCHDOG=1", back), why="pings again")
     assert device.stop() == 0
-    assert manager.heard("STOPPING=1")
+    wait_for(lambda: manager.heard("STOPPING=1"), why="STOPPING")
 
 
 def test_a_reload_is_told_to_the_manager_and_a_broken_file_changes_nothing(manager: Manager, device: Device) -> None:
     started(device)
-    assert manager.heard("READY=1")
+    wait_for(lambda: manager.heard("READY=1"), why="READY")
     good = device.config.read_text()
     device.config.write_text(
         good.replace("drain_s = 3", "drain_s = 4") + '[log]\nlevel = "warning"\n[mqtt]\nkeepalive_s = 7\n'
@@ -116,7 +116,7 @@ def test_a_reload_is_told_to_the_manager_and_a_broken_file_changes_nothing(manag
     answer = device.call("POST", "/skerry/v1/reload", {})
     assert (answer.status, answer.body["code"]) == (409, "bad_config")
     assert any("unknown key 'nonsense'" in fault for fault in answer.body["faults"])
-    assert manager.heard("STATUS=configuration not taken")
+    wait_for(lambda: manager.heard("STATUS=configuration not taken"), why="the state told to the manager")
     assert device.infer(1) == ["1.0.0"]
 
     before = time.monotonic()
