@@ -30,7 +30,7 @@ from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from skerry_cli.bundle_source import BundleSource, FolderSource, RepositorySource, checked_bundle
 from skerry_cli.errors import RefusedForSafety, Usage
-from skerry_cli.keys import CATALOG_LIFE
+from skerry_cli.offline_roles import CATALOG_LIFE
 from skerry_cli.verified_catalog import Entry, VerifiedCatalog, entries, read_catalog
 
 __all__ = [

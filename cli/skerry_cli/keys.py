@@ -19,17 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from securesystemslib.signer import CryptoSigner, Key, Signer
-from skerry_contract import canonical, floors, layout
-from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Role, Root, Snapshot, TargetFile, Targets, Timestamp
+from skerry_contract import canonical
+from tuf.api.metadata import Metadata, Root, Targets
 
-from skerry_cli import key_files
+from skerry_cli import cosigning, key_files, offline_roles
 from skerry_cli.errors import RefusedForSafety, Usage
-
-ROOT_LIFE = dt.timedelta(days=365)
-TARGETS_LIFE = dt.timedelta(days=365)
-CATALOG_LIFE = dt.timedelta(days=180)
-EMPTY_FLOORS = floors.encode({})
+from skerry_cli.offline_roles import CATALOG_LIFE, EMPTY_FLOORS, ROOT_LIFE, TARGETS_LIFE, Holders, RootWish, TargetsWish
 
 ROOT_FILE = "root.json"
 TARGETS_FILE = "targets.json"
@@ -115,21 +110,18 @@ def hold_ceremony(
             signers[role][name] = signer
             entries.append({"name": name, "role": role, "keyid": signer.public_key.keyid, "file": file})
 
-    roots = {s.public_key.keyid: s.public_key for s in signers["root"].values()}
-    targets_keys = {s.public_key.keyid: s.public_key for s in signers["targets"].values()}
-    approver_keys = {s.public_key.keyid: s.public_key for s in signers["approver"].values()}
-    root = _root(1, now, roots, root_threshold, targets_keys, targets_threshold, online_keys)
-    targets = Targets(
-        version=1, expires=_after(now, TARGETS_LIFE), delegations=_delegations(approver_keys, threshold, online_keys)
-    )
-    catalog = Targets(
-        version=1,
-        expires=_after(now, CATALOG_LIFE),
-        targets={layout.FLOORS_TARGET: TargetFile.from_data(layout.FLOORS_TARGET, EMPTY_FLOORS, ["sha256"])},
-    )
-    root_bytes = _signed(Metadata(root), signers["root"].values())
-    targets_bytes = _signed(Metadata(targets), signers["targets"].values())
-    catalog_bytes = _signed(Metadata(catalog), signers["approver"].values())
+    held = {role: {s.public_key.keyid: s.public_key for s in by.values()} for role, by in signers.items()}
+    root = RootWish(
+        root=Holders(keys=held["root"], threshold=root_threshold),
+        targets=Holders(keys=held["targets"], threshold=targets_threshold),
+        online=online_keys,
+    ).build(1, offline_roles.after(now, ROOT_LIFE))
+    approving = Holders(keys=held["approver"], threshold=threshold)
+    targets = TargetsWish(catalog=approving, online=online_keys).build(1, offline_roles.after(now, TARGETS_LIFE))
+    catalog = offline_roles.first_catalog(offline_roles.after(now, CATALOG_LIFE))
+    root_bytes = _signed(root, signers["root"].values())
+    targets_bytes = _signed(targets, signers["targets"].values())
+    catalog_bytes = _signed(catalog, signers["approver"].values())
     record: dict[str, Any] = {
         "schema": 1,
         "made": now.astimezone(dt.UTC).replace(microsecond=0).isoformat(),
@@ -204,7 +196,7 @@ def next_root(
     targets_keys: Mapping[str, Key] | None = None,
     targets_threshold: int | None = None,
 ) -> bytes:
-    """The next version of root, with a new expiry: renewal, another online key, other holders.
+    """The next version of root, with a new expiry, where one place has enough keys: renewal, another online key, other holders.
 
     What is served must hold under it: to replace the targets key (or the online key), name old and new together, sign
     targets with the new one, then name the new one alone.
@@ -217,24 +209,15 @@ def next_root(
     Raises:
         RefusedForSafety: the signers do not meet the old or the new threshold, so no client would follow.
     """
-    old = _parsed(previous, Root, "root")
-    keep_root = {keyid: old.keys[keyid] for keyid in old.roles[Root.type].keyids}
-    keep_online = {keyid: old.keys[keyid] for keyid in old.roles[Timestamp.type].keyids}
-    keep_targets = {keyid: old.keys[keyid] for keyid in old.roles[Targets.type].keyids}
-    new = _root(
-        old.version + 1,
-        now,
-        root_keys or keep_root,
-        root_threshold or old.roles[Root.type].threshold,
-        targets_keys or keep_targets,
-        targets_threshold or old.roles[Targets.type].threshold,
-        online_keys or keep_online,
+    old = offline_roles.parse(previous, Root, "root").signed
+    kept = RootWish.read(old)
+    wish = RootWish(
+        root=Holders(keys=root_keys or kept.root.keys, threshold=root_threshold or kept.root.threshold),
+        targets=Holders(keys=targets_keys or kept.targets.keys, threshold=targets_threshold or kept.targets.threshold),
+        online=online_keys or kept.online,
     )
-    metadata = Metadata(new)
-    data = _signed(metadata, signers)
-    for delegator, whose in ((old, f"version {old.version}"), (new, f"version {new.version}")):
-        _require_delegate(delegator, Root.type, metadata, whose)
-    return data
+    new = wish.build(old.version + 1, offline_roles.after(now, ROOT_LIFE))
+    return _signed_enough(new, signers, cosigning.authorities_of_root(old, new))
 
 
 def next_targets(
@@ -255,24 +238,15 @@ def next_targets(
     Raises:
         RefusedForSafety: the signers are not those that ``root`` names for targets.
     """
-    old = _parsed(previous, Targets, "targets")
-    if old.delegations is None or old.delegations.roles is None:
-        raise RefusedForSafety("targets: it delegates nothing, so it is not from a ceremony of this tool")
-    roles, keys = old.delegations.roles, old.delegations.keys
-    new = Targets(
-        version=old.version + 1,
-        expires=_after(now, TARGETS_LIFE),
-        delegations=_delegations(
-            approver_keys or {keyid: keys[keyid] for keyid in roles[layout.CATALOG_ROLE].keyids},
-            threshold or roles[layout.CATALOG_ROLE].threshold,
-            online_keys or {keyid: keys[keyid] for keyid in roles[layout.FLEET_ROLE].keyids},
-        ),
+    old = offline_roles.parse(previous, Targets, "targets").signed
+    kept = TargetsWish.read(old)
+    wish = TargetsWish(
+        catalog=Holders(keys=approver_keys or kept.catalog.keys, threshold=threshold or kept.catalog.threshold),
+        online=online_keys or kept.online,
     )
-    metadata = Metadata(new)
-    data = _signed(metadata, signers)
-    trusted = _parsed(root, Root, "root")
-    _require_delegate(trusted, Targets.type, metadata, f"root version {trusted.version}")
-    return data
+    new = wish.build(old.version + 1, offline_roles.after(now, TARGETS_LIFE))
+    trusted = offline_roles.parse(root, Root, "root").signed
+    return _signed_enough(new, signers, (cosigning.Authority.of(trusted, Targets.type),))
 
 
 def _check_wishes(
@@ -299,65 +273,20 @@ def _check_wishes(
         raise Usage(f"{directory} is not empty: a ceremony never writes over keys", advice="name a new folder")
 
 
-def _root(
-    version: int,
-    now: dt.datetime,
-    root_keys: Mapping[str, Key],
-    root_threshold: int,
-    targets_keys: Mapping[str, Key],
-    targets_threshold: int,
-    online_keys: Mapping[str, Key],
-) -> Root:
-    online = list(online_keys)
-    return Root(
-        version=version,
-        expires=_after(now, ROOT_LIFE),
-        keys={**root_keys, **targets_keys, **online_keys},
-        roles={
-            Root.type: Role(list(root_keys), root_threshold),
-            Targets.type: Role(list(targets_keys), targets_threshold),
-            Snapshot.type: Role(online, 1),
-            Timestamp.type: Role(online, 1),
-        },
-        consistent_snapshot=True,
-    )
-
-
-def _delegations(approvers: Mapping[str, Key], threshold: int, online_keys: Mapping[str, Key]) -> Delegations:
-    return Delegations(
-        keys={**approvers, **online_keys},
-        roles={
-            # First and terminating: nothing later may ever answer for a path of the catalog.
-            layout.CATALOG_ROLE: DelegatedRole(
-                layout.CATALOG_ROLE, list(approvers), threshold, True, list(layout.CATALOG_PATHS)
-            ),
-            layout.FLEET_ROLE: DelegatedRole(layout.FLEET_ROLE, list(online_keys), 1, False, list(layout.FLEET_PATHS)),
-        },
-    )
-
-
-def _after(now: dt.datetime, life: dt.timedelta) -> dt.datetime:
-    return now.astimezone(dt.UTC) + life
-
-
-def _signed(metadata: Metadata[Any], signers: Iterable[Signer]) -> bytes:
+def _signed(signed: Root | Targets, signers: Iterable[Signer]) -> bytes:
+    metadata: Metadata[Any] = Metadata(signed)
     for signer in signers:
         metadata.sign(signer, append=True)
     return metadata.to_bytes()
 
 
-def _parsed(data: bytes, kind: type[Any], what: str) -> Any:
-    try:
-        signed = Metadata.from_bytes(data).signed
-    except RepositoryError as error:
-        raise Usage(f"{what}: wanted TUF metadata: {error}") from None
-    if not isinstance(signed, kind):
-        raise Usage(f"{what}: wanted TUF metadata of that role, got {signed.type}")
-    return signed
-
-
-def _require_delegate(delegator: Root, role: str, metadata: Metadata[Any], whose: str) -> None:
-    try:
-        delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-    except RepositoryError as error:
-        raise RefusedForSafety(f"{role} does not meet the threshold of {whose}: {error}") from None
+def _signed_enough(
+    signed: Root | Targets, signers: Iterable[Signer], authorities: Sequence[cosigning.Authority]
+) -> bytes:
+    metadata: Metadata[Any] = Metadata(signed)
+    for signer in signers:
+        metadata = cosigning.add_signature(metadata, signer, authorities)
+    found = cosigning.standing(metadata, authorities)
+    if not found.complete:
+        raise RefusedForSafety(f"{signed.type} does not meet every threshold: {found.text({})}")
+    return metadata.to_bytes()
