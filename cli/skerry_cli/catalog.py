@@ -31,7 +31,7 @@ from tuf.api.metadata import Metadata, TargetFile, Targets
 from skerry_cli.bundle_source import BundleSource, FolderSource, RepositorySource, checked_bundle
 from skerry_cli.errors import RefusedForSafety, Usage
 from skerry_cli.offline_roles import CATALOG_LIFE
-from skerry_cli.verified_catalog import Entry, VerifiedCatalog, entries, read_catalog
+from skerry_cli.verified_catalog import Entry, VerifiedCatalog, entries, read_catalog, under_targets
 
 __all__ = [
     "Addition",
@@ -47,6 +47,7 @@ __all__ = [
     "entries",
     "propose",
     "read_catalog",
+    "under_targets",
 ]
 
 

@@ -10,7 +10,7 @@ import datetime as dt
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import urllib3
@@ -19,11 +19,11 @@ from skerry_contract import floors as floor_rules
 from skerry_contract import ids, layout
 from skerry_contract.errors import ContractError
 from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import DelegatedRole, Targets
+from tuf.api.metadata import DelegatedRole, Metadata, Root, Targets
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from skerry_cli.bundle_source import open_pool
-from skerry_cli.errors import Failed, RefusedForSafety
+from skerry_cli.errors import Failed, RefusedForSafety, Usage
 
 _CHUNK_BYTES = 1 << 18
 
@@ -47,6 +47,7 @@ class VerifiedCatalog:
         catalog: the signed part; ``expired`` says whether its time was over (then a change renews it).
         floors: model -> version.
         keys, threshold: whose signatures the next catalog needs, and how many.
+        root, targets: the last ones, which vouch for it.
     """
 
     catalog: Targets
@@ -54,6 +55,8 @@ class VerifiedCatalog:
     floors: dict[str, str]
     keys: dict[str, Key]
     role: DelegatedRole
+    root: Root
+    targets: Targets
 
     @property
     def threshold(self) -> int:
@@ -108,7 +111,55 @@ def read_catalog(
             f"catalog: the repository shows version {catalog.version}, this operator has seen {seen}"
         )
     _remember_version(cache_dir, catalog.version)
-    return VerifiedCatalog(catalog=catalog, expired=catalog.is_expired(now), floors=floors, keys=keys, role=role)
+    return VerifiedCatalog(
+        catalog=catalog,
+        expired=catalog.is_expired(now),
+        floors=floors,
+        keys=keys,
+        role=role,
+        root=updater.root,
+        targets=updater.targets,
+    )
+
+
+def under_targets(verified: VerifiedCatalog, data: bytes, *, root: bytes | None = None) -> VerifiedCatalog:
+    """The same catalog, as the ground of one that is to appear together with new targets: its signers are those that they name.
+
+    Args:
+        data: the next version of targets, signed by enough of its holders.
+        root: the next version of root where it comes with them, else the one being served counts.
+
+    Raises:
+        RefusedForSafety: no next version, not signed as root says, or it delegates no catalog.
+        Usage: no such metadata.
+    """
+    trusted = verified.root
+    try:
+        if root is not None:
+            next_root = Metadata[Root].from_bytes(root)
+            if not isinstance(next_root.signed, Root) or next_root.signed.version != trusted.version + 1:
+                raise RefusedForSafety(f"root: wanted version {trusted.version + 1}")
+            for delegator in (trusted, next_root.signed):
+                delegator.verify_delegate(Root.type, next_root.signed_bytes, next_root.signatures)
+            trusted = next_root.signed
+        metadata = Metadata[Targets].from_bytes(data)
+    except tuf_errors.UnsignedMetadataError as error:
+        raise RefusedForSafety(f"root: {error}") from None
+    except tuf_errors.RepositoryError as error:
+        raise Usage(f"wanted TUF metadata: {error}") from None
+    new = metadata.signed
+    if not isinstance(new, Targets) or new.version != verified.targets.version + 1:
+        raise RefusedForSafety(f"targets: wanted version {verified.targets.version + 1}, got {new.version}")
+    try:
+        trusted.verify_delegate(Targets.type, metadata.signed_bytes, metadata.signatures)
+    except tuf_errors.RepositoryError as error:
+        raise RefusedForSafety(f"targets: {error}") from None
+    delegations = new.delegations
+    role = (delegations.roles or {}).get(layout.CATALOG_ROLE) if delegations else None
+    if delegations is None or role is None:
+        raise RefusedForSafety("targets: it delegates no catalog")
+    named = {keyid: delegations.keys[keyid] for keyid in role.keyids}
+    return replace(verified, keys=named, role=role, root=trusted, targets=new)
 
 
 def entries(catalog: Targets) -> dict[tuple[str, str], Entry]:
@@ -141,6 +192,14 @@ def entries(catalog: Targets) -> dict[tuple[str, str], Entry]:
 
 
 class _Updater(Updater):
+    @property
+    def root(self) -> Root:
+        return self._trusted_set.root
+
+    @property
+    def targets(self) -> Targets:
+        return self._trusted_set.targets
+
     def verified_catalog(self, now: dt.datetime) -> tuple[Targets, DelegatedRole, dict[str, Key]]:
         """The catalog of the snapshot that is current at ``now``; the catalog's own expiry is left to the caller."""
         self._trusted_set.reference_time = now.astimezone(dt.UTC)

@@ -20,7 +20,7 @@ from pathlib import Path
 import uvicorn
 from sqlalchemy import Connection
 
-from skerry_server import ca, clock, collector, device_auth, durable, listener, ports, renewal
+from skerry_server import ca, clock, collector, device_auth, durable, listener, online_keys, ports, renewal
 from skerry_server.api.context import Context
 from skerry_server.application import create_app
 from skerry_server.broker.embedded import EmbeddedBroker
@@ -32,7 +32,6 @@ from skerry_server.db.engine import BUSY_TIMEOUT_MS, can_write, open_engine, rea
 from skerry_server.db.migrations import migrate
 from skerry_server.folder import only_server, require_initialised
 from skerry_server.ingest import Ingest, IngestSettings
-from skerry_server.metadata import make_online_key
 from skerry_server.mqtt import Endpoint, ServerLink
 from skerry_server.orchestrator import Orchestrator
 from skerry_server.publication import Publication
@@ -92,8 +91,7 @@ class Server:
         self._engine = open_engine(settings.database_url)
         self._stack.callback(self._engine.dispose)
         migrate(self._engine)
-        signer = make_online_key(data / "keys" / "online.pem", data / "keys" / "online.pub.json")
-        self._repository = Repository(data / "repository", signer, clock.utc_now)
+        self._repository = Repository(data / "repository", online_keys.open_all(data / "keys"), clock.utc_now)
         self._publication = Publication(self._engine, self._repository, clock.now_ms)
         self._socket = ports.listen(settings.server.host, settings.server.port, last.get("port", 0))
         self._stack.callback(self._socket.close)
@@ -234,7 +232,7 @@ class Server:
                 telemetry=self._telemetry,
                 url=self.url,
                 mqtt=self._mqtt._asdict(),
-                online_keys=json.loads((data / "keys" / "online.pub.json").read_text(encoding="utf-8")),
+                online_keys=online_keys.public(data / "keys"),
                 wake=orchestrator.wake,
                 refresh_broker_users=self._refresh_broker_users,
                 probe=self.probe,

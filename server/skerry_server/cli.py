@@ -1,4 +1,4 @@
-"""``skerry-server init | run | migrate``: makes, runs and upgrades the server that lives in one folder.
+"""``skerry-server init | run | migrate | new-online-key``: makes, runs and upgrades the server that lives in one folder.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
 """
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         "init": "make the folder: CA, online key, database, admin token",
         "run": "run everything in this process, with the broker as a child unless another is configured",
         "migrate": "bring the database to this release's schema",
+        "new-online-key": "make one more online key, for a root that is to replace the present one",
         "broker-certificate": "make certificate and key of a broker that is not this server's child",
     }
     for name, text in told.items():
@@ -89,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(folder.initialise(settings))
         elif asked.command == "broker-certificate":
             _say(folder.issue_broker_certificate(settings, asked.out, asked.name))
+        elif asked.command == "new-online-key":
+            _say(folder.new_online_key(settings))
         elif asked.command == "migrate":
             engine = open_engine(settings.database_url)
             found = migrate(engine)

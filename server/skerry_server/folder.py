@@ -15,11 +15,10 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from skerry_server import access, ca, clock, durable
+from skerry_server import access, ca, clock, durable, online_keys
 from skerry_server.config import Settings
 from skerry_server.db.engine import open_engine, reading, writing
 from skerry_server.db.migrations import migrate
-from skerry_server.metadata import make_online_key
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def initialise(settings: Settings) -> dict[str, Any]:
         now = clock.utc_now()
         authority = ca.open_ca(data / "ca", now)
         authority.ensure_own([settings.server.public_host, *settings.server.public_names], now)
-        make_online_key(data / "keys" / "online.pem", data / "keys" / "online.pub.json")
+        online_keys.open_all(data / "keys")
         engine = open_engine(settings.database_url)
         try:
             migrate(engine)
@@ -74,6 +73,17 @@ def issue_broker_certificate(settings: Settings, folder: Path, names: list[str])
     authority.issue_listener(folder, names, clock.utc_now())
     files = {"ca": "ca.pem", "certificate": "broker.pem", "key": "broker.key"}
     return {what: str(folder / name) for what, name in files.items()}
+
+
+def new_online_key(settings: Settings) -> dict[str, Any]:
+    """Makes one more online key. A running server is no hindrance; it knows the key from its next start on.
+
+    Raises:
+        NotInitialised: ``initialise`` was never run here.
+    """
+    require_initialised(settings.data)
+    made = online_keys.add(settings.data / "keys")
+    return {"keyid": made.public_key.keyid, "online_keys": str(settings.data / "keys" / "online.pub.json")}
 
 
 def require_initialised(data: Path) -> None:

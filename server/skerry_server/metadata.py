@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives import serialization
 from securesystemslib.signer import CryptoSigner, Signer
 from skerry_contract import canonical, layout
-from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from skerry_server import durable, trust
 from skerry_server.trust import RepositoryRefused
@@ -61,20 +61,21 @@ class MetadataFolder:
 
     Args:
         folder: ``metadata/``; made when missing.
-        signer: holds the online key.
+        signers: hold the server's online keys, oldest first: after one was made to replace another, both are here until the
+            operator's roles name the new one.
         now: the server's clock, aware, UTC.
     """
 
-    def __init__(self, folder: Path, signer: Signer, now: Callable[[], dt.datetime]) -> None:
+    def __init__(self, folder: Path, signers: Sequence[Signer], now: Callable[[], dt.datetime]) -> None:
         self._folder = folder
-        self._signer = signer
+        self._signers = {str(signer.public_key.keyid): signer for signer in signers}
         self._now = now
         durable.make_folder(folder)
 
     @property
-    def online_keyid(self) -> str:
-        """Of the key that signs here."""
-        return str(self._signer.public_key.keyid)
+    def online_keyids(self) -> frozenset[str]:
+        """Of the keys that can sign here."""
+        return frozenset(self._signers)
 
     def load(self) -> State:
         """What the files say. Before the first timestamp, the newest version of each offline role counts."""
@@ -87,10 +88,15 @@ class MetadataFolder:
         snapshot = self._read(Snapshot.type, timestamp.snapshot_meta.version, Snapshot)
         versions = {name.removesuffix(".json"): meta.version for name, meta in snapshot.signed.meta.items()}
         try:
+            targets, catalog = self._under(
+                root,
+                self._read(Targets.type, versions[Targets.type], Targets),
+                self._read(layout.CATALOG_ROLE, versions[layout.CATALOG_ROLE], Targets),
+            )
             return State(
                 root=root,
-                targets=self._read(Targets.type, versions[Targets.type], Targets),
-                catalog=self._read(layout.CATALOG_ROLE, versions[layout.CATALOG_ROLE], Targets),
+                targets=targets,
+                catalog=catalog,
                 fleet=self._read(layout.FLEET_ROLE, versions[layout.FLEET_ROLE], Targets),
                 snapshot=snapshot,
                 timestamp=Held(signed=timestamp, data=data),
@@ -99,6 +105,21 @@ class MetadataFolder:
             raise RepositoryRefused(
                 "repository_damaged", f"snapshot {snapshot.version} does not name {error}"
             ) from None
+
+    def _under(self, root: Held | None, targets: Held, catalog: Held) -> tuple[Held, Held]:
+        """Targets and catalog as served; where a crash came between a new root and its snapshot, those that came with it."""
+        if root is None or _holds(root.signed, Targets.type, targets):
+            return targets, catalog
+        for version in range(targets.version + 1, self._highest(Targets.type) + 1):
+            if not self._path(Targets.type, version).exists():
+                continue
+            newer = self._read(Targets.type, version, Targets)
+            if not _holds(root.signed, Targets.type, newer):
+                continue
+            for held in (self._newest(layout.CATALOG_ROLE, Targets), catalog):
+                if held is not None and _holds(newer.signed, layout.CATALOG_ROLE, held):
+                    return newer, held
+        return targets, catalog
 
     def store(self, role: str, version: int, data: bytes) -> None:
         """Writes a version of an offline role. Devices find a root by its number, the others only after ``publish``."""
@@ -178,9 +199,12 @@ class MetadataFolder:
         return listed
 
     def _newest(self, role: str, kind: type[_S]) -> Held | None:
+        highest = self._highest(role)
+        return self._read(role, highest, kind) if highest else None
+
+    def _highest(self, role: str) -> int:
         names = self._folder.glob(f"*.{role}.json")
-        versions = [int(path.name.partition(".")[0]) for path in names if path.name.partition(".")[0].isdigit()]
-        return self._read(role, max(versions), kind) if versions else None
+        return max((int(p.name.partition(".")[0]) for p in names if p.name.partition(".")[0].isdigit()), default=0)
 
     def _read(self, role: str, version: int, kind: type[_S]) -> Held:
         try:
@@ -194,15 +218,13 @@ class MetadataFolder:
     def _due(self, delegator: Root | Targets, role: str, held: Held, life: dt.timedelta) -> bool:
         if held.signed.expires - self._now() < life / 2:
             return True
-        try:
-            trust.verify(delegator, role, Metadata.from_bytes(held.data))
-        except RepositoryRefused:
-            return True
-        return False
+        return not _holds(delegator, role, held)
 
     def _sign(self, delegator: Root | Targets, role: str, signed: Snapshot | Targets | Timestamp) -> Held:
         metadata: Metadata[Any] = Metadata(signed)
-        metadata.sign(self._signer)
+        named = (delegator.roles if isinstance(delegator, Root) else _delegated(delegator))[role].keyids
+        known = [signer for keyid, signer in self._signers.items() if keyid in named]
+        metadata.sign(known[-1] if known else next(iter(self._signers.values())))
         try:
             trust.verify(delegator, role, metadata)
         except RepositoryRefused as error:
@@ -241,6 +263,18 @@ def make_online_key(private_path: Path, public_path: Path) -> CryptoSigner:
 def load_online_signer(private_path: Path) -> CryptoSigner:
     """Opens the online key. Raises ``ValueError`` when the file holds none, ``OSError`` when it cannot be read."""
     return CryptoSigner(serialization.load_pem_private_key(private_path.read_bytes(), None))
+
+
+def _delegated(targets: Targets) -> Mapping[str, Role]:
+    return (targets.delegations.roles or {}) if targets.delegations is not None else {}
+
+
+def _holds(delegator: Root | Targets, role: str, held: Held) -> bool:
+    try:
+        trust.verify(delegator, role, Metadata.from_bytes(held.data))
+    except RepositoryRefused:
+        return False
+    return True
 
 
 def _meta_file(held: Held) -> MetaFile:

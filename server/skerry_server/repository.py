@@ -19,7 +19,7 @@ import datetime as dt
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,15 +47,18 @@ class Repository:
 
     Args:
         root_dir: the folder to serve; made when missing.
-        online_signer: signs fleet, snapshot and timestamp.
+        online_signer: signs fleet, snapshot and timestamp; of several, the newest that the operator's roles name.
         now: the server's clock, aware, UTC.
     """
 
-    def __init__(self, root_dir: Path, online_signer: Signer, now: Callable[[], dt.datetime]) -> None:
+    def __init__(
+        self, root_dir: Path, online_signer: Signer | Sequence[Signer], now: Callable[[], dt.datetime]
+    ) -> None:
         self._dir = root_dir
         self._now = now
         self._thread = threading.RLock()
-        self._metadata = MetadataFolder(root_dir / layout.METADATA_DIR, online_signer, now)
+        signers = tuple(online_signer) if isinstance(online_signer, Sequence) else (online_signer,)
+        self._metadata = MetadataFolder(root_dir / layout.METADATA_DIR, signers, now)
         for part in (layout.TARGETS_DIR, "blobs/sha256"):
             durable.make_folder(root_dir / part)
         with self._writing():
@@ -67,76 +70,105 @@ class Repository:
     # --- the offline roles ---
 
     def install_root(self, data: bytes) -> None:
-        """Takes the operator's root: the first as it is, later ones signed by the one before and by themselves.
-
-        Posting the current version again changes nothing, so a lost answer can be asked for twice.
-
-        Raises:
-            RepositoryRefused: see ``trust.next_root``.
-        """
-        with self._writing():
-            state = self._metadata.load()
-            if state.root is not None and state.root.data == data:
-                return
-            previous = state.root.signed if state.root else None
-            root = trust.next_root(data, previous, self._metadata.online_keyid, self._now())
-            if state.targets is not None:
-                # Devices follow this root at once: what it does not vouch for they would refuse.
-                trust.verify(root, Targets.type, trust.parse(state.targets.data, Targets, "targets"))
-            self._metadata.store(Root.type, root.version, data)
-            self._metadata.publish(replace(state, root=Held(signed=root, data=data)))
+        """Takes the operator's root. See ``install``."""
+        self.install(root=data)
 
     def install_targets(self, data: bytes) -> None:
-        """Takes the operator's targets role, which names the approvers and this server's key for ``fleet``.
-
-        Raises:
-            RepositoryRefused: see ``trust.next_targets``; also ``bad_signature`` when the catalog being served would not
-                hold under it, and ``no_trust`` without a root.
-        """
-        with self._writing():
-            state = self._metadata.load()
-            if state.targets is not None and state.targets.data == data:
-                return
-            root = _needed(state.root, "root")
-            previous = state.targets.signed if state.targets else None
-            targets = trust.next_targets(data, root.signed, previous, self._metadata.online_keyid, self._now())
-            if state.catalog is not None:
-                trust.verify(targets, layout.CATALOG_ROLE, trust.parse(state.catalog.data, Targets, "catalog"))
-            self._metadata.store(Targets.type, targets.version, data)
-            self._metadata.publish(replace(state, targets=Held(signed=targets, data=data)))
+        """Takes the operator's targets role. See ``install``."""
+        self.install(targets=data)
 
     def install_catalog(
         self, data: bytes, floors_data: bytes | None, manifests: Callable[[str], bytes | None]
     ) -> tuple[CatalogEntry, ...]:
-        """Takes a catalog that the approvers signed, and from then on serves what it lists.
+        """Takes a catalog that the approvers signed; returns the bundles that it lists. See ``install``."""
+        return self.install(catalog=data, floors_data=floors_data, manifests=manifests)
+
+    def install(
+        self,
+        *,
+        root: bytes | None = None,
+        targets: bytes | None = None,
+        catalog: bytes | None = None,
+        floors_data: bytes | None = None,
+        manifests: Callable[[str], bytes | None] = lambda _: None,
+        restoring: bool = False,
+    ) -> tuple[CatalogEntry, ...]:
+        """Takes new offline roles together: devices see all of them in one snapshot, or none.
+
+        So an approver's key can go: targets without it would strand the catalog that it signed, and come with one that the
+        others signed. What is being served already changes nothing, so a lost answer can be asked for twice.
 
         Args:
-            data: the metadata.
-            floors_data: the text of its ``floors.json``; None when it did not change.
+            root: the first is believed as it is, later ones are signed by the one before and by themselves.
+            targets: names the approvers and this server's key for ``fleet``.
+            catalog: what the approvers signed; floors_data: its ``floors.json``, None when it did not change.
             manifests: digest -> bytes of a manifest that the repository does not hold yet, or None.
+            restoring: targets and catalog may leave versions out: of a repository that a backup took back.
 
         Returns:
-            The bundles that it lists.
+            The bundles that the catalog lists from now on; empty without one.
 
         Raises:
-            RepositoryRefused: see ``trust.next_catalog``; ``manifest_missing``, ``blob_missing``, ``hash_mismatch`` and
-                ``size_mismatch`` for what devices could not download, ``bad_document`` for floors or a manifest that no
-                device could read, ``no_trust`` without root and targets.
+            RepositoryRefused: see ``trust``; ``bad_signature`` also when what stays would not hold under what comes;
+                ``manifest_missing``, ``blob_missing``, ``hash_mismatch`` and ``size_mismatch`` for what devices could not
+                download, ``bad_document`` for floors or a manifest that no device could read, ``no_trust`` without what is
+                above.
         """
         with self._writing():
-            state = self._metadata.load()
-            targets = _needed(state.targets, "targets")
-            if state.catalog is not None and state.catalog.data == data:
-                return trust.catalog_entries(state.catalog.signed)
-            previous = state.catalog.signed if state.catalog else None
-            catalog = trust.next_catalog(data, targets.signed, previous, self._now())
-            self._take_floors(catalog.targets[layout.FLOORS_TARGET], floors_data)
-            entries = trust.catalog_entries(catalog)
-            for entry in entries:
-                self._take_manifest(entry, manifests)
-            self._metadata.store(layout.CATALOG_ROLE, catalog.version, data)
-            self._metadata.publish(replace(state, catalog=Held(signed=catalog, data=data)))
-            return entries
+            state = before = self._metadata.load()
+            now, keyids = self._now(), self._metadata.online_keyids
+            if root is not None and not _is_served(state.root, root):
+                previous = state.root.signed if state.root else None
+                state = replace(state, root=Held(signed=trust.next_root(root, previous, keyids, now), data=root))
+            if targets is not None and not _is_served(state.targets, targets):
+                signed = trust.next_targets(
+                    targets,
+                    _needed(state.root, "root").signed,
+                    state.targets.signed if state.targets else None,
+                    keyids,
+                    now,
+                    restoring=restoring,
+                )
+                state = replace(state, targets=Held(signed=signed, data=targets))
+            if catalog is not None and not _is_served(state.catalog, catalog):
+                signed = trust.next_catalog(
+                    catalog,
+                    _needed(state.targets, "targets").signed,
+                    state.catalog.signed if state.catalog else None,
+                    now,
+                    restoring=restoring,
+                )
+                self._take_floors(signed.targets[layout.FLOORS_TARGET], floors_data)
+                for entry in trust.catalog_entries(signed):
+                    self._take_manifest(entry, manifests)
+                state = replace(state, catalog=Held(signed=signed, data=catalog))
+            self._require_chain(before, state)
+            # The root last: devices find it by its number, the others only once a snapshot names them.
+            for role, held, old in (
+                (layout.CATALOG_ROLE, state.catalog, before.catalog),
+                (Targets.type, state.targets, before.targets),
+                (Root.type, state.root, before.root),
+            ):
+                if held is not None and held is not old:
+                    self._metadata.store(role, held.version, held.data)
+            if state is not before:
+                self._metadata.publish(state)
+            return trust.catalog_entries(state.catalog.signed) if state.catalog is not None else ()
+
+    def _require_chain(self, before: State, state: State) -> None:
+        """What stays must hold under what comes: devices follow a new root at once, and would refuse the rest."""
+        if state.root is not before.root and state.targets is not None and state.targets is before.targets:
+            trust.verify(
+                _needed(state.root, "root").signed,
+                Targets.type,
+                trust.parse(state.targets.data, Targets, Targets.type),
+            )
+        if state.targets is not before.targets and state.catalog is not None and state.catalog is before.catalog:
+            trust.verify(
+                _needed(state.targets, "targets").signed,
+                layout.CATALOG_ROLE,
+                trust.parse(state.catalog.data, Targets, layout.CATALOG_ROLE),
+            )
 
     # --- content ---
 
@@ -270,20 +302,21 @@ class Repository:
                     path.unlink()
             return signed
 
-    def raise_versions(self, role: str, above: int) -> None:
-        """Makes the next version of an online role higher than ``above``.
+    def raise_versions(self, above: Mapping[str, int]) -> None:
+        """Makes the next versions of online roles higher than these, in one publication.
 
         For a repository restored from a backup: devices that hold a higher version would refuse what it signs next.
 
         Raises:
             RepositoryRefused: ``offline_role`` for a role that only its holders can sign, ``no_trust`` before there is one.
         """
-        if role not in ONLINE_ROLES:
-            raise RepositoryRefused("offline_role", f"{role}: its holders must sign a version above {above}")
+        for role, version in above.items():
+            if role not in ONLINE_ROLES:
+                raise RepositoryRefused("offline_role", f"{role}: its holders must sign a version above {version}")
         with self._writing():
             state = self._metadata.load()
             _needed(state.timestamp, "root, targets and a catalog")
-            self._metadata.publish(state, floor={role: above})
+            self._metadata.publish(state, floor=above)
 
     # --- reading ---
 
@@ -368,6 +401,10 @@ class Repository:
                 raise RepositoryRefused("size_mismatch", f"{name}: {file.path} has {size} bytes, wanted {file.size}")
         if not known:
             durable.write(path, data)
+
+
+def _is_served(held: Held | None, data: bytes) -> bool:
+    return held is not None and held.data == data
 
 
 def _needed(held: Held | None, what: str) -> Held:

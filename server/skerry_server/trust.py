@@ -8,6 +8,7 @@ device, which checks all of it again from its own root; it protects the fleet fr
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -84,7 +85,7 @@ def verify(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> Non
         raise RepositoryRefused("bad_signature", f"{role} version {metadata.signed.version}: {error}") from None
 
 
-def next_root(data: bytes, previous: Root | None, online_keyid: str, now: dt.datetime) -> Root:
+def next_root(data: bytes, previous: Root | None, online_keyids: Collection[str], now: dt.datetime) -> Root:
     """Checks a root: the first is believed as posted, every later one must be signed by the one before and by itself.
 
     Raises:
@@ -101,11 +102,19 @@ def next_root(data: bytes, previous: Root | None, online_keyid: str, now: dt.dat
     if not root.consistent_snapshot:
         raise RepositoryRefused("malformed_metadata", "root: wanted consistent_snapshot")
     for role in (Snapshot.type, Timestamp.type):
-        require_online_key(role, root.roles[role], online_keyid)
+        require_online_key(role, root.roles[role], online_keyids)
     return root
 
 
-def next_targets(data: bytes, root: Root, previous: Targets | None, online_keyid: str, now: dt.datetime) -> Targets:
+def next_targets(
+    data: bytes,
+    root: Root,
+    previous: Targets | None,
+    online_keyids: Collection[str],
+    now: dt.datetime,
+    *,
+    restoring: bool = False,
+) -> Targets:
     """Checks the top-level targets role and its two delegations.
 
     Raises:
@@ -116,7 +125,7 @@ def next_targets(data: bytes, root: Root, previous: Targets | None, online_keyid
     targets = metadata.signed
     verify(root, Targets.type, metadata)
     if previous is not None:
-        _require_version("targets", targets.version, previous.version)
+        _require_version("targets", targets.version, previous.version, restoring=restoring)
     _require_unexpired("targets", targets, now)
     roles: dict[str, DelegatedRole] = (targets.delegations.roles or {}) if targets.delegations is not None else {}
     catalog, fleet = roles.get(layout.CATALOG_ROLE), roles.get(layout.FLEET_ROLE)
@@ -137,11 +146,13 @@ def next_targets(data: bytes, root: Root, previous: Targets | None, online_keyid
         )
     if set(catalog.keyids) & set(fleet.keyids):
         raise RepositoryRefused("bad_delegations", "targets: a key for fleet may not approve bundles")
-    require_online_key(layout.FLEET_ROLE, fleet, online_keyid)
+    require_online_key(layout.FLEET_ROLE, fleet, online_keyids)
     return targets
 
 
-def next_catalog(data: bytes, targets: Targets, previous: Targets | None, now: dt.datetime) -> Targets:
+def next_catalog(
+    data: bytes, targets: Targets, previous: Targets | None, now: dt.datetime, *, restoring: bool = False
+) -> Targets:
     """Checks a catalog, and that its paths are ones that devices ask for.
 
     Raises:
@@ -151,7 +162,7 @@ def next_catalog(data: bytes, targets: Targets, previous: Targets | None, now: d
     catalog = metadata.signed
     verify(targets, layout.CATALOG_ROLE, metadata)
     if previous is not None:
-        _require_version("catalog", catalog.version, previous.version)
+        _require_version("catalog", catalog.version, previous.version, restoring=restoring)
     _require_unexpired("catalog", catalog, now)
     if catalog.delegations is not None:
         raise RepositoryRefused("bad_delegations", "catalog: it may not delegate")
@@ -187,16 +198,17 @@ def catalog_entries(catalog: Targets) -> tuple[CatalogEntry, ...]:
     return tuple(entries)
 
 
-def require_online_key(name: str, role: Role, online_keyid: str) -> None:
+def require_online_key(name: str, role: Role, online_keyids: Collection[str]) -> None:
     """Checks that this server alone can sign for a role. Raises ``RepositoryRefused`` (``online_key_not_trusted``)."""
-    if role.threshold != 1 or online_keyid not in role.keyids:
+    if role.threshold != 1 or not set(online_keyids) & set(role.keyids):
+        wanted = " or ".join(sorted(online_keyids))
         raise RepositoryRefused(
-            "online_key_not_trusted", f"{name}: wanted threshold 1 and this server's online key {online_keyid}"
+            "online_key_not_trusted", f"{name}: wanted threshold 1 and this server's online key {wanted}"
         )
 
 
-def _require_version(role: str, got: int, last: int) -> None:
-    if got != last + 1:
+def _require_version(role: str, got: int, last: int, *, restoring: bool = False) -> None:
+    if got != last + 1 and not (restoring and got > last):
         raise RepositoryRefused(
             "version_conflict", f"{role}: wanted version {last + 1}, got {got}", wanted=last + 1, got=got
         )

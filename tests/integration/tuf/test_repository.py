@@ -313,10 +313,9 @@ def test_restored_backup_jumps_above_what_devices_hold(fleet, device, tmp_path):
     shutil.copytree(tmp_path / "backup", fleet.path)
     fleet.repository.publish_group("line-1", fleet.document(9))
     assert device.error("sync", group="line-1") == ("rejected", "rollback")
-    for role in ("timestamp", "snapshot", "fleet"):
-        fleet.repository.raise_versions(role, held[role])
+    fleet.repository.raise_versions({role: held[role] for role in ("timestamp", "snapshot", "fleet")})
     assert json.loads(device.sync()["group_document"])["generation"] == 9
-    assert refused(fleet.repository.raise_versions, "catalog", 7) == "offline_role"
+    assert refused(fleet.repository.raise_versions, {"catalog": 7}) == "offline_role"
 
 
 def test_old_versions_are_deleted_but_not_what_is_served(fleet, device):
