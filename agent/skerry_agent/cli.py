@@ -72,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     revert = command("revert", _revert, "go back to the previous bundle; the present one is not taken again")
     revert.add_argument("--model", default="")
     revert.add_argument("--json", action="store_true")
+    cancel = command("cancel", _cancel, "end the update under way; its bundle is not tried again before a pardon")
+    cancel.add_argument("--json", action="store_true")
     sync = command("sync", _sync, "look for updates now")
     sync.add_argument("--pardon", action="store_true", help="try bundles again that used up their attempts")
     sync.add_argument("--json", action="store_true")
@@ -281,6 +283,12 @@ def _ordered(options: argparse.Namespace, path: str, body: dict[str, Any], words
 def _revert(options: argparse.Namespace) -> int:
     body = {"model": options.model} if options.model else {}
     return _ordered(options, "/skerry/v1/revert", body, "going back to {model} {version}")
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    return _ordered(
+        options, "/skerry/v1/cancel", {}, "cancelled: {model} {version}; to try it again: skerry-agent sync --pardon"
+    )
 
 
 def _sync(options: argparse.Namespace) -> int:

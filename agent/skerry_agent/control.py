@@ -1,6 +1,6 @@
 """The control socket: HTTP/1.1 over a unix socket in the state folder, for the person and the exporter on the device.
 
-``GET /skerry/v1/status``, ``GET /metrics``, ``POST /skerry/v1/sync``, ``.../revert``, ``.../flush``, ``.../reload``, ``.../throttle``. Who may open the folder (mode 0700)
+``GET /skerry/v1/status``, ``GET /metrics``, ``POST /skerry/v1/sync``, ``.../revert``, ``.../cancel``, ``.../flush``, ``.../reload``, ``.../throttle``. Who may open the folder (mode 0700)
 may ask. One request per connection: the clients are tools, not loads.
 """
 

@@ -6,16 +6,20 @@ It lies in the durable state. How many failures are too many is ``core.lifecycle
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from skerry_agent.clock import Clock
 from skerry_agent.core import admission, backoff
-from skerry_agent.core.lifecycle import Update
+from skerry_agent.core.lifecycle import ATTEMPTS, MOST_MOVES, Update
 from skerry_agent.store import Store
 
 _OF_THIS_DEVICE = frozenset(
     {"agent_too_old", "below_floor", "no_variant", "not_enough_disk", "not_enough_memory", "runtime_missing"}
 )
 """Refusals that speak of this device: while they hold, it takes what the group document offers instead."""
+
+_MOST_KEPT = 100
+"""Bundles of which it is remembered how often they moved, the latest."""
 
 
 class Failures:
@@ -36,16 +40,22 @@ class Failures:
         tries = sum(mine.values())
         delay_s = backoff.delay_s("update", tries, self._draw(), scale=self._scale)
         waits[update.digest] = {
-            "code": update.code, "boot_id": self._clock.boot_id, "until_s": self._clock.boot_s() + delay_s,
+            "code": update.code, "boot_id": self._clock.boot_id, "until_s": self._clock.boot_s() + delay_s, "delay_s": delay_s,
         }  # fmt: skip
         with self._store.transaction():
             self._store.put("failures", failures)
             self._store.put("waits", waits)
 
+    def hold(self, digest: str, code: str) -> None:
+        """Does not try a bundle again before a person's pardon; ``code`` is one of ``ATTEMPTS``."""
+        failures = self._store.get("failures", {})
+        failures.setdefault(digest, {})[code] = ATTEMPTS[code]
+        self._store.put("failures", failures)
+
     def forgive(self, digest: str) -> None:
         """Nothing is held against the bundle any more: it was confirmed, or the fault was not its own."""
         with self._store.transaction():
-            for name in ("failures", "waits"):
+            for name in ("failures", "waits", "moves"):
                 kept = self._store.get(name, {})
                 if kept.pop(digest, None) is not None:
                     self._store.put(name, kept)
@@ -69,20 +79,42 @@ class Failures:
         spent = {digest for digest, mine in failures.items() if admission.exhausted(mine) is not None}
         held: set[str] = set()
         waiting: set[str] = set()
+        spent |= {digest for digest, moves in self._store.get("moves", {}).items() if moves > MOST_MOVES}
         for digest, wait in waits.items():
-            if digest in spent or wait["boot_id"] != self._clock.boot_id or wait["until_s"] <= self._clock.boot_s():
+            if digest in spent or self._left_s(wait) <= 0:
                 continue
             (held if wait["code"] in _OF_THIS_DEVICE else waiting).add(digest)
         return spent | held, waiting
 
     def next_try_s(self) -> float | None:
         """Seconds until the earliest wait of a bundle is over; None without any."""
-        now = self._clock.boot_s()
-        ends = [
-            w["until_s"] - now for w in self._store.get("waits", {}).values() if w["boot_id"] == self._clock.boot_id
-        ]
-        ahead = [end for end in ends if end > 0]
+        ahead = [left_s for wait in self._store.get("waits", {}).values() if (left_s := self._left_s(wait)) > 0]
         return min(ahead) if ahead else None
+
+    def wait_s(self, digest: str) -> float:
+        """Seconds until this bundle may be tried again; 0 when it need not wait."""
+        wait = self._store.get("waits", {}).get(digest)
+        return 0.0 if wait is None else max(0.0, self._left_s(wait))
+
+    def _left_s(self, wait: dict[str, Any]) -> float:
+        """What is left of a wait. A restart of the device does not cut it short: it begins anew, by a clock that nobody turns."""
+        now_s = self._clock.boot_s()
+        if wait["boot_id"] == self._clock.boot_id:
+            return float(wait["until_s"]) - now_s
+        return float(wait.get("delay_s", 0.0)) - now_s
+
+    def rested(self, update: Update) -> None:
+        """Keeps how often a bundle moved, for its next attempt; see ``lifecycle.MOST_MOVES``."""
+        if update.state != "idle" or not update.digest or update.waits:
+            return
+        moves = self._store.get("moves", {})
+        if moves.pop(update.digest, None) != update.moves:
+            newest = list(moves.items())[-_MOST_KEPT:]
+            self._store.put("moves", {**dict(newest), update.digest: update.moves})
+
+    def moves_of(self, digest: str) -> int:
+        """How often it moved in all its attempts so far."""
+        return int(self._store.get("moves", {}).get(digest, 0))
 
     def attempt_of(self, digest: str) -> int:
         """The number of the next try of a bundle, from 1."""
@@ -90,8 +122,8 @@ class Failures:
 
     def pardon(self) -> int:
         """A person clears all failures. Returns how many bundles had some."""
-        cleared = len(self._store.get("failures", {}))
+        cleared = len({*self._store.get("failures", {}), *self._store.get("moves", {})})
         with self._store.transaction():
-            for key in ("failures", "waits", "recorded"):
+            for key in ("failures", "waits", "moves", "recorded"):
                 self._store.delete(key)
         return cleared

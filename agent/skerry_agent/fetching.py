@@ -156,6 +156,14 @@ class Fetching:
         await asyncio.to_thread(self._slots.stage, self._update().digest)
         return e.Staged()
 
+    def bytes_here(self) -> int:
+        """How much of the update's bundle lies in its staging folder."""
+        folder = self._slots.staging_path(self._update().digest or "none")
+        try:
+            return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        except OSError:
+            return 0
+
     def has_another_variant(self) -> bool:
         """Whether the variant failed for a runtime that does not work here, and another of the bundle may run."""
         update = self._update()

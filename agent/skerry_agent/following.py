@@ -159,6 +159,6 @@ class Following:
         self._updating.feed(
             e.Assigned(
                 model=step.model, digest=step.digest, version=step.version, arm=step.arm, rollout=step.rollout,
-                stage=step.stage, attempt=self._updating.failures.attempt_of(step.digest),
+                stage=step.stage, attempt=self._updating.failures.attempt_of(step.digest), moves=self._updating.failures.moves_of(step.digest),
             )
         )  # fmt: skip

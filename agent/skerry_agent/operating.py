@@ -58,6 +58,7 @@ class Operating:
             ("GET", "/metrics"): self._metrics,
             ("POST", "/skerry/v1/sync"): self._sync,
             ("POST", "/skerry/v1/revert"): self._revert,
+            ("POST", "/skerry/v1/cancel"): self._cancel,
             ("POST", "/skerry/v1/flush"): self._flush,
             ("POST", "/skerry/v1/throttle"): self._throttle.answer,
             ("POST", "/skerry/v1/reload"): self._reload_now,
@@ -88,6 +89,14 @@ class Operating:
 
     async def _reload_now(self, _body: dict[str, Any]) -> Answer:
         return self._reload()
+
+    async def _cancel(self, _body: dict[str, Any]) -> Answer:
+        try:
+            update = self._updating.cancel("a person at the device")
+        except Rejected as error:
+            return Answer(409, {"error": str(error), "code": error.code})
+        told = {"model": update.model, "version": update.version, "digest": update.digest, "state": update.state}
+        return Answer(200, {"ok": True, **told})
 
     async def _revert(self, body: dict[str, Any]) -> Answer:
         models = sorted(self._serving.models())

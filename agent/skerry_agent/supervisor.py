@@ -31,7 +31,6 @@ from skerry_agent.clock import Clock
 from skerry_agent.config import Config
 from skerry_agent.control import Answer, ControlServer
 from skerry_agent.core import culprits, liveness
-from skerry_agent.core import effects as e
 from skerry_agent.diversity import Diversity
 from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, BadConfig, Degraded
@@ -264,7 +263,7 @@ class Supervisor:
         ordered = self._updating.turnover.ordered_back()
         if ordered is not None:
             models[ordered[0]] = ordered[1]
-        self._updating.feed(e.Booted())
+        self._updating.booted()
         self._apply_settings()
         if models:
             try:

@@ -208,6 +208,18 @@ class Turnover:
             self.went_back(*ordered, ordered[1])
         return e.Reverted()
 
+    async def give_up(self) -> None:
+        """The way back does not come to its end: what serves goes on, and what does not is tried on and on in the background."""
+        await self.stop_new()
+        ordered = self.ordered_back()
+        if ordered is not None:
+            self.went_back(*ordered, None)
+        else:
+            self._slots.revert_active(self._update().model)
+        wanted = self._confirmed_models()
+        if not self._serving.runs(wanted):
+            self._serving.start_later({name: s for name, s in wanted.items() if self._slots.whole(s.digest, s.variant)})
+
     async def _bring_back(self, wanted: dict[str, Slot], ordered: str) -> AgentError | None:
         for failures in range(1, _RESTORE_TRIES + 1):
             try:

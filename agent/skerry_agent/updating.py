@@ -39,6 +39,7 @@ from skerry_agent.turnover import Turnover
 log = logging.getLogger(__name__)
 
 _NOTES = frozenset({Effect.RECORD, Effect.PENALISE})
+_LAST_LOOK_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +96,8 @@ class Updating:
         self._task: asyncio.Task[None] | None = None
         self._others: set[asyncio.Task[None]] = set()
         self._deadline: asyncio.TimerHandle | None = None
+        self._drain_s = config.timing.drain_s
+        self._extended = False
         self.failures = Failures(store, clock, draw, config.timing.backoff_scale)
         self._watching = False
         self.crashes: list[culprits.Crash] = []
@@ -110,6 +113,7 @@ class Updating:
 
     def configure(self, config: Config) -> None:
         """Goes on with another configuration."""
+        self._drain_s = config.timing.drain_s
         self.fetching.configure(config)
         self.turnover.configure(config)
 
@@ -144,7 +148,9 @@ class Updating:
         after, effects = lifecycle.step(before, event, self._clock.instant())
         if after == before and not effects:
             return
-        self._store.put("update", after)
+        with self._store.transaction():
+            self._store.put("update", after)
+            self.failures.rested(after)
         self.update = after
         moved = after.state != before.state or isinstance(event, e.Deadline)
         if moved:
@@ -193,9 +199,24 @@ class Updating:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-        limit = lifecycle.DEADLINES_S.get(self.update.state)
-        if limit is not None:
-            self._deadline = asyncio.get_running_loop().call_later(limit, self.feed, e.Deadline())
+        self._extended = False
+        limit_s = lifecycle.DEADLINES_S.get(self.update.state)
+        if self.update.state == "trial":
+            limit_s = self.rules.duration_s + self._drain_s + lifecycle.TRIAL_OVER_S
+        if limit_s is not None:
+            self._deadline = asyncio.get_running_loop().call_later(limit_s, self._overdue)
+
+    def _overdue(self) -> None:
+        if self.update.state == "trial":
+            # The trial's own rules come first. What this process slept through is still to be read.
+            self.judge()
+            if self.update.state != "trial":
+                return
+            if not self._extended:
+                self._extended = True
+                self._deadline = asyncio.get_running_loop().call_later(_LAST_LOOK_S, self._overdue)
+                return
+        self.feed(e.Deadline())
 
     async def stop(self) -> None:
         """Leaves the update where it is: the next start finds its stored state."""
@@ -241,6 +262,8 @@ class Updating:
                 return e.Reverted()
             case Effect.RESTORE:
                 return await self.turnover.restore()
+            case Effect.GIVE_UP:
+                await self.turnover.give_up()
         return None
 
     def _record(self) -> None:
@@ -361,6 +384,37 @@ class Updating:
         """Nothing counts against it any more: it was dealt with."""
         kept = ((crash.at_s, tuple(s for s in crash.suspects if s[1] != digest)) for crash in self.crashes)
         self.crashes = [culprits.Crash(at_s=at_s, suspects=suspects) for at_s, suspects in kept]
+
+    def booted(self) -> None:
+        """What was under way when the agent ended comes to rest."""
+        here = self.fetching.bytes_here()
+        before = self._store.get("progress", {})
+        began_at = int(before["bytes"]) if before.get("digest") == self.update.digest else 0
+        further = self.update.state == "fetch" and here > began_at
+        if further:
+            try:
+                self._store.put("progress", {"digest": self.update.digest, "bytes": here})
+            except Degraded as error:
+                log.warning("progress not noted", extra=kv(code=error.code, detail=error.detail))
+        self.feed(e.Booted(further=further))
+
+    def cancel(self, who: str) -> Update:
+        """A person ends the update under way, or what waits for its next try; it is not tried again before a pardon.
+
+        Returns:
+            The update as it stands then.
+
+        Raises:
+            Rejected: ``nothing_to_cancel``.
+        """
+        update = self.update
+        if not update.resting:
+            self.feed(e.Cancelled(detail=f"cancelled by {who}"))
+            return self.update
+        if update.code and self.failures.wait_s(update.digest) > 0:
+            self.failures.hold(update.digest, "cancelled")
+            return update
+        raise Rejected("nothing_to_cancel", "no update is under way, and none waits for its next try")
 
     def order_revert(self, model: ids.ModelName) -> Slot:
         """A person wants the previous bundle back. Returns the slot that comes back.

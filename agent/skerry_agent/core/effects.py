@@ -19,7 +19,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Assigned(Event, frozen=True, kw_only=True):
-    """The group document gives this device another bundle of ``model``. ``attempt`` counts from 1."""
+    """The group document gives this device another bundle of ``model``. ``attempt`` counts from 1.
+
+    ``moves``: those of its earlier attempts, see ``lifecycle.MOST_MOVES``.
+    """
 
     model: str
     digest: str
@@ -28,6 +31,7 @@ class Assigned(Event, frozen=True, kw_only=True):
     rollout: str = ""
     stage: int = 0
     attempt: int = 1
+    moves: int = 0
 
 
 class ManifestFetched(Event, frozen=True, kw_only=True):
@@ -95,6 +99,12 @@ class Withdrawn(Event, frozen=True, kw_only=True):
     """The group document no longer gives this bundle to this device."""
 
 
+class Cancelled(Event, frozen=True, kw_only=True):
+    """A person ends the update under way, here or through the server. ``detail``: who."""
+
+    detail: str = ""
+
+
 class RevertOrdered(Event, frozen=True, kw_only=True):
     """A person at the device wants the previous bundle back. The fields name the one that goes."""
 
@@ -122,12 +132,17 @@ class Reverted(Event, frozen=True, kw_only=True):
 
 
 class Booted(Event, frozen=True, kw_only=True):
-    """The supervisor started and found this update as it was last stored."""
+    """The supervisor started and found this update as it was last stored.
+
+    ``further``: more of the bundle is here than at the last start, so that it gets somewhere, however often it is cut off.
+    """
+
+    further: bool = False
 
 
 EVENTS: tuple[type[Event], ...] = (
     Assigned, ManifestFetched, Admitted, FilesFetched, Verified, Staged, Proved, HandedOver, Rekeyed, TrialKept, TrialQuiet,
-    Failed, Deadline, Withdrawn, RevertOrdered, CrashLooped, Reverted, Booted,
+    Failed, Deadline, Withdrawn, Cancelled, RevertOrdered, CrashLooped, Reverted, Booted,
 )  # fmt: skip
 
 
@@ -146,5 +161,6 @@ class Effect(StrEnum):
     DISCARD = "stop what is under way, remove what was staged"
     STOP_NEW = "end the new generation, which never listened"
     RESTORE = "start what ran before and hand back to it"
+    GIVE_UP = "end the way back: what serves goes on, what does not is tried on and on beside whatever comes next"
     PENALISE = "count a failed attempt of this bundle"
     RECORD = "record an event and report the state"

@@ -28,14 +28,24 @@ STATES: tuple[State, ...] = (
 RESTING: frozenset[State] = frozenset({"idle", "confirmed", "confirmed_on_golden"})
 
 DEADLINES_S: dict[State, float] = {"fetch": 3600.0, "verify": 600.0, "stage": 120.0, "prove": 180.0, "revert": 120.0}
-"""How long a state may last, seconds. The trial's time comes from the group's settings."""
+"""How long a state may last, seconds. The trial's time comes from the group's settings; ``TRIAL_OVER_S`` and the drain's time come on top."""
+TRIAL_OVER_S = 120.0
+"""A trial that is over for so long and could not be judged goes back: its worker says nothing, or the hand-over never ended."""
+MOST_OVERDUE = 3
+"""So many deadlines of a way back may pass; then it ends, and what did not come back is tried on and on in the background."""
+MOST_MOVES = 28
+"""So often an update may move from state to state, all its attempts together, as Mender counts them. It is counted on disk with the state.
+
+Attempts that ended for want of a network, before anything was fetched, do not count, nor does a fetch that got further before power was
+cut: they wait, they do not go in circles. A person's pardon starts anew.
+"""
 
 ATTEMPTS: dict[str, int] = {
     "bad_signature": 3, "hash_mismatch": 3, "size_mismatch": 3, "malformed_manifest": 1,
     "model_damaged": 2, "operator_unknown": 1, "golden_failed": 1, "runtime_crashed": 2, "start_timeout": 2,
     "trial_crashed": 1, "trial_errors": 1, "trial_slow": 1, "reverted_by_operator": 1, "crash_loop": 1,
-    "worker_leaked": 1, "worker_spun": 1,
-    "runtime_crashed@boot": 3, "trial_crashed@boot": 2,
+    "worker_leaked": 1, "worker_spun": 1, "trial_silent": 2, "cancelled": 1, "too_many_moves": 1,
+    "runtime_crashed@boot": 3, "trial_crashed@boot": 2, "too_many_moves@boot": 1, "crash_loop@boot": 2,
 }  # fmt: skip
 """How often a bundle may fail for a reason before it is refused with ``attempts_exhausted``, until a person clears it.
 
@@ -53,6 +63,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
         code, detail: why it failed; empty while nothing did.
         failed_in: the state that failed, for ``revert`` and after it.
         at_boot: it ended with the supervisor's process.
+        moves: see ``MOST_MOVES``; overdue: deadlines of this state that passed.
     """
 
     state: State = "idle"
@@ -69,6 +80,14 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
     failed_in: str = ""
     at_boot: bool = False
+    moves: int = 0
+    overdue: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it ended for want of something outside, or of a wish: no circle, however often that happens."""
+        outside = self.failed_in == "fetch" and not self.at_boot and self.code not in ATTEMPTS
+        return outside or self.code == "withdrawn"
 
     @property
     def resting(self) -> bool:
@@ -89,6 +108,10 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     code: str = ""
 
 
+GIVE_UP = Move(to="idle", effects=(Effect.GIVE_UP, Effect.RECORD))
+"""How a way back ends that does not come to its end."""
+
+
 def _table() -> dict[tuple[State, type[e.Event]], Move]:
     record, discard, penalise = Effect.RECORD, Effect.DISCARD, Effect.PENALISE
     table: dict[tuple[State, type[e.Event]], Move] = {
@@ -106,6 +129,7 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         # What should come back does not start: what serves goes on, and the plan fetches what is missing.
         ("revert", e.Failed): Move(to="idle", effects=(record,)),
         ("revert", e.Deadline): Move(to="revert", effects=(Effect.RESTORE,)),
+        ("revert", e.Cancelled): GIVE_UP,
         # What a restarted supervisor finds. It runs what the pointer file calls confirmed, whatever stands here.
         ("prove", e.Booted): Move(to="idle", effects=(penalise, record), code="runtime_crashed"),
         ("trial", e.Booted): Move(to="idle", effects=(penalise, record), code="trial_crashed"),
@@ -118,10 +142,14 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         table[state, e.Failed] = Move(to="revert", effects=(penalise, record, discard))
         table[state, e.Deadline] = Move(to="revert", effects=(penalise, record, discard), code="timeout")
         table[state, e.Withdrawn] = Move(to="revert", effects=(record, discard), code="withdrawn")
+        table[state, e.Cancelled] = Move(to="revert", effects=(penalise, record, discard), code="cancelled")
         table[state, e.Booted] = Move(to="idle", effects=(record,), code="interrupted")
     table["prove", e.Failed] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW))
     table["prove", e.Deadline] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW), code="start_timeout")
     table["prove", e.Withdrawn] = Move(to="revert", effects=(record, Effect.STOP_NEW), code="withdrawn")
+    table["prove", e.Cancelled] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW), code="cancelled")
+    table["trial", e.Deadline] = Move(to="revert", effects=(penalise, record, Effect.RESTORE), code="trial_silent")
+    table["trial", e.Cancelled] = Move(to="revert", effects=(penalise, record, Effect.RESTORE), code="cancelled")
     table["trial", e.Failed] = Move(to="revert", effects=(penalise, record, Effect.RESTORE))
     table["trial", e.Withdrawn] = Move(to="revert", effects=(record, Effect.RESTORE), code="withdrawn")
     table["trial", e.RevertOrdered] = Move(
@@ -160,12 +188,20 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
     move = TABLE.get((update.state, type(event)))
     if move is None:
         return update, ()
-    changed: dict[str, object] = {"state": move.to}
+    moves = update.moves + (move.to != update.state or isinstance(event, e.Deadline))
+    if isinstance(event, e.Booted) and event.further:
+        moves = 0
+    overdue = update.overdue + 1 if update.state == "revert" and isinstance(event, e.Deadline) else 0
+    if overdue >= MOST_OVERDUE:
+        move = GIVE_UP
+    elif moves > MOST_MOVES:
+        move = _stopped(update.state, move)
+    changed: dict[str, object] = {"state": move.to, "moves": moves, "overdue": overdue}
     if move.to != update.state:
         changed["since"] = at
     match event:
         case e.Assigned():
-            begun = msgspec.structs.asdict(event)
+            begun = msgspec.structs.asdict(event) | {"moves": event.moves + 1}
             return Update(state=move.to, since=at, **begun), move.effects
         case e.CrashLooped():
             update = Update(failed_in=update.state, attempt=1, **msgspec.structs.asdict(event))
@@ -176,7 +212,7 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
             changed["variant"] = event.variant
         case e.Rekeyed():
             changed.update(arm=event.arm, rollout=event.rollout, stage=event.stage)
-        case e.TrialKept() | e.TrialQuiet():
+        case e.TrialKept() | e.TrialQuiet() | e.Cancelled() if move is not GIVE_UP:
             changed["detail"] = event.detail
         case _:
             pass
@@ -185,10 +221,25 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
         changed.update(code=event.code, detail=event.detail)
     elif move.code:
         changed["code"] = move.code
+    if move.code == "too_many_moves":
+        changed["detail"] = f"it moved {moves} times from state to state and was never confirmed"
     if failing or (isinstance(event, e.Booted) and move.code):
         changed["failed_in"] = update.failed_in or update.state
         changed["at_boot"] = isinstance(event, e.Booted)
     return msgspec.structs.replace(update, **changed), move.effects
+
+
+def _stopped(state: State, move: Move) -> Move:
+    """What becomes of a move too many: the update goes home instead of on."""
+    if move.to == "revert" and state != "revert":
+        return move
+    if state == "revert":
+        return GIVE_UP if move.to == "revert" else move
+    if move.to == "idle":
+        return Move(to="idle", effects=(Effect.PENALISE, Effect.RECORD), code="too_many_moves")
+    if move.to in RESTING or state in RESTING:
+        return move
+    return Move(to="revert", effects=TABLE[state, e.Failed].effects, code="too_many_moves")
 
 
 def printed() -> str:
@@ -203,6 +254,7 @@ def printed() -> str:
             names = ", ".join(effect.name.lower() for effect in move.effects) or "-"
             lines.append(f"{state:<19} {event.__name__:<16} -> {move.to:<19} {names}{reason}")
     lines += ["", "deadlines, seconds: " + ", ".join(f"{state} {limit:g}" for state, limit in DEADLINES_S.items())]
-    lines[-1] += ", trial as the group's settings say"
+    lines[-1] += f", trial as the group's settings say and {TRIAL_OVER_S:g} more"
+    lines.append(f"a revert ends at its deadline number {MOST_OVERDUE}; an update ends after {MOST_MOVES} moves")
     lines.append("attempts by reason: " + ", ".join(f"{code} {limit}" for code, limit in ATTEMPTS.items()))
     return "\n".join(lines)

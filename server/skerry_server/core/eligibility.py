@@ -10,10 +10,10 @@ from skerry_contract import manifest as m
 UNABLE = frozenset(
     {
         "no_variant", "agent_too_old", "runtime_missing", "not_enough_disk", "not_enough_memory", "storage_failed",
-        "not_enrolled", "identity_damaged",
+        "not_enrolled", "identity_damaged", "cancelled",
     }
 )  # fmt: skip
-"""Codes by which a device says that it cannot run the bundle: nothing about the bundle itself."""
+"""Codes by which a device says that it cannot run the bundle, or must not by a person's word: nothing about the bundle itself."""
 ELSEWHERE = frozenset(
     {
         "unreachable", "timeout", "expired", "rollback", "withdrawn", "interrupted", "busy", "courier_crashed",

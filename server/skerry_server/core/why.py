@@ -63,7 +63,10 @@ MEANINGS: dict[str, str] = {
     "trial_slow": "far slower than what ran before, or than the bundle's own limit",
     "worker_leaked": "the worker had far more memory than its models declare while it served on trial",
     "worker_spun": "the worker used a core without work while it served on trial",
+    "trial_silent": "the trial was over and could not be judged: its worker said nothing, or the hand-over did not end",
     "reverted_by_operator": "a person ordered it at the device",
+    "cancelled": "a person ended the update, at the device or through the server",
+    "too_many_moves": "the update moved from state to state again and again and was never confirmed",
     "crash_loop": (
         "the confirmed bundle's worker died, or was replaced, five times within ten minutes; of several models in it, the one that "
         "was in work each time. Or five starts of it failed one after the other. The bundle before it came back"
@@ -100,6 +103,7 @@ class Failure:
             "trial_crashed",
             "trial_errors",
             "trial_slow",
+            "trial_silent",
             "worker_leaked",
             "worker_spun",
             "reverted_by_operator",

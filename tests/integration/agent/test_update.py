@@ -350,3 +350,40 @@ def test_a_bundle_that_only_a_broken_runtime_would_run_is_refused_as_such(
     )
     assert device.wait_update("idle", "runtime_missing")["failed_in"] == "fetch"
     assert device.status()["running"] == {}
+
+
+def test_a_person_cancels_an_update_in_its_trial_and_it_is_not_tried_again_before_a_pardon(
+    serving: Device, server: Server
+) -> None:
+    offer(serving, "1.1.0", seed=1)
+    serving.wait_running("1.1.0", "trial")
+    with Load(serving, clients=1) as load:
+        answer = serving.call("POST", "/skerry/v1/cancel", {})
+        assert (answer.status, answer.body["version"]) == (200, "1.1.0")
+        serving.wait_running("1.0.0", "confirmed")
+    assert load.failed == []
+    update = serving.wait_update("idle", "cancelled")
+    assert (update["failed_in"], update["detail"]) == ("trial", "cancelled by a person at the device")
+    serving.synced()
+    serving.synced()
+    assert serving.running() == ("1.0.0", "confirmed")
+    refused = serving.call("POST", "/skerry/v1/cancel", {})
+    assert (refused.status, refused.body["code"]) == (409, "nothing_to_cancel")
+    serving.sync(pardon=True)
+    serving.wait_running("1.1.0", "trial")
+
+
+def test_what_waits_for_its_next_try_can_be_cancelled_too(make_device: object, server: Server) -> None:
+    device: Device = make_device(backoff_scale=1000)  # type: ignore[operator]
+    device.publish(device.bundle("1.0.0"))
+    device.world["errors"] = {"fetch": ["transient", "unreachable", "connection reset"]}
+    device.save()
+    device.start()
+    device.wait_update("idle", "unreachable")
+    assert device.call("POST", "/skerry/v1/cancel", {}).status == 200
+    del device.world["errors"]
+    device.save()
+    device.synced()
+    assert device.status()["running"] == {}
+    device.sync(pardon=True)
+    device.wait_running("1.0.0", "trial")

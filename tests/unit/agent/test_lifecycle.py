@@ -31,6 +31,8 @@ EVENTS = st.one_of(
     st.just(e.RevertOrdered(model="gas", digest=DIGEST, version="1.0.0")),
     st.just(e.Reverted()),
     st.just(e.Booted()),
+    st.just(e.Booted(further=True)),
+    st.just(e.Cancelled(detail="by a person")),
 )
 
 
@@ -77,10 +79,84 @@ def test_a_failure_anywhere_goes_through_revert_to_idle_with_its_reason(state: l
     assert (update.state, update.code, update.detail) == ("idle", "hash_mismatch", "model.onnx")
 
 
-@pytest.mark.parametrize("state", ["fetch", "verify", "stage", "prove", "revert"])
-def test_every_state_that_can_hang_has_a_deadline(state: lc.State) -> None:
-    assert lc.DEADLINES_S[state] > 0
-    assert (state, e.Deadline) in lc.TABLE
+UNDER_WAY = [state for state in lc.STATES if state not in lc.RESTING]
+
+
+def reverting(code: str = "trial_errors") -> lc.Update:
+    return run(e.Failed(code=code), update=to("trial"))[0]
+
+
+@pytest.mark.parametrize("state", UNDER_WAY)
+def test_a_person_can_cancel_from_every_state_and_the_bundle_is_not_tried_again(state: lc.State) -> None:
+    update, effects = run(e.Cancelled(detail="by a person"), update=reverting() if state == "revert" else to(state))
+    if state == "revert":
+        # The way back ends where it is, with the reason for which it began.
+        assert (update.state, update.code, effects) == ("idle", "trial_errors", [Effect.GIVE_UP, Effect.RECORD])
+        return
+    assert (update.state, update.code, update.detail) == ("revert", "cancelled", "by a person")
+    assert Effect.PENALISE in effects
+    assert lc.ATTEMPTS["cancelled"] == 1
+    assert run(e.Reverted(), update=update)[0].state == "idle"
+
+
+@pytest.mark.parametrize("state", UNDER_WAY)
+def test_every_state_under_way_ends_by_its_deadlines_alone(state: lc.State) -> None:
+    update = reverting() if state == "revert" else to(state)
+    passed = 0
+    while not update.resting:
+        update, effects = lc.step(update, e.Deadline(), AT)
+        passed += 1
+        assert passed <= 1 + lc.MOST_OVERDUE
+    assert update.code
+    assert Effect.GIVE_UP in effects
+
+
+def test_an_agent_that_dies_again_and_again_while_it_fetches_stops_trying() -> None:
+    update, attempts = lc.Update(), 0
+    while update.code != "too_many_moves":
+        assigned = e.Assigned(model="gas", digest=DIGEST, version="1.0.0", moves=update.moves)
+        update, effects = run(assigned, e.Booted(), update=update)
+        attempts += 1
+        assert attempts < lc.MOST_MOVES
+    assert (update.state, update.penalty) == ("idle", "too_many_moves@boot")
+    assert Effect.PENALISE in effects
+    assert lc.ATTEMPTS[update.penalty] == 1
+
+
+def test_a_fetch_that_gets_further_between_power_cuts_is_no_circle() -> None:
+    update = lc.Update()
+    for _ in range(100):
+        assigned = e.Assigned(model="gas", digest=DIGEST, version="1.0.0", moves=update.moves)
+        update, _ = run(assigned, e.Booted(further=True), update=update)
+    assert update.code == "interrupted"
+
+
+def test_an_update_with_too_many_moves_goes_home_and_nowhere_else() -> None:
+    update = msgspec.structs.replace(to("prove"), moves=lc.MOST_MOVES)
+    update, effects = run(e.Proved(), update=update)
+    assert (update.state, update.code, update.failed_in) == ("revert", "too_many_moves", "prove")
+    assert Effect.STOP_NEW in effects
+    assert Effect.HAND_OVER not in effects
+    # The way home is not cut short by the count, and a confirmation is the end of all counting.
+    assert run(e.Reverted(), update=update)[0].code == "too_many_moves"
+    assert run(e.TrialKept(), update=msgspec.structs.replace(to("trial"), moves=99))[0].state == "confirmed"
+
+
+@pytest.mark.parametrize(
+    ("failed_in", "code", "at_boot", "waits"),
+    [
+        ("fetch", "unreachable", False, True),
+        ("fetch", "not_enough_disk", False, True),
+        ("trial", "withdrawn", False, True),
+        ("fetch", "hash_mismatch", False, False),
+        ("verify", "timeout", False, False),
+        ("fetch", "interrupted", True, False),
+    ],
+)
+def test_only_what_waits_for_something_outside_may_go_on_for_ever(
+    failed_in: str, code: str, at_boot: bool, waits: bool
+) -> None:
+    assert lc.Update(state="idle", failed_in=failed_in, code=code, at_boot=at_boot).waits == waits
 
 
 @given(st.lists(EVENTS, max_size=30))
