@@ -189,7 +189,7 @@ class Slots:
 
     def digests(self) -> tuple[str, ...]:
         """Bundles that are here, sorted."""
-        return tuple(sorted(entry.name for entry in self.root.iterdir() if entry.is_dir() and entry.name != ".staging"))
+        return tuple(sorted(entry.name for entry in self.root.iterdir() if entry.is_dir() and entry.name[0] != "."))
 
     def manifest(self, digest: str) -> m.Manifest | None:
         """The manifest of a bundle that is here; None when it is not, or is not the one of that digest."""

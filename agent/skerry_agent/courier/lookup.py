@@ -14,7 +14,7 @@ from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 from tuf.api.exceptions import LengthOrHashMismatchError
 
-from skerry_agent.courier import durable, requests, transport, updater
+from skerry_agent.courier import durable, requests, safe_updater, transport, updater
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 
 _LOCK_WAIT_S = 20.0
@@ -72,7 +72,7 @@ def manifest(request: requests.Manifest) -> dict[str, Any]:
 
     Raises:
         AgentError: ``not_in_catalog`` when the catalog does not list this version, or lists it as another digest;
-            ``malformed_manifest``; and every code of ``updater.explain``.
+            ``malformed_manifest``; and every code of ``safe_updater.explain``.
     """
     wanted = f"{request.model}@{request.version}"
     try:
@@ -121,7 +121,7 @@ def _open(request: requests.Common, web: transport.Web) -> updater.DeviceUpdater
         return updater.DeviceUpdater(
             request.tuf,
             request.repository_url,
-            fetcher=updater.Fetcher(web),
+            fetcher=safe_updater.Fetcher(web),
             bootstrap=root,
             now_s=request.now_s,
             lower_bound_s=request.lower_bound_s,
@@ -132,7 +132,7 @@ def _open(request: requests.Common, web: transport.Web) -> updater.DeviceUpdater
 
 
 def _named(error: Exception) -> Exception:
-    return updater.explain(error) or error
+    return safe_updater.explain(error) or error
 
 
 def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, Any] | None, dict[str, str] | None]:
@@ -189,7 +189,7 @@ def _floors(fresh: updater.DeviceUpdater) -> tuple[dict[str, str] | None, dict[s
     except ContractError as error:
         return None, {"code": error.code, "detail": str(error)}
     except Exception as error:
-        explained = updater.explain(error)
+        explained = safe_updater.explain(error)
         if explained is None or isinstance(explained, Degraded):
             raise
         # Not being reached is a failure of the errand: the next try may bring the floors.

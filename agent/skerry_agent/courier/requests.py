@@ -94,12 +94,20 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fetch(Common, frozen=True, kw_only=True):
-    """``files``: those of the chosen variant; ``max_kib_s``: rate limit in KiB/s, 0 for none."""
+    """The files of a bundle.
+
+    Attributes:
+        files: those of the chosen variant.
+        max_kib_s: rate limit in KiB/s, 0 for none.
+        reserve_bytes, reserve_files: what must stay free on the disk for others.
+    """
 
     digest: str
     manifest: str
     files: tuple[File, ...]
     max_kib_s: int = 0
+    reserve_bytes: int = 0
+    reserve_files: int = 0
 
 
 class Logs(Common, frozen=True, kw_only=True):

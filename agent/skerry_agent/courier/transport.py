@@ -26,23 +26,27 @@ _NO_CHECK_TIME = 0x200000
 USER_AGENT = "skerry-agent"
 
 
-class Web:
-    """Requests to our server and to whoever serves the repository. Keeps one connection per host.
+class Connections:
+    """Requests over kept connections, one per host. Whom they go to and whom they trust is a subclass's.
 
     Args:
-        server_url: whoever answers there must show a certificate of ``ca_pem``.
-        ca_pem: the fleet's CA.
-        now_s: wall clock, seconds since 1970.
         gap_s: longest silence on a connection.
     """
 
-    def __init__(self, *, server_url: str, ca_pem: str, now_s: float, gap_s: float) -> None:
-        self._server = _origin(server_url)
-        self._now_s = now_s
+    def __init__(self, gap_s: float) -> None:
         self._gap_s = gap_s
-        self._fleet = fleet_context(ca_pem)
-        self._public: ssl.SSLContext | None = None
-        self._connections: dict[tuple[str, int], http.client.HTTPSConnection] = {}
+        self._connections: dict[tuple[str, int], http.client.HTTPConnection] = {}
+
+    def _origin(self, url: str) -> tuple[str, int]:
+        """Host and port. Raises ``Rejected`` (``bad_url``) for an address that is not asked."""
+        raise NotImplementedError
+
+    def _connection(self, host: str, port: int) -> http.client.HTTPConnection:
+        """One that is not connected yet."""
+        raise NotImplementedError
+
+    def _judge(self, connection: http.client.HTTPConnection, host: str, port: int) -> None:
+        """Looks at whom it is connected to, before anything is asked. Raises ``Transient``, and closes, for a stranger."""
 
     @contextlib.contextmanager
     def open(
@@ -95,8 +99,8 @@ class Web:
 
     def _ask(
         self, method: str, url: str, headers: dict[str, str], body: bytes | None
-    ) -> tuple[http.client.HTTPResponse, http.client.HTTPSConnection]:
-        host, port = _origin(url)
+    ) -> tuple[http.client.HTTPResponse, http.client.HTTPConnection]:
+        host, port = self._origin(url)
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **headers}
@@ -105,10 +109,7 @@ class Web:
                 connection = self._connections.get((host, port))
                 reused = connection is not None and connection.sock is not None
                 if connection is None:
-                    connection = http.client.HTTPSConnection(
-                        host, port, timeout=self._gap_s, context=self._context(host, port)
-                    )
-                    self._connections[host, port] = connection
+                    connection = self._connections[host, port] = self._connection(host, port)
                 try:
                     if connection.sock is None:
                         connection.connect()
@@ -125,18 +126,40 @@ class Web:
                     raise
         raise AssertionError("the second round returns or raises")
 
-    def _context(self, host: str, port: int) -> ssl.SSLContext:
+
+class Web(Connections):
+    """Requests to our server and to whoever serves the repository.
+
+    Args:
+        server_url: whoever answers there must show a certificate of ``ca_pem``.
+        ca_pem: the fleet's CA.
+        now_s: wall clock, seconds since 1970.
+        gap_s: longest silence on a connection.
+    """
+
+    def __init__(self, *, server_url: str, ca_pem: str, now_s: float, gap_s: float) -> None:
+        super().__init__(gap_s)
+        self._server = _origin(server_url)
+        self._now_s = now_s
+        self._fleet = fleet_context(ca_pem)
+        self._public: ssl.SSLContext | None = None
+
+    def _origin(self, url: str) -> tuple[str, int]:
+        return _origin(url)
+
+    def _connection(self, host: str, port: int) -> http.client.HTTPSConnection:
         if (host, port) == self._server:
-            return self._fleet
+            return http.client.HTTPSConnection(host, port, timeout=self._gap_s, context=self._fleet)
         if self._public is None:
             self._public = ssl.create_default_context()
-        return self._public
+        return http.client.HTTPSConnection(host, port, timeout=self._gap_s, context=self._public)
 
-    def _judge(self, connection: http.client.HTTPSConnection, host: str, port: int) -> None:
+    def _judge(self, connection: http.client.HTTPConnection, host: str, port: int) -> None:
         """The part of the certificate check that ``_NO_CHECK_TIME`` left out."""
         if (host, port) != self._server:
             return
-        certificate = connection.sock.getpeercert() or {}
+        shown = connection.sock.getpeercert() if isinstance(connection.sock, ssl.SSLSocket) else None
+        certificate = shown or {}
         ends = str(certificate.get("notAfter", ""))
         if not ends or ssl.cert_time_to_seconds(ends) < self._now_s:
             connection.close()

@@ -77,7 +77,7 @@ def test_fetch(fleet, device, make_bundle):
 
     fields = {"digest": bundle.digest, "manifest": bundle.manifest.decode(), "files": bundle.files}
     assert kill_at_every_write(device, "fetch", whole, **fields) > 5
-    assert device.ok("fetch", **fields) == {"bytes": 0}
+    assert device.ok("fetch", **fields)["bytes"] == 0
 
 
 def test_enrol(fleet, blank):

@@ -105,7 +105,8 @@ def test_ceremony_enrolment_approval_sync_and_resumed_fetch(server, tmp_path, ma
     assert device.sync(now_s=0)["self_error"] is None
     manifest = device.manifest(bundle)["manifest"]
 
-    part = device.state_dir / "slots" / ".staging" / bundle.digest / ".model.onnx.part"
+    weights = next(file["sha256"] for file in bundle.files if file["path"] == "model.onnx")
+    part = device.state_dir / "slots" / ".parts" / weights
     wanted = {"digest": bundle.digest, "manifest": manifest, "files": bundle.files}
     process = device.start("fetch", **wanted, max_kib_s=200)
     deadline = time.monotonic() + 30

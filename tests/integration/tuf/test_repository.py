@@ -11,7 +11,7 @@ import time
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from skerry_agent.courier import transport, updater
+from skerry_agent.courier import safe_updater, transport, updater
 from skerry_cli import catalog, key_files, keys
 from skerry_contract import layout
 from skerry_server.metadata import load_online_signer, make_online_key
@@ -389,7 +389,7 @@ def generation_of(fleet, cache):
     """What a device with this cache reads now, in this process."""
     web = transport.Web(server_url=fleet.site.url, ca_pem=fleet.authority.pem, now_s=time.time(), gap_s=5)
     fresh = updater.DeviceUpdater(
-        cache, fleet.url, fetcher=updater.Fetcher(web), bootstrap=fleet.ceremony.root, now_s=time.time()
+        cache, fleet.url, fetcher=safe_updater.Fetcher(web), bootstrap=fleet.ceremony.root, now_s=time.time()
     )
     fresh.refresh()
     document = fresh.document(layout.group_target("line-1"), 1 << 20)

@@ -4,7 +4,7 @@ import datetime as dt
 import inspect
 
 import pytest
-from skerry_agent.courier import updater
+from skerry_agent.courier import safe_updater
 from skerry_agent.errors import Degraded, Rejected, Transient
 from skerry_cli import verified_catalog
 from tuf.api import exceptions as e
@@ -24,7 +24,7 @@ OVERRIDDEN = {
 def test_overridden_methods_still_exist_with_their_signatures(name):
     wanted = OVERRIDDEN[name].replace("tuf.api._payload.", "")
     assert str(inspect.signature(getattr(Updater, name))).replace("'", "") == wanted
-    assert name in vars(updater.DeviceUpdater)
+    assert name in vars(safe_updater.SafeUpdater)
 
 
 def test_refresh_still_goes_through_every_overridden_step():
@@ -75,20 +75,20 @@ def test_names_that_are_read_inside_tuf_still_exist():
     ],
 )
 def test_failures_have_stable_codes(error, kind, code):
-    explained = updater.explain(error)
+    explained = safe_updater.explain(error)
     assert (type(explained), explained.code) == (kind, code)
 
 
 def test_a_bug_is_not_explained_away():
-    assert updater.explain(KeyError("x")) is None
+    assert safe_updater.explain(KeyError("x")) is None
 
 
 def test_what_the_transport_said_survives_being_wrapped():
     wrapped = e.DownloadError("wrapped")
     wrapped.__cause__ = Transient("timeout", "slow")
-    assert updater.explain(wrapped).code == "timeout"
+    assert safe_updater.explain(wrapped).code == "timeout"
 
 
 @pytest.mark.parametrize("seconds", [-1e12, 0, 1e9, 1e18])
 def test_any_wall_clock_is_a_date(seconds):
-    assert isinstance(updater._utc(seconds), dt.datetime)
+    assert isinstance(safe_updater.utc(seconds), dt.datetime)

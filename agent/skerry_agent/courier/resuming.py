@@ -1,0 +1,164 @@
+"""A file over HTTP, resumable at any byte: the last source, which has every file that a catalog promises, or says why not.
+
+Bounds, so that it always ends in something that is reported: connections in a row that bring nothing, connections in all,
+and bytes that were fetched and thrown away again (a server that does not resume and breaks off, a file that is another one
+each time). The last bound holds over restarts of the agent.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from skerry_agent.courier import parts, requests, transport
+from skerry_agent.courier.acquiring import Wanted
+from skerry_agent.courier.meter import Meter
+from skerry_agent.errors import Rejected, Transient
+
+_MAX_PAUSE_S = 30.0
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
+WASTE = 3
+"""So many times its size a file may be fetched in vain before it is given up."""
+_LEAST_WASTE = 256 * 1024
+_MISSING = (404, 410)
+_MISSING_ATTEMPTS = 2
+
+
+class Missing(Transient):
+    """The repository does not have it, though it was promised."""
+
+
+class Resuming:
+    """As ``acquiring.Source``.
+
+    Args:
+        url_of: where a file lies.
+        folder: of parts, on the file system that the files go to.
+    """
+
+    def __init__(
+        self,
+        web: transport.Connections,
+        url_of: Callable[[Wanted], str],
+        folder: Path,
+        meter: Meter,
+        limits: requests.Limits,
+    ) -> None:
+        self._web = web
+        self._url_of = url_of
+        self._folder = folder
+        self._meter = meter
+        self._limits = limits
+
+    def bring(self, wanted: Wanted, path: Path) -> bool:
+        """Until the file is here, whole and synced, or it is clear that it will not come.
+
+        Raises:
+            Rejected: ``hash_mismatch``, ``size_mismatch``.
+            Transient: ``unreachable``, ``timeout``, ``busy``, with what came so far kept; ``blob_missing``; ``download_wasted``.
+        """
+        with parts.held(self._folder, wanted) as part:
+            idle = 0
+            anew = False
+            for attempt in range(self._limits.attempts):
+                before = self._meter.received
+                self._meter.wind()
+                try:
+                    resumed = self._one_connection(part, wanted)
+                except Transient as error:
+                    # A connection that brought something does not count as idle.
+                    idle = 0 if self._meter.received > before else idle + 1
+                    most = _MISSING_ATTEMPTS if isinstance(error, Missing) else self._limits.idle_attempts
+                    if idle >= most or attempt + 1 == self._limits.attempts or error.code == "download_wasted":
+                        raise
+                    self._meter.pause(_pause_s(self._limits.pause_s, idle))
+                    continue
+                with self._meter.own_work():
+                    wrong = part.fault()
+                    if not wrong:
+                        part.become(path)
+                        return True
+                    self._drop(part, wanted)
+                # Bytes of another day may be torn or of another file: once more from the start before anyone is blamed.
+                if not resumed or anew:
+                    raise Rejected("hash_mismatch", f"{wanted.name}: {wrong}")
+                anew = True
+        raise Transient("unreachable", f"{wanted.name}: not here after {self._limits.attempts} connections")
+
+    def _one_connection(self, part: parts.Part, wanted: Wanted) -> bool:
+        """Reads until the part is complete. Returns whether it began with bytes that were here before."""
+        offset = part.size
+        if offset == wanted.size:
+            return True
+        if offset > wanted.size:
+            self._drop(part, wanted)
+            offset = 0
+        headers = {}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+            if part.tag:
+                headers["If-Range"] = part.tag
+        url = self._url_of(wanted)
+        with self._web.open("GET", url, headers=headers) as response:
+            if response.status == 206:
+                match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+                if match is None or int(match[1]) != offset:
+                    raise Transient("unreachable", f"{url}: another range than bytes {offset}- came back")
+                if match[3] not in ("*", str(wanted.size)):
+                    raise Rejected(
+                        "size_mismatch", f"{wanted.name}: wanted {wanted.size} bytes, the server has {match[3]}"
+                    )
+            elif response.status == 200:
+                if response.length is not None and response.length != wanted.size:
+                    raise Rejected(
+                        "size_mismatch", f"{wanted.name}: wanted {wanted.size} bytes, offered {response.length}"
+                    )
+                if offset:
+                    self._drop(part, wanted)
+                    offset = 0
+            elif response.status == 416:
+                self._drop(part, wanted)
+                raise Transient("unreachable", f"{url}: HTTP 416, beginning anew")
+            elif response.status in _MISSING:
+                raise Missing(
+                    "blob_missing", f"{url}: HTTP {response.status}: the repository does not have {wanted.name}"
+                )
+            else:
+                raise Transient("unreachable", f"{url}: HTTP {response.status}")
+            part.came_under(response.headers.get("ETag", ""))
+            done = offset
+            with part.growing() as descriptor:
+                for piece in transport.pieces(response, url):
+                    done += len(piece)
+                    if done > wanted.size:
+                        self._drop(part, wanted)
+                        raise Rejected("size_mismatch", f"{wanted.name}: more than {wanted.size} bytes came")
+                    _write(descriptor, piece)
+                    self._meter.came(wanted, done, len(piece))
+            if done < wanted.size:
+                raise Transient("unreachable", f"{url}: ended after {done} of {wanted.size} bytes")
+        return offset > 0
+
+    def _drop(self, part: parts.Part, wanted: Wanted) -> None:
+        lost = part.drop()
+        if lost > max(_LEAST_WASTE, WASTE * wanted.size):
+            # Whoever tries again, later, has the whole allowance again.
+            part.count_lost(0)
+            raise Transient(
+                "download_wasted",
+                f"{wanted.name}: {lost} bytes came in vain for a file of {wanted.size}: it cannot be resumed",
+            )
+
+
+def _write(descriptor: int, piece: bytes) -> None:
+    left = memoryview(piece)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _pause_s(base_s: float, idle: int) -> float:
+    """Full jitter (0 to the cap) over a doubling cap, in seconds."""
+    return random.uniform(0, min(_MAX_PAUSE_S, base_s * 2**idle))
