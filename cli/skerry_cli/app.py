@@ -15,7 +15,7 @@ import typer
 from skerry_contract.errors import ContractError
 
 from skerry_cli import __version__, errors
-from skerry_cli.commands import bundle, demo, device, group, insight, keys, publish, rollout, server
+from skerry_cli.commands import bundle, ceremony, cosign, demo, device, group, insight, keys, publish, rollout, server
 from skerry_cli.commands.session import Session
 from skerry_cli.output import note
 from skerry_cli.profile import Options
@@ -32,6 +32,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run models on fleets of devices and keep them right.",
 )
+keys.app.command("ceremony")(ceremony.hold)
+keys.app.command("join")(ceremony.join)
+keys.app.command("verify-record")(ceremony.verify_record)
+keys.app.command("review")(cosign.review)
+keys.app.command("sign")(cosign.sign)
+keys.app.command("rotate")(cosign.rotate)
+keys.app.command("collect")(cosign.collect)
+keys.app.command("accept")(cosign.accept)
 app.add_typer(keys.app, name="keys")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(publish.floor_app, name="floor")

@@ -18,8 +18,11 @@ from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
 from skerry_cli.errors import Usage
 
+ENCRYPTED = b"BEGIN ENCRYPTED PRIVATE KEY"
+"""What an encrypted key in PEM (PKCS#8) begins with."""
 
-def read_online_keys(text: str | bytes) -> dict[str, Key]:
+
+def read_online_keys(text: str | bytes, what: str = "online keys") -> dict[str, Key]:
     """Reads the server's public keys: ``online.pub.json``, or the answer of ``/api/v1/repository/online-keys``.
 
     Accepts one TUF key dict, a map of key id to key dict, or that map under ``keys``. A key id that is stated must be
@@ -41,9 +44,9 @@ def read_online_keys(text: str | bytes) -> dict[str, Key]:
                 raise ValueError(f"key id {stated} does not follow from its key, wanted {key.keyid}")
             keys[key.keyid] = key
     except (ValueError, KeyError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
-        raise Usage(f"online keys: wanted a TUF key or a map of them: {error}") from None
+        raise Usage(f"{what}: wanted a TUF key or a map of them: {error}") from None
     if not keys:
-        raise Usage("online keys: the document names no key")
+        raise Usage(f"{what}: the document names no key")
     return keys
 
 
@@ -53,23 +56,36 @@ def load_signer(path: Path, password: bytes | None) -> CryptoSigner:
     Raises:
         Usage: missing, readable by others, encrypted without a password or with another one, or no such key.
     """
-    try:
-        mode = path.stat().st_mode
-        data = path.read_bytes()
-    except OSError as error:
-        raise Usage(f"{path}: wanted a private key in PEM: {error.strerror}") from None
-    if mode & 0o077:
-        raise Usage(f"{path}: others may read this private key (mode {mode & 0o777:04o})", advice=f"chmod 600 {path}")
+    return read_signer(_private_bytes(path), password, str(path))
+
+
+def read_signer(data: bytes, password: bytes | None, what: str) -> CryptoSigner:
+    """As ``load_signer``, of bytes that came from ``what``."""
     try:
         key = serialization.load_pem_private_key(data, password)
     except TypeError:
         wanted = "is encrypted: give its password" if password is None else "is not encrypted, but a password was given"
-        raise Usage(f"{path} {wanted}") from None
+        raise Usage(f"{what} {wanted}") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise Usage(f"{path}: the password is wrong, or this is no private key in PEM") from None
+        raise Usage(f"{what}: the password is wrong, or this is no private key in PEM") from None
     if not isinstance(key, (ed25519.Ed25519PrivateKey, ec.EllipticCurvePrivateKey)):
-        raise Usage(f"{path}: wanted an Ed25519 or P-256 key, got {type(key).__name__}")
+        raise Usage(f"{what}: wanted an Ed25519 or P-256 key, got {type(key).__name__}")
     return CryptoSigner(key)
+
+
+def is_encrypted(path: Path) -> bool:
+    """Whether a private key's file wants a password. Raises ``Usage`` as ``load_signer`` does."""
+    data = _private_bytes(path)
+    return ENCRYPTED in data or b"Proc-Type: 4,ENCRYPTED" in data
+
+
+def generate(key_type: str) -> CryptoSigner:
+    """A new key: ``ed25519``, or ``ecdsa`` for P-256. Raises ``Usage`` for another type."""
+    if key_type == "ed25519":
+        return CryptoSigner.generate_ed25519()
+    if key_type == "ecdsa":
+        return CryptoSigner.generate_ecdsa()
+    raise Usage(f"key type {key_type!r}: wanted ed25519 or ecdsa")
 
 
 def private_pem(signer: CryptoSigner, password: bytes | None) -> bytes:
@@ -88,11 +104,43 @@ def write_new(path: Path, data: bytes, *, mode: int) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def replace(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Writes a file whole or not at all; whoever reads sees the old one or the new one. On disk on return."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
+    scratch.unlink(missing_ok=True)
+    write_new(scratch, data, mode=mode)
+    scratch.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def crypto_public(key: Key) -> ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey:
+    """The public key as ``cryptography`` has it. Raises ``Usage`` for a type that this tool does not sign with."""
+    try:
+        return _crypto_public(key.to_dict())
+    except (ValueError, KeyError, UnsupportedAlgorithm) as error:
+        raise Usage(f"key {key.keyid[:16]}: {error}") from None
+
+
+def _private_bytes(path: Path) -> bytes:
+    try:
+        mode = path.stat().st_mode
+        data = path.read_bytes()
+    except OSError as error:
+        raise Usage(f"{path}: wanted a private key in PEM: {error.strerror}") from None
+    if mode & 0o077:
+        raise Usage(f"{path}: others may read this private key (mode {mode & 0o777:04o})", advice=f"chmod 600 {path}")
+    return data
 
 
 def _crypto_public(body: Mapping[str, Any]) -> ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey:

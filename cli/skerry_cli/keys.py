@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from securesystemslib.signer import CryptoSigner, Key, Signer
 from skerry_contract import canonical
 from tuf.api.metadata import Metadata, Root, Targets
 
-from skerry_cli import cosigning, key_files, offline_roles
+from skerry_cli import cosigning, key_files, keyring, offline_roles, signers
+from skerry_cli import record as records
 from skerry_cli.errors import RefusedForSafety, Usage
 from skerry_cli.offline_roles import CATALOG_LIFE, EMPTY_FLOORS, ROOT_LIFE, TARGETS_LIFE, Holders, RootWish, TargetsWish
 
@@ -30,10 +30,9 @@ ROOT_FILE = "root.json"
 TARGETS_FILE = "targets.json"
 CATALOG_FILE = "catalog.json"
 FLOORS_FILE = "floors.json"
-RECORD_FILE = "ceremony.json"
+RECORD_FILE = records.RECORD_FILE
 
 KeyType = Literal["ed25519", "ecdsa"]
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +56,31 @@ class Ceremony:
     def key_path(self, name: str) -> Path:
         """The private key file of a holder, e.g. ``root`` or the approver ``ada``. Raises ``Usage`` when there is none."""
         for entry in self.record["keys"]:
-            if entry["name"] == name:
+            if entry["name"] == name and entry.get("file"):
                 return self.directory / str(entry["file"])
         known = ", ".join(str(entry["name"]) for entry in self.record["keys"])
         raise Usage(f"{self.directory / RECORD_FILE} names no key {name!r}, only {known}")
+
+    def open_key(self, name: str, *, secret: signers.SecretSource, environment: Mapping[str, str]) -> Signer:
+        """Opens a key of this folder, wherever its private part lies: in a file, on a token, in the environment, in a cloud.
+
+        Raises:
+            Usage: this machine has no such key. Also as ``signers.open_signer``.
+        """
+        if name in keyring.read_keyring(self.directory):
+            return keyring.open_key(self.directory, name, secret=secret, environment=environment)
+        entry = next((e for e in self.record["keys"] if e["name"] == name and e.get("file")), None)
+        if entry is None:
+            here = [*keyring.read_keyring(self.directory)] or [
+                str(e["name"]) for e in self.record["keys"] if "file" in e
+            ]
+            raise Usage(
+                f"{self.directory}: no key {name!r} to sign with, only {', '.join(here) or 'none'}",
+                advice="name one that lies elsewhere with 'skerry keys use'",
+            )
+        path = self.key_path(name)
+        password = secret("password", name).encode() if key_files.is_encrypted(path) else None
+        return key_files.load_signer(path, password)
 
     def holder(self, keyid: str) -> str | None:
         """The name under which the record holds a key id, or None."""
@@ -100,17 +120,16 @@ def hold_ceremony(
     _check_wishes(directory, online_keys, password, holders, thresholds)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    signers: dict[str, dict[str, CryptoSigner]] = {role: {} for role in holders}
-    entries: list[dict[str, str]] = []
+    made: dict[str, dict[str, CryptoSigner]] = {role: {} for role in holders}
     for role, names in holders.items():
         for name in names:
-            signer = CryptoSigner.generate_ed25519() if key_type == "ed25519" else CryptoSigner.generate_ecdsa()
+            signer = key_files.generate(key_type)
             file = f"{name}.pem"
             key_files.write_new(directory / file, key_files.private_pem(signer, password), mode=0o600)
-            signers[role][name] = signer
-            entries.append({"name": name, "role": role, "keyid": signer.public_key.keyid, "file": file})
+            made[role][name] = signer
+            keyring.add_key(directory, keyring.OwnKey(name=name, uri=f"{signers.FILE}:{file}", key=signer.public_key))
 
-    held = {role: {s.public_key.keyid: s.public_key for s in by.values()} for role, by in signers.items()}
+    held = {role: {s.public_key.keyid: s.public_key for s in by.values()} for role, by in made.items()}
     root = RootWish(
         root=Holders(keys=held["root"], threshold=root_threshold),
         targets=Holders(keys=held["targets"], threshold=targets_threshold),
@@ -119,32 +138,37 @@ def hold_ceremony(
     approving = Holders(keys=held["approver"], threshold=threshold)
     targets = TargetsWish(catalog=approving, online=online_keys).build(1, offline_roles.after(now, TARGETS_LIFE))
     catalog = offline_roles.first_catalog(offline_roles.after(now, CATALOG_LIFE))
-    root_bytes = _signed(root, signers["root"].values())
-    targets_bytes = _signed(targets, signers["targets"].values())
-    catalog_bytes = _signed(catalog, signers["approver"].values())
-    record: dict[str, Any] = {
-        "schema": 1,
-        "made": now.astimezone(dt.UTC).replace(microsecond=0).isoformat(),
-        "root_sha256": canonical.sha256(root_bytes),
-        "encrypted": password is not None,
-        "keys": entries,
-        "thresholds": thresholds,
-        "online_keys": sorted(online_keys),
-        "expires": {
-            "root": root.expires.isoformat(),
-            "targets": targets.expires.isoformat(),
-            "catalog": catalog.expires.isoformat(),
-        },
+    root_bytes = _signed(root, made["root"].values())
+    targets_bytes = _signed(targets, made["targets"].values())
+    catalog_bytes = _signed(catalog, made["approver"].values())
+    documents = {
+        ROOT_FILE: root_bytes,
+        TARGETS_FILE: targets_bytes,
+        CATALOG_FILE: catalog_bytes,
+        FLOORS_FILE: EMPTY_FLOORS,
     }
-    for file, data in (
-        (ROOT_FILE, root_bytes),
-        (TARGETS_FILE, targets_bytes),
-        (CATALOG_FILE, catalog_bytes),
-        (FLOORS_FILE, EMPTY_FLOORS),
-        # Last: a folder without the record is a ceremony that was cut short, and read_ceremony says so.
-        (RECORD_FILE, json.dumps(record, indent=2).encode() + b"\n"),
-    ):
-        key_files.write_new(directory / file, data, mode=0o644)
+    kept = "an encrypted file" if password is not None else "a file that is not encrypted"
+    at = records.instant(now)
+    written = records.make(
+        documents=documents,
+        holders=[
+            records.Holder(name=name, role=role, key=by[name].public_key, kept=kept, file=f"{name}.pem")
+            for role, by in made.items()
+            for name in by
+        ],
+        thresholds=thresholds,
+        online_keys=list(online_keys),
+        encrypted=password is not None,
+        organiser="",
+        steps=[
+            records.Step(at=at, who="skerry keys init", what="made every key and signed every document in one place")
+        ],
+        now=now,
+    )
+    for name, data in (*documents.items(), (records.TEXT_FILE, records.text(written).encode())):
+        key_files.write_new(directory / name, data, mode=0o644)
+    # Last: a folder without the record is a ceremony that was cut short, and read_ceremony says so.
+    key_files.write_new(directory / RECORD_FILE, records.encode(written), mode=0o644)
     return read_ceremony(directory)
 
 
@@ -165,7 +189,7 @@ def read_ceremony(directory: Path) -> Ceremony:
     try:
         record = json.loads(record_text)
         recorded = record["root_sha256"]
-        _ = [(entry["name"], entry["file"], entry["keyid"]) for entry in record["keys"]]
+        _ = [(entry["name"], entry["keyid"]) for entry in record["keys"]]
     except (ValueError, KeyError, TypeError) as error:
         raise Usage(f"{directory / RECORD_FILE} is not a ceremony's record: {error!r}") from None
     root_sha256 = canonical.sha256(root)
@@ -262,8 +286,7 @@ def _check_wishes(
         raise Usage("ceremony: the password is empty; say that there is none instead")
     names = [name for group in holders.values() for name in group]
     for name in names:
-        if _NAME.fullmatch(name) is None:
-            raise Usage(f"ceremony: a holder's name must match {_NAME.pattern}, got {name!r}")
+        keyring.check_name(name)
     if len(set(names)) != len(names):
         raise Usage(f"ceremony: each holder needs a name of their own, got {names}")
     for role, group in holders.items():

@@ -202,4 +202,7 @@ def _summary(signed: Root | Targets | None) -> dict[str, Holders]:
 
 
 def _holders(keys: Mapping[str, Key], role: Role) -> Holders:
+    strange = [keyid for keyid in role.keyids if keyid not in keys]
+    if strange:
+        raise RefusedForSafety(f"role names key {strange[0][:16]} and does not hold it")
     return Holders(keys={keyid: keys[keyid] for keyid in role.keyids}, threshold=role.threshold)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from skerry_cli import bundle, catalog, key_files, keys, output, publishing
+from skerry_cli import bundle, catalog, keys, output, publishing
 from skerry_cli.client import Api, quote
 from skerry_cli.commands.session import Session, now, session
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
@@ -112,8 +112,7 @@ def floor_set(
 
 def _approver(run: Session, name: str) -> publishing.Approver:
     ceremony = keys.read_ceremony(run.keys)
-    encrypted = bool(ceremony.record.get("encrypted", True))
-    signer = key_files.load_signer(ceremony.key_path(name), run.password(encrypted=encrypted))
+    signer = ceremony.open_key(name, secret=run.secret, environment=run.environment)
     return publishing.Approver(
         run.api, root=ceremony.root, signer=signer, name=name, cache_dir=run.keys / ".seen" / run.api.ca_sha256[:16]
     )
