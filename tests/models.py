@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def build_bundle(
     n_golden: int = 12,
     minimum_recall: float = 0.8,
     padding: int = 0,
+    further: Mapping[str, bytes] | None = None,
     changes: dict[str, Any] | None = None,
 ) -> str:
     """Writes a bundle into ``folder`` (made when missing).
@@ -99,6 +101,7 @@ def build_bundle(
             step before and a ``labels`` step after the network. Not with ``identity``.
         n_golden: golden cases, one row each; classes in turn.
         padding: a further file of that many pseudo-random bytes, to give a download something to do.
+        further: more files by path, with what is in them.
         changes: fields of the manifest to replace, as builtins, e.g. ``{"min_agent": "9.9.9"}``.
 
     Returns:
@@ -135,6 +138,7 @@ def build_bundle(
     }
     if padding:
         written["padding.bin"] = np.random.default_rng([seed, padding]).bytes(padding)
+    written |= further or {}
     for name, data in written.items():
         (folder / name).write_bytes(data)
     files = tuple(

@@ -196,10 +196,10 @@ class Operator:
                 body["floors"] = self.ceremony.floors.decode()
             self.server.good("POST", "/api/v1/repository/metadata", body)
 
-    def push(self, model: str, version: str, kind: str = "classifier", seed: int = 0) -> str:
-        """Builds a bundle, pushes and validates it; its digest."""
+    def push(self, model: str, version: str, kind: str = "classifier", seed: int = 0, **more: Any) -> str:
+        """Builds a bundle, pushes and validates it; its digest. ``more``: as for ``models.build_bundle``."""
         folder = self.folder / f"{model}-{version}-{kind}"
-        digest = models.build_bundle(folder, model, version, kind, seed=seed)
+        digest = models.build_bundle(folder, model, version, kind, seed=seed, **more)
         push(self.api, read_bundle(folder))
         return digest
 
@@ -221,9 +221,9 @@ class Operator:
             self.api, root=self.ceremony.root, signer=signer, name="approver", cache_dir=self.folder / "cache"
         )
 
-    def publish(self, model: str, version: str, kind: str = "classifier", seed: int = 0) -> str:
+    def publish(self, model: str, version: str, kind: str = "classifier", seed: int = 0, **more: Any) -> str:
         """Push and approve; the digest."""
-        digest = self.push(model, version, kind, seed)
+        digest = self.push(model, version, kind, seed, **more)
         self.approve(model, version, digest)
         return digest
 
@@ -374,10 +374,15 @@ class DeviceRig:
             self._connected.clear()
 
     def report(self, running: dict[str, dict[str, str]] | None = None, status: Any = "online", **more: Any) -> None:
-        """Publishes its retained state; ``running``: model -> {digest, version, state}."""
+        """Publishes its retained state; ``running``: model -> {digest, version, state, variant?}."""
         assert self.client is not None
         run = {
-            name: wire.Running(digest=r["digest"], version=r["version"], variant="onnx", state=r["state"])  # type: ignore[arg-type]
+            name: wire.Running(
+                digest=r["digest"],
+                version=r["version"],
+                variant=r.get("variant", "onnx"),
+                state=r["state"],  # type: ignore[arg-type]
+            )
             for name, r in (running or {}).items()
         }
         state = wire.State(

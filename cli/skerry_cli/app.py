@@ -15,7 +15,20 @@ import typer
 from skerry_contract.errors import ContractError
 
 from skerry_cli import __version__, errors
-from skerry_cli.commands import bundle, ceremony, cosign, demo, device, group, insight, keys, publish, rollout, server
+from skerry_cli.commands import (
+    bundle,
+    ceremony,
+    cosign,
+    delta,
+    demo,
+    device,
+    group,
+    insight,
+    keys,
+    publish,
+    rollout,
+    server,
+)
 from skerry_cli.commands.session import Session
 from skerry_cli.output import note
 from skerry_cli.profile import Options
@@ -42,6 +55,7 @@ keys.app.command("collect")(cosign.collect)
 keys.app.command("accept")(cosign.accept)
 app.add_typer(keys.app, name="keys")
 app.add_typer(bundle.app, name="bundle")
+app.add_typer(delta.app, name="delta")
 app.add_typer(publish.floor_app, name="floor")
 app.add_typer(rollout.app, name="rollout")
 app.add_typer(device.app, name="device")

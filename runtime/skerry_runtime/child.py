@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 MAX_STDOUT_BYTES = 4 << 20
@@ -55,13 +55,16 @@ class Outcome:
             return f"signal {-self.returncode}"
 
 
-def run_module(module: str, arguments: Sequence[str], *, timeout_s: float) -> Outcome:
+def run_module(
+    module: str, arguments: Sequence[str], *, timeout_s: float, unwanted: Callable[[], bool] = lambda: False
+) -> Outcome:
     """Runs ``python -m module arguments`` to its end, its deadline, or its output limit. Never raises for what it does.
 
     Args:
         module: of an installed package; it should call ``limit_self`` first.
         arguments: for the module.
         timeout_s: seconds after which the group is killed.
+        unwanted: asked several times a second; when it says so, the group is killed as at its deadline.
     """
     start = time.monotonic()
     process = subprocess.Popen(
@@ -75,7 +78,7 @@ def run_module(module: str, arguments: Sequence[str], *, timeout_s: float) -> Ou
         env=_environment(),
     )
     try:
-        stdout, stderr, timed_out, overflowed = _drain(process, start + timeout_s)
+        stdout, stderr, timed_out, overflowed = _drain(process, start + timeout_s, unwanted)
     finally:
         _end_group(process)
     return Outcome(
@@ -88,17 +91,18 @@ def run_module(module: str, arguments: Sequence[str], *, timeout_s: float) -> Ou
     )
 
 
-def limit_self(*, memory_mb: int, timeout_s: float, max_files: int = 64) -> None:
-    """Limits the calling process, for good: address space, CPU and wall time, open files, no core, nothing written to disk.
+def limit_self(*, memory_mb: int, timeout_s: float, max_files: int = 64, max_written_bytes: int = 0) -> None:
+    """Limits the calling process, for good: address space, CPU and wall time, open files, no core, what it writes to disk.
 
     Args:
         memory_mb: address space, in MB (1e6 bytes); what a library maps counts, used or not.
         timeout_s: CPU seconds; a little later an alarm ends the process, should its parent be gone.
         max_files: open descriptors.
+        max_written_bytes: of one file; 0 for none at all.
     """
     cpu_s = max(1, int(timeout_s) + 1)
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_FSIZE, max_written_bytes)
     _limit(resource.RLIMIT_NOFILE, max_files)
     _limit(resource.RLIMIT_CPU, cpu_s)
     _limit(resource.RLIMIT_AS, memory_mb * 1_000_000)
@@ -136,8 +140,10 @@ def _environment() -> dict[str, str]:
     return {**kept, **one_thread, "LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
 
 
-def _drain(process: subprocess.Popen[bytes], deadline: float) -> tuple[bytearray, bytearray, bool, bool]:
-    """Reads both pipes until they close, the process is gone, the deadline passes or stdout is too long."""
+def _drain(
+    process: subprocess.Popen[bytes], deadline: float, unwanted: Callable[[], bool]
+) -> tuple[bytearray, bytearray, bool, bool]:
+    """Reads both pipes until they close, the process is gone or unwanted, the deadline passes or stdout is too long."""
     assert process.stdout is not None
     assert process.stderr is not None
     stdout, stderr = bytearray(), bytearray()
@@ -146,7 +152,7 @@ def _drain(process: subprocess.Popen[bytes], deadline: float) -> tuple[bytearray
         selector.register(process.stderr, selectors.EVENT_READ, stderr)
         while selector.get_map():
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or unwanted():
                 return stdout, stderr, True, False
             events = selector.select(min(left, 0.2))
             for key, _ in events:
@@ -161,7 +167,7 @@ def _drain(process: subprocess.Popen[bytes], deadline: float) -> tuple[bytearray
                 # A grandchild may hold the pipes open for ever: the child itself is what we wait for.
                 return stdout, stderr, False, False
     while not _gone(process):
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline or unwanted():
             return stdout, stderr, True, False
         time.sleep(0.01)
     return stdout, stderr, False, False

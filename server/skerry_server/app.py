@@ -30,6 +30,7 @@ from skerry_server.config import Address, Settings
 from skerry_server.db import queries
 from skerry_server.db.engine import BUSY_TIMEOUT_MS, can_write, open_engine, reading
 from skerry_server.db.migrations import migrate
+from skerry_server.delta_maker import DeltaMaker
 from skerry_server.folder import only_server, require_initialised
 from skerry_server.ingest import Ingest, IngestSettings
 from skerry_server.mqtt import Endpoint, ServerLink
@@ -220,6 +221,17 @@ class Server:
         watch = DriftWatch(self._engine, settings.drift, settings.telemetry.bucket_s, clock.now_ms)
         watch.start()
         self._stack.callback(_stop_part, "drift", watch.stop)
+        if settings.deltas.enabled:
+            maker = DeltaMaker(
+                self._engine,
+                data / "repository",
+                data / "deltas",
+                settings.deltas,
+                clock.now_ms,
+                self._telemetry.observe_delta,
+            )
+            maker.start()
+            self._stack.callback(_stop_part, "deltas", maker.stop)
         self._app = create_app(
             Context(
                 settings=settings,

@@ -10,6 +10,7 @@ from skerry_server.api import (
 )
 from skerry_server.api import (
     bundles,
+    deltas,
     device,
     devices,
     faults,
@@ -67,6 +68,7 @@ def create_app(context: Context) -> FastAPI:
         access_routes,
         repository,
         bundles,
+        deltas,
         devices,
         logs,
         groups,

@@ -169,6 +169,23 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     memory_mb: Megabytes = 4096
 
 
+class Deltas(msgspec.Struct, frozen=True, kw_only=True):
+    """What is made so that devices fetch less than whole files.
+
+    Attributes:
+        enabled: whether any are made; what was made before is served all the same.
+        look_s: how often what devices run is compared with what they are or soon may be given.
+        timeout_s, memory_mb: of the child process that makes one.
+        quota_mb: of all that are served; those that nobody wants go first.
+    """
+
+    enabled: bool = True
+    look_s: Annotated[float, msgspec.Meta(ge=0.05, le=86_400)] = 30.0
+    timeout_s: Seconds = 900.0
+    memory_mb: Megabytes = 4096
+    quota_mb: Megabytes = 10_240
+
+
 class Devices(msgspec.Struct, frozen=True, kw_only=True):
     """``clock_skew_s``: by how much a device's clock may differ in signed requests; ``nonce_s``: how long a nonce lives."""
 
@@ -189,6 +206,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     telemetry: Telemetry = Telemetry()
     drift: Drift = Drift()
     validation: Validation = Validation()
+    deltas: Deltas = Deltas()
     devices: Devices = Devices()
 
     @property
@@ -207,6 +225,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "telemetry": Telemetry,
     "drift": Drift,
     "validation": Validation,
+    "deltas": Deltas,
     "devices": Devices,
 }
 

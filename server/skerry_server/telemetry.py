@@ -55,6 +55,13 @@ class Telemetry:
             ["part"],
             registry=self.registry,
         )
+        self.delta_seconds = Histogram(
+            "skerry_delta_make_seconds",
+            "Time to make and try one delta, by what became of it",
+            ["state"],
+            registry=self.registry,
+            buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
+        )
         self.registry.register(_Fleet(engine, probe, now_ms, certificates))
 
     def observe_tick(self, seconds: float, well: bool) -> None:
@@ -66,6 +73,10 @@ class Telemetry:
     def observe_fault(self, part: str) -> None:
         """Counts one rollout of which ``part``, the judge or all of the look, raised."""
         self.faults.labels(part).inc()
+
+    def observe_delta(self, state: str, seconds: float) -> None:
+        """Counts one delta that became ``ready``, ``useless`` or ``failed``."""
+        self.delta_seconds.labels(state).observe(seconds)
 
     def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Counts one request. ``route`` is the template, never the path: labels stay few."""
@@ -112,9 +123,17 @@ class _Fleet(Collector):
             )
             yield _counted("skerry_bundles", "Bundles", ("state",), conn, t.bundles, ("state",))
             yield _counted("skerry_rollouts", "Rollouts", ("state",), conn, t.rollouts, ("state",))
+            made = queries.delta_totals(conn)
             totals = queries.telemetry_totals(conn)
             refused = queries.ingest_counts(conn)
             roles = conn.execute(select(t.roles.c.role, t.roles.c.version, t.roles.c.expires_ms)).all()
+        deltas = GaugeMetricFamily("skerry_deltas", "Deltas that devices could use", labels=["state"])
+        for state, (n, _size) in sorted(made.items()):
+            deltas.add_metric([state], n)
+        yield deltas
+        served = GaugeMetricFamily("skerry_delta_bytes", "Bytes of the deltas that are served")
+        served.add_metric([], made.get("ready", (0, 0))[1])
+        yield served
         telemetry = GaugeMetricFamily("skerry_telemetry", "Sums of what devices reported", labels=["kind"])
         for name, n in sorted(totals.items()):
             telemetry.add_metric([name], n)

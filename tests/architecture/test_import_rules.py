@@ -53,12 +53,12 @@ LAYERS = {
         ("app", False),
         ("application", False),
         ("api renewal console", True),
-        ("folder orchestrator ingest watch", False),
+        ("folder orchestrator ingest watch delta_maker", False),
         ("findings outcomes why", False),
         (
             (
                 "anchors publication judging looks recomputing rollouts devices groups registry intake presence quarantine evidence ledger access "
-                "versions profiles attributions rollups reports shadowing requested_logs online_keys"
+                "versions profiles attributions rollups reports shadowing requested_logs online_keys deltas"
             ),
             True,
         ),

@@ -1,7 +1,8 @@
 """The update repository over HTTP: static files with ETag, conditional requests and ranges.
 
 Only the four folders of the repository's layout are served, so nothing that the server keeps beside them can leak. Metadata
-that is replaced in place must be asked for anew each time; blobs, targets and deltas never change under their names.
+that is replaced in place must be asked for anew each time; blobs and targets never change under their names. A delta may be made
+anew, to the same result: a cache may keep it for a day.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from starlette.types import Scope
 
 FOLDERS = (layout.METADATA_DIR, layout.TARGETS_DIR, "blobs", "deltas")
 FRESH = "no-cache"
+A_DAY = "public, max-age=86400"
 FOREVER = "public, max-age=31536000, immutable"
 
 
@@ -39,7 +41,8 @@ class RepositoryFiles(StaticFiles):
         numbered = name.split(".")[0].isdigit()
         asked = Headers(scope=scope)
         fresh = folder == layout.METADATA_DIR and not numbered
-        headers = {"cache-control": FRESH if fresh else FOREVER, "x-content-type-options": "nosniff"}
+        lasting = A_DAY if folder == "deltas" else FOREVER
+        headers = {"cache-control": FRESH if fresh else lasting, "x-content-type-options": "nosniff"}
         if folder == "blobs":
             # The name is the sha256: the same tag on every mirror, so a download resumes on another.
             headers["etag"] = f'"{name.rsplit(os.sep, 1)[-1]}"'

@@ -211,3 +211,13 @@ def telemetry_totals(connection: Connection) -> dict[str, int]:
 
 def _page(limit: int) -> int:
     return max(1, min(limit, MAX_PAGE))
+
+
+# --- deltas --------------------------------------------------------------------------------------------------------------
+
+
+def delta_totals(connection: Connection) -> dict[str, tuple[int, int]]:
+    """State -> how many deltas, and their bytes; of those that were not kept too."""
+    c = t.deltas.c
+    rows = connection.execute(select(c.state, func.count(), func.coalesce(func.sum(c.size), 0)).group_by(c.state))
+    return {state: (int(n), int(size)) for state, n, size in rows}

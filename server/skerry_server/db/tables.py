@@ -197,6 +197,29 @@ blobs = Table(
     Column("stored_ms", BigInteger, nullable=False),
 )
 
+deltas = Table(
+    "deltas",
+    metadata,
+    # What is known of each delta that devices could use. The files of the ready ones lie in the repository.
+    Column("base", String(64), primary_key=True),  # sha256 of the file that it leads from
+    Column("target", String(64), primary_key=True),  # and of the one that it leads to
+    Column("state", String(20), nullable=False),  # waiting making ready useless failed
+    Column("model", String(63), nullable=False),
+    Column("path", String(200), nullable=False),
+    Column("base_version", String(128), nullable=False),
+    Column("target_version", String(128), nullable=False),
+    Column("base_size", BigInteger, nullable=False),
+    Column("target_size", BigInteger, nullable=False),
+    Column("devices", BigInteger, nullable=False),  # that would take it, when it was last wanted
+    Column("size", BigInteger),  # of the delta, of one that was not kept too
+    Column("took_s", Float),
+    Column("detail", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("maker", String(40), nullable=False),  # version of the program that tried last
+    Column("changed_ms", BigInteger, nullable=False),
+    Column("wanted_ms", BigInteger, nullable=False),
+)
+
 roles = Table(
     "roles",
     metadata,

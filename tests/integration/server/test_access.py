@@ -18,6 +18,8 @@ COMMANDS: list[tuple[str, str, object, set[str]]] = [
     ("GET", "/api/v1/groups", None, set(ROLES)),
     ("GET", "/api/v1/rollouts", None, set(ROLES)),
     ("GET", "/api/v1/bundles", None, set(ROLES)),
+    ("GET", "/api/v1/deltas", None, set(ROLES)),
+    ("POST", "/api/v1/deltas/retry", {}, {"operator", "admin"}),
     ("GET", "/api/v1/telemetry/counts", None, set(ROLES)),
     ("GET", "/api/v1/telemetry/samples", None, {"engineer", "admin"}),
     ("GET", "/api/v1/repository/status", None, set(ROLES)),

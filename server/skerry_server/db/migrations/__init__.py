@@ -13,7 +13,20 @@ from collections.abc import Callable
 from sqlalchemy import Connection, Engine, func, insert, inspect, select
 
 from skerry_server.db.engine import writing
-from skerry_server.db.migrations import v0001, v0002, v0003, v0004, v0005, v0006, v0007, v0008, v0009, v0010, v0011
+from skerry_server.db.migrations import (
+    v0001,
+    v0002,
+    v0003,
+    v0004,
+    v0005,
+    v0006,
+    v0007,
+    v0008,
+    v0009,
+    v0010,
+    v0011,
+    v0013,
+)
 from skerry_server.db.tables import schema_version
 
 MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -28,6 +41,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (v0009.NAME, v0009.STATEMENTS),
     (v0010.NAME, v0010.STATEMENTS),
     (v0011.NAME, v0011.STATEMENTS),
+    (v0013.NAME, v0013.STATEMENTS),
 )
 """Name and statements; the first brings version 0 to 1, the next 1 to 2, and so on. What is shipped never changes."""
 
