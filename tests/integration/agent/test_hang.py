@@ -75,6 +75,7 @@ def test_a_confirmed_worker_that_stands_still_is_killed_and_replaced_and_its_cou
     assert device.infer(5) == ["1.0.0"] * 5
     assert device.running() == ("1.0.0", "confirmed")
     wait_for(lambda: server.inferences() == 32, why=f"32 counted, got {server.inferences()}")
+    wait_for(lambda: server.events("worker"), why="the event")
     assert [e.code for e in server.events("worker")] == ["worker_hung"]
 
 

@@ -58,6 +58,10 @@ def matched(server: Server, digest: str) -> int:
     return sum(window.labels.matched for window in server.windows() if window.key.bundle == digest)
 
 
+def duplicates(server: Server, digest: str) -> int:
+    return sum(window.labels.duplicate for window in server.windows() if window.key.bundle == digest)
+
+
 @pytest.fixture
 def running(device: Device) -> tuple[Device, str]:
     """A device that answers with 1.0.0."""
@@ -89,7 +93,8 @@ def test_labels_after_a_swap_reach_the_server_under_the_old_bundle(running: tupl
     wait_for(lambda: matched(server, old) == 12 and matched(server, new) == 1, why="the labels")
     (confusion,) = {w.labels.confusion for w in server.windows() if w.key.bundle == new and w.labels.matched}
     assert sum(confusion) == 1
-    assert sum(w.labels.duplicate for w in server.windows() if w.key.bundle == old) == 5
+    wait_for(lambda: duplicates(server, old) >= 5, why="the duplicates, which stand in a window of their own")
+    assert duplicates(server, old) == 5
 
 
 def test_kill_9_of_the_worker_and_then_of_the_agent_between_predictions_and_labels(

@@ -62,6 +62,7 @@ def test_a_worker_that_leaked_far_too_much_is_killed_at_once(
     order(device, "leak-once 600")
     wait_for(lambda: pid(device) not in (0, before), why=lambda: f"another worker: {device.log()[-3000:]}")
     assert "worker is killed" in device.log()
+    wait_for(lambda: server.events("worker"), why="the event")
     assert [e.code for e in server.events("worker")] == ["worker_leaked"]
     device.infer(3)
     wait_for(lambda: server.inferences() == 30, why="30 counted")

@@ -325,6 +325,7 @@ def test_a_device_whose_preferred_runtime_is_broken_takes_the_variant_that_runs_
     start_with_broken_litert(device, tmp_path, monkeypatch)
     device.wait_running("1.0.0", "confirmed_on_golden")
     assert device.status()["running"]["gas"]["variant"] == demo.ONNX
+    wait_for(lambda: device.status()["outbox"]["pending"] == 0, why="all events")
     told = [
         (event.data["state"], event.data["variant"], event.code)
         for event in server.events()
