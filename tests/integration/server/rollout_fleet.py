@@ -6,6 +6,7 @@ import random
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from skerry_contract import group as g
 from skerry_contract import histogram as h
@@ -15,11 +16,25 @@ from tuf.api.metadata import Metadata, Targets
 
 from tests.rig_server import DeviceRig, Operator, ServerRig
 
-GROUP, MODEL = "press", "gas"
+MODEL = "gas"
 BOOT = "b" * 32
 
 
-def published(server: ServerRig, group: str = GROUP) -> g.GroupDocument:
+class Maker(Operator):
+    """The operator of a server that tests share: each version is pushed and approved once, whoever asks for it first."""
+
+    def __init__(self, server: ServerRig, folder: Path) -> None:
+        super().__init__(server, folder)
+        self._published: dict[tuple[str, str, str, int], str] = {}
+
+    def publish(self, model: str, version: str, kind: str = "classifier", seed: int = 0) -> str:
+        key = (model, version, kind, seed)
+        if key not in self._published:
+            self._published[key] = super().publish(model, version, kind, seed)
+        return self._published[key]
+
+
+def published(server: ServerRig, group: str) -> g.GroupDocument:
     """The group's document as a device finds it: timestamp, snapshot, fleet, target."""
 
     def read(path: str) -> bytes:
@@ -36,15 +51,17 @@ def published(server: ServerRig, group: str = GROUP) -> g.GroupDocument:
 
 
 class Fleet:
-    """Devices that do what the published document says, and count made-up requests under its keys.
+    """Devices of one group that do what the published document says, and count made-up requests under its keys.
 
     ``failing`` is the share of failed requests of a digest; ``wrong`` the share of wrong answers of one whose answers get
     labels; ``refused`` digests that devices go back from, with the code; ``offline`` devices that are not connected.
     """
 
-    def __init__(self, server: ServerRig, folder: Path, n: int) -> None:
+    def __init__(self, server: ServerRig, group: str, folder: Path, n: int, *, model: str = MODEL) -> None:
         self.server = server
-        self.devices = [DeviceRig(server, f"dev-{i:02d}", folder) for i in range(n)]
+        self.model = model
+        self.group = group
+        self.devices = [DeviceRig(server, f"{group}-{i:02d}", folder, group=group) for i in range(n)]
         self.failing: dict[str, float] = {}
         self.wrong: dict[str, float] = {}
         self._chance = random.Random(7)
@@ -62,25 +79,32 @@ class Fleet:
         server.wait("all online", lambda: self.online() == n)
 
     def online(self) -> int:
-        return len(self.server.good("GET", "/api/v1/devices?online=true&limit=1000")["items"])
+        return len(self.server.good("GET", f"/api/v1/devices?online=true&group={self.group}")["items"])
+
+    def published(self) -> g.GroupDocument:
+        """The group's document as its devices find it."""
+        return published(self.server, self.group)
+
+    def start(self, candidate: str, stages: list[dict[str, Any]], **more: Any) -> str:
+        return start(self.server, self.group, candidate, stages, **{"model": self.model, **more})
 
     def live(self) -> list[DeviceRig]:
         return [device for device in self.devices if device.id not in self.offline]
 
     def follow(self, requests: int = 20) -> None:
         """One step of every connected device: obey the document, report, count some requests."""
-        document = published(self.server)
+        document = self.published()
         for device in self.live():
-            found = g.assign(document, device.id, MODEL, "")
+            found = g.assign(document, device.id, self.model, "")
             if found is None:
                 continue
             if found.digest in self.refused:
                 self._refuse(device, found)
                 continue
-            key = w.Key(MODEL, found.digest, "onnx-int8", found.arm, found.rollout, found.stage)
+            key = w.Key(self.model, found.digest, "onnx-int8", found.arm, found.rollout, found.stage)
             if self.running.get(device.id) != (found.digest, found.version):
                 self.running[device.id] = (found.digest, found.version)
-                device.report({MODEL: {"digest": found.digest, "version": found.version, "state": "confirmed"}})
+                device.report({self.model: {"digest": found.digest, "version": found.version, "state": "confirmed"}})
             failed = round(requests * self.failing.get(found.digest, 0.0))
             wrong = None
             if found.digest in self.wrong:
@@ -94,7 +118,7 @@ class Fleet:
             return
         self._told.add((device.id, found.digest))
         at = w.Instant(BOOT, 1, 1, True)
-        data = {"model": MODEL, "digest": found.digest, "rollout": found.rollout}
+        data = {"model": self.model, "digest": found.digest, "rollout": found.rollout}
         event = wire.Event(at=at, name="update", code=self.refused[found.digest], data=data)
         device.send(("event", wire.encode(event)))
 
@@ -125,8 +149,8 @@ def window(key: w.Key, ok: int, failed: int, wrong: int | None = None) -> bytes:
     return wire.encode(w.Window(key=key, start=at, end=at, counts=counts, latency=latency, labels=labels))
 
 
-def start(server: ServerRig, candidate: str, stages: list[dict[str, Any]], **more: Any) -> str:
-    body = {"group": GROUP, "model": MODEL, "candidate": candidate, "stages": stages, **more}
+def start(server: ServerRig, group: str, candidate: str, stages: list[dict[str, Any]], **more: Any) -> str:
+    body = {"group": group, "model": MODEL, "candidate": candidate, "stages": stages, **more}
     return str(server.good("POST", "/api/v1/rollouts", body)["id"])
 
 
@@ -135,8 +159,20 @@ def decisions(server: ServerRig, rollout: str) -> list[tuple[str, str]]:
     return [(item["action"], item["verdict"]) for item in items if item["action"] != "hold"]
 
 
-def first_version(rig: ServerRig, maker: Operator, fleet: Fleet) -> str:
+def audited(server: ServerRig) -> list[dict[str, Any]]:
+    """The whole audit record, oldest first."""
+    rows: list[dict[str, Any]] = []
+    after = ""
+    while True:
+        part = server.good("GET", f"/api/v1/audit?limit=1000{after}")
+        rows += part["items"]
+        if part["next"] is None:
+            return rows
+        after = f"&after={quote(part['next'])}"
+
+
+def first_version(maker: Operator, fleet: Fleet) -> str:
     digest = maker.publish(MODEL, "1.0.0")
-    rollout = start(rig, digest, [{"share": 1, "min_devices": 8, "min_inferences": 50}])
+    rollout = fleet.start(digest, [{"share": 1, "min_devices": 8, "min_inferences": 50}])
     fleet.drive(rollout, {"completed"})
     return digest

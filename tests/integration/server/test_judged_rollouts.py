@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.integration.server.rollout_fleet import MODEL, Fleet, decisions, first_version, published, start
+from tests.integration.server.rollout_fleet import MODEL, Fleet, decisions, first_version
 from tests.rig_server import Operator, ServerRig
 
 JUDGE = {
@@ -45,7 +45,7 @@ def explain(rig: ServerRig, rollout: str, *options: str) -> subprocess.Completed
 def test_devices_are_held_against_their_past_unless_the_plan_says_that_the_world_moved(
     rig: ServerRig, maker: Operator, fleet: Fleet, past: bool
 ) -> None:
-    one = first_version(rig, maker, fleet)
+    one = first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
     fleet.wrong = {one: 0.05}
     for _ in range(5):
@@ -53,7 +53,7 @@ def test_devices_are_held_against_their_past_unless_the_plan_says_that_the_world
     fleet.wrong = {one: 0.4, two: 0.4}
     rails = {**JUDGE["guardrails"], "labelled_errors": {"alpha": 0.04, "min_n": 100, "past": past}}
     judge = {**JUDGE, "guardrails": rails, "end_s": 600}
-    rollout = start(rig, two, [{"devices": 3, "min_devices": 3}, {"share": 1, "min_devices": 8}], judge=judge)
+    rollout = fleet.start(two, [{"devices": 3, "min_devices": 3}, {"share": 1, "min_devices": 8}], judge=judge)
     deadline = time.monotonic() + 40
     foretold = None
     while foretold is None:
@@ -70,12 +70,14 @@ def test_devices_are_held_against_their_past_unless_the_plan_says_that_the_world
 def test_a_candidate_no_worse_than_its_controls_passes_at_the_planned_end_and_the_verdict_can_be_recomputed(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
-    one = first_version(rig, maker, fleet)
+    one = first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
     fleet.wrong = {one: 0.15, two: 0.1}
     for _ in range(10):
         fleet.follow(40)
-    rollout = start(rig, two, [{"devices": 3, "min_devices": 3}, {"share": 1, "min_devices": 8}], judge=JUDGE)
+    # The end is a number of labels: by seconds, a slow machine would not have sent enough of them for so narrow a bound.
+    judge = {name: value for name, value in JUDGE.items() if name != "end_s"} | {"end_labels": 800}
+    rollout = fleet.start(two, [{"devices": 3, "min_devices": 3}, {"share": 1, "min_devices": 8}], judge=judge)
     fleet.drive(rollout, {"completed"}, timeout_s=60)
     made = decisions(rig, rollout)
     assert [action for action, _ in made] == ["start", "advance", "complete", "finish"]
@@ -110,11 +112,13 @@ def test_a_candidate_no_worse_than_its_controls_passes_at_the_planned_end_and_th
     assert f"Rollout {rollout}, stage 1: PASS" in shown.stdout
     # Who changes what is stored is found out.
     with sqlite3.connect(rig.data / "server.db") as db:
-        (packed,) = db.execute("SELECT evidence FROM looks ORDER BY number DESC LIMIT 1").fetchone()
+        (packed,) = db.execute(
+            "SELECT evidence FROM looks WHERE rollout = ? AND number = ?", (rollout, len(items))
+        ).fetchone()
         look = msgspec.msgpack.decode(zlib.decompress(packed))
         look["readings"]["labelled_errors"]["x"][0] += 1
         changed = zlib.compress(msgspec.msgpack.encode(look))
-        db.execute("UPDATE looks SET evidence = ? WHERE number = ?", (changed, len(items)))
+        db.execute("UPDATE looks SET evidence = ? WHERE rollout = ? AND number = ?", (changed, rollout, len(items)))
     doubted = explain(rig, rollout)
     assert doubted.returncode == 1
     assert f"recomputed: different at look {len(items)}" in doubted.stdout
@@ -123,14 +127,14 @@ def test_a_candidate_no_worse_than_its_controls_passes_at_the_planned_end_and_th
 def test_a_candidate_whose_answers_are_wrong_is_judged_and_rolled_back_also_on_a_device_that_was_offline_then(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
-    one = first_version(rig, maker, fleet)
+    one = first_version(maker, fleet)
     bad = maker.publish(MODEL, "1.1.0", seed=1)
     fleet.wrong = {one: 0.1, bad: 0.6}
     for _ in range(10):
         fleet.follow(40)
     # One of 56 ways may be removed from 45 % of the way on: no verdict before 13 s.
     judge = JUDGE | {"end_s": 30}
-    rollout = start(rig, bad, [{"devices": 3, "min_devices": 2}, {"share": 1}], judge=judge)
+    rollout = fleet.start(bad, [{"devices": 3, "min_devices": 2}, {"share": 1}], judge=judge)
     while len(fleet.runs(bad)) < 3:
         fleet.follow()
     lost = next(device for device in fleet.devices if device.id in fleet.runs(bad))
@@ -159,17 +163,17 @@ def test_a_candidate_whose_answers_are_wrong_is_judged_and_rolled_back_also_on_a
 
 
 def test_without_labels_a_judged_stage_pauses_at_its_deadline(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
-    first_version(rig, maker, fleet)
+    first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
     stages = [{"devices": 3, "max_seconds": 3}, {"share": 1}]
-    rollout = start(rig, two, stages, judge=JUDGE | {"end_s": 1})
+    rollout = fleet.start(two, stages, judge=JUDGE | {"end_s": 1})
     fleet.drive(rollout, {"paused"})
     assert decisions(rig, rollout)[-1] == ("pause", "NO_DATA")
     looks = judged(rig, rollout)["looks"]
     assert looks[-1]["verdict"] == "NO_DATA"
     # A look that is stored and cannot be read is a fault of the judge, told as such, and of nobody who asks.
     with sqlite3.connect(rig.data / "server.db") as db:
-        db.execute("UPDATE looks SET memory = ? WHERE number = ?", (b"no zlib", len(looks)))
+        db.execute("UPDATE looks SET memory = ? WHERE rollout = ? AND number = ?", (b"no zlib", rollout, len(looks)))
     now = rig.good("GET", f"/api/v1/rollouts/{rollout}")["now"]
     assert f"the stored look {len(looks)} of stage 1 of rollout {rollout} cannot be read" in now["reason"]
     assert now["verdict"] == "NO_DATA"
@@ -179,14 +183,14 @@ def test_without_labels_a_judged_stage_pauses_at_its_deadline(rig: ServerRig, ma
 def test_a_fleet_too_small_to_compare_is_promoted_only_where_the_operator_said_so(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
-    one = first_version(rig, maker, fleet)
+    one = first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
     fleet.wrong = {one: 0.1, two: 0.1}
     # One of eight: as many ways as there are devices, fewer than 1/alpha.
     rails = {"labelled_errors": {"alpha": 0.04, "limit": 0.3, "min_n": 100}}
     judge = {"guardrails": rails, "look_s": 0.3, "end_s": 2, "min_devices": 1, "guard_s": 0}
     stages = [{"devices": 1}, {"share": 1}]
-    rollout = start(rig, two, stages, judge=judge)
+    rollout = fleet.start(two, stages, judge=judge)
     deadline = time.monotonic() + 60
     while (ruling := judged(rig, rollout)["ruling"]) is None or ruling["verdict"] in ("NO_DATA", "INCONCLUSIVE"):
         assert time.monotonic() < deadline, ruling
@@ -196,7 +200,7 @@ def test_a_fleet_too_small_to_compare_is_promoted_only_where_the_operator_said_s
     assert (now["state"], now["stage"], now["now"]["verdict"]) == ("running", 0, "INCONCLUSIVE")
     assert "--small-fleet" in now["now"]["reason"]
     rig.good("POST", f"/api/v1/rollouts/{rollout}/abort", {"reason": "again, with consent"})
-    rig.wait("the abort", lambda: published(rig).models[MODEL].rollout is None)
-    again = start(rig, two, stages, judge=judge | {"small_fleet": True})
+    rig.wait("the abort", lambda: fleet.published().models[MODEL].rollout is None)
+    again = fleet.start(two, stages, judge=judge | {"small_fleet": True})
     fleet.drive(again, {"completed"}, timeout_s=60)
     assert "uncontrolled" in judged(rig, again)["looks"][-1]["reasons"][0]

@@ -14,9 +14,9 @@ from skerry_contract import wire
 
 from tests.integration.server.rollout_fleet import (
     BOOT,
-    GROUP,
     MODEL,
     Fleet,
+    audited,
     decisions,
     first_version,
     published,
@@ -30,7 +30,7 @@ def test_a_good_version_goes_to_all_then_the_next_to_exactly_three_and_then_to_a
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
     one = maker.publish(MODEL, "1.0.0")
-    first = start(rig, one, [{"devices": 2}, {"share": 1, "min_devices": 8, "min_inferences": 50}])
+    first = fleet.start(one, [{"devices": 2}, {"share": 1, "min_devices": 8, "min_inferences": 50}])
     fleet.drive(first, {"completed"})
     assert decisions(rig, first) == [("start", ""), ("complete", "PASS"), ("finish", "PASS")]
     assert fleet.runs(one) == {device.id for device in fleet.devices}, "nothing to compare with: one stage of everyone"
@@ -40,7 +40,7 @@ def test_a_good_version_goes_to_all_then_the_next_to_exactly_three_and_then_to_a
         {"devices": 3, "min_devices": 3, "min_inferences": 100, "min_seconds": 1.0},
         {"share": 1, "min_devices": 8, "min_inferences": 200},
     ]
-    second = start(rig, two, stages, id="r-second")
+    second = fleet.start(two, stages, id="r-second")
     assert second == "r-second"
     seen: set[int] = set()
     while rig.good("GET", f"/api/v1/rollouts/{second}")["stage"] == 0:
@@ -58,29 +58,29 @@ def test_a_good_version_goes_to_all_then_the_next_to_exactly_three_and_then_to_a
     assert advance["evidence"]["candidates"] == 3
     assert found["reason"]
     # Everyone runs it as the stable bundle, and the arms of the stage were frozen for the judge.
-    document = published(rig)
+    document = fleet.published()
     assert document.models[MODEL].stable.digest == two
     assert document.models[MODEL].rollout is None
-    rows = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
+    rows = audited(rig)
     assert [r["action"] for r in rows if r["subject"] == "rollout:r-second"] == [
         "rollout.start", "rollout.advance", "rollout.complete", "rollout.finish",
     ]  # fmt: skip
     # What the devices sent is what the server counts.
     rig.wait("all acknowledged", lambda: all(d.acked == d.seq for d in fleet.devices))
-    counts = rig.good("GET", f"/api/v1/telemetry/counts?model={MODEL}")
     for device in fleet.devices:
-        mine = [item for item in counts["items"] if item["device"] == device.id]
-        assert sum(item["ok"] + item["failed"] for item in mine) == fleet.sent[device.id]
-        assert {item["version"] for item in mine} == {"1.0.0", "1.1.0"}
-    streams = {stream["device"]: stream for stream in counts["streams"]}
-    assert all(streams[d.id]["upto"] == d.seq and not streams[d.id]["duplicates"] for d in fleet.devices)
+        counts = rig.good("GET", f"/api/v1/telemetry/counts?model={MODEL}&device={device.id}")
+        assert {item["device"] for item in counts["items"]} == {device.id}
+        assert sum(item["ok"] + item["failed"] for item in counts["items"]) == fleet.sent[device.id]
+        assert {item["version"] for item in counts["items"]} == {"1.0.0", "1.1.0"}
+        (stream,) = [stream for stream in counts["streams"] if stream["device"] == device.id]
+        assert stream["upto"] == device.seq and not stream["duplicates"]
 
 
 def test_a_candidate_that_fails_is_rolled_back_by_itself(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
-    one = first_version(rig, maker, fleet)
+    one = first_version(maker, fleet)
     bad = maker.publish(MODEL, "1.1.0", seed=1)
     fleet.failing[bad] = 0.5
-    rollout = start(rig, bad, [{"devices": 2, "min_devices": 2, "min_inferences": 50}, {"share": 1}])
+    rollout = fleet.start(bad, [{"devices": 2, "min_devices": 2, "min_inferences": 50}, {"share": 1}])
     found = fleet.drive(rollout, {"rolled_back"})
     assert decisions(rig, rollout) == [("start", ""), ("roll_back", "FAIL"), ("rolled_back", "")]
     assert fleet.runs(bad) == set()
@@ -92,17 +92,17 @@ def test_a_candidate_that_fails_is_rolled_back_by_itself(rig: ServerRig, maker: 
     assert found["ended_ms"]
     # The same candidate may be tried again, in a new rollout that starts from nothing.
     fleet.failing.clear()
-    again = start(rig, bad, [{"share": 1, "min_inferences": 20}])
+    again = fleet.start(bad, [{"share": 1, "min_inferences": 20}])
     fleet.drive(again, {"completed"})
 
 
 def test_devices_that_go_back_fail_the_rollout_at_the_stated_count(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
-    first_version(rig, maker, fleet)
+    first_version(maker, fleet)
     bad = maker.publish(MODEL, "1.1.0", seed=1)
     fleet.refused[bad] = "trial_crashed"
-    rollout = start(rig, bad, [{"devices": 3}], gates={"max_reverts": 1})
+    rollout = fleet.start(bad, [{"devices": 3}], gates={"max_reverts": 1})
     fleet.drive(rollout, {"rolled_back"})
     items = rig.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
     verdict = next(item for item in items if item["verdict"] == "FAIL")
@@ -114,9 +114,9 @@ def test_devices_that_go_back_fail_the_rollout_at_the_stated_count(
 def test_a_person_rolls_back_and_it_ends_when_no_device_answers_with_the_candidate(
     rig: ServerRig, maker: Operator, fleet: Fleet, paused: bool
 ) -> None:
-    one = first_version(rig, maker, fleet)
+    one = first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
-    rollout = start(rig, two, [{"devices": 2, "min_inferences": 10**6}, {"share": 1}])
+    rollout = fleet.start(two, [{"devices": 2, "min_inferences": 10**6}, {"share": 1}])
     path = f"/api/v1/rollouts/{rollout}"
     rig.wait("candidates", lambda: fleet.follow() or len(fleet.runs(two)) == 2)
     rig.wait("their word", lambda: fleet.follow() or rig.good("GET", path)["now"]["evidence"]["still"] == 2)
@@ -125,14 +125,15 @@ def test_a_person_rolls_back_and_it_ends_when_no_device_answers_with_the_candida
     found = rig.good("POST", f"{path}/rollback", {"reason": "it hums"})
     assert (found["state"], found["reason"]) == ("rolling_back", "it hums")
     assert rig.ask("POST", f"{path}/rollback").code == "not_allowed"
-    rig.wait("stable for all", lambda: published(rig).models[MODEL].rollout is None)
+    rig.wait("stable for all", lambda: fleet.published().models[MODEL].rollout is None)
     assert rig.good("GET", path)["state"] == "rolling_back", "two devices answer with the candidate still"
     fleet.drive(rollout, {"rolled_back"})
     assert fleet.runs(one) == {device.id for device in fleet.devices}
     assert ("roll_back", "") in decisions(rig, rollout)
-    audited = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
     (row,) = [
-        item for item in audited if item["action"] == "rollout.roll_back" and item["subject"] == f"rollout:{rollout}"
+        item
+        for item in audited(rig)
+        if item["action"] == "rollout.roll_back" and item["subject"] == f"rollout:{rollout}"
     ]
     assert (row["reason"], row["actor"]) == ("it hums", "token:admin")
 
@@ -141,7 +142,7 @@ def test_a_first_bundle_cannot_be_rolled_back_and_the_answer_names_abort(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
     one = maker.publish(MODEL, "1.0.0")
-    rollout = start(rig, one, [{"share": 1}])
+    rollout = fleet.start(one, [{"share": 1}])
     path = f"/api/v1/rollouts/{rollout}"
     refused = rig.ask("POST", f"{path}/rollback")
     assert (refused.status, refused.code) == (409, "first_bundle")
@@ -154,14 +155,16 @@ def test_a_first_bundle_cannot_be_rolled_back_and_the_answer_names_abort(
 def test_a_quiet_candidate_never_passes_and_a_deadline_only_pauses(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
-    one = first_version(rig, maker, fleet)
+    one = first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
-    rollout = start(rig, two, [{"devices": 2, "min_inferences": 10, "max_seconds": 1}, {"share": 1}])
+    rollout = fleet.start(two, [{"devices": 2, "min_inferences": 10, "max_seconds": 1}, {"share": 1}])
     rig.wait("the deadline", lambda: rig.good("GET", f"/api/v1/rollouts/{rollout}")["state"] == "paused")
     assert decisions(rig, rollout)[-1] == ("pause", "NO_DATA")
-    assert published(rig).models[MODEL].rollout is not None, "a pause takes nothing back"
+    assert fleet.published().models[MODEL].rollout is not None, "a pause takes nothing back"
     taken = rig.ask(
-        "POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": two, "stages": [{"share": 1}]}
+        "POST",
+        "/api/v1/rollouts",
+        {"group": fleet.group, "model": MODEL, "candidate": two, "stages": [{"share": 1}]},
     )
     assert (taken.status, taken.code) == (409, "rollout_active")
     again = rig.ask("POST", f"/api/v1/rollouts/{rollout}/pause")
@@ -171,7 +174,7 @@ def test_a_quiet_candidate_never_passes_and_a_deadline_only_pauses(
     fleet.follow()
     found = rig.good("POST", f"/api/v1/rollouts/{rollout}/abort", {"reason": "not today"})
     assert (found["state"], found["reason"]) == ("aborted", "not today")
-    rig.wait("stable for all", lambda: published(rig).models[MODEL].rollout is None)
+    rig.wait("stable for all", lambda: fleet.published().models[MODEL].rollout is None)
     fleet.follow()
     assert fleet.runs(one) == {device.id for device in fleet.devices}
     assert rig.ask("POST", f"/api/v1/rollouts/{rollout}/resume").code == "not_allowed"
@@ -180,13 +183,13 @@ def test_a_quiet_candidate_never_passes_and_a_deadline_only_pauses(
 def test_an_offline_device_neither_counts_nor_blocks_and_takes_the_version_when_it_returns(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
-    first_version(rig, maker, fleet)
+    first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
     lost = fleet.devices[3]
     fleet.offline.add(lost.id)
     lost.vanish()
     rig.wait("the will", lambda: fleet.online() == 7)
-    rollout = start(rig, two, [{"devices": 3, "min_devices": 3, "min_inferences": 60}, {"share": 1, "min_devices": 7}])
+    rollout = fleet.start(two, [{"devices": 3, "min_devices": 3, "min_inferences": 60}, {"share": 1, "min_devices": 7}])
     assert lost.id not in rig.good("GET", f"/api/v1/rollouts/{rollout}")["devices"]["candidate"]
     fleet.drive(rollout, {"completed"})
     assert lost.id not in fleet.runs(two)
@@ -217,12 +220,12 @@ def back(fleet: Fleet, *found: DeviceRig) -> None:
 def test_canaries_that_fall_silent_hold_the_stage_pause_it_and_pass_only_when_they_are_back(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
-    first_version(rig, maker, fleet)
+    first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
     away = fleet.devices[0]
     go(fleet, away)
     stages = [{"devices": 4, "min_inferences": 10_000, "max_seconds": 10}, {"share": 1, "max_seconds": 60}]
-    rollout = start(rig, two, stages)
+    rollout = fleet.start(two, stages)
     path = f"/api/v1/rollouts/{rollout}"
     names = rig.good("GET", path)["devices"]["candidate"]
     assert away.id not in names
@@ -257,9 +260,9 @@ def test_canaries_that_fall_silent_hold_the_stage_pause_it_and_pass_only_when_th
 def test_a_silent_canary_that_is_pinned_or_revoked_is_waited_for_no_longer(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
-    one = first_version(rig, maker, fleet)
+    one = first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
-    rollout = start(rig, two, [{"devices": 3}, {"share": 1}])
+    rollout = fleet.start(two, [{"devices": 3}, {"share": 1}])
     path = f"/api/v1/rollouts/{rollout}"
     names = rig.good("GET", path)["devices"]["candidate"]
     pinned, revoked = [device for device in fleet.devices if device.id in names][:2]
@@ -278,9 +281,9 @@ def test_a_silent_canary_that_is_pinned_or_revoked_is_waited_for_no_longer(
 def test_a_resumed_stage_gets_another_canary_for_the_one_that_was_revoked(
     rig: ServerRig, maker: Operator, fleet: Fleet
 ) -> None:
-    first_version(rig, maker, fleet)
+    first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
-    rollout = start(rig, two, [{"devices": 2, "min_devices": 2, "min_inferences": 10, "max_seconds": 2}, {"share": 1}])
+    rollout = fleet.start(two, [{"devices": 2, "min_devices": 2, "min_inferences": 10, "max_seconds": 2}, {"share": 1}])
     path = f"/api/v1/rollouts/{rollout}"
     before = set(rig.good("GET", path)["devices"]["candidate"])
     revoked = next(device for device in fleet.devices if device.id in before)
@@ -300,15 +303,15 @@ def _of_stage(document: g.GroupDocument, stage: int) -> g.GroupDocument | None:
 
 
 def test_completing_waits_for_requests_made_after_it_began(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
-    first_version(rig, maker, fleet)
+    first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
-    rollout = start(rig, two, [{"share": 0.5, "min_inferences": 100}])
+    rollout = fleet.start(two, [{"share": 0.5, "min_inferences": 100}])
     path = f"/api/v1/rollouts/{rollout}"
     while rig.good("GET", path)["state"] != "completing":
         fleet.follow(5)
         time.sleep(0.1)
     # Whoever applications were, they have stopped asking: devices report, and nothing is counted.
-    document = rig.wait("everyone's document", lambda: _of_stage(published(rig), 1))
+    document = rig.wait("everyone's document", lambda: _of_stage(fleet.published(), 1))
     for device in fleet.devices:
         found = g.assign(document, device.id, MODEL, "")
         assert found is not None
@@ -323,9 +326,9 @@ def test_completing_waits_for_requests_made_after_it_began(rig: ServerRig, maker
 
 
 def test_completing_holds_when_the_fleet_falls_silent_in_it(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
-    first_version(rig, maker, fleet)
+    first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
-    rollout = start(rig, two, [{"share": 0.5, "min_inferences": 100}])
+    rollout = fleet.start(two, [{"share": 0.5, "min_inferences": 100}])
     path = f"/api/v1/rollouts/{rollout}"
     while rig.good("GET", path)["state"] != "completing":
         fleet.follow(5)
@@ -343,13 +346,15 @@ def test_completing_holds_when_the_fleet_falls_silent_in_it(rig: ServerRig, make
 def test_what_others_say_of_the_bundle_moves_no_rollout(
     rig: ServerRig, maker: Operator, fleet: Fleet, tmp_path: Path
 ) -> None:
-    first_version(rig, maker, fleet)
+    first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
     rig.good("PUT", "/api/v1/groups/elsewhere", {})
     stranger = DeviceRig(rig, "stranger", tmp_path, group="elsewhere")
     stranger.enrol()
     stranger.connect()
-    rollout = start(rig, two, [{"devices": 2, "min_devices": 2, "min_inferences": 100}, {"share": 1, "min_devices": 8}])
+    rollout = fleet.start(
+        two, [{"devices": 2, "min_devices": 2, "min_inferences": 100}, {"share": 1, "min_devices": 8}]
+    )
 
     def crashed(device: DeviceRig, **about: str) -> None:
         at = w.Instant(BOOT, 1, 1, True)
@@ -372,12 +377,13 @@ def test_what_others_say_of_the_bundle_moves_no_rollout(
 
 
 def test_a_device_that_was_lost_with_the_server_is_not_taken_for_confirmed(
-    rig: ServerRig, maker: Operator, fleet: Fleet
+    lone_rig: ServerRig, lone_maker: Operator, lone_fleet: Fleet
 ) -> None:
     """A broker that is killed sends no will: the database goes on saying online."""
-    first_version(rig, maker, fleet)
+    rig, maker, fleet = lone_rig, lone_maker, lone_fleet
+    first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
-    rollout = start(rig, two, [{"devices": 2, "min_inferences": 100}, {"share": 1}])
+    rollout = fleet.start(two, [{"devices": 2, "min_inferences": 100}, {"share": 1}])
     path = f"/api/v1/rollouts/{rollout}"
     names = rig.good("GET", path)["devices"]["candidate"]
     canaries = [device for device in fleet.devices if device.id in names]
@@ -408,33 +414,34 @@ def test_a_device_that_was_lost_with_the_server_is_not_taken_for_confirmed(
 
 
 def test_a_pin_beats_the_rollout_and_leaves_it(rig: ServerRig, maker: Operator, fleet: Fleet) -> None:
-    one = first_version(rig, maker, fleet)
+    one = first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
     pinned = fleet.devices[0].id
     assert rig.ask("PUT", f"/api/v1/devices/{pinned}/pins/other", {"digest": one}).code == "wrong_model"
     assert rig.ask("PUT", f"/api/v1/devices/{pinned}/pins/{MODEL}", {"digest": "0" * 64}).status == 404
     rig.good("PUT", f"/api/v1/devices/{pinned}/pins/{MODEL}", {"digest": one, "reason": "under the microscope"})
-    rig.wait("the pin", lambda: published(rig).pins)
-    assert pinned.encode() not in g.encode(published(rig)), "a public document holds no plain ids"
-    rollout = start(rig, two, [{"share": 1, "min_devices": 7, "min_inferences": 50}])
+    rig.wait("the pin", lambda: fleet.published().pins)
+    assert pinned.encode() not in g.encode(fleet.published()), "a public document holds no plain ids"
+    rollout = fleet.start(two, [{"share": 1, "min_devices": 7, "min_inferences": 50}])
     fleet.drive(rollout, {"completed"})
     assert fleet.runs(one) == {pinned}
     rig.ask("DELETE", f"/api/v1/devices/{pinned}/pins/{MODEL}")
-    rig.wait("no pin", lambda: not published(rig).pins)
+    rig.wait("no pin", lambda: not fleet.published().pins)
     fleet.follow()
     assert fleet.runs(two) == {device.id for device in fleet.devices}
 
 
 def test_a_server_killed_again_and_again_in_a_rollout_ends_it_once_and_right(
-    rig: ServerRig, maker: Operator, fleet: Fleet
+    lone_rig: ServerRig, lone_maker: Operator, lone_fleet: Fleet
 ) -> None:
-    first_version(rig, maker, fleet)
+    rig, maker, fleet = lone_rig, lone_maker, lone_fleet
+    first_version(maker, fleet)
     two = maker.publish(MODEL, "1.1.0", seed=1)
     stages = [{"devices": n, "min_devices": n, "min_inferences": 40 * n} for n in (1, 2, 3, 5)]
-    rollout = start(rig, two, [*stages, {"share": 1, "min_devices": 8}])
+    rollout = fleet.start(two, [*stages, {"share": 1, "min_devices": 8}])
     ports = (rig.url, rig.mqtt)
     # The answer comes before the publication.
-    first = rig.wait("the first stage's document", lambda: _of_stage(published(rig), 0))
+    first = rig.wait("the first stage's document", lambda: _of_stage(fleet.published(), 0))
     generations = [first.generation]
     cuts = [int(first.models[MODEL].rollout.cuts["*"])]
     for round_ in range(4):
@@ -456,8 +463,8 @@ def test_a_server_killed_again_and_again_in_a_rollout_ends_it_once_and_right(
             device.birth += 1
             device.connect()
             fleet.running.pop(device.id, None)
-        document = published(rig)
-        held = rig.good("GET", f"/api/v1/groups/{GROUP}")
+        document = fleet.published()
+        held = rig.good("GET", f"/api/v1/groups/{fleet.group}")
         assert g.parse(json.dumps(held["document"], sort_keys=True, separators=(",", ":")).encode()) == document
         generations.append(document.generation)
         part = document.models[MODEL].rollout
@@ -470,55 +477,59 @@ def test_a_server_killed_again_and_again_in_a_rollout_ends_it_once_and_right(
     assert fleet.runs(two) == {device.id for device in fleet.devices}
     from skerry_server import audit
 
-    rows = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
+    rows = audited(rig)
     assert audit.first_break(rows) is None
 
 
 def test_a_candidate_that_the_catalog_drops_goes_back_by_itself(
-    rig: ServerRig, maker: Operator, tmp_path: Path
+    rig: ServerRig, maker: Operator, group: str, tmp_path: Path
 ) -> None:
-    fleet = Fleet(rig, tmp_path, 2)
-    one = maker.publish(MODEL, "1.0.0")
-    first = start(rig, one, [{"share": 1, "min_devices": 2, "min_inferences": 20}])
+    model = "dropped"
+    fleet = Fleet(rig, group, tmp_path, 2, model=model)
+    one = maker.publish(model, "1.0.0")
+    first = fleet.start(one, [{"share": 1, "min_devices": 2, "min_inferences": 20}])
     fleet.drive(first, {"completed"})
-    two = maker.publish(MODEL, "1.1.0", seed=1)
-    rollout = start(rig, two, [{"devices": 1, "min_devices": 1, "min_inferences": 1_000_000}, {"share": 1}])
+    two = maker.publish(model, "1.1.0", seed=1)
+    rollout = fleet.start(two, [{"devices": 1, "min_devices": 1, "min_inferences": 1_000_000}, {"share": 1}])
     rig.wait("the candidate runs", lambda: fleet.follow() or two in {digest for digest, _ in fleet.running.values()})
-    answer = maker.delist(MODEL, "1.1.0")
+    answer = maker.delist(model, "1.1.0")
     assert answer["in_use"] == {two: [f"rollout:{rollout}"]}
     fleet.drive(rollout, {"rolled_back"})
     items = rig.good("GET", f"/api/v1/rollouts/{rollout}/decisions")["items"]
     why = next(item["reason"] for item in items if item["action"] == "roll_back")
     assert why == "the signed catalog no longer lists the candidate"
     assert fleet.runs(one) == {device.id for device in fleet.devices}
-    assert published(rig).models[MODEL].rollout is None
+    assert fleet.published().models[model].rollout is None
     # What a group runs may be taken out too, since a bad bundle must go; the answer and the audit say who runs it.
-    assert maker.delist(MODEL, "1.0.0")["in_use"] == {one: [f"group:{GROUP}"]}
-    rows = rig.good("GET", "/api/v1/audit?limit=1000")["items"]
-    assert f"in use by group:{GROUP}" in next(
+    assert maker.delist(model, "1.0.0")["in_use"] == {one: [f"group:{group}"]}
+    rows = audited(rig)
+    assert f"in use by group:{group}" in next(
         r["reason"] for r in rows if r["subject"] == f"bundle:{one}" and "delist" in r["action"]
     )
     fleet.close()
 
 
-def test_the_first_bundle_of_a_model_that_the_catalog_drops_waits_for_a_person(rig: ServerRig, maker: Operator) -> None:
-    one = maker.publish(MODEL, "1.0.0")
-    rollout = start(rig, one, [{"share": 1}])
-    maker.delist(MODEL, "1.0.0")
+def test_the_first_bundle_of_a_model_that_the_catalog_drops_waits_for_a_person(
+    rig: ServerRig, maker: Operator, group: str
+) -> None:
+    model = "dropped-first"
+    one = maker.publish(model, "1.0.0")
+    rollout = start(rig, group, one, [{"share": 1}], model=model)
+    maker.delist(model, "1.0.0")
     path = f"/api/v1/rollouts/{rollout}"
     rig.wait("the pause", lambda: rig.good("GET", path)["state"] == "paused")
     assert "no longer lists the candidate" in rig.good("GET", path)["reason"]
     rig.good("POST", f"{path}/abort", {"reason": "another one then"})
-    rig.wait("nothing to run", lambda: MODEL not in published(rig).models)
+    rig.wait("nothing to run", lambda: model not in published(rig, group).models)
 
 
-def test_a_plan_is_refused_with_every_fault_in_it(rig: ServerRig, maker: Operator) -> None:
+def test_a_plan_is_refused_with_every_fault_in_it(rig: ServerRig, maker: Operator, group: str) -> None:
     digest = maker.publish(MODEL, "1.0.0")
     plan = {
         "stages": [{"devices": 0}, {"share": 2}, {"devices": 4, "share": 0.5}, {"shares": 1}],
         "gates": {"max_error_rate": "none", "p99": 1},
     }
-    found = rig.ask("POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": digest, **plan})
+    found = rig.ask("POST", "/api/v1/rollouts", {"group": group, "model": MODEL, "candidate": digest, **plan})
     assert (found.status, found.code) == (422, "bad_plan")
     faults = " ".join(found.json()["error"]["details"]["faults"])
     for where in (
@@ -532,6 +543,6 @@ def test_a_plan_is_refused_with_every_fault_in_it(rig: ServerRig, maker: Operato
         assert where in faults, where
     # One candidate is fewer than the judge compares.
     blind = {"stages": [{"devices": 1}, {"share": 1}], "judge": {"end_labels": 1000}}
-    found = rig.ask("POST", "/api/v1/rollouts", {"group": GROUP, "model": MODEL, "candidate": digest, **blind})
+    found = rig.ask("POST", "/api/v1/rollouts", {"group": group, "model": MODEL, "candidate": digest, **blind})
     assert (found.status, found.code) == (422, "bad_plan")
     assert "no fewer than 2 candidates" in " ".join(found.json()["error"]["details"]["faults"])
