@@ -9,8 +9,10 @@ from typing import Literal
 Kind = Literal["server", "broker", "supervisor", "worker", "courier"]
 Sort = Literal["plain", "judged", "bad"]
 KINDS: tuple[Kind, ...] = ("server", "broker", "supervisor", "worker", "courier")
+SURE_WITHIN = 3
+"""In so many rounds every kind and every sort comes."""
 ERRANDS = ("sync", "manifest", "fetch")
-SORTS: tuple[Sort, ...] = ("plain", "judged", "bad", "plain")
+SORTS: tuple[Sort, ...] = ("plain", "judged", "bad")
 ENDS = {"plain": "completed", "judged": "completed", "bad": "rolled_back"}
 DEVICES, TFLITE = ("gas-1", "gas-2", "gas-3", "gas-4"), ("gas-4",)
 GOOD, BAD = ("1.0.0", "2.0.0", "3.0.0"), "9.0.0"
@@ -40,18 +42,19 @@ class Kill:
 
 
 def drawn_sort(seed: int, number: int) -> Sort:
-    """Every four rounds have each sort once, ``plain`` twice."""
+    """Every three rounds have each sort once."""
     block = list(SORTS)
     random.Random(f"{seed}:sorts:{number // len(block)}").shuffle(block)
     return block[number % len(block)]
 
 
 def drawn_kills(seed: int, number: int) -> list[Kill]:
-    """2 to 5 kills, by time. Every five rounds in a row each kind is sure to come, the rest is chance."""
+    """2 to 5 kills, by time. Each kind is sure to come in rounds 0 to 2, in 3 to 5 and so on; the rest is chance."""
     draw = random.Random(f"{seed}:kills:{number}")
-    block = list(KINDS)
-    random.Random(f"{seed}:kinds:{number // len(block)}").shuffle(block)
-    kinds = [block[number % len(block)], *(draw.choice(KINDS) for _ in range(draw.randint(1, 4)))]
+    block = random.Random(f"{seed}:kinds:{number // SURE_WITHIN}")
+    sure = [*KINDS, block.choice(KINDS)]
+    block.shuffle(sure)
+    kinds = [*sure[number % SURE_WITHIN :: SURE_WITHIN], *(draw.choice(KINDS) for _ in range(draw.randint(0, 3)))]
     kills = []
     for kind in kinds:
         at, device, which = draw.random(), draw.choice(DEVICES), draw.random()

@@ -6,10 +6,12 @@ import os
 import signal
 
 import psutil
+import pytest
 
 from tests.system.conftest import DEVICES, Rig
 
 
+@pytest.mark.slow
 def test_kill_nine_of_worker_supervisor_broker_and_server_loses_and_doubles_nothing(rig: Rig) -> None:
     fleet = rig.fleet
     first = rig.publish("1.0.0", (1,))
