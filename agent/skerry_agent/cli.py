@@ -225,6 +225,9 @@ def _status(options: argparse.Namespace) -> int:
     if update is not None:
         reason = f": {update['code']} ({update['detail']})" if update["code"] else ""
         print(f"  last update: {update['model']} {update['version']} {update['state']}{reason}")
+        if fetched := update.get("progress"):
+            left = f", about {fetched['left_s']:.0f} s more" if fetched["left_s"] is not None else ""
+            print(f"    {fetched['done_bytes'] / 1e6:.1f} of {fetched['size_bytes'] / 1e6:.1f} MB are here{left}")
     link, outbox = body["link"], body["outbox"]
     print(
         f"  link {'up' if link['connected'] else 'down'}, server {'online' if link['server_online'] else 'not seen'}, "

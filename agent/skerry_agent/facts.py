@@ -49,6 +49,14 @@ def stratum(config: Config, found: dict[str, str]) -> str:
     return f"{config.device.stratum_class or arch()}.{names or 'none'}"
 
 
+def reserves(config: Config) -> dict[str, int]:
+    """What a courier must leave free on the disk."""
+    return {
+        "reserve_bytes": int(config.limits.disk_reserve_mb * 1e6),
+        "reserve_files": config.limits.file_reserve,
+    }
+
+
 def device(config: Config, found: dict[str, str], broken: frozenset[str] = frozenset()) -> Device:
     """The facts for admission, read now. ``broken``: runtimes that are installed and failed."""
     return Device(

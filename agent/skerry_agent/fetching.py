@@ -20,6 +20,7 @@ from skerry_agent.core.lifecycle import Update
 from skerry_agent.errand import Errands
 from skerry_agent.errors import Rejected
 from skerry_agent.failures import Failures
+from skerry_agent.progress import FetchProgress
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.slots import Slots
 from skerry_agent.store import Store
@@ -34,9 +35,11 @@ class Fetching:
         update: the one under way, as it is stored.
         errand_input: fields that every courier gets.
         max_kib_s: of downloads, 0 for any.
+        progress: hears how far a download is.
 
     Attributes:
         manifest: what was fetched last, None before the first.
+        progress: of the download under way.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Fetching:
         update: Callable[[], Update],
         errand_input: Callable[[], dict[str, Any]],
         max_kib_s: Callable[[], int],
+        progress: FetchProgress,
     ) -> None:
         self._config = config
         self._store = store
@@ -61,6 +65,7 @@ class Fetching:
         self._update = update
         self._errand_input = errand_input
         self._max_kib_s = max_kib_s
+        self.progress = progress
         self._text = ""
         self.manifest: m.Manifest | None = None
 
@@ -133,17 +138,23 @@ class Fetching:
         """Brings what the slot lacks of the variant's files."""
         digest = self._update().digest
         if not self._slots.whole(digest, self._update().variant):
-            await self._errands.run(
-                "fetch",
-                {
-                    **self._errand_input(),
-                    "digest": digest,
-                    "manifest": self._text,
-                    "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in self._files()],
-                    "max_kib_s": self._max_kib_s(),
-                },
-                timeout_s=_FETCH_S,
-            )
+            self.progress.begin()
+            try:
+                await self._errands.run(
+                    "fetch",
+                    {
+                        **self._errand_input(),
+                        **facts.reserves(self._config),
+                        "digest": digest,
+                        "manifest": self._text,
+                        "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in self._files()],
+                        "max_kib_s": self._max_kib_s(),
+                    },
+                    timeout_s=_FETCH_S,
+                    on_progress=self.progress.take,
+                )
+            finally:
+                self.progress.end()
         return e.FilesFetched()
 
     async def verify_files(self) -> e.Event:

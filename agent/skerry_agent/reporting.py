@@ -61,6 +61,7 @@ class Snapshot:
         worker_ends: how often a serving worker ended or was replaced, by reason code, over all starts of the agent.
         applications: who runs a bundle in a process of its own.
         swaps: how often another bundle took a model over, since the agent started.
+        fetching: how far the files of the update are, None while none is fetched; fetched: the same for people.
     """
 
     device: str
@@ -99,6 +100,8 @@ class Snapshot:
     written_mb: float | None = None
     applications: dict[str, Any] = field(default_factory=dict)
     swaps: dict[str, int] = field(default_factory=dict)
+    fetching: wire.Progress | None = None
+    fetched: dict[str, Any] | None = None
 
     @property
     def engines(self) -> dict[str, dict[str, Any]]:
@@ -179,6 +182,7 @@ def state(snapshot: Snapshot) -> wire.State:
         if update.model
         else None,
         lost=snapshot.lost,
+        progress=snapshot.fetching,
     )
 
 
@@ -194,7 +198,7 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
         "runtimes": snapshot.runtimes,
         "running": msgspec.to_builtins(running(snapshot)),
         "keys": {n: {"arm": s.arm, "rollout": s.rollout, "stage": s.stage} for n, s in sorted(snapshot.models.items())},
-        "update": update if snapshot.update.model else None,
+        "update": update | {"progress": snapshot.fetched} if snapshot.update.model else None,
         "serving": snapshot.serving,
         "worker": {
             "pid": snapshot.workers[0].pid if snapshot.workers else 0,

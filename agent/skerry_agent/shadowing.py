@@ -23,7 +23,7 @@ from skerry_contract import group as g
 from skerry_contract import manifest as m
 from skerry_contract.errors import ContractError
 
-from skerry_agent import at_rest
+from skerry_agent import at_rest, facts
 from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
@@ -267,6 +267,7 @@ class Shadowing:
                 "fetch",
                 {
                     **self._errand_input(),
+                    **facts.reserves(self._config),
                     "digest": target.digest,
                     "manifest": text or (self._slots.path(target.digest) / m.MANIFEST_FILE).read_text(),
                     "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in variant.files],

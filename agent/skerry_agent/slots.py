@@ -1,7 +1,7 @@
 """Bundles on disk, and the pointer file that says which of them run.
 
 ``slots/.staging/<digest>/`` grows by download; when every file has the sha256 of the manifest it becomes ``slots/<digest>/`` by
-one rename, and never changes again. ``slots/pointers.json`` names per model what is confirmed, what it replaced and what
+one rename, and never changes again; files that came in part lie in ``slots/.parts/`` by their content. ``slots/pointers.json`` names per model what is confirmed, what it replaced and what
 answers requests now; it is written whole, synced and renamed. It stands beside the database and does not need it: with
 a lost database the device still runs what it had confirmed.
 """
@@ -219,12 +219,21 @@ class Slots:
             return False
 
     def present_bytes(self, digest: str, files: Iterable[m.File]) -> int:
-        """Bytes of the files that lie in the slot or in staging already."""
+        """Bytes of the files that need not come: in the slot, staged, in part, or in another bundle that holds the same."""
         total = 0
+        others = {
+            (file.sha256, file.size): self.path(other) / file.path
+            for other in self.digests()
+            if other != digest and (manifest := self.manifest(other)) is not None
+            for file in manifest.files()
+        }
         for file in files:
-            for folder in (self.path(digest), self.staging_path(digest)):
+            places = [self.path(digest) / file.path, self.staging_path(digest) / file.path]
+            if (file.sha256, file.size) in others:
+                places.append(others[file.sha256, file.size])
+            for place in (*places, self.root / ".parts" / file.sha256):
                 try:
-                    total += min(file.size, (folder / file.path).stat().st_size)
+                    total += min(file.size, place.stat().st_size)
                     break
                 except OSError:
                     continue

@@ -155,7 +155,8 @@ class Supervisor:
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._updating = Updating(
             config, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
-            self._restoring, errand_input=self._errand_input, on_change=self._uplink.changed, on_rest=self._rested,
+            self._restoring, errand_input=self._errand_input, on_change=self._uplink.changed,
+            on_progress=self._uplink.report_if_online, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
         self._diversity = Diversity(
@@ -433,6 +434,7 @@ class Supervisor:
             sync=self._syncing.status(), rss_mb=psutil.Process().memory_info().rss / 1e6, workers=tuple(workers),
             worker_ends=self._chronicle.ends(), suspects=suspects, requests_refused=serving.passing.refused,
             requests_waited=serving.passing.waited, spare_pid=serving.site.spare.pid, on_demand=serving.on_demand(), clients=self._diversity.counts(),
+            fetching=self._updating.fetching.progress.now, fetched=self._updating.fetching.progress.status(),
             swaps=dict(self._chronicle.swaps), written_mb=wear.written_mb([os.getpid(), *(one.pid for one in workers)]),
             applications=self._applications.report() if self._applications is not None else {}, uptime_s=self._clock.boot_s() - self._started_s,
         )  # fmt: skip

@@ -29,6 +29,7 @@ from skerry_agent.errors import AgentError, Degraded, Rejected
 from skerry_agent.failures import Failures
 from skerry_agent.fetching import Fetching
 from skerry_agent.logs import kv
+from skerry_agent.progress import FetchProgress
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
@@ -57,6 +58,7 @@ class Updating:
     Args:
         errand_input: fields that every courier gets.
         on_change: the update or what runs changed: report it.
+        on_progress: it is time to report how far a download is.
         on_rest: the update came to rest: look for the next.
         on_fault: the store cannot be used any more.
 
@@ -81,6 +83,7 @@ class Updating:
         *,
         errand_input: Callable[[], dict[str, Any]],
         on_change: Callable[[str, dict[str, Any]], None],
+        on_progress: Callable[[], None],
         on_rest: Callable[[], None],
         on_fault: Callable[[Degraded], None],
         draw: Callable[[], float],
@@ -106,6 +109,7 @@ class Updating:
         self.fetching = Fetching(
             config, store, slots, errands, runtimes, self.failures, update=lambda: self.update,
             errand_input=errand_input, max_kib_s=lambda: self.rules.max_kib_s,
+            progress=FetchProgress(clock, on_progress, config.timing.backoff_scale),
         )  # fmt: skip
         self.turnover = Turnover(
             config, slots, serving, runtimes, restoring, self.failures, update=lambda: self.update, draw=draw

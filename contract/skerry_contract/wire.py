@@ -135,6 +135,13 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the files of the update under way are, bytes: ``done`` of ``size``."""
+
+    done: int
+    size: int
+
+
 class State(msgspec.Struct, frozen=True, kw_only=True):
     """A device's retained state; its will is the same with ``status`` offline and nothing else.
 
@@ -148,6 +155,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         abilities: what it understands of a group document.
         lost: counters of what was lost or dropped, by cause.
         at: when it was said; left out of the bytes while there is none. By it the server places what a clock that was not set stamped.
+        progress: while files are fetched; left out otherwise.
     """
 
     schema: int = SCHEMA
@@ -168,6 +176,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     update: Update | None = None
     lost: dict[str, int] = {}
     at: w.Instant | None = None
+    progress: Progress | None = None
     extra: dict[str, Any] = {}
 
 
@@ -226,8 +235,10 @@ def encode(message: T) -> bytes:
         if not message.labels.lags:
             fields["labels"] = msgspec.structs.asdict(message.labels)
             del fields["labels"]["lags"]
-    elif isinstance(message, State) and message.at is None:
-        del fields["at"]
+    elif isinstance(message, State):
+        for name in ("at", "progress"):
+            if fields[name] is None:
+                del fields[name]
     return _encoder.encode({**extra, **fields})
 
 

@@ -103,6 +103,8 @@ def _model(
     running = dict((row["running"] or {}).get(name) or {})
     reported = (row["state"] or {}).get("update") or {}
     update = dict(reported) if reported.get("model") == name else {}
+    if update and (progress := (row["state"] or {}).get("progress")):
+        update["progress"] = dict(progress)
     manifest = _manifest(conn, assigned.digest) if assigned is not None else None
     pin = _pin(conn, row["id"], name) if assigned is not None and assigned.reason == "pin" else []
     course = _course(conn, row, name, now_ms=now_ms, seen_s=seen_s)
@@ -135,7 +137,9 @@ def _model(
         "waits_for": told.waits_for,
         "assigned": None if assigned is None else _assigned(conn, assigned, row["id"]),
         "running": running or None,
-        "update": {key: update[key] for key in ("digest", "state", "code", "detail", "attempt") if key in update}
+        "update": {
+            key: update[key] for key in ("digest", "state", "code", "detail", "attempt", "progress") if key in update
+        }
         or None,
         "failure": None if failure is None else _told(failure),
         "evidence": {

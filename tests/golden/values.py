@@ -63,6 +63,7 @@ STATE = wire.State(
     lost={"ring": 2},
 )
 STATE_LATER = msgspec.structs.replace(STATE, at=LATER)
+STATE_FETCHING = msgspec.structs.replace(STATE_LATER, progress=wire.Progress(done=123_456, size=7_890_123))
 WILL = wire.State(status="offline", birth=5)
 ACK = wire.Ack(epoch=EPOCH, upto=9, extra_ranges=((11, 12),), server_time=1_700_000_000.25, conflict=(10,))
 BELL = wire.Bell(version=42)

@@ -33,6 +33,10 @@ State = Literal[
 
 MEANINGS: dict[str, str] = {
     "unreachable": "server or repository does not answer",
+    "blob_missing": "the repository does not have a file that the catalog promises; push the bundle again",
+    "download_wasted": (
+        "bytes of a file came in vain, three times its size and more: the connection breaks and the server, or a proxy before it, does not resume"
+    ),
     "timeout": "a step took longer than it may",
     "interrupted": "the agent was restarted while it fetched; it begins again",
     "withdrawn": "the group no longer gives this bundle to this device",
@@ -259,7 +263,9 @@ def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Call
     if update.get("digest") == assigned.digest and update.get("state") in UNDER_WAY:
         state, attempt = str(update["state"]), int(update.get("attempt") or 1)
         waits = _trial(device) if state == "trial" else f"the update to leave {state!r}"
-        return answer("updating", f"an update is under way, in {state!r}, attempt {attempt}; {runs}", waits)
+        return answer(
+            "updating", f"an update is under way, in {state!r}, attempt {attempt}{_fetched(model)}; {runs}", waits
+        )
     if failure is not None:
         return answer(
             "retrying",
@@ -271,6 +277,12 @@ def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Call
     else:
         because = f"it has read the group's document and has not reported a try yet; {runs}"
     return answer("due", because, _next_look(device))
+
+
+def _fetched(model: Model) -> str:
+    progress = model.update.get("progress") or {}
+    done, size = progress.get("done", 0), progress.get("size", 0)
+    return f", {done / 1e6:.1f} of {size / 1e6:.1f} MB fetched ({done / size:.0%})" if size else ""
 
 
 def _runs(model: Model) -> str:

@@ -111,6 +111,8 @@ def test_what_the_device_said_goes_before_that_it_is_offline_and_the_network_aft
 def test_an_update_of_another_bundle_or_at_rest_is_not_under_way() -> None:
     assert explain(device(), model(update={"digest": NEW, "state": "verify"})).state == "updating"
     assert explain(device(), model(update={"digest": OLD, "state": "verify"})).state == "due"
+    fetching = {"digest": NEW, "state": "fetch", "progress": {"done": 450_000, "size": 1_800_000}}
+    assert "0.5 of 1.8 MB fetched (25%)" in explain(device(), model(update=fetching)).because
     assert explain(device(), model(update={"digest": NEW, "state": "idle"})).state == "due"
 
 
