@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -89,10 +90,14 @@ class Machine:
 
 
 class Token:
-    """A SoftHSM token: a real PKCS#11 module whose keys lie in a folder."""
+    """A SoftHSM token: a real PKCS#11 module whose keys lie in a folder. Without SoftHSM the test is skipped; with CI=true it fails."""
 
     def __init__(self, folder: Path, label: str = "fleet") -> None:
-        assert SOFTHSM is not None
+        if SOFTHSM is None or shutil.which("softhsm2-util") is None:
+            why = "SoftHSM is not installed (on Debian: apt install softhsm2)"
+            if os.environ.get("CI") == "true":
+                pytest.fail(why)
+            pytest.skip(why)
         (folder / "tokens").mkdir(parents=True)
         config = folder / "softhsm2.conf"
         config.write_text(

@@ -28,6 +28,7 @@ from skerry_contract.errors import ContractError
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, TargetFile, Targets
 
+from skerry_cli import cosigning
 from skerry_cli.bundle_source import BundleSource, FolderSource, RepositorySource, checked_bundle
 from skerry_cli.errors import RefusedForSafety, Usage
 from skerry_cli.offline_roles import CATALOG_LIFE
@@ -335,7 +336,7 @@ def _sign(
     if not confirm(difference):
         raise RefusedForSafety("approval: not confirmed, nothing was signed")
     signed = Metadata(new, dict(signatures))
-    signed.sign(signer, append=True)
+    cosigning.make_signature(signed, signer)
     holding = []
     for keyid in list(signed.signatures):
         try:

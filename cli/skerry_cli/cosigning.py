@@ -119,18 +119,28 @@ def add_signature(metadata: Metadata[Any], signer: Signer, authorities: Sequence
         asked = " or ".join(authority.whose for authority in authorities)
         raise RefusedForSafety(f"key {keyid[:16]} is not among the keys that {asked} names for {metadata.signed.type}")
     made = Metadata(metadata.signed, dict(metadata.signatures))
-    try:
-        made.sign(signer, append=True)
-    except CliError:
-        raise
-    except Exception as error:
-        # Signers of other people's libraries raise what they like (a token that is gone, a cloud that is not reached).
-        cause = error.__cause__ or error
-        raise Failed(f"key {keyid[:16]} could not sign: {type(cause).__name__}: {cause}") from error
+    make_signature(made, signer)
     holding = _holding(made, authorities)
     if keyid not in holding:
         raise RefusedForSafety(f"key {keyid[:16]}: what signed is another key")
     return Metadata(made.signed, {held: made.signatures[held] for held in holding})
+
+
+def make_signature(metadata: Metadata[Any], signer: Signer) -> None:
+    """Signs in place, beside the signatures that are there.
+
+    Raises:
+        Failed: the key could not sign. Also what this tool's own signers say (``signers.CheckedSigner``).
+    """
+    try:
+        metadata.sign(signer, append=True)
+    except Exception as error:
+        # Signers of other people's libraries raise what they like (a token that is gone, a cloud that is not reached); tuf wraps it.
+        cause = error.__cause__ or error
+        if isinstance(cause, CliError):
+            raise cause from None
+        keyid = signer.public_key.keyid
+        raise Failed(f"key {keyid[:16]} could not sign: {type(cause).__name__}: {cause}") from error
 
 
 def merge(copies: Iterable[Metadata[Any]], authorities: Sequence[Authority]) -> Metadata[Any]:

