@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,10 +103,30 @@ def sign_bundle(folder: str | Path, private_key_pem: bytes, password: bytes | No
         Rejected: the bundle is not whole; see ``open_bundle``.
         ValueError: the key is no P-256 private key, or the password is wrong.
     """
-    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = _private_key(private_key_pem, password)
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return sign_bundle_with(folder, public, lambda data: key.sign(data, ec.ECDSA(hashes.SHA256())))
+
+
+def sign_bundle_with(folder: str | Path, public_key_pem: bytes, sign: Callable[[bytes], bytes]) -> bytes:
+    """Signs a bundle with a key that lies elsewhere, on a token say; see ``sign_bundle``.
+
+    Args:
+        public_key_pem: ECDSA P-256, PEM; what ``sign`` made is checked under it.
+        sign: makes an ECDSA signature (DER) with SHA-256 over the bytes.
+
+    Raises:
+        Rejected: as ``sign_bundle``.
+        ValueError: the key is no P-256 key, or what signed is another one.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = _public_key(public_key_pem)
     bundle = open_bundle(folder)
     files = {file.path: file.sha256 for file in bundle.manifest.files()} | {mf.MANIFEST_FILE: str(bundle.digest)}
     resources = [{"name": name, "algorithm": "sha256", "digest": files[name]} for name in sorted(files)]
@@ -129,11 +150,15 @@ def sign_bundle(folder: str | Path, private_key_pem: bytes, password: bytes | No
         },
     }
     payload = msgspec.json.encode(statement)
-    signature = key.sign(_pae(_PAYLOAD_TYPE, payload), ec.ECDSA(hashes.SHA256()))
+    signature = sign(_pae(_PAYLOAD_TYPE, payload))
+    try:
+        key.verify(signature, _pae(_PAYLOAD_TYPE, payload), ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        raise ValueError("signing key: what signed is not the key that was named") from None
     return msgspec.json.encode(
         {
             "mediaType": _MEDIA_TYPE,
-            "verificationMaterial": {"publicKey": {"hint": _hint(key.public_key())}, "tlogEntries": []},
+            "verificationMaterial": {"publicKey": {"hint": _hint(key)}, "tlogEntries": []},
             "dsseEnvelope": {
                 "payload": base64.b64encode(payload).decode(),
                 "payloadType": _PAYLOAD_TYPE,
@@ -153,13 +178,19 @@ def verify_signature(folder: str | Path, sig_bytes: bytes, public_key_pem: bytes
     signed = verify_statement(sig_bytes, public_key_pem)
     bundle = open_bundle(folder)
     files = {file.path: file.sha256 for file in bundle.manifest.files()} | {mf.MANIFEST_FILE: str(bundle.digest)}
-    for name in sorted(files.keys() | signed.keys()):
-        if name not in signed:
-            raise _bad(f"{name}: in the bundle, not in the signature")
-        if name not in files:
-            raise _bad(f"{name}: signed, not in the bundle")
-        if signed[name] != files[name]:
-            raise _bad(f"{name}: signed with sha256 {signed[name]}, it has {files[name]}")
+    _require_same(signed, files)
+
+
+def covers_manifest(sig_bytes: bytes, public_key_pem: bytes, manifest: bytes) -> None:
+    """Checks that the key signed exactly the files that a manifest lists, and the manifest, without having the files.
+
+    Raises:
+        Rejected: ``bad_signature``.
+        ValueError: the key is no P-256 public key. ``ContractError``: the manifest cannot be read.
+    """
+    signed = verify_statement(sig_bytes, public_key_pem)
+    listed = {file.path: file.sha256 for file in mf.parse(manifest).files()}
+    _require_same(signed, listed | {mf.MANIFEST_FILE: str(mf.digest(manifest))})
 
 
 def verify_statement(sig_bytes: bytes, public_key_pem: bytes) -> dict[str, str]:
@@ -188,6 +219,16 @@ def verify_statement(sig_bytes: bytes, public_key_pem: bytes) -> dict[str, str]:
         other = named != _hint(key)
         raise _bad(f"made with another key, {named[:64]}" if other else "does not fit what it covers") from None
     return _covered(_decode(payload, _Statement, "statement"))
+
+
+def _require_same(signed: dict[str, str], files: dict[str, str]) -> None:
+    for name in sorted(files.keys() | signed.keys()):
+        if name not in signed:
+            raise _bad(f"{name}: in the bundle, not in the signature")
+        if name not in files:
+            raise _bad(f"{name}: signed, not in the bundle")
+        if signed[name] != files[name]:
+            raise _bad(f"{name}: signed with sha256 {signed[name]}, it has {files[name]}")
 
 
 def _covered(statement: _Statement) -> dict[str, str]:

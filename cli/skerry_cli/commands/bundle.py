@@ -9,7 +9,7 @@ import typer
 
 from skerry_cli import bundle, output, validation
 from skerry_cli.commands.session import now, session
-from skerry_cli.errors import Failed
+from skerry_cli.errors import Failed, Usage
 
 app = typer.Typer(no_args_is_help=True, help="Build, check and sign bundles.")
 
@@ -75,7 +75,9 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
 @app.command()
 def verify(
     folder: Folder,
-    key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM): also check model.sig.")] = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", help="Public key (PEM, or NAME.pub.json): also check model.sig.")
+    ] = None,
     digest: Annotated[str | None, typer.Option("--digest", help="The digest that the bundle must have.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -102,14 +104,26 @@ def verify(
 def sign(
     context: typer.Context,
     folder: Folder,
-    key: Annotated[Path, typer.Option("--key", help="Private key (P-256, PEM).")],
-    encrypted: Annotated[bool, typer.Option("--encrypted", help="The key has a password.")] = False,
+    key: Annotated[Path | None, typer.Option("--key", help="Private key (P-256, PEM).")] = None,
+    encrypted: Annotated[bool, typer.Option("--encrypted", help="The key of --key has a password.")] = False,
+    name: Annotated[
+        str | None,
+        typer.Option("--as", help="Instead: a key of your folder by name, wherever it lies (skerry keys make, use)."),
+    ] = None,
 ) -> None:
     """Writes model.sig (OpenSSF Model Signing) beside the manifest."""
-    from skerry_cli import signing
+    from skerry_cli import keyring, signing
 
     made = bundle.read_bundle(folder)
-    path = signing.sign(made, key, session(context).password(encrypted=encrypted))
+    run = session(context)
+    if (key is None) == (name is None):
+        raise Usage("wanted --key FILE or --as NAME")
+    if name is not None:
+        signer = keyring.open_key(run.keys, name, secret=run.secret, environment=run.environment)
+        path = signing.sign_with(made, signer, name)
+    else:
+        assert key is not None
+        path = signing.sign(made, key, run.password(encrypted=encrypted))
     output.say(f"{path} is written.")
 
 

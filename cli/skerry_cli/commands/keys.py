@@ -114,6 +114,24 @@ def use(
 
 
 @app.command()
+def pem(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="One of your keys, or a NAME.pub.json.")],
+    directory: Directory = None,
+) -> None:
+    """Prints a public key in PEM, as other tools read it (model_signing verify key --public_key)."""
+    if name.endswith(".json"):
+        key = keyring.read_public_part(Path(name)).key
+    else:
+        held = keyring.read_keyring(directory or session(context).keys)
+        if name not in held:
+            raise Usage(f"no key {name!r} of yours, only {', '.join(held) or 'none'}")
+        key = held[name].key
+    for line in signers.public_pem(key).decode().splitlines():
+        output.say(line)
+
+
+@app.command()
 def publish(context: typer.Context) -> None:
     """Gives root, targets and catalog of the ceremony to the server (once, with an admin's token)."""
     run = session(context)
