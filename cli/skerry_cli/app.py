@@ -25,6 +25,7 @@ from skerry_cli.commands import (
     group,
     insight,
     keys,
+    proposal,
     publish,
     rollout,
     server,
@@ -56,6 +57,7 @@ keys.app.command("accept")(cosign.accept)
 app.add_typer(keys.app, name="keys")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(delta.app, name="delta")
+app.add_typer(proposal.app, name="proposal")
 app.add_typer(publish.floor_app, name="floor")
 app.add_typer(rollout.app, name="rollout")
 app.add_typer(device.app, name="device")

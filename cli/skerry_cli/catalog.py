@@ -15,12 +15,14 @@ ask for the keys).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
 from securesystemslib.signer import Signer
 from skerry_contract import floors as floor_rules
 from skerry_contract import ids, layout
@@ -42,12 +44,14 @@ __all__ = [
     "Entry",
     "FolderSource",
     "Proposal",
+    "change_between",
     "RepositorySource",
     "VerifiedCatalog",
     "cosign",
     "entries",
     "propose",
     "read_catalog",
+    "require_colleague",
     "under_targets",
 ]
 
@@ -70,12 +74,14 @@ class Change:
         add: bundles that come in.
         remove: (model, version) pairs that go out.
         floors: model -> lowest version that may be activated; None takes the floor away.
-        lower_floors: must be True for a floor to go down or away.
+        forced: model -> lowest version that may go on serving, at most the floor; None takes that away.
+        lower_floors: must be True for a floor, forced or not, to go down or away.
     """
 
     add: tuple[Addition, ...] = ()
     remove: tuple[tuple[str, str], ...] = ()
     floors: Mapping[str, str | None] = field(default_factory=dict)
+    forced: Mapping[str, str | None] = field(default_factory=dict)
     lower_floors: bool = False
 
 
@@ -91,6 +97,7 @@ class Difference:
     added: tuple[Entry, ...]
     removed: tuple[Entry, ...]
     floors: tuple[tuple[str, str | None, str | None], ...]
+    forced: tuple[tuple[str, str | None, str | None], ...] = ()
 
     def text(self) -> str:
         """Lines for a terminal; ``+`` in, ``-`` out, ``!`` a floor that goes down or away."""
@@ -106,7 +113,12 @@ class Difference:
         for model, before, after in self.floors:
             mark = "!" if _goes_down(before, after) else "~"
             lines.append(f"{mark} floor of {model}: {before or 'none'} -> {after or 'none'}")
-        if not (self.added or self.removed or self.floors):
+        for model, before, after in self.forced:
+            mark = "!" if _goes_down(before, after) else "~"
+            lines.append(f"{mark} forced floor of {model}: {before or 'none'} -> {after or 'none'}")
+            if after is not None and not _goes_down(before, after):
+                lines.append(f"    devices that serve {model} below {after} stop it at once")
+        if not (self.added or self.removed or self.floors or self.forced):
             lines.append("  no bundle and no floor changes: this renews the expiry")
         return "\n".join(lines)
 
@@ -131,6 +143,7 @@ class Difference:
             "added": [entry(e) for e in self.added],
             "removed": [entry(e) for e in self.removed],
             "floors": [{"model": model, "before": before, "after": after} for model, before, after in self.floors],
+            "forced": [{"model": model, "before": before, "after": after} for model, before, after in self.forced],
         }
 
 
@@ -142,6 +155,7 @@ class Proposal:
         metadata: to post as ``metadata`` with the role ``catalog``; a colleague co-signs the same bytes first while
             ``complete`` is False.
         floors: the text of ``floors.json`` that belongs to it, to post beside.
+        targets, root: signed roles that must appear with it in one snapshot, where it was made under them.
         signed: key ids whose signatures hold; threshold: how many are needed.
     """
 
@@ -150,6 +164,8 @@ class Proposal:
     difference: Difference
     signed: tuple[str, ...]
     threshold: int
+    targets: bytes | None = None
+    root: bytes | None = None
 
     @property
     def complete(self) -> bool:
@@ -211,17 +227,20 @@ def cosign(
         approver: the name under which this approver stands in the added entries.
 
     Raises:
-        RefusedForSafety: the proposal is not the next version of the verified catalog with nothing but a change in it, or
-            any reason of ``propose``.
+        RefusedForSafety: the proposal is not the next version of the verified catalog with nothing but a change in it, no
+            approver has signed it, or any reason of ``propose``.
         Usage, Failed: as ``propose``.
     """
     try:
         theirs = Metadata[Targets].from_bytes(metadata)
-        new_floors = floor_rules.parse(floors)
     except (tuf_errors.RepositoryError, ContractError) as error:
         raise Usage(f"proposal: {error}") from None
     if not isinstance(theirs.signed, Targets) or theirs.signed.version != verified.catalog.version + 1:
-        raise RefusedForSafety(f"proposal: wanted version {verified.catalog.version + 1} of the catalog")
+        raise RefusedForSafety(
+            f"proposal: wanted version {verified.catalog.version + 1} of the catalog, this is {theirs.signed.version}",
+            advice="another catalog appeared since: its signatures are void, rebase it",
+        )
+    require_colleague(verified, theirs)
     if not now < theirs.signed.expires <= now + CATALOG_LIFE:
         raise RefusedForSafety(f"proposal: it expires {theirs.signed.expires}, wanted within {CATALOG_LIFE.days} days")
     before, after = entries(verified.catalog), entries(theirs.signed)
@@ -229,22 +248,48 @@ def cosign(
     names = {entry.approvers for entry in added.values()}
     if len(names) > 1 or any(approver not in group for group in names):
         raise RefusedForSafety(f"proposal: its new entries do not all name {approver!r} among their approvers")
-    change = Change(
-        add=tuple(
-            Addition(model=e.model, version=e.version, digest=e.digest, submitter=e.submitter) for e in added.values()
-        ),
-        remove=tuple(key for key in before if key not in after),
-        floors={
-            model: new_floors.get(model)
-            for model in verified.floors.keys() | new_floors.keys()
-            if verified.floors.get(model) != new_floors.get(model)
-        },
-        lower_floors=lower_floors,
-    )
+    change = change_between(verified, theirs.signed, floors, lower_floors=lower_floors)
     new, own_floors = _apply(verified, change, next(iter(names), ()), theirs.signed.expires, source)
     if own_floors != floors or new.to_dict() != theirs.signed.to_dict():
         raise RefusedForSafety("proposal: it holds more than a change of bundles and floors")
     return _sign(verified, new, own_floors, _difference(verified, new, own_floors), signer, theirs.signatures, confirm)
+
+
+def require_colleague(verified: VerifiedCatalog, proposal: Metadata[Targets]) -> None:
+    """Checks that an approver signed these very bytes: else whoever holds the server could have made, or changed, them.
+
+    Raises:
+        RefusedForSafety: none has.
+    """
+    if not _holding(verified, proposal):
+        raise RefusedForSafety(
+            "proposal: no approver's signature holds over it: it was made or changed by somebody who is none",
+            advice="look at who holds the server, or the file on its way here; have the colleague propose it anew",
+        )
+
+
+def change_between(verified: VerifiedCatalog, new: Targets, floors: bytes, *, lower_floors: bool) -> Change:
+    """What makes ``new`` of the verified catalog. Raises ``Usage`` for floors that cannot be read."""
+    before, after = entries(verified.catalog), entries(new)
+    try:
+        new_floors, new_forced = floor_rules.parse(floors), floor_rules.parse_forced(floors)
+    except ContractError as error:
+        raise Usage(f"proposal: {error}") from None
+    return Change(
+        add=tuple(
+            Addition(model=e.model, version=e.version, digest=e.digest, submitter=e.submitter)
+            for key, e in after.items()
+            if before.get(key) != e
+        ),
+        remove=tuple(key for key in before if key not in after),
+        floors=_moved(verified.floors, new_floors),
+        forced=_moved(verified.forced, new_forced),
+        lower_floors=lower_floors,
+    )
+
+
+def _moved(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
+    return {m: after.get(m) for m in sorted(before.keys() | after.keys()) if before.get(m) != after.get(m)}
 
 
 def _apply(
@@ -252,7 +297,8 @@ def _apply(
 ) -> tuple[Targets, bytes]:
     targets = copy.deepcopy(verified.catalog.targets)
     listed = entries(verified.catalog)
-    floors = _new_floors(verified.floors, change)
+    floors = _new_floors("floor", verified.floors, change.floors, lower=change.lower_floors)
+    forced = _new_floors("forced floor", verified.forced, change.forced, lower=change.lower_floors)
     for model, version in change.remove:
         if (model, version) not in listed:
             raise Usage(f"remove {model}@{version}: the catalog does not list it")
@@ -271,23 +317,26 @@ def _apply(
         path = layout.manifest_target(ids.ModelName(addition.model), addition.version)
         custom = {"submitter": addition.submitter, "approvers": list(approvers)}
         targets[path] = TargetFile(len(data), {"sha256": addition.digest}, path, {"custom": custom})
-    floors_data = floor_rules.encode(floors)
+    try:
+        floors_data = floor_rules.encode(floors, forced)
+    except ContractError as error:
+        raise Usage(f"{error}", advice="a forced floor goes with a floor at least as high") from None
     targets[layout.FLOORS_TARGET] = TargetFile.from_data(layout.FLOORS_TARGET, floors_data, ["sha256"])
     return Targets(version=verified.catalog.version + 1, expires=expires, targets=targets), floors_data
 
 
-def _new_floors(old: Mapping[str, str], change: Change) -> dict[str, str]:
+def _new_floors(what: str, old: Mapping[str, str], wanted: Mapping[str, str | None], *, lower: bool) -> dict[str, str]:
     floors = dict(old)
-    for model, version in change.floors.items():
+    for model, version in wanted.items():
         try:
             ids.model_name(model)
             if version is not None:
                 ids.version_key(version)
         except ContractError as error:
-            raise Usage(f"floor of {model!r}: {error}") from None
-        if _goes_down(old.get(model), version) and not change.lower_floors:
+            raise Usage(f"{what} of {model!r}: {error}") from None
+        if _goes_down(old.get(model), version) and not lower:
             raise RefusedForSafety(
-                f"floor of {model}: {old.get(model)} -> {version or 'none'} lowers it; say so to allow it"
+                f"{what} of {model}: {old.get(model)} -> {version or 'none'} lowers it; say so to allow it"
             )
         if version is None:
             floors.pop(model, None)
@@ -304,8 +353,6 @@ def _goes_down(before: str | None, after: str | None) -> bool:
 
 def _difference(verified: VerifiedCatalog, new: Targets, floors: bytes) -> Difference:
     before, after = entries(verified.catalog), entries(new)
-    new_floors = floor_rules.parse(floors)
-    models = sorted(verified.floors.keys() | new_floors.keys())
     return Difference(
         from_version=verified.catalog.version,
         to_version=new.version,
@@ -314,12 +361,13 @@ def _difference(verified: VerifiedCatalog, new: Targets, floors: bytes) -> Diffe
         expires_after=new.expires.isoformat(),
         added=tuple(after[key] for key in sorted(after) if key not in before),
         removed=tuple(before[key] for key in sorted(before) if key not in after),
-        floors=tuple(
-            (model, verified.floors.get(model), new_floors.get(model))
-            for model in models
-            if verified.floors.get(model) != new_floors.get(model)
-        ),
+        floors=_steps(verified.floors, floor_rules.parse(floors)),
+        forced=_steps(verified.forced, floor_rules.parse_forced(floors)),
     )
+
+
+def _steps(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[tuple[str, str | None, str | None], ...]:
+    return tuple((model, before.get(model), version) for model, version in _moved(before, after).items())
 
 
 def _sign(
@@ -337,17 +385,23 @@ def _sign(
         raise RefusedForSafety("approval: not confirmed, nothing was signed")
     signed = Metadata(new, dict(signatures))
     cosigning.make_signature(signed, signer)
-    holding = []
-    for keyid in list(signed.signatures):
-        try:
-            verified.keys[keyid].verify_signature(signed.signatures[keyid], signed.signed_bytes)
-            holding.append(keyid)
-        except Exception:  # an unknown key or a signature over something else counts for nothing and is not passed on
-            del signed.signatures[keyid]
+    # An unknown key or a signature over something else counts for nothing and is not passed on.
+    holding = _holding(verified, signed)
+    signed = Metadata(new, {keyid: signed.signatures[keyid] for keyid in holding})
     return Proposal(
         metadata=signed.to_bytes(),
         floors=floors,
         difference=difference,
-        signed=tuple(holding),
+        signed=holding,
         threshold=verified.threshold,
     )
+
+
+def _holding(verified: VerifiedCatalog, metadata: Metadata[Targets]) -> tuple[str, ...]:
+    holding = []
+    for keyid, signature in metadata.signatures.items():
+        if keyid in verified.keys:
+            with contextlib.suppress(UnverifiedSignatureError, VerificationError):
+                verified.keys[keyid].verify_signature(signature, metadata.signed_bytes)
+                holding.append(keyid)
+    return tuple(holding)

@@ -10,17 +10,19 @@ import base64
 import datetime as dt
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from securesystemslib.signer import Signer
+from skerry_contract import floors as floor_rules
 from skerry_contract import ids, layout
 from skerry_contract import manifest as m
 
-from skerry_cli import catalog
+from skerry_cli import catalog, rebasing
 from skerry_cli.bundle import Bundle, check_files
+from skerry_cli.bundle_source import open_pool
 from skerry_cli.client import Api, quote
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
 
@@ -96,6 +98,16 @@ def find_bundle(api: Api, wish: str) -> dict[str, Any]:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposalDocuments:
+    """What makes up a proposal; none of it is believed before an approver's tool has rebuilt it."""
+
+    metadata: bytes
+    floors: bytes
+    targets: bytes | None
+    root: bytes | None
+
+
 class Approver:
     """One approver at work: reads the catalog from their own root, changes it, signs.
 
@@ -126,11 +138,19 @@ class Approver:
         now: dt.datetime,
         approvers: Sequence[str] = (),
         folder: Path | None = None,
+        targets: bytes | None = None,
+        root: bytes | None = None,
         confirm: Callable[[catalog.Difference], bool] = lambda _: True,
+        leave: bool = False,
     ) -> catalog.Proposal:
-        """Signs the next catalog; posts it when this signature completes it."""
+        """Signs the next catalog; posts it when this signature completes it, else leaves it on the server where asked.
+
+        Args:
+            targets, root: signed, to appear with it; their approvers sign it.
+            leave: an incomplete one waits on the server for the next approver.
+        """
         proposal = catalog.propose(
-            self._verified(now),
+            self._ground(now, targets, root),
             change,
             source=self._source(folder),
             signer=self._signer,
@@ -138,8 +158,7 @@ class Approver:
             now=now,
             confirm=confirm,
         )
-        self._post(proposal)
-        return proposal
+        return self._post(replace(proposal, targets=targets, root=root), leave=leave)
 
     def cosign(
         self,
@@ -149,11 +168,18 @@ class Approver:
         now: dt.datetime,
         folder: Path | None = None,
         lower_floors: bool = False,
+        targets: bytes | None = None,
+        root: bytes | None = None,
         confirm: Callable[[catalog.Difference], bool] = lambda _: True,
+        leave: bool = False,
+        waiting: str = "",
     ) -> catalog.Proposal:
-        """Adds this approver's signature to a colleague's proposal; posts it when that completes it."""
+        """Adds this approver's signature to a colleague's proposal; posts it when that completes it. ``leave``: as ``change``.
+
+        ``waiting``: the proposal on the server that this one is, where it came from there.
+        """
         proposal = catalog.cosign(
-            self._verified(now),
+            self._ground(now, targets, root),
             metadata,
             floors,
             source=self._source(folder),
@@ -163,8 +189,37 @@ class Approver:
             lower_floors=lower_floors,
             confirm=confirm,
         )
-        self._post(proposal)
-        return proposal
+        return self._post(replace(proposal, targets=targets, root=root), leave=leave, waiting=waiting)
+
+    def floor_change(
+        self, model: str, version: str | None, *, forced: bool, lower: bool, now: dt.datetime
+    ) -> catalog.Change:
+        """Another floor; a forced one that stands above it goes down or away with it, which ``lower`` must allow."""
+        verified = self._verified(now)
+        force: dict[str, str | None] = {model: version} if forced else {}
+        standing = verified.forced.get(model)
+        if standing is not None and not forced:
+            if version is None or ids.version_key(standing) > ids.version_key(version):
+                force = {model: version}
+        if (
+            forced
+            and version is not None
+            and not floor_rules.allows({model: verified.floors.get(model, version)}, model, version)
+        ):
+            # The floor above it stays: it is what may go on serving that is asked for.
+            return catalog.Change(forced=force, lower_floors=lower)
+        return catalog.Change(floors={model: version}, forced=force, lower_floors=lower)
+
+    def rebased(
+        self, metadata: bytes, floors: bytes, *, now: dt.datetime, lower_floors: bool = False
+    ) -> rebasing.Rebased:
+        """What a proposal that another catalog made void still changes."""
+        documents = rebasing.Documents(self._url, open_pool(self._ca_file))
+        return rebasing.rebase(self._verified(now), metadata, floors, documents=documents, lower_floors=lower_floors)
+
+    def _ground(self, now: dt.datetime, targets: bytes | None, root: bytes | None) -> catalog.VerifiedCatalog:
+        verified = self._verified(now)
+        return verified if targets is None else catalog.under_targets(verified, targets, root=root)
 
     def _verified(self, now: dt.datetime) -> catalog.VerifiedCatalog:
         return catalog.read_catalog(
@@ -182,28 +237,33 @@ class Approver:
             raise Failed(f"bundle {digest[:12]}: the register has no manifest", advice="push the bundle first")
         return data
 
-    def _post(self, proposal: catalog.Proposal) -> None:
-        if proposal.complete:
-            self.answer = self._api.post(
-                "/api/v1/repository/metadata",
-                {
-                    "role": layout.CATALOG_ROLE,
-                    "metadata": proposal.metadata.decode(),
-                    "floors": proposal.floors.decode(),
-                },
-            )
+    def _post(self, proposal: catalog.Proposal, *, leave: bool, waiting: str = "") -> catalog.Proposal:
+        catalog_text = proposal.metadata.decode()
+        documents = {"metadata": catalog_text, "floors": proposal.floors.decode()}
+        for name, data in (("targets", proposal.targets), ("root", proposal.root)):
+            documents |= {} if data is None else {name: data.decode()}
+        base = "/api/v1/repository"
+        if waiting:
+            self.answer = self._api.post(f"{base}/proposals/{quote(waiting)}/signatures", {"metadata": catalog_text})
+        elif proposal.complete and proposal.targets is None:
+            self.answer = self._api.post(f"{base}/metadata", {"role": layout.CATALOG_ROLE, **documents})
+        elif proposal.complete or leave:
+            self.answer = self._api.post(f"{base}/proposals", documents)
+        return proposal
 
 
 def write_proposal(path: Path, proposal: catalog.Proposal) -> None:
     """Keeps an incomplete proposal for the next approver. It holds no secret."""
-    document = {"schema": 1, "metadata": proposal.metadata.decode(), "floors": proposal.floors.decode()}
+    document: dict[str, Any] = {"schema": 1, "metadata": proposal.metadata.decode(), "floors": proposal.floors.decode()}
+    for name, data in (("targets", proposal.targets), ("root", proposal.root)):
+        document |= {} if data is None else {name: data.decode()}
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     staging.write_text(json.dumps(document), encoding="utf-8")
     staging.replace(path)
 
 
-def read_proposal(path: Path) -> tuple[bytes, bytes]:
-    """A colleague's proposal: metadata and floors.
+def read_proposal(path: Path) -> ProposalDocuments:
+    """A colleague's proposal.
 
     Raises:
         Usage: missing, or not such a file.
@@ -212,8 +272,19 @@ def read_proposal(path: Path) -> tuple[bytes, bytes]:
         document = json.loads(path.read_bytes())
         if document["schema"] != 1:
             raise Usage(f"{path}: schema {document['schema']}: wanted 1")
-        return str(document["metadata"]).encode(), str(document["floors"]).encode()
+        return proposal_documents(document)
     except OSError as error:
         raise Usage(f"{path}: {error.strerror or error}; wanted a proposal") from None
     except (ValueError, KeyError, TypeError):
         raise Usage(f"{path}: wanted a proposal written by skerry approve") from None
+
+
+def proposal_documents(document: Mapping[str, Any]) -> ProposalDocuments:
+    """The documents of a proposal, from its file or the server's answer. Raises ``KeyError`` without a catalog."""
+    targets, root = document.get("targets"), document.get("root")
+    return ProposalDocuments(
+        metadata=str(document["metadata"]).encode(),
+        floors=str(document["floors"]).encode(),
+        targets=None if targets is None else str(targets).encode(),
+        root=None if root is None else str(root).encode(),
+    )

@@ -45,7 +45,7 @@ class VerifiedCatalog:
 
     Attributes:
         catalog: the signed part; ``expired`` says whether its time was over (then a change renews it).
-        floors: model -> version.
+        floors, forced: model -> lowest version that may be activated, that may go on serving.
         keys, threshold: whose signatures the next catalog needs, and how many.
         root, targets: the last ones, which vouch for it.
     """
@@ -53,6 +53,7 @@ class VerifiedCatalog:
     catalog: Targets
     expired: bool
     floors: dict[str, str]
+    forced: dict[str, str]
     keys: dict[str, Key]
     role: DelegatedRole
     root: Root
@@ -97,7 +98,8 @@ def read_catalog(
         if info is None or info.length > floor_rules.MAX_BYTES:
             raise RefusedForSafety("catalog: it lists no floors of a sensible size")
         floors_path = updater.download_target(info, str(cache_dir / "floors.json"))
-        floors = floor_rules.parse(Path(floors_path).read_bytes())
+        floors_data = Path(floors_path).read_bytes()
+        floors, forced = floor_rules.parse(floors_data), floor_rules.parse_forced(floors_data)
     except tuf_errors.DownloadHTTPError as error:
         raise Failed(f"repository: {error}", advice="did the server take root, targets and a first catalog?") from None
     except tuf_errors.DownloadError as error:
@@ -115,6 +117,7 @@ def read_catalog(
         catalog=catalog,
         expired=catalog.is_expired(now),
         floors=floors,
+        forced=forced,
         keys=keys,
         role=role,
         root=updater.root,

@@ -65,7 +65,9 @@ class Publication:
         with self._lock:
             return self._repository.floors()
 
-    def install(self, role: str, metadata: bytes, floors: bytes | None, *, actor: str) -> dict[str, Any]:
+    def install(
+        self, role: str, metadata: bytes, floors: bytes | None, *, actor: str, restoring: bool = False
+    ) -> dict[str, Any]:
         """Takes signed metadata from the operator; returns the role's version, the bundles whose state changed, and what still
         names one that the catalog no longer lists: ``in_use``, digest -> users.
 
@@ -77,30 +79,71 @@ class Publication:
         """
         if floors is not None and role != "catalog":
             raise Invalid("bad_request", f"floors belong to the catalog, not to {role}")
+        if role not in OFFLINE_ROLES:
+            raise Invalid("bad_request", f"role: wanted root, targets or catalog, got {role!r}")
+        result = self.install_together(
+            root=metadata if role == "root" else None,
+            targets=metadata if role == "targets" else None,
+            catalog=metadata if role == "catalog" else None,
+            floors=floors,
+            actor=actor,
+            restoring=restoring,
+        )
+        return {"role": role, "version": result["versions"].get(role), **{k: result[k] for k in ("bundles", "in_use")}}
+
+    def install_together(
+        self,
+        *,
+        root: bytes | None = None,
+        targets: bytes | None = None,
+        catalog: bytes | None = None,
+        floors: bytes | None = None,
+        actor: str,
+        restoring: bool = False,
+    ) -> dict[str, Any]:
+        """Takes several signed roles in one snapshot. Returns ``versions`` of the roles that were given, and as ``install``.
+
+        Raises:
+            RepositoryRefused: the trust chain, a version or a target does not hold; then nothing has changed.
+        """
+        given = {"root": root, "targets": targets, "catalog": catalog}
         with self._lock:
             # A version whose row could not be written must not be hidden by the next one.
             self._record_found("found before the next one")
-            if role == "root":
-                self._repository.install_root(metadata)
-            elif role == "targets":
-                self._repository.install_targets(metadata)
-            elif role == "catalog":
-                self._repository.install_catalog(metadata, floors, self._whole_bundle)
-            else:
-                raise Invalid("bad_request", f"role: wanted root, targets or catalog, got {role!r}")
+            self._repository.install(
+                root=root,
+                targets=targets,
+                catalog=catalog,
+                floors_data=floors,
+                manifests=self._whole_bundle,
+                restoring=restoring,
+            )
             now_ms = self._now_ms()
-            version = self.status().get(role, {}).get("version")
+            status = self.status()
+            versions = {role: status.get(role, {}).get("version") for role, data in given.items() if data is not None}
             with writing(self._engine) as conn:
-                audit.record(
-                    conn,
-                    at_ms=now_ms,
-                    actor=actor,
-                    action=INSTALL,
-                    subject=f"metadata:{role}",
-                    after={"version": version, "sha256": hashlib.sha256(metadata).hexdigest()},
-                )
+                for role, data in given.items():
+                    if data is not None:
+                        audit.record(
+                            conn,
+                            at_ms=now_ms,
+                            actor=actor,
+                            action=INSTALL,
+                            subject=f"metadata:{role}",
+                            after={"version": versions[role], "sha256": hashlib.sha256(data).hexdigest()},
+                        )
             changed = self.align()
-        return {"role": role, "version": version, "bundles": changed, "in_use": self._retired_in_use(changed)}
+        return {"versions": versions, "bundles": changed, "in_use": self._retired_in_use(changed)}
+
+    def served(self) -> tuple[bytes, bytes, bytes, bytes] | None:
+        """Root, targets, catalog and floors that are being served, as they are; None before there is trust."""
+        with self._lock:
+            return self._repository.served()
+
+    @property
+    def online_keyids(self) -> frozenset[str]:
+        """Of the keys that this server can sign with."""
+        return self._repository.online_keyids
 
     def _retired_in_use(self, digests: list[str]) -> dict[str, list[str]]:
         c = t.bundles.c

@@ -344,6 +344,19 @@ class Repository:
             held = _by_role(self._metadata.load()).get(role)
         return held.data if held else None
 
+    def served(self) -> tuple[bytes, bytes, bytes, bytes] | None:
+        """Root, targets, catalog and floors as one state; None before there is one."""
+        with self._writing():
+            state = self._metadata.load()
+            if state.root is None or state.targets is None or state.catalog is None:
+                return None
+            return state.root.data, state.targets.data, state.catalog.data, self._floors_data(state.catalog)
+
+    @property
+    def online_keyids(self) -> frozenset[str]:
+        """Of the keys that can sign here."""
+        return self._metadata.online_keyids
+
     def catalog_entries(self) -> tuple[CatalogEntry, ...]:
         """The bundles that the catalog lists; empty before there is one."""
         with self._writing():
@@ -356,8 +369,11 @@ class Repository:
             catalog = self._metadata.load().catalog
             if catalog is None:
                 return {}
-            target = catalog.signed.targets[layout.FLOORS_TARGET]
-            return floors.parse((self._dir / layout.target_file(target.path, target.hashes["sha256"])).read_bytes())
+            return floors.parse(self._floors_data(catalog))
+
+    def _floors_data(self, catalog: Held) -> bytes:
+        target = catalog.signed.targets[layout.FLOORS_TARGET]
+        return (self._dir / layout.target_file(target.path, target.hashes["sha256"])).read_bytes()
 
     # --- inside ---
 

@@ -85,6 +85,31 @@ def verify(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> Non
         raise RepositoryRefused("bad_signature", f"{role} version {metadata.signed.version}: {error}") from None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Signatures:
+    """Whose signatures a role has. ``signed``, ``missing``: key ids; ``threshold``: how many must sign."""
+
+    signed: tuple[str, ...]
+    missing: tuple[str, ...]
+    threshold: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are enough."""
+        return len(self.signed) >= self.threshold
+
+
+def signatures(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> Signatures:
+    """Counts the signatures that hold. Raises ``RepositoryRefused`` (``bad_signature``) when the role is not named."""
+    try:
+        found = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
+    except ValueError as error:
+        raise RepositoryRefused("bad_signature", f"{role}: {error}") from None
+    return Signatures(
+        signed=tuple(sorted(found.signed)), missing=tuple(sorted(found.unsigned)), threshold=found.threshold
+    )
+
+
 def next_root(data: bytes, previous: Root | None, online_keyids: Collection[str], now: dt.datetime) -> Root:
     """Checks a root: the first is believed as posted, every later one must be signed by the one before and by itself.
 
@@ -159,8 +184,12 @@ def next_catalog(
         RepositoryRefused: ``malformed_metadata``, ``bad_signature``, ``version_conflict``, ``expired``, ``bad_target``.
     """
     metadata = parse(data, Targets, "catalog")
-    catalog = metadata.signed
     verify(targets, layout.CATALOG_ROLE, metadata)
+    return sound_catalog(metadata.signed, previous, now, restoring=restoring)
+
+
+def sound_catalog(catalog: Targets, previous: Targets | None, now: dt.datetime, *, restoring: bool = False) -> Targets:
+    """Checks what ``next_catalog`` does, but the signatures."""
     if previous is not None:
         _require_version("catalog", catalog.version, previous.version, restoring=restoring)
     _require_unexpired("catalog", catalog, now)

@@ -53,7 +53,7 @@ LAYERS = {
         ("app", False),
         ("application", False),
         ("api renewal console", True),
-        ("folder orchestrator ingest watch delta_maker", False),
+        ("folder orchestrator ingest watch delta_maker proposals", False),
         ("findings outcomes why", False),
         (
             (

@@ -59,6 +59,11 @@ def approve(
     cosign: Annotated[Path | None, typer.Option("--cosign", help="A colleague's proposal to sign.")] = None,
     proposal_out: ProposalOut = None,
     renew: Annotated[bool, typer.Option("--renew", help="Change nothing but the expiry.")] = False,
+    targets: Annotated[
+        Path | None,
+        typer.Option("--targets", help="Signed targets that appear with it, e.g. without a revoked approver."),
+    ] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="A signed root that appears with them.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Take out a bundle although something runs it.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -69,11 +74,20 @@ def approve(
         raise Usage("--cosign signs the proposal as it is: wanted it alone")
     if cosign is None and not (bundles or remove or renew):
         raise Usage("wanted a bundle to approve, --remove, --renew or --cosign")
-    worker = _approver(run, approver)
+    if (cosign is not None and (targets or root)) or (root is not None and targets is None):
+        raise Usage("--targets goes with a new catalog, --root with --targets")
+    worker = approver_of(run, approver)
     if cosign is not None:
-        metadata, floors = publishing.read_proposal(cosign)
+        theirs = publishing.read_proposal(cosign)
         made = worker.cosign(
-            metadata, floors, now=now(), folder=folder, confirm=_confirm(yes, as_json, _unused(run.api, force=force))
+            theirs.metadata,
+            theirs.floors,
+            targets=theirs.targets,
+            root=theirs.root,
+            now=now(),
+            folder=folder,
+            confirm=confirm(yes, as_json, unused(run.api, force=force)),
+            leave=proposal_out is None,
         )
     else:
         change = catalog.Change(
@@ -85,9 +99,12 @@ def approve(
             now=now(),
             approvers=(approver, *(others or ())),
             folder=folder,
-            confirm=_confirm(yes, as_json, _unused(run.api, force=force)),
+            targets=document(targets),
+            root=document(root),
+            confirm=confirm(yes, as_json, unused(run.api, force=force)),
+            leave=proposal_out is None,
         )
-    _report(made, proposal_out, as_json)
+    report(worker, made, proposal_out, as_json)
 
 
 @floor_app.command("set")
@@ -95,6 +112,12 @@ def floor_set(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="The model.")],
     version: Annotated[str, typer.Argument(help="Lowest version; 'none' takes the floor away.")],
+    forced: Annotated[
+        bool,
+        typer.Option(
+            "--forced", help="Also stop what serves below it, at once. Only for what must not answer any more."
+        ),
+    ] = False,
     lower: Annotated[bool, typer.Option("--lower", help="Allow the floor to go down or away.")] = False,
     approver: ApproverName = "approver",
     others: Annotated[list[str] | None, typer.Option("--with", help="Others who will sign too; repeat.")] = None,
@@ -103,14 +126,21 @@ def floor_set(
     as_json: AsJson = False,
 ) -> None:
     """Signs a catalog with another floor: devices refuse older versions from then on, whoever asks."""
-    change = catalog.Change(floors={model: None if version == "none" else version}, lower_floors=lower)
-    made = _approver(session(context), approver).change(
-        change, now=now(), approvers=(approver, *(others or ())), confirm=_confirm(yes, as_json)
+    wanted = None if version == "none" else version
+    worker = approver_of(session(context), approver)
+    change = worker.floor_change(model, wanted, forced=forced, lower=lower, now=now())
+    made = worker.change(
+        change,
+        now=now(),
+        approvers=(approver, *(others or ())),
+        confirm=confirm(yes, as_json),
+        leave=proposal_out is None,
     )
-    _report(made, proposal_out, as_json)
+    report(worker, made, proposal_out, as_json)
 
 
-def _approver(run: Session, name: str) -> publishing.Approver:
+def approver_of(run: Session, name: str) -> publishing.Approver:
+    """Whoever signs under this name, with the key of the ceremony's folder. Raises ``Usage`` without such a key."""
     ceremony = keys.read_ceremony(run.keys)
     signer = ceremony.open_key(name, secret=run.secret, environment=run.environment)
     return publishing.Approver(
@@ -143,7 +173,7 @@ def _listed(text: str) -> tuple[str, str]:
     return model, version
 
 
-def _unused(api: Api, *, force: bool) -> Callable[[catalog.Difference], None]:
+def unused(api: Api, *, force: bool) -> Callable[[catalog.Difference], None]:
     """Refuses to take out what groups, rollouts or pins name, or only says so with ``force``."""
 
     def check(difference: catalog.Difference) -> None:
@@ -162,9 +192,11 @@ def _unused(api: Api, *, force: bool) -> Callable[[catalog.Difference], None]:
     return check
 
 
-def _confirm(
+def confirm(
     yes: bool, as_json: bool, check: Callable[[catalog.Difference], None] = lambda _: None
 ) -> Callable[[catalog.Difference], bool]:
+    """Shows the difference, lets ``check`` look at it, and asks unless ``yes``."""
+
     def ask(difference: catalog.Difference) -> bool:
         # With --json stdout holds the answer alone: the question and its matter go to stderr.
         for line in difference.text().split("\n"):
@@ -184,12 +216,10 @@ def _confirm(
     return ask
 
 
-def _report(made: catalog.Proposal, proposal_out: Path | None, as_json: bool) -> None:
-    if not made.complete:
-        if proposal_out is None:
-            raise Usage(
-                f"{len(made.signed)} of {made.threshold} signatures: name a file with --proposal, for the next approver"
-            )
+def report(worker: publishing.Approver, made: catalog.Proposal, proposal_out: Path | None, as_json: bool) -> None:
+    """What became of a signed catalog: on the server, waiting there, or in a file."""
+    waits = "" if made.complete or proposal_out is not None else str(worker.answer.get("id", ""))
+    if not made.complete and proposal_out is not None:
         publishing.write_proposal(proposal_out, made)
     if as_json:
         output.show_json(
@@ -198,9 +228,23 @@ def _report(made: catalog.Proposal, proposal_out: Path | None, as_json: bool) ->
                 "signatures": len(made.signed),
                 "threshold": made.threshold,
                 "posted": made.complete,
+                "proposal": waits or None,
             }
         )
     elif made.complete:
         output.say(f"Catalog {made.difference.to_version} is signed and on the server.")
+    elif waits:
+        output.say(f"{len(made.signed)} of {made.threshold} signatures; it waits on the server as proposal {waits}.")
+        output.say(f"The next approver: skerry proposal sign {waits} --as NAME")
     else:
         output.say(f"{len(made.signed)} of {made.threshold} signatures; pass {proposal_out} to the next approver.")
+
+
+def document(path: Path | None) -> bytes | None:
+    """The bytes of a signed document that was named, or None. Raises ``Usage`` when it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Usage(f"{path}: {error.strerror or error}; wanted signed metadata") from None

@@ -97,6 +97,7 @@ def require_role(caller: access.Caller, role: str) -> None:
 
 Viewer = Annotated[access.Caller, Depends(_needs("viewer"))]
 Engineer = Annotated[access.Caller, Depends(_needs("engineer"))]
+Approver = Annotated[access.Caller, Depends(_needs("approver"))]
 Operator = Annotated[access.Caller, Depends(_needs("operator"))]
 Auditor = Annotated[access.Caller, Depends(_needs("auditor"))]
 Admin = Annotated[access.Caller, Depends(_needs("admin"))]

@@ -229,6 +229,34 @@ roles = Table(
     Column("bytes", LargeBinary, nullable=False),
 )
 
+proposals = Table(
+    "proposals",
+    metadata,
+    # Next catalogs that lack signatures. Whether one is void or past its time is seen when it is read.
+    Column("id", String(16), primary_key=True),  # of what is signed
+    Column("version", BigInteger, nullable=False),  # of the catalog
+    Column("metadata", LargeBinary, nullable=False),  # with the signatures that hold
+    Column("floors", LargeBinary, nullable=False),
+    Column("targets", LargeBinary),  # that come with it in one snapshot
+    Column("root", LargeBinary),
+    Column("state", String(20), nullable=False),  # open, published, withdrawn
+    Column("reason", Text, nullable=False, default=""),
+    Column("proposed_by", String(100), nullable=False),
+    Column("proposed_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+    Column("ended_ms", BigInteger),
+)
+
+ahead = Table(
+    "ahead",
+    metadata,
+    # What a device says it holds of a role beyond what this server serves: a repository that a backup took back.
+    Column("role", String(40), primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    Column("device", String(63), nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+)
+
 # --- rollouts --------------------------------------------------------------------------------------------------------
 
 rollouts = Table(

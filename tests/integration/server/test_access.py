@@ -52,6 +52,10 @@ COMMANDS: list[tuple[str, str, object, set[str]]] = [
     ("POST", "/api/v1/repository/metadata", {"role": "root", "metadata": "x"}, {"admin"}),
     ("POST", "/api/v1/repository/metadata", {"role": "targets", "metadata": "x"}, {"admin"}),
     ("POST", "/api/v1/repository/metadata", {"role": "catalog", "metadata": "x"}, {"approver", "admin"}),
+    ("POST", "/api/v1/repository/set", {}, {"admin"}),
+    ("POST", "/api/v1/repository/proposals", {"metadata": "x", "floors": "x"}, {"approver", "admin"}),
+    ("POST", "/api/v1/repository/proposals/none/signatures", {"metadata": "x"}, {"approver", "admin"}),
+    ("POST", "/api/v1/repository/proposals/none/withdraw", None, {"approver", "admin"}),
 ]
 
 

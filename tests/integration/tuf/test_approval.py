@@ -266,7 +266,28 @@ class TestTwoOfThree:
         other = fleet.propose(catalog.Change(floors={"gas": "9.0.0"}), others=("bea",))
         mixed = Metadata.from_bytes(made.metadata)
         mixed.signatures = Metadata.from_bytes(other.metadata).signatures
-        assert not self.cosign(fleet, made, "bea", metadata=mixed.to_bytes()).complete
+        with pytest.raises(RefusedForSafety, match="no approver's signature holds"):
+            self.cosign(fleet, made, "bea", metadata=mixed.to_bytes())
+
+    @pytest.mark.parametrize("how", ["unsigned", "by the server"])
+    def test_a_bundle_that_the_server_slips_into_a_proposal_is_not_signed(self, fleet, gas, make_bundle, how):
+        """Only an approver's signature makes a change a colleague's: whoever holds the server has none."""
+        made = fleet.propose(catalog.Change(add=(gas.addition(),)), others=("bea",))
+        evil = fleet.push(make_bundle("gas", "6.6.6", weights=b"evil"))
+        slipped = Metadata.from_bytes(made.metadata)
+        path = layout.manifest_target("gas", "6.6.6")
+        slipped.signed.targets[path] = TargetFile.from_dict(
+            {
+                "length": len(evil.manifest),
+                "hashes": {"sha256": evil.digest},
+                "custom": {"submitter": "ci", "approvers": ["ada", "bea"]},
+            },
+            path,
+        )
+        if how == "by the server":
+            slipped.sign(fleet.online, append=True)
+        with pytest.raises(RefusedForSafety, match="no approver's signature holds"):
+            self.cosign(fleet, made, "bea", metadata=slipped.to_bytes())
 
     def test_approver_who_is_not_named_does_not_sign(self, fleet, gas):
         made = fleet.propose(catalog.Change(add=(gas.addition(),)), others=("bea",))

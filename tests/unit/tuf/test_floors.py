@@ -38,3 +38,24 @@ def test_wrong_forms_are_named(data):
 def test_newer_schema_is_named():
     with pytest.raises(UnsupportedVersion):
         floors.parse(b'{"floors":{},"schema":2}')
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True), VERSION, max_size=5))
+def test_forced_floors_are_read_back_and_a_reader_of_the_floors_alone_sees_those(value):
+    data = floors.encode(value, value)
+    assert (floors.parse(data), floors.parse_forced(data)) == (value, value)
+    assert floors.encode(value, {}) == floors.encode(value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"floors":{},"forced":{"gas":"1.0.0"},"schema":1}',
+        b'{"floors":{"gas":"1.0.0"},"forced":{"gas":"1.0.1"},"schema":1}',
+        b'{"floors":{"gas":"1.0.0"},"forced":{"gas":"x"},"schema":1}',
+        b'{"floors":{"gas":"1.0.0"},"forced":["gas"],"schema":1}',
+    ],
+)
+def test_a_forced_floor_above_the_floor_is_named(data):
+    with pytest.raises(Malformed):
+        floors.parse(data)

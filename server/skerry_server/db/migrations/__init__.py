@@ -25,6 +25,7 @@ from skerry_server.db.migrations import (
     v0009,
     v0010,
     v0011,
+    v0012,
     v0013,
 )
 from skerry_server.db.tables import schema_version
@@ -41,6 +42,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (v0009.NAME, v0009.STATEMENTS),
     (v0010.NAME, v0010.STATEMENTS),
     (v0011.NAME, v0011.STATEMENTS),
+    (v0012.NAME, v0012.STATEMENTS),
     (v0013.NAME, v0013.STATEMENTS),
 )
 """Name and statements; the first brings version 0 to 1, the next 1 to 2, and so on. What is shipped never changes."""
