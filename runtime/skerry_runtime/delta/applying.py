@@ -14,7 +14,26 @@ from pathlib import Path
 import numpy as np
 
 from skerry_runtime.delta import container
+from skerry_runtime.delta.coder import U64, Decoder
 from skerry_runtime.delta.container import PIECE, DeltaError, Numbers, Op, Patch, Role, Source
+from skerry_runtime.delta.elements import (
+    BY_EXPONENT,
+    CHANNELS_MOST,
+    FLOATS,
+    OF_FLOATS,
+    PLANES,
+    PLANES_CHUNK,
+    WIDTHS,
+    WITH_BASE,
+    Codec,
+    Method,
+    Scaling,
+    from_planes,
+    tagged,
+    to_bytes,
+    to_integers,
+    uncombined,
+)
 
 
 def steps_most(target_size: int) -> int:
@@ -34,7 +53,7 @@ def apply(base: Path, patch: Path, target: Path, *, sha256: str, size: int) -> N
             raise DeltaError(f"the patch gives {read.target_size} bytes, not the {size} that were signed")
         _check_base(base_file, read)
         out = stack.enter_context(_Output(beside, size))
-        _run(read, base_file, out)
+        _Run(read, base_file, out).all()
         if out.digest() != sha256:
             raise DeltaError("what the patch gives is not the file that was signed")
         out.keep_as(target)
@@ -122,34 +141,98 @@ class _Empty:
         pass
 
 
-def _run(patch: Patch, base_file: int, out: _Output) -> None:
-    def stream(role: Role) -> Source:
-        return patch.streams.get(role, _Empty())
+class _Run:
+    """The steps of a patch."""
 
-    base = _Base(base_file, patch.base_size)
-    control = Numbers(stream(Role.CONTROL))
-    differences, literals = stream(Role.DIFFERENCES), stream(Role.LITERALS)
-    for _ in range(steps_most(out.left)):
-        if not out.left:
-            break
-        op = control.byte()
-        n = control.unsigned()
-        if op not in (Op.COPY, Op.ADD, Op.LITERAL):
-            raise DeltaError(f"the patch has a step {op}, which this version does not know")
-        if not 0 < n <= out.left:
+    def __init__(self, patch: Patch, base_file: int, out: _Output) -> None:
+        self._patch, self._out = patch, out
+        self._base = _Base(base_file, patch.base_size)
+        self._control = Numbers(self._stream(Role.CONTROL))
+        self._planes = self._stream(Role.PLANES)
+        self._coder = Decoder(self._stream(Role.WORDS), self._stream(Role.BITS))
+        self._codec = Codec(self._coder)
+
+    def _stream(self, role: Role) -> Source:
+        return self._patch.streams.get(role, _Empty())
+
+    def all(self) -> None:
+        """Every step, until the target has its size."""
+        for _ in range(steps_most(self._out.left)):
+            if not self._out.left:
+                break
+            op = self._control.byte()
+            if op == Op.ELEMENTS:
+                self._elements()
+            elif op in (Op.COPY, Op.ADD, Op.LITERAL):
+                self._bytes(Op(op))
+            else:
+                raise DeltaError(f"the patch has a step {op}, which this version does not know")
+        if self._out.left:
+            raise DeltaError("the patch takes too many steps for its target")
+        self._coder.finish()
+        for source in self._patch.streams.values():
+            source.finish()
+
+    def _count(self, stride: int) -> int:
+        n = self._control.unsigned()
+        if not 0 < n <= self._out.left // stride:
             raise DeltaError("the patch gives more than its target holds")
+        return n
+
+    def _bytes(self, op: Op) -> None:
+        n = self._count(1)
         if op != Op.LITERAL:
-            base.move(control.signed(), n)
+            self._base.move(self._control.signed(), n)
+        source = self._stream(Role.LITERALS if op == Op.LITERAL else Role.DIFFERENCES)
         for start in range(0, n, PIECE):
             wanted = min(PIECE, n - start)
             if op == Op.LITERAL:
-                out.write(literals.take(wanted))
+                self._out.write(source.take(wanted))
             elif op == Op.COPY:
-                out.write(base.take(wanted))
+                self._out.write(self._base.take(wanted))
             else:
-                old = np.frombuffer(base.take(wanted), np.uint8)
-                out.write((old + np.frombuffer(differences.take(wanted), np.uint8)).tobytes())
-    if out.left:
-        raise DeltaError("the patch takes too many steps for its target")
-    for source in patch.streams.values():
-        source.finish()
+                old = np.frombuffer(self._base.take(wanted), np.uint8)
+                self._out.write((old + np.frombuffer(source.take(wanted), np.uint8)).tobytes())
+
+    def _elements(self) -> None:
+        number, width, tag = self._control.byte(), self._control.byte(), self._control.byte()
+        if number not in set(Method) or width not in WIDTHS:
+            raise DeltaError(f"the patch has a method {number} of {width} bytes, which this version does not know")
+        method = Method(number)
+        if (method in OF_FLOATS and width not in FLOATS) or (method == Method.RESCALED and width != 1):
+            raise DeltaError(f"the patch uses {method.name.lower()} for elements of {width} bytes")
+        stride = width + (tag != 0)
+        n = self._count(stride)
+        if method in WITH_BASE:
+            self._base.move(self._control.signed(), n * stride)
+        low = self._control.unsigned() if method in BY_EXPONENT else 0
+        if low >= 1 << 16:
+            raise DeltaError("the patch has an exponent that no float has")
+        scaling = self._scaling(n) if method == Method.RESCALED else None
+        start = 0
+        while start < n:
+            room = PLANES_CHUNK if method in PLANES else self._codec.room(method, width)
+            wanted = min(room, n - start)
+            base = self._beside(wanted, width, stride) if method in WITH_BASE else None
+            if method in PLANES:
+                found = uncombined(method, width, from_planes(self._planes.take(wanted * width), width), base)
+            else:
+                found = self._codec.run(method, width, start, base, None, wanted, low, scaling)
+            self._out.write(tagged(to_bytes(found, width), width, tag))
+            start += wanted
+
+    def _beside(self, n: int, width: int, stride: int) -> U64:
+        data = np.frombuffer(self._base.take(n * stride), np.uint8)
+        return to_integers(np.ascontiguousarray(data.reshape(n, stride)[:, stride - width :]).ravel(), width)
+
+    def _scaling(self, n: int) -> Scaling:
+        count, inner, offset = self._control.unsigned(), self._control.unsigned(), self._control.signed()
+        if not 0 < count <= min(n, CHANNELS_MOST) or not 0 < inner <= n or abs(offset) > 255:
+            raise DeltaError("the patch scales by more channels than there are")
+        ratios = np.empty(count, np.int64)
+        for place in range(count):
+            ratio = self._control.signed()
+            if abs(ratio) >= 1 << 23:
+                raise DeltaError("the patch scales by too much")
+            ratios[place] = ratio
+        return Scaling(ratios=ratios, inner=inner, offset=offset)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skerry_runtime import delta
-from skerry_runtime.delta import applying, making
+from skerry_runtime.delta import applying, making, parts
 
 
 def sha256(data: bytes) -> str:
@@ -26,7 +26,7 @@ def apply(folder: Path, base: bytes, patch: bytes, target: bytes) -> bytes:
 
 
 def patch_of(base: bytes, target: bytes) -> bytes:
-    return making.encode(base, target)[0]
+    return making.encode(base, target, parts.find(target)[1], parts.find(base)[1])[0]
 
 
 @st.composite

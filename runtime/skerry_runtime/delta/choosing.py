@@ -1,0 +1,108 @@
+"""Which method gives a tensor in the fewest bytes: each is metered on a sample, in tables that already know the tensors before."""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from skerry_runtime.delta.coder import CHUNK_MOST, U64, Meter
+from skerry_runtime.delta.elements import OF_FLOATS, PLANES, WITH_BASE, Codec, Method, Scaling, combined, lowest, planes
+from skerry_runtime.delta.parts import Part
+
+_SAMPLE = 4
+_WORTH_CHANNELS = 32
+"""Elements for each channel below which its own ratio costs more than it saves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A method with what it needs; ``cost_bytes`` is an estimate for the whole tensor."""
+
+    method: Method
+    low: int = 0
+    scaling: Scaling | None = None
+    cost_bytes: float = 0.0
+
+
+class Chooser:
+    """Meters of all methods, which learn as a patch's tensors pass."""
+
+    def __init__(self) -> None:
+        self._meters: dict[Method, tuple[Meter, Codec]] = {}
+
+    def best(self, part: Part, target: U64, base: U64 | None) -> Choice:
+        """The cheapest method for elements, with a base of as many or without."""
+        return min(self._tried(part, target, base), key=lambda choice: choice.cost_bytes)
+
+    def _tried(self, part: Part, target: U64, base: U64 | None) -> Iterator[Choice]:
+        width = part.width
+        low = lowest(base, width) if base is not None and part.floats else 0
+        samples = _samples(len(target))
+        for method in Method:
+            if (method in WITH_BASE and base is None) or ((method in OF_FLOATS) and not part.floats):
+                continue
+            if method == Method.RESCALED:
+                if width == 1 and base is not None:
+                    for scaling in scalings(part, target, base):
+                        yield self._metered(part, Choice(method=method, scaling=scaling), target, base, samples)
+            elif method in PLANES:
+                yield _planes(width, method, target, base, samples)
+            elif method in (Method.INTEGER_DIFFERENCE, Method.INTEGERS_ALONE) and part.floats:
+                continue
+            else:
+                yield self._metered(part, Choice(method=method, low=low), target, base, samples)
+
+    def _metered(self, part: Part, choice: Choice, target: U64, base: U64 | None, samples: list[slice]) -> Choice:
+        meter, codec = self._meters.get(choice.method) or (Meter(), None)
+        codec = codec or Codec(meter)
+        self._meters[choice.method] = meter, codec
+        before, seen = meter.bits_taken, 0
+        for sample in samples:
+            at = sample.start
+            while at < sample.stop:
+                n = min(codec.room(choice.method, part.width), sample.stop - at)
+                beside = base[at : at + n] if base is not None and choice.method in WITH_BASE else None
+                codec.run(choice.method, part.width, at, beside, target[at : at + n], n, choice.low, choice.scaling)
+                at += n
+            seen += sample.stop - sample.start
+        cost = (meter.bits_taken - before) / 8 * len(target) / seen
+        if choice.scaling is not None:
+            cost += 3 * len(choice.scaling.ratios)
+        return Choice(method=choice.method, low=choice.low, scaling=choice.scaling, cost_bytes=cost)
+
+
+def scalings(part: Part, target: U64, base: U64) -> Iterator[Scaling]:
+    """Ratios by least squares: of the whole tensor, by its first axis and by its last."""
+    new = target.astype(np.uint8).view(np.int8).astype(np.float64)
+    old = base.astype(np.uint8).view(np.int8).astype(np.float64)
+    shapes = {(1, len(new))}
+    if len(part.shape) > 1 and int(np.prod(part.shape)) == len(new):
+        shapes |= {(part.shape[0], len(new) // part.shape[0]), (part.shape[-1], 1)}
+    for channels, inner in sorted(shapes):
+        if channels > 1 and len(new) < _WORTH_CHANNELS * channels:
+            continue
+        products = (new * old).reshape(-1, channels, inner).sum(axis=(0, 2))
+        squares = (old * old).reshape(-1, channels, inner).sum(axis=(0, 2))
+        ratios = np.rint(65536 * np.clip(products / np.maximum(squares, 1), -64, 64)).astype(np.int64)
+        yield Scaling(ratios=ratios, inner=inner)
+
+
+def _samples(n: int) -> list[slice]:
+    """The whole, or parts of it apart from each other."""
+    size = CHUNK_MOST
+    if n <= size * _SAMPLE:
+        return [slice(0, n)]
+    return [slice(start, start + size) for start in np.linspace(0, n - size, _SAMPLE).astype(int).tolist()]
+
+
+def _planes(width: int, method: Method, target: U64, base: U64 | None, samples: list[slice]) -> Choice:
+    size = seen = 0
+    for sample in samples:
+        beside = None if base is None else base[sample]
+        size += len(lzma.compress(planes(combined(method, width, target[sample], beside), width), format=lzma.FORMAT_RAW,
+                                  filters=[{"id": lzma.FILTER_LZMA1, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]))  # fmt: skip
+        seen += sample.stop - sample.start
+    return Choice(method=method, cost_bytes=size * len(target) / seen)

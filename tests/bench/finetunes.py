@@ -1,0 +1,129 @@
+"""Models and what a little more training makes of them: pairs of files for benchmarks of deltas, trained here, the same each time.
+
+The digits of scikit-learn; a network of two hidden layers, exported by skl2onnx as an engineer would. "Low rate" is training
+goes on for three epochs at a tenth and a hundredth of the rate it had.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LOW_RATE = ("low-rate-adam", "low-rate-sgd", "lower-rate-adam")
+"""The pairs that ``delta_finetune`` is about."""
+
+
+def pairs(folder: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Name, base and target of each fine-tune; made when they are not there."""
+    names = ("last-layer", *LOW_RATE, "int8-recalibrated", "int8-per-channel", "trees-grown")
+    if not all((folder / f"{name}-new.onnx").is_file() for name in names):
+        folder.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _train(folder)
+    for name in names:
+        yield name, folder / f"{name}-old.onnx", folder / f"{name}-new.onnx"
+
+
+def _train(folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype(np.float32)
+    first, later = slice(0, 1200), slice(600, None)
+    adam = _network("adam", 1e-3).fit(x[first], y[first])
+    sgd = _network("sgd", 5e-2).fit(x[first], y[first])
+
+    last = copy.deepcopy(adam)
+    _further(last, x[later], y[later], 1e-4)
+    for part in ("coefs_", "intercepts_"):
+        getattr(last, part)[:-1] = getattr(adam, part)[:-1]
+    low, lower, low_sgd = copy.deepcopy(adam), copy.deepcopy(adam), copy.deepcopy(sgd)
+    _further(low, x[later], y[later], 1e-4)
+    _further(lower, x[later], y[later], 1e-5)
+    _further(low_sgd, x[later], y[later], 5e-3)
+    whole = {"adam": adam, "sgd": sgd, "last": last, "low": low, "lower": lower, "low_sgd": low_sgd}
+    models = {name: _export(model, x) for name, model in whole.items()}
+    int8 = {
+        (name, per): _quantized(models[name], x[rows], per)
+        for name, rows in (("adam", first), ("low", later))
+        for per in (False, True)
+    }
+    made = {
+        "last-layer": (models["adam"], models["last"]),
+        "low-rate-adam": (models["adam"], models["low"]),
+        "lower-rate-adam": (models["adam"], models["lower"]),
+        "low-rate-sgd": (models["sgd"], models["low_sgd"]),
+        "int8-recalibrated": (int8["adam", False], int8["low", False]),
+        "int8-per-channel": (int8["adam", True], int8["low", True]),
+        "trees-grown": _trees(x, y),
+    }
+    for name, (old, new) in made.items():
+        (folder / f"{name}-old.onnx").write_bytes(old)
+        (folder / f"{name}-new.onnx").write_bytes(new)
+
+
+def _network(solver: str, rate: float) -> Any:
+    from sklearn.neural_network import MLPClassifier
+
+    return MLPClassifier((512, 512), solver=solver, learning_rate_init=rate, max_iter=30, random_state=3)
+
+
+def _further(network: Any, x: np.ndarray, y: np.ndarray, rate: float) -> None:
+    network.learning_rate_init = rate
+    network._optimizer.learning_rate_init = network._optimizer.learning_rate = rate
+    for _ in range(3):
+        network.partial_fit(x, y)
+
+
+def _export(model: Any, x: np.ndarray) -> bytes:
+    from skl2onnx import to_onnx
+
+    exported: bytes = to_onnx(model, x[:1], options={"zipmap": False}, target_opset={"": 17, "ai.onnx.ml": 3},
+                              name="digits").SerializeToString(deterministic=True)  # fmt: skip
+    return exported
+
+
+def _quantized(model: bytes, rows: np.ndarray, per_channel: bool) -> bytes:
+    import tempfile
+
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Rows(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.parts = iter([rows[i : i + 64] for i in range(0, len(rows), 64)])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            part = next(self.parts, None)
+            return None if part is None else {onnx.load_from_string(model).graph.input[0].name: part}
+
+    logging.disable(logging.WARNING)
+    try:
+        with tempfile.TemporaryDirectory(prefix="skerry-bench-") as name:
+            work = Path(name)
+            (work / "float.onnx").write_bytes(model)
+            quantize_static(
+                str(work / "float.onnx"), str(work / "int8.onnx"), Rows(), quant_format=QuantFormat.QDQ, per_channel=per_channel,
+                activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+            )  # fmt: skip
+            return (work / "int8.onnx").read_bytes()
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _trees(x: np.ndarray, y: np.ndarray) -> tuple[bytes, bytes]:
+    from sklearn.ensemble import GradientBoostingClassifier
+
+    trees = GradientBoostingClassifier(n_estimators=100, max_depth=4, warm_start=True, random_state=3)
+    trees.fit(x, y > 4)
+    old = _export(trees, x)
+    trees.n_estimators = 110
+    trees.fit(x, y > 4)
+    return old, _export(trees, x)
