@@ -8,6 +8,7 @@ called in the loop; effects that take time run as one task whose outcome is fed 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -106,6 +107,7 @@ class Updating:
         self.crashes: list[culprits.Crash] = []
         self.rules = TrialRules()
         self.update = msgspec.convert(store.get("update", {}), Update)
+        self._take_for_said()
         self.fetching = Fetching(
             config, store, slots, errands, runtimes, self.failures, update=lambda: self.update,
             errand_input=errand_input, max_kib_s=lambda: self.rules.max_kib_s,
@@ -157,6 +159,7 @@ class Updating:
             self.failures.rested(after)
         self.update = after
         moved = after.state != before.state or isinstance(event, e.Deadline)
+        current = asyncio.current_task()
         if moved:
             log.info(
                 "update",
@@ -166,12 +169,15 @@ class Updating:
             )
             self._watching = False
             self._arm()
-            current = asyncio.current_task()
             if self._task is not None and self._task is not current:
                 self._task.cancel()
             self._task = asyncio.get_running_loop().create_task(self._carry_out(effects), name=f"update-{after.state}")
         elif effects:
-            task = asyncio.get_running_loop().create_task(self._carry_out(effects))
+            task = asyncio.get_running_loop().create_task(self._carry_out(effects), name=f"update-{after.state}")
+            if current is not None and current is self._task:
+                # The next step of the same work: whoever ends the state ends it, and nothing of it reaches the next update.
+                self._task = task
+                return
             self._others.add(task)
             task.add_done_callback(self._others.discard)
 
@@ -271,14 +277,31 @@ class Updating:
         return None
 
     def _record(self) -> None:
+        """Says what became of the update; of a start after it was said already, only how things stand."""
+        data = self._word()
+        said = {**data, "code": self.update.code, "since": self.update.since}
+        if not self.update.model or self._store.get("said") == msgspec.to_builtins(said):
+            self._on_change("", {})
+            return
+        quiet = self.failures.was_said(self.update)
+        self._on_change("" if quiet else self.update.code, {} if quiet else data)
+        # Behind the event: power that fails between the two has it said twice, and never not at all.
+        self._store.put("said", said)
+
+    def _word(self) -> dict[str, Any]:
         update = self.update
-        quiet = self.failures.was_said(update)
-        data: dict[str, Any] = {
+        return {
             "model": update.model, "digest": update.digest, "version": update.version, "variant": update.variant,
             "state": update.state, "attempt": update.attempt, "arm": update.arm, "rollout": update.rollout,
             "stage": update.stage, "detail": update.detail, "failed_in": update.failed_in,
         }  # fmt: skip
-        self._on_change("" if quiet else update.code, {} if quiet else data)
+
+    def _take_for_said(self) -> None:
+        """An older agent left no note of what it said: of an update at rest, that it did."""
+        if self._store.get("said") is None and self.update.resting:
+            with contextlib.suppress(Degraded):
+                # Without room for the note it is said once more.
+                self._store.put("said", {**self._word(), "code": self.update.code, "since": self.update.since})
 
     def _penalise(self) -> None:
         if self.fetching.has_another_variant():

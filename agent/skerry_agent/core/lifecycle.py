@@ -134,8 +134,10 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         ("prove", e.Booted): Move(to="idle", effects=(penalise, record), code="runtime_crashed"),
         ("trial", e.Booted): Move(to="idle", effects=(penalise, record), code="trial_crashed"),
         ("revert", e.Booted): Move(to="idle", effects=(record,)),
-        ("confirmed", e.Booted): Move(to="confirmed", effects=(Effect.CONFIRM,)),
-        ("confirmed_on_golden", e.Booted): Move(to="confirmed_on_golden", effects=(Effect.CONFIRM,)),
+        # Recorded again: power may have failed between the stored state and the word of it. What was said is not said twice.
+        ("idle", e.Booted): Move(to="idle", effects=(record,)),
+        ("confirmed", e.Booted): Move(to="confirmed", effects=(Effect.CONFIRM, record)),
+        ("confirmed_on_golden", e.Booted): Move(to="confirmed_on_golden", effects=(Effect.CONFIRM, record)),
     }
     fetching: tuple[State, ...] = ("fetch", "verify", "stage")
     for state in fetching:

@@ -2,7 +2,7 @@
 
 ``world.json`` in the folder named by SKERRY_TEST_WORLD says what it answers: ``document`` (text), ``floors``, ``bundles`` {digest: folder},
 ``signed_at``, ``down`` (every errand is unreachable), ``errors`` {verb: [kind, code, detail]}, ``flip`` (digests whose model file comes with one
-bit changed), ``slow_s`` (before every answer). It downloads by copying, manifest last, as the real one does.
+bit changed), ``slow_s`` (before every answer), ``slow_fetch`` {digest: seconds} (before its files come). It downloads by copying, manifest last, as the real one does.
 """
 
 import json
@@ -41,6 +41,7 @@ def main() -> dict:
     if verb == "manifest":
         return {"ok": {"manifest": (folder / "manifest.json").read_text()}}
     if verb == "fetch":
+        time.sleep(world.get("slow_fetch", {}).get(digest, 0))
         target = Path(request["state_dir"]) / "slots" / ".staging" / digest
         target.mkdir(parents=True, exist_ok=True)
         for file in request["files"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 from skerry_cli.demo import models as demo
 from skerry_contract import group
@@ -132,6 +133,38 @@ def test_a_flipped_byte_is_refused_and_given_up_after_three_tries(serving: Devic
     assert serving.status()["update"]["attempt"] == 3
     assert serving.running() == ("1.0.0", "confirmed")
     assert not (serving.state_dir / "slots" / digest).exists()
+
+
+def test_what_is_still_fetched_of_a_withdrawn_update_ends_and_reaches_no_later_one(
+    serving: Device, server: Server
+) -> None:
+    second, third = serving.bundle("1.1.0", seed=1), serving.bundle("1.2.0", seed=2)
+    serving.world["slow_fetch"] = {second: 4.0, third: 6.0}
+    serving.publish(second)
+    serving.sync()
+    agent = psutil.Process(serving.process.pid)  # type: ignore[union-attr]
+
+    def fetching() -> list[psutil.Process]:
+        return [child for child in agent.children() if child.cmdline()[-1:] == ["fetch"]]
+
+    (courier,) = wait_for(fetching, why="the courier of 1.1.0")
+    serving.publish(third)
+    serving.sync()
+    wait_for(lambda: not courier.is_running() or courier.status() == psutil.STATUS_ZOMBIE, timeout_s=3.0, why="its end")
+    serving.wait_running("1.2.0", "trial")
+    serving.infer(20)
+    serving.wait_running("1.2.0", "confirmed")
+    told = wait_for(
+        lambda: (s := [(e.data["version"], e.data["state"], e.code) for e in server.events()])
+        and s[-1][1] == "confirmed" and s,
+        why="the events",
+    )  # fmt: skip
+    assert [one for one in told if one[0] == "1.1.0"] == [
+        ("1.1.0", "fetch", ""), ("1.1.0", "revert", "withdrawn"), ("1.1.0", "idle", "withdrawn"),
+    ]  # fmt: skip
+    assert [state for version, state, _ in told if version == "1.2.0"] == [
+        "fetch", "verify", "stage", "prove", "trial", "confirmed",
+    ]  # fmt: skip
 
 
 def test_a_person_pardons_a_bundle_that_used_up_its_attempts(serving: Device, server: Server) -> None:
