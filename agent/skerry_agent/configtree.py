@@ -137,6 +137,7 @@ class Pool:
         on_demand: models that are loaded at their first request, each in a worker of its own.
         idle_s: such a worker ends when no request has come for so long; 0: never.
         warm: a worker is started ahead, so that the next one has only its models to load.
+        standby: while a bundle is on trial, what ran before is kept loaded beside it, where memory allows.
         waiting: requests that may wait for a model whose worker is not there; more are answered 503 at once.
         wait_s: so long at most.
     """
@@ -144,6 +145,7 @@ class Pool:
     on_demand: tuple[str, ...] = ()
     idle_s: float = 600.0
     warm: bool = False
+    standby: bool = True
     waiting: int = 64
     wait_s: float = 10.0
 

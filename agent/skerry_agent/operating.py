@@ -70,7 +70,14 @@ class Operating:
         return self._ring.tail(most_bytes) if self._ring is not None else ""
 
     async def _status(self, _body: dict[str, Any]) -> Answer:
-        return Answer(200, {**reporting.status(self._snapshot()), "shadows": self._shadowing.status()})
+        return Answer(
+            200,
+            {
+                **reporting.status(self._snapshot()),
+                "shadows": self._shadowing.status(),
+                "standby": self._updating.turnover.standby.status(),
+            },
+        )
 
     async def _metrics(self, _body: dict[str, Any]) -> Answer:
         return Answer(200, exposition.metrics(self._snapshot()))

@@ -24,6 +24,7 @@ from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Launch, Serving
 from skerry_agent.slots import Slot, Slots
+from skerry_agent.standby import Standby
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,12 @@ class Turnover:
         self._update = update
         self._draw = draw
         self._new: Launch | None = None
+        self.standby = Standby(config, slots, serving)
 
     def configure(self, config: Config) -> None:
         """Goes on with another configuration."""
         self._config = config
+        self.standby.configure(config)
 
     def _slot(self, standing: Any) -> Slot:
         update = self._update()
@@ -121,6 +124,7 @@ class Turnover:
         # From here on it serves: whoever goes back in the middle of the drain must not end it as one that never listened.
         self._new = None
         await self._serving.switch(new)
+        self.standby.begin(self._confirmed_models())
         return e.HandedOver()
 
     def finish(self) -> None:
@@ -143,6 +147,7 @@ class Turnover:
 
     async def confirm(self) -> None:
         """The bundle is what a boot starts from now on; tries until the pointer file says so."""
+        self.standby.end()
         model = self._update().model
         failures = 0
         while True:
@@ -199,7 +204,8 @@ class Turnover:
             await self._serving.clear()
             return e.Reverted()
         if not self._serving.runs(wanted):
-            error = await self._bring_back(wanted, model if ordered is not None else "")
+            back = ordered is None and await self._hand_back(wanted)
+            error = None if back else await self._bring_back(wanted, model if ordered is not None else "")
             if error is not None:
                 if ordered is not None:
                     self.went_back(*ordered, None)
@@ -207,6 +213,19 @@ class Turnover:
         if ordered is not None:
             self.went_back(*ordered, ordered[1])
         return e.Reverted()
+
+    async def _hand_back(self, wanted: dict[str, Slot]) -> bool:
+        """To what was kept loaded during the trial. False when it was not, or died."""
+        launch = await self.standby.take(wanted)
+        if launch is None:
+            return False
+        try:
+            await self._serving.switch(launch)
+        except AgentError as error:
+            log.warning("what was kept loaded died", extra=kv(code=error.code, detail=error.detail))
+            await self._serving.retire(launch)
+            return False
+        return True
 
     async def give_up(self) -> None:
         """The way back does not come to its end: what serves goes on, and what does not is tried on and on in the background."""

@@ -136,6 +136,7 @@ class Updating:
         """Takes the events that could not be stored when they came; looks at the trial's time."""
         self._catch_up()
         self.judge()
+        self.turnover.standby.tick()
 
     def _catch_up(self) -> Degraded | None:
         while self._owed:

@@ -4,7 +4,8 @@ The trial looks for harm that a device can see alone within a minute: a runtime 
 invalid, answers far slower. It says nothing about accuracy; that is the server's judge. Errors are compared by the
 Chernoff-Hoeffding bound (W. Hoeffding, JASA 58, 1963, theorem 1): with a true rate of at most p0, the chance of seeing a
 share p > p0 among n is at most exp(-n KL(p || p0)). The trial goes back when that is below ``SIGNIFICANCE``. The bound holds at
-one look; a trial looks every few seconds, which the small level allows for.
+one look; a trial looks every few seconds, which the small level allows for. p0 is the share of the generation before it, of late
+(``recent``), and one request of ``MIN_BEFORE`` more: what little was seen of the old one is no excuse for the new one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ TOLERATED_ERRORS = 0.01
 """Share of failed requests that is taken for granted, whatever the old generation did."""
 TOLERATED_INVALID = 0.10
 MIN_FAILED = 3
+MIN_BEFORE = 30
+"""Fewer requests to the old generation than these show no share of failures finer than one of so many."""
 SLOWER = 4.0
 """How many times the old p95 the new one may take, when the bundle declares no limit of its own."""
 SLOWER_MARGIN_MS = 10.0
@@ -26,13 +29,17 @@ MIN_TIMED = 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What one generation counted of one model since it listens; ``p95_ms`` is None before the first answer."""
+    """What one generation counted of one model since it listens; ``p95_ms`` is None before the first answer.
+
+    ``latency``: answers that took at most each of some bounds.
+    """
 
     ok: int = 0
     invalid: int = 0
     failed: int = 0
     shed: int = 0
     p95_ms: float | None = None
+    latency: tuple[int, ...] = ()
 
     @property
     def answered(self) -> int:
@@ -66,7 +73,7 @@ def judge_trial(
     Args:
         trial: its rules.
         new: counts of the new generation since it listens.
-        old: last counts of the one before; None when there was none.
+        old: counts of late of the one before; None when there was none.
         elapsed_s: seconds since the new generation listens.
         crashed: its process died.
         current: ``new`` says how things stand. When it is old, or a request that it does not hold yet is overdue, nothing
@@ -101,8 +108,9 @@ def judge_trial(
 def _more(bad: int, n: int, bad_before: int, n_before: int, tolerated: float) -> str | None:
     if bad < MIN_FAILED or n == 0:
         return None
-    # One bad request is added to the old share: what a short past did not show is not known to be zero.
-    expected = max(tolerated, (bad_before + 1) / (n_before + 1) if n_before else 0.0)
+    # One bad request is added to the old ones: what a short past did not show is not known to be zero.
+    unseen = 1 / (max(n_before, MIN_BEFORE) + 1)
+    expected = max(tolerated, bad_before / n_before + unseen if n_before else 0.0)
     share = bad / n
     if expected >= 1 or share <= expected or n * _divergence(share, expected) <= -math.log(SIGNIFICANCE):
         return None

@@ -20,6 +20,7 @@ from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
 from skerry_agent.core.effects import Arm
+from skerry_agent.core.recent import Recent
 from skerry_agent.core.trial import Counts
 from skerry_agent.errors import AgentError, Degraded
 from skerry_agent.leftovers import Roll
@@ -80,7 +81,7 @@ class Serving:
         draw: uniform in [0, 1).
 
     Attributes:
-        before: by model, what the generation before the serving one counted.
+        before: by model, what the generation before the serving one counted of late.
     """
 
     def __init__(
@@ -289,7 +290,24 @@ class Serving:
                 if old is None:
                     self.before.pop(model, None)
                 elif old.health is not None:
-                    self.before[model] = counts_of(old.health.models.get(model))
+                    counts, recent = counts_of(old.health.models.get(model)), old.recent.get(model, Recent())
+                    self.before[model] = recent.of_late(self.site.clock.boot_s(), counts, ww.LATENCY_MS)
+
+    def fits(self, launch: Launch, models: Mapping[str, Slot]) -> bool:
+        """Whether a launch that waited still is what it takes to serve these, with what serves now."""
+        groups = self._split(models)
+        if not launch.alive or launch.names != groups.keys():
+            return False
+        coming = {cell.name: generation.models for cell, generation in launch.new.items()}
+        coming |= {cell.name: group for cell, group in launch.rest.items()}
+        for name, group in groups.items():
+            found = coming.get(name)
+            if found is None:
+                if name not in self.cells or not self.cells[name].runs(group):
+                    return False
+            elif {n: s.digest for n, s in found.items()} != {n: s.digest for n, s in group.items()}:
+                return False
+        return True
 
     async def retire(self, launch: Launch) -> None:
         """Ends what of it does not serve."""

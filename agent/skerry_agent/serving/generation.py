@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from skerry_agent import workerwire as ww
 from skerry_agent.config import Config
 from skerry_agent.core import liveness
+from skerry_agent.core.recent import Recent
 from skerry_agent.core.trial import Counts
 from skerry_agent.serving.notes import Note
 from skerry_agent.slots import Slot, Slots
@@ -31,6 +32,7 @@ class Generation:
         note: which model it is at; suspects: those that were in work when it died. loading: the one that it loads.
         accepting: it takes new connections; elsewhere: models of other cells, as it was told.
         cold_ms: what its start took, when a request waited for it.
+        recent: by model, what it counted of late.
         listening_s: when it began to listen, seconds since boot; None before.
     """
 
@@ -62,6 +64,7 @@ class Generation:
     elsewhere: dict[str, str] = field(default_factory=dict)
     loading: str = ""
     suspects: tuple[str, ...] = ()
+    recent: dict[str, Recent] = field(default_factory=dict)
 
     @property
     def only(self) -> str:
@@ -91,8 +94,10 @@ def life_of(generation: Generation) -> liveness.Life:
     )
 
 
-def take_health(generation: Generation, health: ww.Health) -> None:
-    """Notes a report of its worker."""
+def take_health(generation: Generation, health: ww.Health, now_s: float) -> None:
+    """Notes a report of its worker. ``now_s``: seconds since boot."""
+    for name, told in health.models.items():
+        generation.recent.setdefault(name, Recent()).hear(now_s, counts_of(told))
     generation.health, generation.silent_s = health, 0.0
     generation.spins_since = liveness.spins_since(generation.spins_since, use_of(health))
 
@@ -155,7 +160,9 @@ def counts_of(health: ww.ModelHealth | None) -> Counts:
     """What the trial judges, from what the worker reports."""
     if health is None:
         return Counts()
-    return Counts(ok=health.ok, invalid=health.invalid, failed=health.failed, shed=health.shed, p95_ms=health.p95_ms)
+    return Counts(
+        ok=health.ok, invalid=health.invalid, failed=health.failed, shed=health.shed, p95_ms=health.p95_ms, latency=health.latency
+    )  # fmt: skip
 
 
 def exit_words(code: int) -> str:

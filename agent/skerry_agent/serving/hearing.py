@@ -32,7 +32,7 @@ def hear(site: Site, generation: Generation, message: Any, fd: int | None, *, se
         case ww.Sampled():
             rings.sampled(message)
         case ww.Health():
-            take_health(generation, message)
+            take_health(generation, message, site.clock.boot_s())
             if serves:
                 site.on_health(generation)
         case ww.Conn() if fd is not None:

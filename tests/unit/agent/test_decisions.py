@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from skerry_agent.core import admission as a
-from skerry_agent.core import backoff, culprits, lifecycle, liveness, trial
+from skerry_agent.core import backoff, culprits, lifecycle, liveness, recent, trial
 from skerry_agent.core import plan as p
 from skerry_contract import group, ids
 from skerry_contract import manifest as m
@@ -261,6 +261,40 @@ counts = st.builds(
     ok=st.integers(0, 5000), invalid=st.integers(0, 500), failed=st.integers(0, 500), shed=st.integers(0, 10),
     p95_ms=st.none() | st.floats(0.01, 1000),
 )  # fmt: skip
+
+
+def test_what_little_was_seen_of_the_old_generation_is_no_excuse_for_the_new_one() -> None:
+    # One request, answered: as if of thirty none had failed.
+    assert trial.judge_trial(RULES, trial.Counts(ok=70, failed=20), trial.Counts(ok=1), 5).code == "trial_errors"
+    assert trial.judge_trial(RULES, trial.Counts(ok=70, failed=20), trial.Counts(ok=29), 5).code == "trial_errors"
+    # A past as bad as this says that it is not the bundle.
+    assert trial.judge_trial(RULES, trial.Counts(ok=70, failed=20), trial.Counts(ok=15, failed=5), 5).answer == "wait"
+
+
+def test_the_old_generation_is_known_by_what_it_did_of_late() -> None:
+    bounds, old = (1.0, 10.0, 100.0), recent.Recent()
+    # An hour of failures and of answers in 50 ms, then an hour in order and fast.
+    for minute in range(120):
+        bad = min(minute, 60)
+        fast = max(0, minute - 60)
+        counts = trial.Counts(
+            ok=100 * minute, failed=100 * bad, p95_ms=50.0, latency=(100 * fast, 100 * fast, 100 * minute)
+        )
+        old.hear(60.0 * minute, counts)
+    of_late = old.of_late(60.0 * 119, counts, bounds)
+    assert (of_late.ok, of_late.failed, of_late.p95_ms) == (1000, 0, 1.0)
+    assert trial.judge_trial(RULES, trial.Counts(ok=80, failed=20), of_late, 5).code == "trial_errors"
+    assert trial.judge_trial(RULES, trial.Counts(ok=80, failed=20), counts, 5).answer == "keep"
+    assert trial.judge_trial(RULES, trial.Counts(ok=100, p95_ms=15.0), of_late, 5).code == "trial_slow"
+
+
+def test_a_young_generation_is_known_by_its_whole_life() -> None:
+    old, counts = recent.Recent(), trial.Counts(ok=50, failed=1, p95_ms=2.0, latency=(50,))
+    old.hear(0.0, trial.Counts())
+    old.hear(20.0, counts)
+    assert old.of_late(21.0, counts, (5.0,)) == counts
+    # Nothing of late is no evidence, and not the counts of long ago.
+    assert old.of_late(10_000.0, counts, (5.0,)).ok == 0
 
 
 def test_a_good_trial_waits_for_traffic_and_is_kept() -> None:
