@@ -41,6 +41,7 @@ from skerry_agent.link import Rang
 from skerry_agent.logring import LogRing
 from skerry_agent.logs import kv
 from skerry_agent.notify import Notify
+from skerry_agent.obeying import Obeying
 from skerry_agent.operating import Operating
 from skerry_agent.orders import Orders
 from skerry_agent.pulse import Pulse
@@ -125,8 +126,8 @@ class Supervisor:
         )  # fmt: skip
         self._syncing = Syncing(
             config, self._store, self._slots, self._clock, self._errands, self._uplink, self._orders, self._asked_logs,
-            errand_input=self._errand_input, on_document=self._apply_settings, on_synced=self._follow_plan,
-            on_fault=self._fault, draw=self._draw,
+            errand_input=self._errand_input, on_document=self._apply_settings, on_orders=self._ordered,
+            on_synced=self._follow_plan, on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
         self._chronicle = Chronicle(self._store, self._slots, self._runtimes, on_event=self._uplink.event)
         self._notify = Notify(environment)
@@ -159,6 +160,7 @@ class Supervisor:
             on_progress=self._uplink.report_if_online, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
+        self._obeying = Obeying(self._store, self._updating, on_event=self._uplink.event)
         self._diversity = Diversity(
             self._clock, most=lambda: self._config.access.distinct_most, on_event=self._uplink.event
         )
@@ -350,6 +352,9 @@ class Supervisor:
     def sync(self) -> None:
         """Asks for a sync soon."""
         self._syncing.ask()
+
+    def _ordered(self, orders: object) -> None:
+        self._obeying.told(orders)
 
     def _rang(self, bell: Rang) -> None:
         self._syncing.rang(bell)

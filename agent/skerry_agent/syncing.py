@@ -41,6 +41,7 @@ class Syncing:
     Args:
         errand_input: fields that every courier gets.
         on_document: a group document was taken.
+        on_orders: what the server orders this device, as it came.
         on_synced: a sync went through: look what follows.
         on_fault: the store cannot be used any more.
         draw: uniform in [0, 1).
@@ -59,6 +60,7 @@ class Syncing:
         *,
         errand_input: Callable[[], dict[str, Any]],
         on_document: Callable[[], None],
+        on_orders: Callable[[object], None],
         on_synced: Callable[[], None],
         on_fault: Callable[[Degraded], None],
         draw: Callable[[], float],
@@ -73,6 +75,7 @@ class Syncing:
         self._asked_logs = asked_logs
         self._errand_input = errand_input
         self._on_document = on_document
+        self._on_orders = on_orders
         self._on_synced = on_synced
         self._on_fault = on_fault
         self._draw = draw
@@ -250,6 +253,7 @@ class Syncing:
         if not isinstance(found, dict) or not found.get("group"):
             return
         self._asked_logs.asked(found.get("logs"))
+        self._on_orders(found.get("orders"))
         name = ids.group_name(found["group"])
         if name != self._orders.group:
             self._orders.move(name)

@@ -14,7 +14,7 @@ from skerry_contract import ids
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, func, select
 
-from skerry_server import audit, devices, groups, looks, presence, rollouts
+from skerry_server import audit, device_orders, devices, groups, looks, presence, rollouts
 from skerry_server.core import cuts, eligibility
 from skerry_server.core import plan as p
 from skerry_server.core import rollout as moves
@@ -66,6 +66,7 @@ def explain(conn: Connection, device: str, *, roles: Mapping[str, int], now_ms: 
     return {
         "device": device,
         "at_ms": now_ms,
+        "orders": device_orders.listed(conn, device),
         "group": row["group"],
         "stratum": row["stratum"],
         "status": row["status"],
@@ -123,7 +124,7 @@ def _model(
             pinned_by=_by(pin, now_ms),
         ),
     )
-    about = [event for event in events if (event["data"] or {}).get("model") == name]
+    about = about_it(events, name)
     ids_of = [one["id"] for one in pin]
     if course is not None:
         ids_of += [one["id"] for one in _audited(conn, f"rollout:{course.id}")]
@@ -135,6 +136,8 @@ def _model(
         "because": told.because,
         "assignment": told.assignment,
         "waits_for": told.waits_for,
+        "do": told.do,
+        "since_ms": _since_ms(told.state, row, about_it(events, name), update, running, failure),
         "assigned": None if assigned is None else _assigned(conn, assigned, row["id"]),
         "running": running or None,
         "update": {
@@ -148,6 +151,36 @@ def _model(
             "decisions": [] if course is None else _decisions(conn, course.id),
         },
     }
+
+
+def about_it(events: Sequence[Mapping[str, Any]], model: str) -> list[Mapping[str, Any]]:
+    """Those of one model."""
+    return [event for event in events if (event["data"] or {}).get("model") == model]
+
+
+def _since_ms(
+    state: core.State,
+    row: Mapping[str, Any],
+    events: Sequence[Mapping[str, Any]],
+    update: Mapping[str, Any],
+    running: Mapping[str, Any],
+    failure: core.Failure | None,
+) -> int | None:
+    """When the server first heard that it is so; None where nobody said. ``events``: of the model, newest first."""
+    if state == "offline":
+        ms = row["gone_ms"] or row["seen_ms"]
+        return None if ms is None else int(ms)
+    if state in ("refused", "reverted", "retrying", "unfit"):
+        return None if failure is None else failure.at_ms
+    wanted = (update.get("digest"), update.get("state"))
+    if state in ("as_assigned", "waiting_for_stage", "on_trial"):
+        wanted = (running.get("digest"), running.get("state"))
+    elif state != "updating":
+        return None
+    for event in events:
+        if (event["data"].get("digest"), event["data"].get("state")) == wanted:
+            return int(event["received_ms"])
+    return None
 
 
 def _assigned(conn: Connection, assigned: g.Assignment, device: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ LAYERS = {
         ("cli __main__", True),
         ("supervisor doctor", False),
         (
-            "applications appclient lending chronicle operating pulse exposition probe reloading serving following orders syncing updating fetching turnover failures restoring shadowing runtimes reporting uplink upload facts hold readings at_rest throttle wear accelerators unstarted diversity asked_logs progress standby",
+            "applications appclient lending chronicle operating pulse exposition probe reloading serving following orders syncing updating fetching turnover failures restoring shadowing runtimes reporting uplink upload facts hold readings at_rest throttle wear accelerators unstarted diversity asked_logs progress standby obeying",
             True,
         ),
         ("link store slots workers leftovers errand control notify local_socket", False),
@@ -58,7 +58,7 @@ LAYERS = {
         (
             (
                 "anchors publication judging looks recomputing rollouts devices groups registry intake presence quarantine evidence ledger access "
-                "versions profiles attributions rollups reports shadowing requested_logs online_keys deltas"
+                "versions profiles attributions rollups reports shadowing requested_logs online_keys deltas device_orders"
             ),
             True,
         ),

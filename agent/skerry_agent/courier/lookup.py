@@ -150,6 +150,7 @@ def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, A
             "version": int(answer.get("version", 0)),
             # Of an older server: nothing.
             "logs": int(answer.get("logs") or 0),
+            "orders": {str(kind): int(number) for kind, number in dict(answer.get("orders") or {}).items()},
         }
     except AgentError as error:
         return None, {"kind": type(error).__name__.lower(), "code": error.code, "detail": error.detail}

@@ -77,19 +77,30 @@ def why(context: typer.Context, device: Device, as_json: AsJson = False) -> None
     output.say(f"{device} in group {found['group']}: {status}{where}, {heard}")
     for one in found["models"]:
         output.say("")
-        output.say(f"{one['model']}: {one['state'].replace('_', ' ')}")
+        since = f", since {output.when(one['since_ms'])}" if one.get("since_ms") else ""
+        output.say(f"{one['model']}: {one['state'].replace('_', ' ')}{since}")
         for name, text in (
             ("should run", one["assignment"]),
             ("runs", _runs(one["running"])),
             ("because", one["because"]),
             ("waits for", one["waits_for"] or "nothing"),
+            ("to do", one.get("do") or "nothing"),
             ("evidence", _evidence(one["evidence"])),
         ):
             output.say(f"  {name + ':':<12}{text}")
     if not found["models"]:
         output.say(f"Group {found['group']} runs no model, and the device reported none.")
     output.say("")
+    for order in found.get("orders", ()):
+        output.say(_order_words(order, found["at_ms"]))
     output.say(f"how far behind: {_behind(found['behind'])}")
+
+
+def _order_words(order: dict[str, Any], now_ms: int) -> str:
+    told = f"ordered to {order['kind']} by {order['actor']} {output.when(order['at_ms'])} ({order['reason']}): "
+    if order["obeyed_ms"] is not None:
+        return told + f"obeyed {output.when(order['obeyed_ms'])}" + (f", {order['code']}" if order["code"] else "")
+    return told + ("not taken within its life" if order["expires_ms"] <= now_ms else "not obeyed yet")
 
 
 def _runs(running: dict[str, Any] | None) -> str:
@@ -200,6 +211,32 @@ def unpin(context: typer.Context, device: Device, model: Annotated[str, typer.Ar
     """Lets the device run what its group runs."""
     session(context).api.delete(f"/api/v1/devices/{quote(device)}/pins/{quote(model)}")
     output.say(f"{device} follows its group in {model}.")
+
+
+Reason = Annotated[str, typer.Option("--reason", help="Why, for the record.")]
+
+
+@app.command()
+def retry(context: typer.Context, device: Device, reason: Reason, as_json: AsJson = False) -> None:
+    """Lets a device try again what it gave up: it forgets what it holds against bundles that failed."""
+    _order(context, device, "retry", reason, as_json, "forgets what it holds against bundles and tries them again")
+
+
+@app.command()
+def cancel(context: typer.Context, device: Device, reason: Reason, as_json: AsJson = False) -> None:
+    """Ends the update under way on a device; it does not try that bundle again before `skerry device retry`."""
+    _order(context, device, "cancel", reason, as_json, "ends its update and goes back to what it confirmed")
+
+
+def _order(context: typer.Context, device: str, kind: str, reason: str, as_json: bool, words: str) -> None:
+    found = session(context).api.post(f"/api/v1/devices/{quote(device)}/{kind}", {"reason": reason})
+    if as_json:
+        output.show_json(found)
+        return
+    output.say(
+        f"Order {found['number']}: {device} {words} when it asks next, until {output.when(found['expires_ms'])}."
+    )
+    output.say(f"skerry device why {device} says when it was obeyed.")
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from skerry_server import devices, requested_logs
+from skerry_server import device_orders, devices, requested_logs
 from skerry_server.api.context import Ctx, RawBody, SignedByDevice
 from skerry_server.db.engine import reading, writing
 
@@ -67,16 +67,18 @@ def nonce(context: Ctx) -> dict[str, Any]:
 
 @router.get("/self", summary="The device's own group and tags, and whether its log is asked for")
 def own(context: Ctx, device: SignedByDevice) -> dict[str, Any]:
-    """`logs` is the number of the request that waits for `POST /device/v1/logs/{number}`; null for none."""
+    """`logs` is the number of the request that waits for `POST /device/v1/logs/{number}`; null for none. `orders`: number by kind."""
     with reading(context.engine) as conn:
         row = devices.require(conn, device)
         logs = requested_logs.waiting(conn, device, context.now_ms())
+        orders = device_orders.standing(conn, device, context.now_ms())
     return {
         "device_id": device,
         "group": row["group"],
         "tags": row["tags"],
         "version": row["membership_version"],
         "logs": logs,
+        "orders": orders,
     }
 
 

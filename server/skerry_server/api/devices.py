@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
-from skerry_server import devices, why
+from skerry_server import device_orders, devices, why
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, cursor, page, read_cursor
 from skerry_server.db import queries
 from skerry_server.db import tables as t
@@ -47,6 +47,13 @@ class Membership(BaseModel):
     group: str | None = None
     tags: dict[str, str] | None = None
     version: Version = None
+
+
+class Order(BaseModel):
+    """Why a device is ordered something."""
+
+    model_config = ConfigDict(extra="forbid")
+    reason: Annotated[str, Field(min_length=1, max_length=2000)]
 
 
 class Revocation(BaseModel):
@@ -180,3 +187,24 @@ def revoke(context: Ctx, caller: Operator, device: str, wish: Revocation) -> dic
     context.refresh_broker_users()
     context.wake()
     return {"device": device, "status": "revoked"}
+
+
+@router.post("/devices/{device}/retry", summary="Let a device try again what it gave up", status_code=202)
+def retry(context: Ctx, caller: Operator, device: str, wish: Order) -> dict[str, Any]:
+    """It forgets what it holds against bundles that failed, as `skerry-agent sync --pardon` does; within a week, when it asks next."""
+    return _order(context, caller.actor, device, "retry", wish)
+
+
+@router.post("/devices/{device}/cancel", summary="End the update that is under way on a device", status_code=202)
+def cancel(context: Ctx, caller: Operator, device: str, wish: Order) -> dict[str, Any]:
+    """It goes back to what it confirmed, and does not try the bundle again before a retry is ordered."""
+    return _order(context, caller.actor, device, "cancel", wish)
+
+
+def _order(context: Ctx, actor: str, device: str, kind: device_orders.Kind, wish: Order) -> dict[str, Any]:
+    with writing(context.engine) as conn:
+        given = device_orders.give(
+            conn, device=device, kind=kind, reason=wish.reason, actor=actor, now_ms=context.now_ms()
+        )
+    context.wake()
+    return {"device": device, **given}

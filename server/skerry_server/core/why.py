@@ -169,6 +169,7 @@ class Device:
         lacks: what the group document requires and the agent does not understand.
         revoked: by whom and why, empty while it is enrolled.
         since: since when it is offline, in words; runtimes: as it reported them, in words.
+        lacks_certificate: what it needs of a person, since its certificate ended too long ago; empty while it comes back by itself.
     """
 
     id: str
@@ -181,16 +182,21 @@ class Device:
     revoked: str
     runtimes: str
     settings: g.Settings
+    lacks_certificate: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """``because``: why it is so; ``assignment``: why it should run what it should; ``waits_for``: what comes next, empty for nothing."""
+    """``because``: why it is so; ``assignment``: why it should run what it should; ``waits_for``: what comes next, empty for nothing.
+
+    ``do``: what a person can do about it, empty for nothing.
+    """
 
     state: State
     because: str
     assignment: str
     waits_for: str
+    do: str = ""
 
 
 def explain(device: Device, model: Model) -> Answer:
@@ -198,7 +204,8 @@ def explain(device: Device, model: Model) -> Answer:
     assignment = _assignment(device, model)
 
     def answer(state: State, because: str, waits_for: str = "") -> Answer:
-        return Answer(state=state, because=because, assignment=assignment, waits_for=waits_for)
+        do = _do(state, device, model)
+        return Answer(state=state, because=because, assignment=assignment, waits_for=waits_for, do=do)
 
     if device.revoked:
         return answer(
@@ -244,6 +251,8 @@ def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Call
     if device.lacks:
         because = f"agent_too_old: {MEANINGS['agent_too_old']} ({', '.join(device.lacks)}); {runs}"
         return answer("unfit", because, "a newer agent on the device")
+    if failure is not None and failure.code == "cancelled":
+        return answer("refused", f"its update was ended: {_said(failure)}; {runs}", _after(failure))
     if failure is not None and failure.code in eligibility.UNABLE:
         return answer("unfit", f"{_said(failure)}; {runs}", _unfit(model))
     if failure is not None and failure.code not in eligibility.ELSEWHERE:
@@ -323,7 +332,39 @@ def _said(failure: Failure) -> str:
 def _after(failure: Failure) -> str:
     if failure.code in ("not_in_catalog", "below_floor"):
         return "another bundle, or a catalog that lists this one and a floor that admits it; it looks again by itself"
-    return "another bundle; it tries this one again a few times at most, then not before `skerry-agent sync --pardon` on the device"
+    if failure.code == "cancelled":
+        return "another bundle, or a person's word that it may try this one again"
+    return "another bundle; it tries this one again a few times at most, then not before a person says so"
+
+
+def _do(state: State, device: Device, model: Model) -> str:
+    """The command, or the step outside, that a person has; empty where there is nothing to do."""
+    end = f"nothing; `skerry device cancel {device.id}` ends it"
+    again = f"`skerry device retry {device.id}` lets it try again, or `skerry-agent sync --pardon` on the device"
+    course, code = model.course, model.failure.code if model.failure is not None else ""
+    if state == "waiting_for_stage" and course is not None and course.state == "paused":
+        return f"`skerry rollout resume {course.id}`, or abort it"
+    if state == "retrying":
+        return _outside(code) or end
+    if state == "unfit":
+        return "install a newer agent on the device" if code == "agent_too_old" or device.lacks else again
+    return {
+        "on_trial": end,
+        "updating": end,
+        "refused": f"{again}; if the bundle is wrong, publish another version",
+        "reverted": f"{again}; if the bundle is wrong, publish another version",
+        "due": f"nothing; if it stays so, `skerry device logs {device.id}` says why",
+        "stopped": f"`skerry device logs {device.id}` says why; another version, or a rollback, if it does not come back",
+        "offline": device.lacks_certificate or "bring it back to its network and power; it needs nothing else",
+        "revoked": "enrol it under another id",
+    }.get(state, "")
+
+
+def _outside(code: str) -> str:
+    """What keeps every device from its repository, and who can change it."""
+    if code == "expired":
+        return "publish metadata anew: `skerry server status` says which role has ended"
+    return "let the device reach its repository" if code in ("unreachable", "timeout") else ""
 
 
 def _unfit(model: Model) -> str:

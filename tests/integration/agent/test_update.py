@@ -421,3 +421,33 @@ def test_what_waits_for_its_next_try_can_be_cancelled_too(make_device: object, s
     assert device.status()["running"] == {}
     device.sync(pardon=True)
     device.wait_running("1.0.0", "trial")
+
+
+def order(device: Device, **orders: int) -> None:
+    """The server orders it; the device looks."""
+    device.world["membership"] = {"group": "g", "tags": {}, "version": 1, "orders": orders}
+    device.save()
+    device.synced()
+
+
+def test_an_operators_orders_are_obeyed_once_over_restarts(serving: Device, server: Server) -> None:
+    offer(serving, "1.1.0", seed=1)
+    serving.wait_running("1.1.0", "trial")
+    order(serving, cancel=7)
+    assert serving.wait_update("idle", "cancelled")["detail"] == "cancelled by an operator"
+    serving.wait_running("1.0.0", "confirmed")
+    serving.kill()
+    serving.start()
+    serving.wait_running("1.0.0", "confirmed")
+    # The next order comes with the old one, which is not obeyed again.
+    order(serving, cancel=7, retry=9, later_kind=3)
+    serving.wait_running("1.1.0", "trial")
+    order(serving, cancel=7, retry=9)
+    serving.infer(20)
+    serving.wait_running("1.1.0", "confirmed")
+    wait_for(lambda: len(server.events("order")) == 2, why="the events")
+    told = [(event.data["kind"], event.data["number"], event.code) for event in server.events("order")]
+    assert told == [("cancel", 7, ""), ("retry", 9, "")]
+    order(serving, cancel=11)
+    wait_for(lambda: server.events("order")[-1].code == "nothing_to_cancel", why="that there is nothing to end")
+    assert serving.running() == ("1.1.0", "confirmed")

@@ -37,6 +37,8 @@ COMMANDS: list[tuple[str, str, object, set[str]]] = [
     ("DELETE", "/api/v1/devices/nobody/pins/gas", None, {"operator", "admin"}),
     ("PUT", "/api/v1/devices/nobody/membership", {}, {"operator", "admin"}),
     ("POST", "/api/v1/devices/nobody/revoke", {"reason": "x"}, {"operator", "admin"}),
+    ("POST", "/api/v1/devices/nobody/retry", {"reason": "x"}, {"operator", "admin"}),
+    ("POST", "/api/v1/devices/nobody/cancel", {"reason": "x"}, {"operator", "admin"}),
     ("POST", "/api/v1/devices/nobody/logs", None, {"operator", "admin"}),
     ("GET", "/api/v1/devices/nobody/logs", None, {"operator", "admin"}),
     ("GET", "/api/v1/devices/nobody/logs/1", None, {"operator", "admin"}),

@@ -161,13 +161,42 @@ def test_a_refusal_is_told_with_its_code_and_until_the_bundle_is_confirmed(bench
     )
     assert (found["failure"]["code"], found["failure"]["failed_in"]) == ("hash_mismatch", "verify")
     assert found["failure"]["event"] in found["evidence"]["events"]
-    assert "skerry-agent sync --pardon" in found["waits_for"]
+    assert f"skerry device retry {device.id}" in found["do"]
+    assert found["since_ms"] == found["failure"]["received_ms"]
     # A new try does not make the old refusal untold; its success does.
     bench.update(device, "2.0.0", "fetch")
     assert bench.until(device, "refused")
     bench.runs(device, "2.0.0")
     bench.update(device, "2.0.0", "confirmed")
     assert bench.until(device, "as_assigned", lambda one: one["failure"] is None)
+
+
+def test_an_update_that_a_person_ended_waits_for_a_persons_word(server: ServerRig, bench: Bench) -> None:
+    device = bench.group("a", stable="2.0.0")["a"]
+    bench.runs(device, "1.0.0")
+    assert bench.why(device)["orders"] == []
+    path = f"/api/v1/devices/{device.id}"
+    given = server.good("POST", f"{path}/cancel", {"reason": "wrong machine"})
+    assert device.ask("GET", "/device/v1/self").json()["orders"] == {"cancel": given["number"]}
+    bench.update(device, "2.0.0", "idle", "cancelled", detail="cancelled by an operator", failed_in="fetch")
+    told = wire.Event(
+        at=w.Instant("b" * 32, 1, 1, True), name="order", data={"kind": "cancel", "number": given["number"]}
+    )
+    device.send(("event", wire.encode(told)))
+    found = bench.until(device, "refused")
+    assert "a person ended the update" in found["because"] and "skerry device retry" in found["do"]
+    server.wait("the word", lambda: bench.why(device)["orders"][0]["obeyed_ms"])
+    # Each order is one of its own, and the newest of a kind is the one to obey.
+    first = server.good("POST", f"{path}/retry", {"reason": "mended"})["number"]
+    second = server.good("POST", f"{path}/retry", {"reason": "mended again"})["number"]
+    assert given["number"] < first < second
+    assert device.ask("GET", "/device/v1/self").json()["orders"] == {"cancel": given["number"], "retry": second}
+    orders = {one["kind"]: one for one in bench.why(device)["orders"]}
+    assert (orders["retry"]["reason"], orders["retry"]["obeyed_ms"]) == ("mended again", None)
+    row = audit(server)[second]
+    assert (row["action"], row["actor"], row["reason"]) == ("device.retry", "token:admin", "mended again")
+    assert server.ask("POST", f"{path}/retry", {"reason": ""}).status == 422
+    assert server.ask("POST", "/api/v1/devices/nobody/cancel", {"reason": "x"}).status == 404
 
 
 def test_a_device_that_went_back_says_why(bench: Bench) -> None:

@@ -1,0 +1,62 @@
+"""Orders of an operator to this one device, read in ``/self``: each number is obeyed once, over restarts too.
+
+They come over the fleet's TLS in answer to a request that this device signed; a bell only makes it look. What an order can do is what a
+person at the device can do with ``skerry-agent sync --pardon`` and ``skerry-agent cancel``: no order chooses what runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from skerry_agent.errors import Rejected
+from skerry_agent.logs import kv
+from skerry_agent.store import Store
+from skerry_agent.updating import Updating
+
+log = logging.getLogger(__name__)
+
+
+class Obeying:
+    """See the module. ``on_event``: something to tell the server: name, code, data."""
+
+    def __init__(
+        self, store: Store, updating: Updating, *, on_event: Callable[[str, str, dict[str, Any]], None]
+    ) -> None:
+        self._store = store
+        self._updating = updating
+        self._on_event = on_event
+
+    def told(self, orders: object) -> None:
+        """The newest order of each kind, kind -> number; what is no order of these is ignored, as of a later server."""
+        if not isinstance(orders, dict):
+            return
+        known = {
+            kind: number for kind, number in orders.items() if kind in _ACTS and type(number) is int and number > 0
+        }
+        obeyed = dict(self._store.get("obeyed", {}))
+        for kind, number in sorted(known.items(), key=lambda item: item[1]):
+            if obeyed.get(kind) == number:
+                continue
+            obeyed[kind] = number
+            # Noted first: a power cut in between loses an order, which a person can repeat, and never obeys one twice.
+            self._store.put("obeyed", obeyed)
+            code, done = _ACTS[kind](self._updating)
+            log.info("order obeyed", extra=kv(kind=kind, number=number, code=code, **done))
+            self._on_event("order", code, {"kind": kind, "number": number, **done})
+
+
+def _retry(updating: Updating) -> tuple[str, dict[str, Any]]:
+    return "", {"pardoned": updating.failures.pardon()}
+
+
+def _cancel(updating: Updating) -> tuple[str, dict[str, Any]]:
+    try:
+        update = updating.cancel("an operator")
+    except Rejected as error:
+        return error.code, {}
+    return "", {"model": update.model, "digest": update.digest, "version": update.version}
+
+
+_ACTS: dict[str, Callable[[Updating], tuple[str, dict[str, Any]]]] = {"retry": _retry, "cancel": _cancel}
