@@ -81,8 +81,11 @@ $(VENV)/.ready-demo: constraints.txt $(MEMBERS) | $(VENV)/bin/python
 	    -e contract -e 'runtime[litert,onnx]' -e 'agent[litert,onnx,uvloop]' -e server -e 'cli[demo]'
 	@touch $@
 
+# What model-signing pulls in two steps down and nothing here asks for goes again: paho and FastAPI import both wherever they lie, and no
+# device and no server that a user installs has them.
 $(VENV)/.ready-dev: $(VENV)/.ready-demo tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/requirements.txt
+	$(BIN)/python -m pip uninstall --quiet --yes email-validator dnspython
 	@touch $@
 
 $(VENV)/.ready-deb: constraints.txt | $(VENV)/bin/python
