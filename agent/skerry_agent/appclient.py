@@ -241,7 +241,7 @@ class Client:
     def _offer(self, model: str) -> None:
         house = self._house
         slot = house.slots.pointers(model).confirmed
-        if slot is None or not house.slots.whole(slot.digest, slot.variant):
+        if slot is None or not house.slots.may_serve(model, slot):
             self._say_nothing(model, slot)
             return
         held = house.grants.get(self.rings.get(model, ""))
@@ -266,7 +266,12 @@ class Client:
 
     def _say_nothing(self, model: str, slot: Slot | None) -> None:
         known = self._house.slots.models()
-        if slot is not None:
+        if slot is not None and self._house.slots.forbidden(model, slot.version):
+            code, detail = (
+                "below_forced_floor",
+                f"{model} {slot.version} must not serve any more: a forced floor is above it",
+            )
+        elif slot is not None:
             code, detail = "model_damaged", f"{model} {slot.version} is not whole on disk"
         elif model in known:
             code, detail = "not_confirmed", f"{model} is on trial here; no version of it is confirmed yet"

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +65,7 @@ class Slots:
 
     Attributes:
         kept: digests that no pointer names and that stay: bundles in shadow.
+        forbidden: whether a version of a model must not serve any more; asked with both names.
     """
 
     def __init__(self, root: Path) -> None:
@@ -74,6 +75,7 @@ class Slots:
         self.staging.mkdir(exist_ok=True, mode=0o700)
         self.damage = ""
         self.kept: set[str] = set()
+        self.forbidden: Callable[[str, str], bool] = lambda _model, _version: False
         self._models = self._read()
 
     # --- pointers ----------------------------------------------------------------------------------------------------
@@ -111,7 +113,11 @@ class Slots:
         """What should answer requests now, when it is whole on disk."""
         now = self.pointers(model)
         slot = now.active or now.confirmed
-        return slot if slot is not None and self.whole(slot.digest, slot.variant) else None
+        return slot if slot is not None and self.may_serve(model, slot) else None
+
+    def may_serve(self, model: str, slot: Slot) -> bool:
+        """Whether it is whole on disk, and no forced floor stands above it."""
+        return not self.forbidden(model, slot.version) and self.whole(slot.digest, slot.variant)
 
     def activate(self, model: str, slot: Slot) -> None:
         """``slot`` answers requests now; what is confirmed stays."""
@@ -153,7 +159,7 @@ class Slots:
         """What a boot starts of a model: confirmed, else previous, whichever is whole and not in ``unless`` (digests)."""
         pointers = self.pointers(model)
         for slot in (pointers.confirmed, pointers.previous):
-            if slot is not None and slot.digest not in unless and self.whole(slot.digest, slot.variant):
+            if slot is not None and slot.digest not in unless and self.may_serve(model, slot):
                 return slot
         return None
 
@@ -168,7 +174,7 @@ class Slots:
         for model in self.models():
             pointers = self.pointers(model)
             for slot in (pointers.confirmed, pointers.previous):
-                if slot is None:
+                if slot is None or self.forbidden(model, slot.version):
                     continue
                 if self.whole(slot.digest, slot.variant):
                     found[model] = slot

@@ -35,6 +35,7 @@ from skerry_agent.diversity import Diversity
 from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, BadConfig, Degraded
 from skerry_agent.following import Following
+from skerry_agent.forcing import Forcing
 from skerry_agent.identity import identity
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Rang
@@ -178,6 +179,7 @@ class Supervisor:
             self._updating, self._shadowing, stratum=self._stratum,
             ready=lambda: self._booted and not self._stop.is_set(), on_event=self._uplink.event, ask_sync=self.sync,
         )  # fmt: skip
+        self._forcing = Forcing(self._store, self._slots, self._serving, self._updating, self._clock)
         self._pulse = Pulse(
             self._notify, self._clock, self._address, should_answer=self._should_answer,
             store_failed=lambda: self._ended is not None, unserved_s=lambda: self._config.timing.unserved_s,
@@ -293,6 +295,7 @@ class Supervisor:
             await asyncio.sleep(_TICK_S)
             self._serving.tick()
             self._updating.tick()
+            self._forcing.tick()
             self._shadowing.tick()
             self._throttle.tick()
             if self._applications is not None:
@@ -360,6 +363,8 @@ class Supervisor:
         self._syncing.rang(bell)
 
     def _follow_plan(self) -> None:
+        self._forcing.recall()
+        self._forcing.tick()
         self._following.look()
 
     def _rested(self) -> None:

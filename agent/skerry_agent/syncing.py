@@ -195,6 +195,7 @@ class Syncing:
             self._take_lower_bound(float(answer.get("signed_at") or 0.0), tuple(answer.get("online_keys") or ()))
             self._store.put("tuf", answer.get("tuf") or {})
             self._store.put("floors", _higher(self._store.get("floors", {}), answer.get("floors") or {}))
+            self._store.put("forced", _higher(self._store.get("forced", {}), answer.get("forced") or {}))
         self._membership(answer.get("membership"), answer.get("self_error"))
         text = str(answer.get("group_document") or "")
         if text:

@@ -86,6 +86,8 @@ class Turnover:
         for model in self._slots.models():
             confirmed = self._slots.pointers(model).confirmed
             if model != self._update().model and running:
+                if self._is_forbidden(model, running.get(model)):
+                    continue
                 if model in running and (self._serving.answering(model) or not self._lost(running[model])):
                     found[model] = running[model]
                 continue
@@ -95,7 +97,12 @@ class Turnover:
             elif confirmed is not None and model in running and running[model].digest == confirmed.digest:
                 # Damaged on disk, and still answering.
                 found[model] = running[model]
+            if self._is_forbidden(model, found.get(model)):
+                del found[model]
         return found
+
+    def _is_forbidden(self, model: str, slot: Slot | None) -> bool:
+        return slot is not None and self._slots.forbidden(model, slot.version)
 
     async def prove(self) -> e.Event:
         """Starts a worker with what is to serve, and has it prove itself.
@@ -181,7 +188,11 @@ class Turnover:
         if not ordered or pointers.confirmed is None or pointers.confirmed.digest != update.digest:
             return None
         back = pointers.previous
-        return None if back is None else (update.model, msgspec.structs.replace(back, arm="none", rollout="", stage=0))
+        return (
+            None
+            if back is None or self._is_forbidden(update.model, back)
+            else (update.model, msgspec.structs.replace(back, arm="none", rollout="", stage=0))
+        )
 
     def went_back(self, model: str, wanted: Slot, came_up: Slot | None) -> None:
         """The end of a way back: the pointer file follows what proved itself, or the bundle that had to go is taken up again."""

@@ -382,7 +382,7 @@ class Updating:
             or confirmed.digest != slot.digest
         ):
             return False
-        if not self._slots.whole(back.digest, back.variant):
+        if not self._slots.may_serve(model, back):
             return False
         self._forget(slot.digest)
         looped = e.CrashLooped(
@@ -460,7 +460,7 @@ class Updating:
         else:
             back = pointers.previous
         going = pointers.active or pointers.confirmed
-        if back is None or going is None or not self._slots.whole(back.digest, back.variant):
+        if back is None or going is None or not self._slots.may_serve(model, back):
             raise Rejected("no_previous", f"there is no bundle of {model} to go back to")
         self.feed(e.RevertOrdered(model=model, digest=going.digest, version=going.version, variant=going.variant))
         return back

@@ -127,6 +127,17 @@ class CrashLooped(Event, frozen=True, kw_only=True):
     detail: str = ""
 
 
+class ForcedOut(Event, frozen=True, kw_only=True):
+    """What serves is below a forced floor and must not answer any more. The fields name it."""
+
+    model: str
+    digest: str
+    version: str
+    variant: str = ""
+    code: str
+    detail: str = ""
+
+
 class Reverted(Event, frozen=True, kw_only=True):
     """What ran before the update runs again, or nothing had to be changed."""
 
@@ -142,7 +153,7 @@ class Booted(Event, frozen=True, kw_only=True):
 
 EVENTS: tuple[type[Event], ...] = (
     Assigned, ManifestFetched, Admitted, FilesFetched, Verified, Staged, Proved, HandedOver, Rekeyed, TrialKept, TrialQuiet,
-    Failed, Deadline, Withdrawn, Cancelled, RevertOrdered, CrashLooped, Reverted, Booted,
+    Failed, Deadline, Withdrawn, Cancelled, RevertOrdered, CrashLooped, ForcedOut, Reverted, Booted,
 )  # fmt: skip
 
 

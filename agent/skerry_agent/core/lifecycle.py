@@ -163,6 +163,7 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         table[state, e.RevertOrdered] = Move(
             to="revert", effects=(penalise, record, Effect.RESTORE), code="reverted_by_operator"
         )
+        table[state, e.ForcedOut] = Move(to="revert", effects=(record, Effect.RESTORE))
         table[state, e.CrashLooped] = Move(to="revert", effects=(penalise, record, Effect.RESTORE), code="crash_loop")
     return table
 
@@ -205,7 +206,7 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
         case e.Assigned():
             begun = msgspec.structs.asdict(event) | {"moves": event.moves + 1}
             return Update(state=move.to, since=at, **begun), move.effects
-        case e.CrashLooped():
+        case e.CrashLooped() | e.ForcedOut():
             update = Update(failed_in=update.state, attempt=1, **msgspec.structs.asdict(event))
         case e.RevertOrdered() if update.state != "trial":
             ordered = msgspec.structs.asdict(event)

@@ -28,7 +28,7 @@ def sync(request: requests.Sync) -> dict[str, Any]:
 
     Returns:
         ``tuf`` {role: version}, ``signed_at`` with ``online_keys`` whose word it is, ``group``, ``group_document`` (canonical
-        JSON text, None when the group has none), ``floors``, ``catalog_error`` {code, detail} or None, ``membership`` (None
+        JSON text, None when the group has none), ``floors`` and ``forced``, ``catalog_error`` {code, detail} or None, ``membership`` (None
         when the server could not be asked, then ``self_error`` {kind, code, detail}), ``renew_at_s`` (when two thirds of the
         certificate's life are over, seconds since 1970; None when it cannot be read).
 
@@ -52,7 +52,7 @@ def sync(request: requests.Sync) -> dict[str, Any]:
             raise _named(error) from error
         if document is not None:
             _check_group(document, name)
-        found, catalog_error = _floors(fresh)
+        found, forced, catalog_error = _floors(fresh)
     return {
         "tuf": fresh.versions(),
         "signed_at": fresh.signed_at,
@@ -60,6 +60,7 @@ def sync(request: requests.Sync) -> dict[str, Any]:
         "group": name,
         "group_document": None if document is None else document.decode(),
         "floors": found,
+        "forced": forced,
         "catalog_error": catalog_error,
         "membership": membership,
         "self_error": self_error,
@@ -181,14 +182,14 @@ def _check_group(document: bytes, name: str) -> None:
         raise Rejected("malformed", f"group {name}: the document is of group {parsed.group}")
 
 
-def _floors(fresh: updater.DeviceUpdater) -> tuple[dict[str, str] | None, dict[str, str] | None]:
+def _floors(fresh: updater.DeviceUpdater) -> tuple[dict[str, str] | None, dict[str, str] | None, dict[str, str] | None]:
     try:
         data = fresh.document(layout.FLOORS_TARGET, floors.MAX_BYTES)
         if data is None:
-            return None, {"code": "not_in_catalog", "detail": f"the catalog does not list {layout.FLOORS_TARGET}"}
-        return floors.parse(data), None
+            return None, None, {"code": "not_in_catalog", "detail": f"the catalog does not list {layout.FLOORS_TARGET}"}
+        return floors.parse(data), floors.parse_forced(data), None
     except ContractError as error:
-        return None, {"code": error.code, "detail": str(error)}
+        return None, None, {"code": error.code, "detail": str(error)}
     except Exception as error:
         explained = safe_updater.explain(error)
         if explained is None or isinstance(explained, Degraded):
@@ -196,4 +197,4 @@ def _floors(fresh: updater.DeviceUpdater) -> tuple[dict[str, str] | None, dict[s
         # Not being reached is a failure of the errand: the next try may bring the floors.
         if isinstance(explained, Transient):
             raise explained from error
-        return None, {"code": explained.code, "detail": explained.detail}
+        return None, None, {"code": explained.code, "detail": explained.detail}

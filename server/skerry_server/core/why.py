@@ -49,6 +49,8 @@ MEANINGS: dict[str, str] = {
     "not_in_catalog": "no approver signed this bundle",
     "malformed_manifest": "the manifest breaks the contract",
     "below_floor": "the version is below the signed floor",
+    "below_forced_floor": "what served is below a floor that the approvers forced: it stopped. The bundle before it came back where "
+    "that may serve, else the model answers nothing until a permitted one is assigned",
     "no_variant": "no variant for this architecture and runtime",
     "agent_too_old": "group document or manifest requires what this agent lacks",
     "runtime_missing": (
@@ -330,7 +332,7 @@ def _said(failure: Failure) -> str:
 
 
 def _after(failure: Failure) -> str:
-    if failure.code in ("not_in_catalog", "below_floor"):
+    if failure.code in ("not_in_catalog", "below_floor", "below_forced_floor"):
         return "another bundle, or a catalog that lists this one and a floor that admits it; it looks again by itself"
     if failure.code == "cancelled":
         return "another bundle, or a person's word that it may try this one again"

@@ -27,6 +27,7 @@ def main() -> dict:
             "ok": {
                 "tuf": {"timestamp": world.get("version", 1)}, "signed_at": world.get("signed_at", 0),
                 "group": request["group"], "group_document": world.get("document"), "floors": world.get("floors"),
+                "forced": world.get("forced"),
                 "membership": world.get("membership"), "self_error": world.get("self_error"),
                 "renew_at_s": world.get("renew_at_s"),
             }

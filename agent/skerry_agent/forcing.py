@@ -1,0 +1,80 @@
+"""Forced floors: what must not answer any more stops, whoever still assigns it.
+
+The approvers sign them with the catalog; a device remembers the highest that it saw, so that neither a stolen server nor an
+expired catalog takes one back. What stands below one is no way back and no start any more (``Slots.forbidden``). What serves below
+one is given up here: an update of it ends, and of what rests the bundle before it comes back where that may serve, else the model
+answers nothing until the plan brings a permitted bundle.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from skerry_contract import floors
+
+from skerry_agent.clock import Clock
+from skerry_agent.core import effects as e
+from skerry_agent.logs import kv
+from skerry_agent.serving import Serving
+from skerry_agent.slots import Slots
+from skerry_agent.store import Store
+from skerry_agent.updating import Updating
+
+log = logging.getLogger(__name__)
+
+CODE = "below_forced_floor"
+_AGAIN_S = 5.0
+"""When what remains did not come up, it is tried again after so long."""
+
+
+class Forcing:
+    """See the module."""
+
+    def __init__(self, store: Store, slots: Slots, serving: Serving, updating: Updating, clock: Clock) -> None:
+        self._store = store
+        self._slots = slots
+        self._serving = serving
+        self._updating = updating
+        self._clock = clock
+        self._tried_s = float("-inf")
+        self._forced: dict[str, str] = {}
+        self.recall()
+        slots.forbidden = lambda model, version: not floors.allows(self._forced, model, version)
+
+    def recall(self) -> None:
+        """Goes by the stored floors from now on, and looks at once."""
+        self._forced = dict(self._store.get("forced", {}))
+        self._tried_s = float("-inf")
+
+    def tick(self) -> None:
+        """Gives up what serves below a forced floor."""
+        if not self._forced or self._clock.boot_s() - self._tried_s < _AGAIN_S:
+            return
+        serving = {**self._serving.trying(), **self._serving.models()}
+        below = [(model, slot) for model, slot in sorted(serving.items()) if self._slots.forbidden(model, slot.version)]
+        if not below:
+            return
+        update = self._updating.update
+        model, slot = below[0]
+        detail = f"{model} {slot.version} is below the forced floor {self._forced[model]}"
+        if update.state == "revert":
+            return
+        self._tried_s = self._clock.boot_s()
+        log.warning("bundle stops", extra=kv(model=model, version=slot.version, digest=slot.digest, code=CODE))
+        if update.resting:
+            self._updating.feed(
+                e.ForcedOut(
+                    model=model,
+                    digest=slot.digest,
+                    version=slot.version,
+                    variant=slot.variant,
+                    code=CODE,
+                    detail=detail,
+                )
+            )
+        elif update.model == model and update.digest == slot.digest:
+            self._updating.feed(e.Failed(code=CODE, detail=detail))
+        else:
+            # What must not answer does not wait for another update; that one is taken up again, with what it has fetched.
+            self._updating.feed(e.Withdrawn())
+            self._tried_s = float("-inf")
