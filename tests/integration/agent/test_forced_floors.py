@@ -90,5 +90,5 @@ def test_an_update_of_a_bundle_that_is_forbidden_meanwhile_ends(serving: Device,
     serving.wait_running("1.1.0", "trial")
     force(serving, "1.5.0")
     wait_for(lambda: serving.running() == ("", ""), why="neither the trial's bundle nor the one before it serves")
-    found = [e for e in server.events() if e.code == "below_forced_floor"]
-    assert found and found[0].data["failed_in"] == "trial"
+    found = wait_for(lambda: [e for e in server.events() if e.code == "below_forced_floor"], why="the event")
+    assert found[0].data["failed_in"] == "trial"
