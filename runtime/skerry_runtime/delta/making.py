@@ -34,13 +34,19 @@ from skerry_runtime.delta.elements import (
     planes,
     to_integers,
 )
-from skerry_runtime.delta.matching import Bytes, Index, Match
+from skerry_runtime.delta.matching import DIFFERS, Bytes, Match, Matches
 from skerry_runtime.delta.packing import pack, squeeze
 from skerry_runtime.delta.parts import Part, find
 from skerry_runtime.delta.summary import Segment, Summary
 
 _WORTH_A_STEP = 64
 """Bytes of elements from which a step of their own pays."""
+_OTHER_DIFFERS = (1, 100)
+"""What a difference costs in programs, whose addresses move, and in lists that only grow."""
+_SORTED_MOST = 1 << 26
+"""Bytes of base and target beyond which only tensors are matched: sorting all places takes some sixty times their memory."""
+_SMALL_MODEL = 1 << 19
+"""Bytes of base and target of a model up to which it is tried as bytes, too."""
 
 
 def make(base: Path, target: Path, patch: Path) -> Summary:
@@ -63,9 +69,8 @@ def make(base: Path, target: Path, patch: Path) -> Summary:
 def encode(old: bytes, new: bytes, parts: list[Part], old_parts: list[Part]) -> tuple[bytes, list[Segment]]:
     """The smallest of a patch that knows the tensors, one that knows only bytes, and one without the base."""
     digest = hashlib.sha256(old).digest()
-    index = Index(np.frombuffer(old, np.uint8))
     best: tuple[bytes, list[Segment]] | None = None
-    for plan in _plans(new, parts, old_parts, index):
+    for plan in _plans(np.frombuffer(old, np.uint8), np.frombuffer(new, np.uint8), parts, old_parts):
         data = container.write(digest, len(old), len(new), plan.streams())
         if best is None or len(data) < len(best[0]):
             best = data, plan.segments
@@ -73,50 +78,85 @@ def encode(old: bytes, new: bytes, parts: list[Part], old_parts: list[Part]) -> 
     return best
 
 
-def _plans(new: bytes, parts: list[Part], old_parts: list[Part], index: Index) -> Iterator[Plan]:
-    target = np.frombuffer(new, np.uint8)
+def _plans(base: Bytes, target: Bytes, parts: list[Part], old_parts: list[Part]) -> Iterator[Plan]:
+    if np.array_equal(base, target) and len(base):
+        same = Plan()
+        same.copy(0, len(base))
+        yield same
+        return
     if parts:
-        yield _by_tensors(target, parts, old_parts, index)
-    plan = Plan()
-    generic(plan, index, target, 0, len(target))
-    yield plan
-    if any(segment.method != Op.COPY.name.lower() for segment in plan.segments):
-        alone = Plan()
-        alone.literal(new)
-        yield alone
+        yield _by_tensors(base, target, parts, old_parts)
+    if len(base) + len(target) <= (_SORTED_MOST if not parts else _SMALL_MODEL):
+        matches = Matches(base, target, [(0, len(target))])
+        for differs in (DIFFERS, *_OTHER_DIFFERS):
+            plan = Plan()
+            generic(plan, matches, 0, len(target), differs)
+            yield plan
+    alone = Plan()
+    alone.literal(target.tobytes())
+    yield alone
 
 
-def _by_tensors(target: Bytes, parts: list[Part], old_parts: list[Part], index: Index) -> Plan:
+def _by_tensors(base: Bytes, target: Bytes, parts: list[Part], old_parts: list[Part]) -> Plan:
     plan, chooser = Plan(), Chooser()
-    beside = matched(parts, old_parts)
+    beside = matched(parts, old_parts, base, target)
+    aligned = [
+        (part, old)
+        for part, old in zip(parts, beside, strict=True)
+        if old is not None and old.count == part.count and not part.tag
+    ]
+    asked = _between([part for part, _ in aligned], len(target))
+    searched = _between(sorted((old for _, old in aligned), key=lambda part: part.start), len(base))
+    if sum(end - start for start, end in asked + searched) > _SORTED_MOST:
+        asked = searched = []
+    index = Matches(base, target, asked, searched)
     at = 0
     for part, old in zip(parts, beside, strict=True):
-        generic(plan, index, target, at, part.start)
-        _tensor(plan, chooser, part, old, target, index)
-        at = part.start + part.count * part.stride
-    generic(plan, index, target, at, len(target))
+        generic(plan, index, at, part.start)
+        _tensor(plan, chooser, part, old, index)
+        at = part.start + part.size
+    generic(plan, index, at, len(target))
     return plan
 
 
-def matched(parts: list[Part], old_parts: list[Part]) -> list[Part | None]:
-    """For each tensor the base's of the same name, or the next one that looks like it and has no name in common with another."""
-    by_name = {(part.name, part.width, part.tag): part for part in old_parts}
-    names = {(part.name, part.width, part.tag) for part in parts}
+def _between(parts: list[Part], size: int) -> list[tuple[int, int]]:
+    """What lies outside of tensors."""
+    edges = [0, *(edge for part in parts for edge in (part.start, part.start + part.size)), size]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+
+
+def matched(parts: list[Part], old_parts: list[Part], base: Bytes, target: Bytes) -> list[Part | None]:
+    """For each tensor the base's of the same content, else of the same name, else the next of its shape whose name is gone."""
+    by_content = {_digest(base, part): part for part in reversed(old_parts)}
+    by_name = {_named(part): part for part in old_parts}
+    names = {_named(part) for part in parts}
     left: dict[tuple[object, ...], list[Part]] = {}
     for part in old_parts:
-        if (part.name, part.width, part.tag) not in names:
-            left.setdefault((part.width, part.floats, part.tag, part.shape, part.count), []).append(part)
+        if _named(part) not in names:
+            left.setdefault(_kind(part), []).append(part)
     found: list[Part | None] = []
     for part in parts:
-        old = by_name.get((part.name, part.width, part.tag))
-        alike = left.get((part.width, part.floats, part.tag, part.shape, part.count))
-        found.append(old or (alike.pop(0) if alike else None))
+        old = by_content.get(_digest(target, part)) or by_name.get(_named(part))
+        alike = left.get(_kind(part)) if old is None else None
+        found.append(alike.pop(0) if alike else old)
     return found
 
 
-def _tensor(plan: Plan, chooser: Chooser, part: Part, old: Part | None, target: Bytes, index: Index) -> None:
+def _digest(data: Bytes, part: Part) -> bytes:
+    return hashlib.sha256(data[part.start : part.start + part.size]).digest()
+
+
+def _named(part: Part) -> tuple[object, ...]:
+    return part.name, part.width, part.floats, part.tag
+
+
+def _kind(part: Part) -> tuple[object, ...]:
+    return part.width, part.floats, part.tag, part.shape, part.count
+
+
+def _tensor(plan: Plan, chooser: Chooser, part: Part, old: Part | None, index: Matches) -> None:
     end = part.start + part.size
-    new_bytes = target[part.start : end]
+    new_bytes = index.target[part.start : end]
     base_bytes = None if old is None else index.base[old.start : old.start + old.size]
     if old is not None and base_bytes is not None and np.array_equal(new_bytes, base_bytes):
         plan.copy(old.start, part.size)
@@ -124,9 +164,9 @@ def _tensor(plan: Plan, chooser: Chooser, part: Part, old: Part | None, target: 
     new = _elements(new_bytes, part)
     base = None if old is None or base_bytes is None or old.count != part.count else _elements(base_bytes, old)
     choice = chooser.best(part, new, base)
-    matches = list(index.matches(target, part.start, end))
-    if _cost(matches, part, choice, target, index) < choice.cost_bytes:
-        _pieces(plan, chooser, part, matches, target, index)
+    matches = list(index.within(part.start, end))
+    if _cost(matches, part, choice, index) < choice.cost_bytes:
+        _pieces(plan, chooser, part, matches, index)
         return
     plan.elements(part, choice, new, base, 0 if old is None else old.start)
 
@@ -136,21 +176,22 @@ def _elements(data: Bytes, part: Part) -> U64:
     return to_integers(np.ascontiguousarray(rows).ravel(), part.width)
 
 
-def _cost(matches: list[Match], part: Part, choice: Choice, target: Bytes, index: Index) -> float:
+def _cost(matches: list[Match], part: Part, choice: Choice, index: Matches) -> float:
     """About what a tensor costs by matches of bytes, with the rest of it as by the choice."""
     covered = sum(match.size for match in matches)
-    differences = b"".join(_difference(match, target, index) for match in matches)
+    differences = b"".join(_difference(match, index) for match in matches)
     rest = choice.cost_bytes * (part.size - covered) / part.size
     return rest + 6 * len(matches) + len(squeeze(differences, 0, 0, 0, 16))
 
 
-def _difference(match: Match, target: Bytes, index: Index) -> bytes:
-    new, old = target[match.at : match.at + match.size], index.base[match.base : match.base + match.size]
+def _difference(match: Match, index: Matches) -> bytes:
+    new, old = index.target[match.at : match.at + match.size], index.base[match.base : match.base + match.size]
     return (new - old).tobytes()
 
 
-def _pieces(plan: Plan, chooser: Chooser, part: Part, matches: list[Match], target: Bytes, index: Index) -> None:
+def _pieces(plan: Plan, chooser: Chooser, part: Part, matches: list[Match], index: Matches) -> None:
     """A tensor by matches of bytes; whole elements between them by a method without a base."""
+    target = index.target
     at, end = part.start, part.start + part.size
     for match in [*matches, Match(end, 0, 0)]:
         first = part.start + -(-(at - part.start) // part.stride) * part.stride
@@ -163,18 +204,19 @@ def _pieces(plan: Plan, chooser: Chooser, part: Part, matches: list[Match], targ
             at = last
         plan.literal(target[at : match.at].tobytes())
         if match.size:
-            plan.matched(match, target, index)
+            plan.matched(match, index)
         at = match.at + match.size
 
 
-def generic(plan: Plan, index: Index, target: Bytes, start: int, end: int) -> None:
+def generic(plan: Plan, index: Matches, start: int, end: int, differs: int = DIFFERS) -> None:
     """Steps for ``target[start:end]`` by matches of bytes."""
+    target = index.target
     at = start
-    for match in index.matches(target, start, end):
+    for match in index.within(start, end, differs):
         if plan.steps + 4 > steps_most(match.at):
             break
         plan.literal(target[at : match.at].tobytes())
-        plan.matched(match, target, index)
+        plan.matched(match, index)
         at = match.at + match.size
     plan.literal(target[at:end].tobytes())
 
@@ -212,9 +254,9 @@ class Plan:
         self._step(Op.ADD, len(difference), at)
         self.put(Role.DIFFERENCES, difference)
 
-    def matched(self, match: Match, target: Bytes, index: Index) -> None:
+    def matched(self, match: Match, index: Matches) -> None:
         """Bytes of the base, with differences where there are any."""
-        difference = _difference(match, target, index)
+        difference = _difference(match, index)
         if any(difference):
             self.add(match.base, difference)
         else:
