@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--log-json", action="store_true", help="one JSON object per log line")
     status = command("status", _status, "what a running agent serves, sends and updates")
     status.add_argument("--json", action="store_true")
+    why = command("why", _why, "what this device does, since when, what it waits for and what to do")
+    why.add_argument("--json", action="store_true")
     enrol = command("enrol", _enrol, "give this device its identity by a one-time token")
     enrol.add_argument("--token", default="", help="the token; without it SKERRY_ENROLMENT_TOKEN, then standard input")
     enrol.add_argument("--device", default="", metavar="ID", help="the id to ask for, with a token for a serial prefix")
@@ -239,6 +241,21 @@ def _status(options: argparse.Namespace) -> int:
     print(f"  answers at {', '.join(places)}")
     if serving["throttle"] is not None:
         print(f"  throttled: {throttle_words(serving['throttle'])}")
+    return OK
+
+
+def _why(options: argparse.Namespace) -> int:
+    answer = _asked(options, "GET", "/skerry/v1/why")
+    if options.json:
+        print(json.dumps(answer.body))
+        return OK
+    from skerry_agent.core.why import since
+
+    for told in answer.body["told"]:
+        print(f"{told['about']}: {told['says']}{since(told['since_s'])}")
+        for name, text in (("waits for", told["waits_for"]), ("to do", told["do"])):
+            if text:
+                print(f"  {name + ':':<11}{text}")
     return OK
 
 

@@ -28,10 +28,15 @@ class Obeying:
         self._updating = updating
         self._on_event = on_event
 
-    def told(self, orders: object) -> None:
-        """The newest order of each kind, kind -> number; what is no order of these is ignored, as of a later server."""
+    def told(self, orders: object) -> bool:
+        """The newest order of each kind, kind -> number; what is no order of these is ignored, as of a later server.
+
+        Returns:
+            Whether one was obeyed now.
+        """
         if not isinstance(orders, dict):
-            return
+            return False
+        before = self._store.get("obeyed", {})
         known = {
             kind: number for kind, number in orders.items() if kind in _ACTS and type(number) is int and number > 0
         }
@@ -45,6 +50,7 @@ class Obeying:
             code, done = _ACTS[kind](self._updating)
             log.info("order obeyed", extra=kv(kind=kind, number=number, code=code, **done))
             self._on_event("order", code, {"kind": kind, "number": number, **done})
+        return bool(obeyed != before)
 
 
 def _retry(updating: Updating) -> tuple[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 from skerry_contract import ids
@@ -10,6 +11,7 @@ from skerry_contract.errors import ContractError
 
 from skerry_agent import exposition, reporting
 from skerry_agent.control import Answer, Handler
+from skerry_agent.core import why
 from skerry_agent.errors import Rejected
 from skerry_agent.logring import LogRing
 from skerry_agent.serving import Serving
@@ -28,6 +30,7 @@ class Operating:
         ask_sync: asks for a sync soon.
         reload: reads the configuration again.
         ring: the log's last lines, None where none are kept.
+        restarts: starts of the agent before this one that did not last.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Operating:
         ask_sync: Callable[[], None],
         reload: Callable[[], Answer],
         ring: LogRing | None,
+        restarts: Callable[[], int],
     ) -> None:
         self._serving = serving
         self._updating = updating
@@ -50,6 +54,7 @@ class Operating:
         self._ask_sync = ask_sync
         self._reload = reload
         self._ring = ring
+        self._restarts = restarts
 
     def routes(self) -> dict[tuple[str, str], Handler]:
         """Method and path -> who answers."""
@@ -59,6 +64,7 @@ class Operating:
             ("POST", "/skerry/v1/sync"): self._sync,
             ("POST", "/skerry/v1/revert"): self._revert,
             ("POST", "/skerry/v1/cancel"): self._cancel,
+            ("GET", "/skerry/v1/why"): self._why,
             ("POST", "/skerry/v1/flush"): self._flush,
             ("POST", "/skerry/v1/throttle"): self._throttle.answer,
             ("POST", "/skerry/v1/reload"): self._reload_now,
@@ -78,6 +84,25 @@ class Operating:
                 "standby": self._updating.turnover.standby.status(),
             },
         )
+
+    async def _why(self, _body: dict[str, Any]) -> Answer:
+        snapshot = self._snapshot()
+        sync, certificate = snapshot.sync, snapshot.sync["certificate"]
+        now_ms, ends_s = snapshot.now_ms, certificate["ends_s"]
+        refused = "" if certificate["code"] in ("unreachable", "timeout") else certificate["code"]
+        facts = replace(
+            self._updating.why(),
+            running={n: (one.version, one.state) for n, one in reporting.running(snapshot).items()},
+            sync_code=sync["code"],
+            sync_detail=sync["detail"],
+            sync_age_s=sync["age_s"],
+            membership=sync["membership"] or refused,
+            linked=snapshot.linked,
+            certificate_left_s=None if ends_s is None else ends_s - now_ms / 1e3,
+            restarts=self._restarts(),
+        )
+        told = [asdict(one) for one in why.explain(facts)]
+        return Answer(200, {"device": snapshot.device, "at_ms": now_ms, "told": told})
 
     async def _metrics(self, _body: dict[str, Any]) -> Answer:
         return Answer(200, exposition.metrics(self._snapshot()))

@@ -60,6 +60,7 @@ class Snapshot:
         requests_refused: that waited too long, or with too many, for a worker that was not there.
         worker_ends: how often a serving worker ended or was replaced, by reason code, over all starts of the agent.
         applications: who runs a bundle in a process of its own.
+        now_ms: the wall clock, never before the signed lower bound, milliseconds since 1970.
         swaps: how often another bundle took a model over, since the agent started.
         fetching: how far the files of the update are, None while none is fetched; fetched: the same for people.
     """
@@ -97,6 +98,7 @@ class Snapshot:
     on_demand: dict[str, OnDemand]
     clients: dict[str, int]
     uptime_s: float
+    now_ms: int = 0
     written_mb: float | None = None
     applications: dict[str, Any] = field(default_factory=dict)
     swaps: dict[str, int] = field(default_factory=dict)

@@ -46,6 +46,7 @@ from skerry_agent.obeying import Obeying
 from skerry_agent.operating import Operating
 from skerry_agent.orders import Orders
 from skerry_agent.pulse import Pulse
+from skerry_agent.restarts import Restarts
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
@@ -111,6 +112,7 @@ class Supervisor:
             free_bytes=int(config.limits.outbox_free_mb * 1e6),
         )
         self._note_boot()
+        self._restarts = Restarts(self._store, self._clock, scale=config.timing.backoff_scale)
         self._clock.set_lower_bound(float(self._store.get("lower_bound_s", 0.0)))
         self._slots = Slots(config.state_dir / "slots")
         self._runtimes = Runtimes(config, self._clock, self._draw)
@@ -186,7 +188,7 @@ class Supervisor:
         )  # fmt: skip
         self._operating = Operating(
             self._serving, self._updating, self._shadowing, self._throttle, snapshot=self._snapshot, ask_sync=self.sync,
-            reload=self._reload, ring=ring,
+            reload=self._reload, ring=ring, restarts=lambda: self._restarts.in_a_row,
         )  # fmt: skip
         self._stop = asyncio.Event()
         self._ended: Degraded | None = None
@@ -221,6 +223,8 @@ class Supervisor:
         stopped = loop.create_task(self._stop.wait())
         done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
         self._notify.tell("STOPPING=1")
+        if self._ended is None:
+            self._restarts.ended()
         for task in (stopped, *tasks):
             task.cancel()
         await asyncio.gather(stopped, *tasks, return_exceptions=True)
@@ -268,6 +272,13 @@ class Supervisor:
         ordered = self._updating.turnover.ordered_back()
         if ordered is not None:
             models[ordered[0]] = ordered[1]
+        blamed = self._restarts.began(at_rest=self._updating.update.resting)
+        if blamed and self._updating.blame(
+            f"the agent itself ended {self._restarts.in_a_row} times in a row soon after its start"
+        ):
+            ordered = self._updating.turnover.ordered_back()
+            if ordered is not None:
+                models[ordered[0]] = ordered[1]
         self._updating.booted()
         self._apply_settings()
         if models:
@@ -296,6 +307,7 @@ class Supervisor:
             self._serving.tick()
             self._updating.tick()
             self._forcing.tick()
+            self._restarts.tick()
             self._shadowing.tick()
             self._throttle.tick()
             if self._applications is not None:
@@ -357,7 +369,8 @@ class Supervisor:
         self._syncing.ask()
 
     def _ordered(self, orders: object) -> None:
-        self._obeying.told(orders)
+        if self._obeying.told(orders):
+            self._syncing.renew_soon()
 
     def _rang(self, bell: Rang) -> None:
         self._syncing.rang(bell)
@@ -447,6 +460,7 @@ class Supervisor:
             fetching=self._updating.fetching.progress.now, fetched=self._updating.fetching.progress.status(),
             swaps=dict(self._chronicle.swaps), written_mb=wear.written_mb([os.getpid(), *(one.pid for one in workers)]),
             applications=self._applications.report() if self._applications is not None else {}, uptime_s=self._clock.boot_s() - self._started_s,
+            now_ms=int(self._clock.now_s() * 1000),
         )  # fmt: skip
 
 

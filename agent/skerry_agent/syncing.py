@@ -85,7 +85,7 @@ class Syncing:
         self._synced_s = 0.0
         self._idle_bells = 0
         self._renew_after_s = 0.0
-        self._self_code = ""
+        self._self_code = self._certificate_code = ""
         self._status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": "", "membership": ""}
         self._bells: dict[str, int] = dict(store.get("bells", {}))
         self._heard: dict[str, int] = {}
@@ -95,8 +95,10 @@ class Syncing:
         self._config = config
 
     def status(self) -> dict[str, Any]:
-        """When the last sync was, and how it ended."""
-        return dict(self._status)
+        """When the last sync was, and how it ended; the certificate's end and why it was not renewed."""
+        ends_s = self._store.get("certificate", {}).get("ends_s")
+        age_s = self._clock.boot_s() - self._synced_s if self._status["at_ms"] else None
+        return {**self._status, "age_s": age_s, "certificate": {"ends_s": ends_s, "code": self._certificate_code}}
 
     # --- when --------------------------------------------------------------------------------------------------------
 
@@ -140,6 +142,7 @@ class Syncing:
                 if error.code == "store_damaged" and isinstance(error, Degraded):
                     self._on_fault(error)
                 self._failed(error, failures)
+                await self._renew_all_the_same()
             except Exception as error:
                 # A bug, or an answer that nobody foresaw: no reason to stop serving, and no reason never to ask again.
                 failures += 1
@@ -207,7 +210,23 @@ class Syncing:
         }  # fmt: skip
         self._on_synced()
         self._uplink.report_if_online()
-        await self._renew(answer.get("renew_at_s"))
+        held = {"renew_at_s": answer.get("renew_at_s"), "ends_s": answer.get("ends_s")}
+        if held != self._store.get("certificate", {}):
+            self._store.put("certificate", held)
+        await self._renew(held["renew_at_s"])
+
+    def renew_soon(self) -> None:
+        """A person said something: a renewal that was refused is tried again at once."""
+        self._renew_after_s = 0.0
+
+    async def _renew_all_the_same(self) -> None:
+        """A look that fails must not keep the device from its certificate: without one it is not even heard.
+
+        Who knows no time cannot tell whether it is due. When no broker takes it either, it asks: the server knows.
+        """
+        renew_at_s = self._store.get("certificate", {}).get("renew_at_s")
+        unheard = not self._uplink.link.connected and not self._clock.synced()
+        await self._renew(0.0 if renew_at_s is not None and unheard else renew_at_s)
 
     async def _renew(self, renew_at_s: float | None) -> None:
         """Takes a new certificate when two thirds of the old one's life are over; tries again every hour."""
@@ -219,8 +238,12 @@ class Syncing:
             answer = await self._errands.run("renew", self._errand_input(), timeout_s=self._config.timing.courier_s)
         except AgentError as error:
             log.warning("certificate not renewed", extra=kv(code=error.code, detail=error.detail))
-            self._uplink.event("certificate", error.code, {"detail": error.detail[:500]})
+            if error.code != self._certificate_code:
+                self._uplink.event("certificate", error.code, {"detail": error.detail[:500]})
+            self._certificate_code = error.code
             return
+        self._certificate_code = ""
+        self._store.put("certificate", {"renew_at_s": answer.get("renew_at_s"), "ends_s": answer.get("expires_s")})
         self._uplink.event("certificate", "", {"expires_s": answer.get("expires_s")})
         self._uplink.link.reconnect()
 

@@ -21,7 +21,7 @@ from skerry_contract.errors import ContractError
 
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
-from skerry_agent.core import culprits, lifecycle, liveness, trial
+from skerry_agent.core import culprits, lifecycle, liveness, trial, why
 from skerry_agent.core import effects as e
 from skerry_agent.core.effects import Effect
 from skerry_agent.core.lifecycle import Update
@@ -412,6 +412,43 @@ class Updating:
         """Nothing counts against it any more: it was dealt with."""
         kept = ((crash.at_s, tuple(s for s in crash.suspects if s[1] != digest)) for crash in self.crashes)
         self.crashes = [culprits.Crash(at_s=at_s, suspects=suspects) for at_s, suspects in kept]
+
+    def blame(self, why: str) -> bool:
+        """At a start: what was confirmed last is taken for the cause of the agent's own deaths. Whether the one before it comes back."""
+        update, pointers = self.update, self._slots.pointers(self.update.model)
+        confirmed, back = pointers.confirmed, pointers.previous
+        if not update.resting or update.state == "idle" or confirmed is None or confirmed.digest != update.digest:
+            return False
+        if back is None or not self._slots.whole(back.digest, back.variant):
+            return False
+        looped = e.CrashLooped(
+            model=update.model, digest=update.digest, version=update.version, variant=update.variant, detail=why
+        )
+        given_up, _ = lifecycle.step(update, looped, self._clock.instant())
+        # A power cut is likelier than the bundle's fault.
+        given_up = msgspec.structs.replace(given_up, at_boot=True)
+        self._store.put("update", given_up)
+        self.update = given_up
+        self.failures.penalise(given_up)
+        self._record()
+        return True
+
+    def why(self) -> why.Facts:
+        """What is known here of the update, for ``core.why``."""
+        update, now = self.update, self._clock
+        boot_s = now.boot_s()
+        same_boot = bool(update.since.boot_id) and update.since.boot_id == now.boot_id
+        generation = self._serving.generation_of(update.model)
+        began_s = generation.listening_s if generation is not None and generation.listening_s is not None else boot_s
+        counts = self._serving.counts(update.model)
+        return why.Facts(
+            update=update,
+            since_s=boot_s - update.since.boot_ns / 1e9 if same_boot else None,
+            left_s=self._deadline.when() - asyncio.get_running_loop().time() if self._deadline is not None and not update.resting else None,
+            wait_s=self.failures.wait_s(update.digest),
+            spent=update.digest in self.failures.refused()[0],
+            trial=(counts.answered, self.rules.inferences, max(0.0, self.rules.duration_s - (boot_s - began_s))),
+        )  # fmt: skip
 
     def booted(self) -> None:
         """What was under way when the agent ended comes to rest."""

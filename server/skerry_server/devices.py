@@ -17,7 +17,7 @@ from typing import Any
 from skerry_contract import ids
 from sqlalchemy import Connection, delete, insert, select, update
 
-from skerry_server import access, audit, ca, clock, groups, versions
+from skerry_server import access, audit, ca, clock, device_orders, groups, versions
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.errors import Conflict, Forbidden, Invalid, NotFound, Unauthenticated
@@ -174,14 +174,28 @@ def _bound_id(token: Mapping[str, Any], asked: str | None) -> ids.DeviceId:
     return device
 
 
-def renew(conn: Connection, authority: ca.FleetCA, *, device: ids.DeviceId, csr_pem: str, now_ms: int) -> ca.Issued:
+def renew(
+    conn: Connection, authority: ca.FleetCA, *, device: ids.DeviceId, csr_pem: str, now_ms: int, grace_s: float
+) -> ca.Issued:
     """A new certificate for a device whose request was signed with its old key. The new key replaces the old one.
+
+    Args:
+        grace_s: how long after the end of the old certificate; an operator's standing ``retry`` opens it beyond that.
 
     Raises:
         Invalid: a request that cannot be read. Conflict: another device has the key. NotFound: no such device.
+        Forbidden: ``certificate_expired``: too long ago, and no operator said otherwise.
     """
     _, public_key = ca.read_request(csr_pem)
     held = require(conn, device)
+    ended_ms = max(0, now_ms - int(held["certificate_expires_ms"]))
+    by_order = ended_ms > grace_s * 1000
+    if by_order and "retry" not in device_orders.standing(conn, device, now_ms):
+        raise Forbidden(
+            "certificate_expired",
+            f"the certificate ended {ended_ms / 86_400_000:.1f} days ago, and is renewed for {grace_s / 86_400:g} days after its end; "
+            f"an operator may allow it: skerry device retry {device} --reason WHY",
+        )
     issued = authority.issue_device(device, public_key, clock.utc(now_ms))
     query = select(t.devices.c.id).where(
         t.devices.c.public_key_sha256 == issued.public_key_sha256, t.devices.c.id != device
@@ -201,7 +215,7 @@ def renew(conn: Connection, authority: ca.FleetCA, *, device: ids.DeviceId, csr_
         action="device.renew",
         subject=f"device:{device}",
         before={"certificate": held["certificate_serial"]},
-        after={"certificate": issued.serial},
+        after={"certificate": issued.serial, **({"ended_ms_ago": ended_ms, "by_order": by_order} if ended_ms else {})},
     )
     return issued
 

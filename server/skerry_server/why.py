@@ -5,6 +5,7 @@ Each answer names its evidence: the ids of audit rows, of the device's events an
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,12 +31,15 @@ STAGES_UP_TO = 10_000
 """In a larger group the stage that will take a device is not worked out: it means reading all of its devices."""
 
 
-def explain(conn: Connection, device: str, *, roles: Mapping[str, int], now_ms: int, seen_s: float) -> dict[str, Any]:
+def explain(
+    conn: Connection, device: str, *, roles: Mapping[str, int], now_ms: int, seen_s: float, grace_s: float = math.inf
+) -> dict[str, Any]:
     """The whole answer for one device, as builtins.
 
     Args:
         roles: version per TUF role as the repository serves it now.
         seen_s: as for a rollout's eligible devices.
+        grace_s: how long after its end a device's certificate is renewed.
 
     Raises:
         Malformed: an id that cannot be. NotFound: no such device.
@@ -55,6 +59,7 @@ def explain(conn: Connection, device: str, *, roles: Mapping[str, int], now_ms: 
         revoked=_revoked(row, revoked, now_ms),
         runtimes=_runtimes(row["state"] or {}),
         settings=document.settings if document is not None else g.Settings(),
+        lacks_certificate=_certificate(row, now_ms, grace_s),
     )
     events = _events(conn, device)
     models = [
@@ -372,6 +377,16 @@ def _when(ms: int, now_ms: int) -> str:
         if left >= size:
             return f"{stamp} ({left // size} {unit} ago)"
     return f"{stamp} ({left} s ago)"
+
+
+def _certificate(row: Mapping[str, Any], now_ms: int, grace_s: float) -> str:
+    ended_ms = row["certificate_expires_ms"]
+    if row["status"] != "enrolled" or ended_ms is None or now_ms - ended_ms <= grace_s * 1000:
+        return ""
+    return (
+        f"its certificate ended {_when(ended_ms, now_ms)}, longer ago than the {grace_s / 86_400:g} days of grace: "
+        f"`skerry device retry {row['id']}` lets it renew it within the next week"
+    )
 
 
 def _lacks(document: g.GroupDocument | None, row: Mapping[str, Any]) -> tuple[str, ...]:

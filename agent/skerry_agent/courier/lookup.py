@@ -29,8 +29,8 @@ def sync(request: requests.Sync) -> dict[str, Any]:
     Returns:
         ``tuf`` {role: version}, ``signed_at`` with ``online_keys`` whose word it is, ``group``, ``group_document`` (canonical
         JSON text, None when the group has none), ``floors`` and ``forced``, ``catalog_error`` {code, detail} or None, ``membership`` (None
-        when the server could not be asked, then ``self_error`` {kind, code, detail}), ``renew_at_s`` (when two thirds of the
-        certificate's life are over, seconds since 1970; None when it cannot be read).
+        when the server could not be asked, then ``self_error`` {kind, code, detail}), ``renew_at_s`` and ``ends_s`` (when two
+        thirds of the certificate's life are over, and when it ends, seconds since 1970; None when it cannot be read).
 
     Raises:
         AgentError: what keeps the device from knowing its group document.
@@ -64,7 +64,7 @@ def sync(request: requests.Sync) -> dict[str, Any]:
         "catalog_error": catalog_error,
         "membership": membership,
         "self_error": self_error,
-        "renew_at_s": _renew_at_s(request),
+        **_certificate(request),
     }
 
 
@@ -160,7 +160,7 @@ def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, A
     return membership, None
 
 
-def _renew_at_s(request: requests.Common) -> float | None:
+def _certificate(request: requests.Common) -> dict[str, float | None]:
     from cryptography import x509
 
     from skerry_agent.courier import keys
@@ -168,9 +168,9 @@ def _renew_at_s(request: requests.Common) -> float | None:
     try:
         certificate = x509.load_pem_x509_certificate((request.identity / keys.CERTIFICATE_FILE).read_bytes())
     except (OSError, ValueError):
-        return None
+        return {"renew_at_s": None, "ends_s": None}
     begins, ends = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
-    return begins + (ends - begins) * 2 / 3
+    return {"renew_at_s": begins + (ends - begins) * 2 / 3, "ends_s": ends}
 
 
 def _check_group(document: bytes, name: str) -> None:

@@ -95,7 +95,10 @@ def send_logs(context: Ctx, device: SignedByDevice, number: int, body: RawBody) 
 @router.post("/renew", summary="A new certificate")
 def renew(context: Ctx, device: SignedByDevice, wanted: Renewal) -> dict[str, Any]:
     with writing(context.engine) as conn:
-        issued = devices.renew(conn, context.authority, device=device, csr_pem=wanted.csr, now_ms=context.now_ms())
+        issued = devices.renew(
+            conn, context.authority, device=device, csr_pem=wanted.csr, now_ms=context.now_ms(),
+            grace_s=context.settings.devices.renewal_grace_s,
+        )  # fmt: skip
     # With another key the old certificate is out at once; the device reconnects with the new one.
     context.refresh_broker_users()
     return {"device_id": device, "certificate": issued.certificate_pem, "ca": context.authority.pem}

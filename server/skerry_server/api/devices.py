@@ -120,7 +120,8 @@ def device_why(context: Ctx, _caller: Viewer, device: str) -> dict[str, Any]:
     roles = {role: int(found["version"]) for role, found in context.publication.status().items()}
     seen_s = context.settings.rollout.seen_s
     with reading(context.engine) as conn:
-        return why.explain(conn, device, roles=roles, now_ms=context.now_ms(), seen_s=seen_s)
+        grace_s = context.settings.devices.renewal_grace_s
+        return why.explain(conn, device, roles=roles, now_ms=context.now_ms(), seen_s=seen_s, grace_s=grace_s)
 
 
 @router.get("/devices/{device}/events", summary="What a device reported, oldest first")

@@ -343,6 +343,8 @@ def _do(state: State, device: Device, model: Model) -> str:
     """The command, or the step outside, that a person has; empty where there is nothing to do."""
     end = f"nothing; `skerry device cancel {device.id}` ends it"
     again = f"`skerry device retry {device.id}` lets it try again, or `skerry-agent sync --pardon` on the device"
+    if device.lacks_certificate and not device.online:
+        return device.lacks_certificate
     course, code = model.course, model.failure.code if model.failure is not None else ""
     if state == "waiting_for_stage" and course is not None and course.state == "paused":
         return f"`skerry rollout resume {course.id}`, or abort it"
@@ -357,7 +359,7 @@ def _do(state: State, device: Device, model: Model) -> str:
         "reverted": f"{again}; if the bundle is wrong, publish another version",
         "due": f"nothing; if it stays so, `skerry device logs {device.id}` says why",
         "stopped": f"`skerry device logs {device.id}` says why; another version, or a rollback, if it does not come back",
-        "offline": device.lacks_certificate or "bring it back to its network and power; it needs nothing else",
+        "offline": "bring it back to its network and power; it needs nothing else",
         "revoked": "enrol it under another id",
     }.get(state, "")
 

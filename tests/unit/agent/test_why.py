@@ -1,0 +1,57 @@
+"""What the device says of itself: every state has its words, what it waits for, and what a person can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from skerry_agent.core import lifecycle as lc
+from skerry_agent.core import why
+
+
+def update(state: str, code: str = "", **more: Any) -> lc.Update:
+    return lc.Update(
+        state=state, model="gas", digest="a" * 64, version="2.0.0", attempt=2, code=code, detail="so it is" if code else "", **more
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def told(**facts: Any) -> dict[str, why.Told]:
+    found = why.explain(why.Facts(sync_age_s=3.0, running={"gas": ("1.0.0", "confirmed")}, **facts))
+    return {one.about: one for one in found}
+
+
+@pytest.mark.parametrize("state", sorted(set(lc.STATES) - lc.RESTING))
+def test_every_state_under_way_says_what_it_waits_for_and_what_ends_it(state: str) -> None:
+    code = "trial_errors" if state == "revert" else ""
+    found = told(update=update(state, code), since_s=65.0, left_s=55.0, trial=(30, 100, 20.0))["update to gas 2.0.0"]
+    assert found.since_s == 65.0
+    assert "attempt 2" in found.says and (not code or code in found.says)
+    assert "skerry-agent cancel" in found.do
+    assert found.waits_for == (
+        "70 of 100 inferences, or the end of its time in 20 s" if state == "trial" else "the end of that, within 55 s"
+    )
+
+
+def test_a_bundle_that_is_given_up_waits_for_its_try_or_for_a_person() -> None:
+    waits = told(update=update("idle", "unreachable", failed_in="fetch"), wait_s=90.0)["update to gas 2.0.0"]
+    assert waits.waits_for.startswith("its next try, in 1 min 30 s; it needs a way to the server")
+    assert "skerry-agent sync --pardon" in waits.do
+    for code in ("golden_failed", "cancelled", "too_many_moves", "crash_loop"):
+        spent = told(update=update("idle", code, failed_in="prove"), spent=True)["update to gas 2.0.0"]
+        assert "a person" in spent.waits_for and "skerry device retry" in spent.do
+        assert code in spent.says and spent.code == code
+    withdrawn = told(update=update("idle", "withdrawn", failed_in="trial"))["update to gas 2.0.0"]
+    assert (withdrawn.waits_for, withdrawn.do) == ("what its group offers next", "")
+
+
+def test_what_keeps_the_device_from_news_is_named_with_its_cure() -> None:
+    assert told().keys() == {"gas"}
+    found = told(sync_code="expired", sync_detail="timestamp", linked=False, membership="unknown_device", restarts=3)
+    assert "publishes it anew" in found["look for news"].do
+    assert "enrol it anew" in found["server"].do
+    assert found["broker"].waits_for == "the broker"
+    assert "3 times in a row" in found["agent"].says
+    ended = told(certificate_left_s=-90_000.0, linked=False)
+    assert "ended 1 d 1 h ago" in ended["certificate"].says
+    assert "broker" not in ended
+    assert why.explain(why.Facts())[0].says == "nothing answers"
