@@ -68,7 +68,8 @@ def bring(wanted: Wanted, path: Path, sources: Sequence[Source]) -> Source:
     """Until the file is at ``path``. Returns the source that had it. Raises as the sources; ``Transient`` when none has it."""
     wanted.key  # noqa: B018 (a description that cannot be judged by is refused before anything is asked)
     durable.make_folder(path.parent)
-    for source in sources:
+    for source in (*sources, *sources):
+        # Twice: what another courier was fetching when the last one was asked may be here now.
         if source.bring(wanted, path):
             return source
     raise Transient("unreachable", f"{wanted.name}: no source has it")

@@ -27,9 +27,14 @@ _KEY = re.compile(r"[0-9a-f]+")
 
 
 class Part:
-    """One of them, held by this process alone. Made by ``held``."""
+    """One of them, held by this process alone. Made by ``held``.
 
-    def __init__(self, path: Path, wanted: Wanted) -> None:
+    Attributes:
+        waited: another courier had it first.
+    """
+
+    def __init__(self, path: Path, wanted: Wanted, *, waited: bool) -> None:
+        self.waited = waited
         self._path = path
         self._wanted = wanted
         self._tag, self._lost = (path.with_name(path.name + side) for side in _SIDES)
@@ -108,9 +113,9 @@ def held(folder: Path, wanted: Wanted) -> Iterator[Part]:
     """
     durable.make_folder(folder)
     path = folder / wanted.key
-    descriptor = _locked(path, wanted)
+    descriptor, waited = _locked(path, wanted)
     try:
-        yield Part(path, wanted)
+        yield Part(path, wanted, waited=waited)
     finally:
         with contextlib.suppress(OSError):
             if path.stat().st_size == 0:
@@ -120,8 +125,9 @@ def held(folder: Path, wanted: Wanted) -> Iterator[Part]:
         os.close(descriptor)
 
 
-def _locked(path: Path, wanted: Wanted) -> int:
-    """Opens and locks the file of that name, and not one that another has just renamed."""
+def _locked(path: Path, wanted: Wanted) -> tuple[int, bool]:
+    """Opens and locks the file of that name, and not one that another has just renamed. Returns whether it had to wait."""
+    waited = False
     deadline = time.monotonic() + _LOCK_WAIT_S
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -129,8 +135,9 @@ def _locked(path: Path, wanted: Wanted) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
+                    return descriptor, waited
         except BlockingIOError:
+            waited = True
             if time.monotonic() > deadline:
                 os.close(descriptor)
                 raise Transient("busy", f"{wanted.name}: another courier fetches it") from None

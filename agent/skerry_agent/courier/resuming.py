@@ -56,11 +56,17 @@ class Resuming:
     def bring(self, wanted: Wanted, path: Path) -> bool:
         """Until the file is here, whole and synced, or it is clear that it will not come.
 
+        Returns:
+            False when another courier was fetching it, and is done.
+
         Raises:
             Rejected: ``hash_mismatch``, ``size_mismatch``.
             Transient: ``unreachable``, ``timeout``, ``busy``, with what came so far kept; ``blob_missing``; ``download_wasted``.
         """
         with parts.held(self._folder, wanted) as part:
+            if part.waited and part.size == 0:
+                # Whoever had it has it whole by now, and it may be taken from there.
+                return False
             idle = 0
             anew = False
             for attempt in range(self._limits.attempts):

@@ -33,10 +33,11 @@ class OtherBundles:
     """
 
     def __init__(self, slots: Path, unless: str, meter: Meter) -> None:
+        self._slots = slots
+        self._unless = unless
         self._meter = meter
-        self._places: dict[tuple[str, int], list[Path]] = {}
-        for folder, file in _files(slots, unless):
-            self._places.setdefault((file.sha256, file.size), []).append(folder / file.path)
+        self._asked: set[str] = set()
+        self._places = _places(slots, unless)
 
     def has(self, wanted: Wanted) -> bool:
         """Whether a file of that name and size is there; what is in it is not looked at."""
@@ -44,6 +45,10 @@ class OtherBundles:
 
     def bring(self, wanted: Wanted, path: Path) -> bool:
         """As ``Source``."""
+        if wanted.key in self._asked:
+            # Asked again: another courier was fetching it, and its bundle may be newer than what was seen here.
+            self._places = _places(self._slots, self._unless)
+        self._asked.add(wanted.key)
         for place in self._named(wanted):
             with self._meter.own_work(), contextlib.suppress(FileNotFoundError):
                 if is_whole(place, wanted) and self._take(place, path, wanted):
@@ -80,9 +85,19 @@ class OtherBundles:
         return True
 
 
+def _places(slots: Path, unless: str) -> dict[tuple[str, int], list[Path]]:
+    """Content (sha256, bytes) -> where it should be."""
+    found: dict[tuple[str, int], list[Path]] = {}
+    for folder, file in _files(slots, unless):
+        found.setdefault((file.sha256, file.size), []).append(folder / file.path)
+    return found
+
+
 def _files(slots: Path, unless: str) -> Iterator[tuple[Path, manifests.File]]:
     """Folder and file of every bundle whose manifest is its digest's."""
-    for root, name in ((slots, manifests.MANIFEST_FILE), (slots / ".staging", STAGED_MANIFEST)):
+    staging = slots / ".staging"
+    whole = manifests.MANIFEST_FILE
+    for root, name in ((slots, whole), (staging, whole), (staging, STAGED_MANIFEST)):
         try:
             folders = sorted(
                 entry for entry in root.iterdir() if entry.name != unless and not entry.name.startswith(".")

@@ -1,5 +1,6 @@
 """The files of a bundle: damaged, endless, slow, cut, killed, renamed; and what is left on disk."""
 
+import hashlib
 import http.client
 import os
 import time
@@ -20,6 +21,10 @@ def fetch(bundle, **more):
 
 def weights_file(bundle):
     return next(file for file in bundle.files if file["path"] == "model.onnx")
+
+
+def weights_digest():
+    return hashlib.sha256(WEIGHTS).hexdigest()
 
 
 def staging(device, bundle):
@@ -190,6 +195,94 @@ def test_missing_blob_is_named_as_such_and_not_asked_for_again_and_again(fleet, 
     (fleet.path / "blobs" / "sha256" / sha256[:2] / sha256).unlink()
     assert device.error("fetch", **fetch(big)) == ("transient", "blob_missing")
     assert len([path for path in fleet.site.asked if sha256 in path]) == 2
+
+
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+def test_refused_blob_is_asked_for_a_few_times(fleet, device, big, status):
+    tries = []
+
+    def refuse(handler, _data):
+        tries.append(1)
+        handler.send_response(status)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = refuse
+    answer = device.error("fetch", **fetch(big, limits={"idle_attempts": 3}))
+    assert answer == ("transient", "unreachable")
+    assert len(tries) == 3
+
+
+def test_server_that_breaks_off_and_never_resumes_is_given_up_over_all_starts(fleet, device, big):
+    """The download that begins again and again for ever, in no run long enough to be noticed."""
+    sent = []
+
+    def never_resumes(handler, data):
+        if len(data) < 1000:
+            return False
+        head(handler, len(data))
+        handler.wfile.write(data[:400_000])
+        handler.wfile.flush()
+        sent.append(400_000)
+        handler.close_connection = True
+        handler.connection.close()
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = never_resumes
+    said = []
+    while not said or said[-1] == "unreachable":
+        said.append(device.error("fetch", **fetch(big, limits={"attempts": 2}))[1])
+        assert len(said) <= 6
+    assert said[-1] == "download_wasted"
+    assert len(said) > 2
+    assert sum(sent) < 6 * len(WEIGHTS)
+    # Tried again on purpose, it has the whole allowance again; and a server that resumes ends it.
+    assert device.error("fetch", **fetch(big, limits={"attempts": 2}))[1] == "unreachable"
+    fleet.site.spoils.clear()
+    assert device.ok("fetch", **fetch(big))["bytes"] < len(WEIGHTS)
+    assert sorted(path.name for path in part_of(device, big).parent.iterdir()) == []
+
+
+def test_a_resumed_download_names_the_validator_it_began_under(fleet, device, big):
+    asked = []
+    fleet.site.spoils["/repository/blobs/"] = lambda handler, data: asked.append(handler.headers.get("If-Range"))
+    tag = f'"{weights_digest()[:16]}"'
+    for held, wanted in ((tag, tag), ('W/"weak"', None)):
+        part = leave_part(device, big, WEIGHTS[:200_000])
+        if not held.startswith("W"):
+            part.with_name(part.name + ".etag").write_text(held)
+        asked.clear()
+        assert device.ok("fetch", **fetch(big))["bytes"] < len(WEIGHTS)
+        assert wanted in asked
+        (staging(device, big) / "model.onnx").unlink()
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("bytes 7-599999/600000", "unreachable"),
+        ("bytes 200000-599999/900000", "size_mismatch"),
+        ("lines 200000-599999/600000", "unreachable"),
+        ("", "unreachable"),
+    ],
+)
+def test_another_range_than_the_wanted_one_is_never_taken(fleet, device, big, answer, code):
+    leave_part(device, big, WEIGHTS[:200_000])
+
+    def wrong(handler, data):
+        if handler.headers.get("Range") is None:
+            return False
+        handler.send_response(206)
+        handler.send_header("Content-Range", answer)
+        handler.send_header("Content-Length", str(len(data) - 200_000))
+        handler.end_headers()
+        handler.wfile.write(data[200_000:])
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = wrong
+    assert device.error("fetch", **fetch(big, limits={"idle_attempts": 2}))[1] == code
+    assert part_of(device, big).stat().st_size == 200_000
 
 
 def test_manifest_of_another_digest_is_refused(device, big, make_bundle):
