@@ -168,12 +168,8 @@ class Fetching:
         return e.Staged()
 
     def bytes_here(self) -> int:
-        """How much of the update's bundle lies in its staging folder."""
-        folder = self._slots.staging_path(self._update().digest or "none")
-        try:
-            return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        except OSError:
-            return 0
+        """How much of the update's bundle has come, files in part included."""
+        return self._slots.coming_bytes(self._update().digest)
 
     def has_another_variant(self) -> bool:
         """Whether the variant failed for a runtime that does not work here, and another of the bundle may run."""

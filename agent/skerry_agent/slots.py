@@ -24,6 +24,10 @@ from skerry_agent.core.effects import Arm
 from skerry_agent.errors import Degraded, Rejected
 
 _POINTERS = "pointers.json"
+PARTS = ".parts"
+"""The courier's folder of files that came in part, by their sha256."""
+STAGED_MANIFEST = ".manifest.json"
+"""The manifest of a bundle whose files are still coming."""
 _CHUNK = 1 << 20
 
 Standing = Literal["trial", "confirmed", "confirmed_on_golden"]
@@ -237,12 +241,24 @@ class Slots:
             places = [self.path(digest) / file.path, self.staging_path(digest) / file.path]
             if (file.sha256, file.size) in others:
                 places.append(others[file.sha256, file.size])
-            for place in (*places, self.root / ".parts" / file.sha256):
+            for place in (*places, self.root / PARTS / file.sha256):
                 try:
                     total += min(file.size, place.stat().st_size)
                     break
                 except OSError:
                     continue
+        return total
+
+    def coming_bytes(self, digest: str) -> int:
+        """How much has come of a bundle that is not a slot yet: its staged files, and what its staged manifest's files are in part."""
+        folder = self.staging_path(digest or "none")
+        total = 0
+        with contextlib.suppress(OSError):
+            total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        with contextlib.suppress(OSError, ContractError):
+            for sha256 in {file.sha256 for file in m.parse((folder / STAGED_MANIFEST).read_bytes()).files()}:
+                with contextlib.suppress(FileNotFoundError):
+                    total += (self.root / PARTS / sha256).stat().st_size
         return total
 
     def verify(self, digest: str, files: Iterable[m.File], *, staged: bool = True) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from skerry_agent.courier import shared
 from skerry_agent.errors import Rejected
-from skerry_agent.slots import Slot, Slots
+from skerry_agent.slots import PARTS, STAGED_MANIFEST, Slot, Slots
 from skerry_contract import manifest as m
 
 from tests import models
@@ -243,3 +244,32 @@ def test_kill_9_anywhere_leaves_one_runnable_version(tmp_path: Path) -> None:
             assert found["gas"] == pointed
             slots.verify(pointed.digest, slots.manifest(pointed.digest).files())  # type: ignore[union-attr]
     assert pointed is not None
+
+
+def test_what_lies_here_in_part_or_in_another_bundle_need_not_come(slots: Slots, tmp_path: Path) -> None:
+    first = confirmed(slots, tmp_path, "1.0.0")
+    second = put(slots, tmp_path, "1.1.0")
+    wanted = files(slots, second)
+    # Both versions were built of the same model file and cases.
+    shutil.rmtree(slots.staging_path(second.digest))
+    assert slots.present_bytes(second.digest, wanted) == sum(file.size for file in wanted)
+    slots.set_aside(first.digest)
+    assert slots.present_bytes(second.digest, wanted) == 0
+    (slots.root / PARTS).mkdir()
+    (slots.root / PARTS / wanted[0].sha256).write_bytes(b"ten bytes.")
+    assert slots.present_bytes(second.digest, wanted) == 10
+    assert slots.digests() == ()
+
+
+def test_what_has_come_of_a_bundle_counts_its_files_in_part(slots: Slots, tmp_path: Path) -> None:
+    slot = put(slots, tmp_path, "1.0.0")
+    staged, whole = slots.staging_path(slot.digest), files(slots, slot)
+    before = slots.coming_bytes(slot.digest)
+    (staged / "manifest.json").rename(staged / STAGED_MANIFEST)
+    assert slots.coming_bytes(slot.digest) == before
+    (slots.root / PARTS).mkdir()
+    (slots.root / PARTS / whole[0].sha256).write_bytes(b"ten bytes.")
+    (slots.root / PARTS / ("0" * 64)).write_bytes(b"of another bundle")
+    assert slots.coming_bytes(slot.digest) == before + 10
+    assert slots.coming_bytes("") == 0
+    assert shared.STAGED_MANIFEST == STAGED_MANIFEST
