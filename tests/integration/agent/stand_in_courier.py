@@ -13,6 +13,16 @@ import time
 from pathlib import Path
 
 
+def come_slowly(seconds: float, size: int) -> None:
+    """Says how much is here as the real courier does, evenly over the time."""
+    began = time.monotonic()
+    while (spent := time.monotonic() - began) < seconds:
+        done = int(size * spent / seconds)
+        progress = {"file": "model.onnx", "done": done, "size": size, "total_done": done, "total_size": size}
+        print(json.dumps({"progress": progress}), flush=True)
+        time.sleep(0.1)
+
+
 def main() -> dict:
     world = json.loads((Path(os.environ["SKERRY_TEST_WORLD"]) / "world.json").read_text())
     verb, request = sys.argv[1], json.loads(sys.stdin.read())
@@ -42,11 +52,10 @@ def main() -> dict:
     if verb == "manifest":
         return {"ok": {"manifest": (folder / "manifest.json").read_text()}}
     if verb == "fetch":
-        time.sleep(world.get("slow_fetch", {}).get(digest, 0))
+        come_slowly(world.get("slow_fetch", {}).get(digest, 0), sum(file["size"] for file in request["files"]))
         target = Path(request["state_dir"]) / "slots" / ".staging" / digest
         target.mkdir(parents=True, exist_ok=True)
         for file in request["files"]:
-            print(json.dumps({"progress": {"path": file["path"]}}), flush=True)
             shutil.copy(folder / file["path"], target / file["path"])
         if digest in world.get("flip", []):
             path = target / request["files"][-1]["path"]

@@ -137,8 +137,11 @@ def test_a_device_that_waits_for_its_stage_and_one_that_is_taken(server: ServerR
         rows = audit(server)
         assert {rows[n]["subject"] for n in waiting["evidence"]["audit"]} == {"rollout:why-stages"}
     # It takes the update: under way, on trial, confirmed.
-    bench.runs(candidate, "1.0.0", update=bench.under_way("2.0.0", "fetch"))
-    assert "in 'fetch', attempt 2" in bench.until(candidate, "updating")["because"]
+    half = wire.Progress(done=1_000_000, size=2_000_000)
+    bench.runs(candidate, "1.0.0", update=bench.under_way("2.0.0", "fetch"), progress=half)
+    fetching = bench.until(candidate, "updating")
+    assert "in 'fetch', attempt 2, 1.0 of 2.0 MB fetched (50%)" in fetching["because"]
+    assert fetching["update"]["progress"] == {"done": 1_000_000, "size": 2_000_000}
     bench.runs(candidate, "2.0.0", "trial", update=bench.under_way("2.0.0", "trial"))
     assert "100 inferences on trial, or the end of its 60 s" in bench.until(candidate, "on_trial")["waits_for"]
     bench.runs(candidate, "2.0.0")
