@@ -250,6 +250,11 @@ def _covered(statement: _Statement) -> dict[str, str]:
     return covered
 
 
+def require_public_key(pem: bytes) -> None:
+    """Checks that signatures can be verified with it. Raises ``ValueError`` when it is no P-256 public key in PEM."""
+    _public_key(pem)
+
+
 def _root(digests: list[str]) -> str:
     return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
 

@@ -35,6 +35,7 @@ from skerry_server.folder import only_server, require_initialised
 from skerry_server.ingest import Ingest, IngestSettings
 from skerry_server.mqtt import Endpoint, ServerLink
 from skerry_server.orchestrator import Orchestrator
+from skerry_server.provenance import ModelSigners
 from skerry_server.publication import Publication
 from skerry_server.repository import Repository
 from skerry_server.telemetry import Telemetry
@@ -77,6 +78,7 @@ class Server:
             stall_s=4 * settings.limits.stall_s,
         )
         log.info("limits descriptors=%d connections=%d", descriptors, self._patience.most)
+        self._model_signers = ModelSigners.read(settings.policy.model_signers, data)
         now = clock.utc_now()
         last = ports.last_run(data / RUN_FILE)
         self._authority = ca.open_ca(data / "ca", now)
@@ -239,7 +241,12 @@ class Server:
                 authority=self._authority,
                 publication=self._publication,
                 repository=self._repository,
-                validator=Validator(data / "repository", data / "validation", settings.validation),
+                validator=Validator(
+                    data / "repository",
+                    data / "validation",
+                    settings.validation,
+                    self._model_signers,
+                ),
                 nonces=device_auth.Nonces(life_s=settings.devices.nonce_s, most=settings.limits.nonces),
                 telemetry=self._telemetry,
                 url=self.url,

@@ -63,6 +63,12 @@ def parser() -> argparse.ArgumentParser:
         if name in ("init", "run"):
             command.add_argument("--host", help="address to listen on")
             command.add_argument("--public-host", help="name or address under which devices reach the server")
+        if name == "init":
+            command.add_argument(
+                "--online-key", metavar="URI", help="where the online key lies, e.g. hsm:2?label=fleet"
+            )
+        if name == "new-online-key":
+            command.add_argument("--uri", help="where it lies, e.g. hsm:2?label=fleet; a file is made when left out")
         if name == "run":
             command.add_argument("--port", type=int, help="HTTPS port; 0: as last time, else a free one")
             command.add_argument("--mqtt-port", type=int, help="MQTT port; 0: as last time, else a free one")
@@ -87,11 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = config.load(asked.data, os.environ, overrides)
         if asked.command == "init":
-            _say(folder.initialise(settings))
+            _say(folder.initialise(settings, asked.online_key))
         elif asked.command == "broker-certificate":
             _say(folder.issue_broker_certificate(settings, asked.out, asked.name))
         elif asked.command == "new-online-key":
-            _say(folder.new_online_key(settings))
+            _say(folder.new_online_key(settings, asked.uri))
         elif asked.command == "migrate":
             engine = open_engine(settings.database_url)
             found = migrate(engine)

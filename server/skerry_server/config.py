@@ -186,6 +186,12 @@ class Deltas(msgspec.Struct, frozen=True, kw_only=True):
     quota_mb: Megabytes = 10_240
 
 
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """``model_signers``: files with public keys (PEM, P-256), below the data folder when relative; a bundle must be signed by one."""
+
+    model_signers: tuple[str, ...] = ()
+
+
 class Devices(msgspec.Struct, frozen=True, kw_only=True):
     """Devices.
 
@@ -215,6 +221,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drift: Drift = Drift()
     validation: Validation = Validation()
     deltas: Deltas = Deltas()
+    policy: Policy = Policy()
     devices: Devices = Devices()
 
     @property
@@ -234,6 +241,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "drift": Drift,
     "validation": Validation,
     "deltas": Deltas,
+    "policy": Policy,
     "devices": Devices,
 }
 

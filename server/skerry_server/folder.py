@@ -33,9 +33,12 @@ class AlreadyRunning(Exception):
     """Another server runs in this folder."""
 
 
-def initialise(settings: Settings) -> dict[str, Any]:
+def initialise(settings: Settings, online_uri: str | None = None) -> dict[str, Any]:
     """Makes what a new server needs: folder, CA, online key, database, admin token. Again is fine: what is there stays,
     except a file of an admin token that the database does not know.
+
+    Args:
+        online_uri: where a new server's online key lies, instead of a file that is made here.
 
     Returns:
         Where the parts are, and the CA's fingerprint; no secrets.
@@ -46,6 +49,8 @@ def initialise(settings: Settings) -> dict[str, Any]:
         now = clock.utc_now()
         authority = ca.open_ca(data / "ca", now)
         authority.ensure_own([settings.server.public_host, *settings.server.public_names], now)
+        if online_uri is not None:
+            online_keys.begin_with(data / "keys", online_uri)
         online_keys.open_all(data / "keys")
         engine = open_engine(settings.database_url)
         try:
@@ -75,14 +80,14 @@ def issue_broker_certificate(settings: Settings, folder: Path, names: list[str])
     return {what: str(folder / name) for what, name in files.items()}
 
 
-def new_online_key(settings: Settings) -> dict[str, Any]:
-    """Makes one more online key. A running server is no hindrance; it knows the key from its next start on.
+def new_online_key(settings: Settings, uri: str | None = None) -> dict[str, Any]:
+    """Makes one more online key, or names one behind a URI. A running server is no hindrance; it knows the key from its next start on.
 
     Raises:
         NotInitialised: ``initialise`` was never run here.
     """
     require_initialised(settings.data)
-    made = online_keys.add(settings.data / "keys")
+    made = online_keys.add(settings.data / "keys", uri)
     return {"keyid": made.public_key.keyid, "online_keys": str(settings.data / "keys" / "online.pub.json")}
 
 

@@ -21,6 +21,8 @@ from skerry_server.db import tables as t
 from skerry_server.errors import Conflict, NotFound, TooLarge
 
 MAX_SIGNATURE_BYTES = 64 * 1024
+_MAY_BE_SIGNED_ANEW = ("draft", "rejected")
+"""In these states nobody has relied on the signature yet; a rejected bundle may have been rejected for it."""
 
 
 def push(
@@ -59,7 +61,9 @@ def push(
         )
         after = {"model": parsed.model, "version": parsed.version, "signed": signature is not None}
         audit.record(conn, at_ms=now_ms, actor=actor, action="bundle.push", subject=f"bundle:{digest}", after=after)
-    elif signature is not None and held.signature is None:
+    elif signature is not None and (
+        held.signature is None or (held.state in _MAY_BE_SIGNED_ANEW and held.signature != signature)
+    ):
         conn.execute(update(t.bundles).where(c.digest == digest).values(signature=signature))
         audit.record(conn, at_ms=now_ms, actor=actor, action="bundle.sign", subject=f"bundle:{digest}")
     return {"digest": str(digest), "state": held.state if held else "draft", "missing": missing(conn, parsed)}

@@ -25,6 +25,7 @@ from skerry_runtime.validation import validate_bundle
 
 from skerry_server.config import Validation as Limits
 from skerry_server.errors import Unavailable
+from skerry_server.provenance import ModelSigners
 
 AT_ONCE = 2
 """Children that run at the same time."""
@@ -87,11 +88,13 @@ class Turns:
 class Validator:
     """Runs one child per bundle. Safe to use from several threads."""
 
-    def __init__(self, repository: Path, scratch: Path, limits: Limits) -> None:
+    def __init__(self, repository: Path, scratch: Path, limits: Limits, signers: ModelSigners) -> None:
         """Args:
         repository: the folder that holds the blobs.
         scratch: where bundles are laid out; emptied here.
+        signers: whose signature a bundle must carry.
         """
+        self._signers = signers
         self._repository = repository
         self._scratch = scratch
         self._limits = limits
@@ -105,6 +108,9 @@ class Validator:
         Raises:
             Unavailable: this server lacks the bundle's runtime; nothing is said about the bundle.
         """
+        refused, said = self._signers.judge(manifest, signature)
+        if refused:
+            return Outcome(code=refused, reason=said, report={})
         folder = Path(tempfile.mkdtemp(dir=self._scratch))
         try:
             self._lay_out(folder, manifest, signature)
@@ -117,7 +123,8 @@ class Validator:
         code = "" if found.ok else found.code or "validation_failed"
         skipped = [f"{one.id} ({one.detail})" for one in found.variants if one.status == "skipped"]
         reason = f"not run here: {', '.join(skipped)}" if skipped and not code else found.detail
-        return Outcome(code=code, reason=reason, report=msgspec.to_builtins(found))
+        report = msgspec.to_builtins(found)
+        return Outcome(code=code, reason=reason, report=report | ({"signed_by": said} if said else {}))
 
     def _lay_out(self, folder: Path, manifest: bytes, signature: bytes | None) -> None:
         (folder / m.MANIFEST_FILE).write_bytes(manifest)

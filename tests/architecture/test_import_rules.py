@@ -63,7 +63,7 @@ LAYERS = {
             True,
         ),
         ("repository metadata trust broker mqtt ca device_auth validation telemetry audit listener ports", False),
-        ("db durable clock collector config errors windows", True),
+        ("db durable clock collector config errors provenance signers windows", True),
         ("core", True),
     ],
 }

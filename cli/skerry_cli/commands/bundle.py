@@ -110,6 +110,7 @@ def sign(
         str | None,
         typer.Option("--as", help="Instead: a key of your folder by name, wherever it lies (skerry keys make, use)."),
     ] = None,
+    directory: Annotated[Path | None, typer.Option("--dir", help="Folder of your keys; --keys when left out.")] = None,
 ) -> None:
     """Writes model.sig (OpenSSF Model Signing) beside the manifest."""
     from skerry_cli import keyring, signing
@@ -119,7 +120,7 @@ def sign(
     if (key is None) == (name is None):
         raise Usage("wanted --key FILE or --as NAME")
     if name is not None:
-        signer = keyring.open_key(run.keys, name, secret=run.secret, environment=run.environment)
+        signer = keyring.open_key(directory or run.keys, name, secret=run.secret, environment=run.environment)
         path = signing.sign_with(made, signer, name)
     else:
         assert key is not None

@@ -132,10 +132,9 @@ def pem(
 
 
 @app.command()
-def publish(context: typer.Context) -> None:
+def publish(context: typer.Context, directory: Directory = None) -> None:
     """Gives root, targets and catalog of the ceremony to the server (once, with an admin's token)."""
-    run = session(context)
-    publish_ceremony(context, keys.read_ceremony(run.keys))
+    publish_ceremony(context, keys.read_ceremony(directory or session(context).keys))
     output.say("The server holds root, targets and the empty catalog.")
 
 

@@ -18,7 +18,7 @@ from skerry_server.api.context import After, Ctx, Engineer, Limit, Operator, Raw
 from skerry_server.core.bundles import Action
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading, writing
-from skerry_server.errors import Conflict, Invalid, TooLarge
+from skerry_server.errors import Conflict, Invalid, NotFound, TooLarge
 from skerry_server.validation import Outcome
 
 router = APIRouter(prefix="/api/v1", tags=["bundles"])
@@ -192,6 +192,16 @@ def get_bundle(context: Ctx, _caller: Viewer, digest: str) -> dict[str, Any]:
 def get_manifest(context: Ctx, _caller: Viewer, digest: str) -> Response:
     with reading(context.engine) as conn:
         return Response(registry.require(conn, digest)["manifest"], media_type="application/json")
+
+
+@router.get("/bundles/{digest}/signature", summary="The bytes of model.sig", response_class=Response)
+def get_signature(context: Ctx, _caller: Viewer, digest: str) -> Response:
+    """404 when the bundle was pushed without one. Whose it is, whoever asks must check."""
+    with reading(context.engine) as conn:
+        signature = registry.require(conn, digest)["signature"]
+    if signature is None:
+        raise NotFound("signature of bundle", digest)
+    return Response(signature, media_type="application/json")
 
 
 @router.post("/bundles/{digest}/deprecate", summary="No new rollouts of it")
