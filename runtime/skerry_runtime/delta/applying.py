@@ -18,6 +18,7 @@ from skerry_runtime.delta.coder import U64, Decoder
 from skerry_runtime.delta.container import PIECE, DeltaError, Numbers, Op, Patch, Role, Source
 from skerry_runtime.delta.elements import (
     BY_EXPONENT,
+    BY_SIZES,
     CHANNELS_MOST,
     FLOATS,
     OF_FLOATS,
@@ -28,12 +29,14 @@ from skerry_runtime.delta.elements import (
     Codec,
     Method,
     Scaling,
+    Sizes,
     from_planes,
     tagged,
     to_bytes,
     to_integers,
     uncombined,
 )
+from skerry_runtime.delta.low_rank import EXPONENTS, FACTORS_MOST, LowRank
 
 
 def steps_most(target_size: int) -> int:
@@ -199,7 +202,9 @@ class _Run:
         if number not in set(Method) or width not in WIDTHS:
             raise DeltaError(f"the patch has a method {number} of {width} bytes, which this version does not know")
         method = Method(number)
-        if (method in OF_FLOATS and width not in FLOATS) or (method == Method.RESCALED and width != 1):
+        if (method in OF_FLOATS and width not in FLOATS) or width != {Method.RESCALED: 1, Method.LOW_RANK: 4}.get(
+            method, width
+        ):
             raise DeltaError(f"the patch uses {method.name.lower()} for elements of {width} bytes")
         stride = width + (tag != 0)
         n = self._count(stride)
@@ -209,6 +214,11 @@ class _Run:
         if low >= 1 << 16:
             raise DeltaError("the patch has an exponent that no float has")
         scaling = self._scaling(n) if method == Method.RESCALED else None
+        sizes = self._sizes(n) if method in BY_SIZES else None
+        product = None
+        if method == Method.LOW_RANK:
+            assert sizes is not None
+            product = self._product(len(sizes.rows), len(sizes.columns))
         start = 0
         while start < n:
             room = PLANES_CHUNK if method in PLANES else self._codec.room(method, width)
@@ -217,13 +227,25 @@ class _Run:
             if method in PLANES:
                 found = uncombined(method, width, from_planes(self._planes.take(wanted * width), width), base)
             else:
-                found = self._codec.run(method, width, start, base, None, wanted, low, scaling)
+                found = self._codec.run(method, width, start, base, None, wanted, low, scaling, sizes, product)
             self._out.write(tagged(to_bytes(found, width), width, tag))
             start += wanted
 
     def _beside(self, n: int, width: int, stride: int) -> U64:
         data = np.frombuffer(self._base.take(n * stride), np.uint8)
         return to_integers(np.ascontiguousarray(data.reshape(n, stride)[:, stride - width :]).ravel(), width)
+
+    def _sizes(self, n: int) -> Sizes:
+        rows = self._control.unsigned()
+        if not 0 < rows <= n or n % rows or rows + n // rows > CHANNELS_MOST:
+            raise DeltaError("the patch has more rows or columns than there are")
+        return self._codec.sizes(rows, n // rows, None)
+
+    def _product(self, rows: int, columns: int) -> LowRank:
+        rank, exponent = self._control.unsigned(), self._control.signed()
+        if not 0 < rank <= FACTORS_MOST // (rows + columns) or exponent not in EXPONENTS:
+            raise DeltaError("the patch adds a product that is larger than a device keeps")
+        return self._codec.product(rows, columns, rank, exponent, None)
 
     def _scaling(self, n: int) -> Scaling:
         count, inner, offset = self._control.unsigned(), self._control.unsigned(), self._control.signed()

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import lzma
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from skerry_runtime.delta.coder import CHUNK_MOST, U64, Meter
-from skerry_runtime.delta.elements import OF_FLOATS, PLANES, WITH_BASE, Codec, Method, Scaling, combined, lowest, planes
+from skerry_runtime.delta.elements import (
+    BY_SIZES,
+    CHANNELS_MOST,
+    OF_FLOATS,
+    PLANES,
+    WITH_BASE,
+    Codec,
+    Method,
+    Scaling,
+    Sizes,
+    combined,
+    lowest,
+    planes,
+)
+from skerry_runtime.delta.low_rank import LowRank, fitted
 from skerry_runtime.delta.parts import Part
 
 _SAMPLE = 4
+_WORTH_MARKS = 4
 _WORTH_CHANNELS = 32
 """Elements for each channel below which its own ratio costs more than it saves."""
 
@@ -24,6 +39,8 @@ class Choice:
     method: Method
     low: int = 0
     scaling: Scaling | None = None
+    sizes: Sizes | None = None
+    product: LowRank | None = None
     cost_bytes: float = 0.0
 
 
@@ -48,6 +65,10 @@ class Chooser:
                 if width == 1 and base is not None:
                     for scaling in scalings(part, target, base):
                         yield self._metered(part, Choice(method=method, scaling=scaling), target, base, samples)
+            elif method in BY_SIZES:
+                choice = None if base is None else _by_sizes(method, part, target, base)
+                if choice is not None:
+                    yield self._metered(part, choice, target, base, samples)
             elif method in PLANES:
                 yield _planes(width, method, target, base, samples)
             elif method in (Method.INTEGER_DIFFERENCE, Method.INTEGERS_ALONE) and part.floats:
@@ -65,13 +86,46 @@ class Chooser:
             while at < sample.stop:
                 n = min(codec.room(choice.method, part.width), sample.stop - at)
                 beside = base[at : at + n] if base is not None and choice.method in WITH_BASE else None
-                codec.run(choice.method, part.width, at, beside, target[at : at + n], n, choice.low, choice.scaling)
+                codec.run(
+                    choice.method,
+                    part.width,
+                    at,
+                    beside,
+                    target[at : at + n],
+                    n,
+                    choice.low,
+                    choice.scaling,
+                    choice.sizes,
+                    choice.product,
+                )
                 at += n
             seen += sample.stop - sample.start
         cost = (meter.bits_taken - before) / 8 * len(target) / seen
         if choice.scaling is not None:
             cost += 3 * len(choice.scaling.ratios)
-        return Choice(method=choice.method, low=choice.low, scaling=choice.scaling, cost_bytes=cost)
+        if choice.sizes is not None:
+            cost += (len(choice.sizes.rows) + len(choice.sizes.columns)) / 2
+        if choice.product is not None:
+            cost += choice.product.factor_bytes()
+        return replace(choice, cost_bytes=cost)
+
+
+def _by_sizes(method: Method, part: Part, target: U64, base: U64) -> Choice | None:
+    """What is said of a matrix, or of rows of anything, before their differences; None where there are no rows."""
+    rows = part.shape[0] if len(part.shape) > 1 else 0
+    if not 1 < rows < len(target) or len(target) % rows or rows + len(target) // rows > CHANNELS_MOST:
+        return None
+    if len(target) < _WORTH_MARKS * (rows + len(target) // rows):
+        return None
+    product = None
+    if method == Method.LOW_RANK:
+        product = fitted(base, target, rows) if part.width == 4 else None
+        if product is None:
+            return None
+        base = np.concatenate(
+            [product.predict(base[at : at + CHUNK_MOST], at) for at in range(0, len(base), CHUNK_MOST)]
+        )
+    return Choice(method=method, sizes=Sizes.fitted(base, target, part.width, rows), product=product)
 
 
 def scalings(part: Part, target: U64, base: U64) -> Iterator[Scaling]:

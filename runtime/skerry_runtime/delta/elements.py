@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skerry_runtime.delta.coder import CHUNK_MOST, U64, Coder, Symbols, Table
+from skerry_runtime.delta.container import DeltaError
+from skerry_runtime.delta.low_rank import FACTOR_MOST, LowRank
 
 NUMBERS = {1: 256, 2: 112, 4: 240, 8: 496}
 WIDTHS = tuple(NUMBERS)
@@ -24,6 +26,13 @@ _SPREAD = 24
 """Contexts by the exponent of the base."""
 _FRACTIONS = 16
 CHANNELS_MOST = 1 << 14
+_SIZES = 72
+_CONTEXTS = {0: _SPREAD, 1: 16, 2: _FRACTIONS, 7: _SIZES}
+"""Contexts by the expected bits of a difference, in halves."""
+_MARKS = 128
+_COLUMN_ZERO = 64
+_BIAS = {2: 0, 4: 2 * 96, 8: 2 * 992}
+"""What rows leave out of exponents: no weight is as small as 2 ** -31."""
 FLOATS = {2: (5, 10), 4: (8, 23), 8: (11, 52)}
 """Bits of exponent and mantissa, by width."""
 _TOP = 4
@@ -51,15 +60,26 @@ class Method(IntEnum):
     """The same, of the difference."""
     INTEGERS_ALONE = 8
     """Integers without a base."""
+    FLOAT_DIFFERENCE_SCALED = 9
+    """The difference of floats, by how large it tends to be in this row and in this column, which is said before."""
+    LOW_RANK = 10
+    """The same, from a base to which a product of two thin matrices was added."""
 
 
 WITH_BASE = {
-    Method.FLOAT_DIFFERENCE, Method.INTEGER_DIFFERENCE, Method.FLOAT_PLANES, Method.RESCALED, Method.BYTE_PLANES_XOR,
+    Method.FLOAT_DIFFERENCE, Method.FLOAT_DIFFERENCE_SCALED, Method.LOW_RANK, Method.INTEGER_DIFFERENCE, Method.FLOAT_PLANES, Method.RESCALED, Method.BYTE_PLANES_XOR,
     Method.BYTE_PLANES_DIFFERENCE,
 }  # fmt: skip
 PLANES = {Method.BYTE_PLANES, Method.BYTE_PLANES_XOR, Method.BYTE_PLANES_DIFFERENCE}
 BY_EXPONENT = {Method.FLOAT_DIFFERENCE, Method.FLOAT_PLANES}
-OF_FLOATS = {Method.FLOAT_DIFFERENCE, Method.FLOAT_PLANES, Method.FLOAT_PLANES_ALONE}
+BY_SIZES = {Method.FLOAT_DIFFERENCE_SCALED, Method.LOW_RANK}
+OF_FLOATS = {
+    Method.LOW_RANK,
+    Method.FLOAT_DIFFERENCE,
+    Method.FLOAT_DIFFERENCE_SCALED,
+    Method.FLOAT_PLANES,
+    Method.FLOAT_PLANES_ALONE,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +91,36 @@ class Scaling:
     offset: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of ``FLOAT_DIFFERENCE_SCALED``: how large differences tend to be, in half powers of two, by row and by column."""
+
+    rows: Symbols
+    columns: Symbols
+
+    def context(self, base: U64, width: int, start: int) -> Symbols:
+        """About twice the bits of the difference of each element."""
+        place = start + np.arange(len(base))
+        inner = len(self.columns)
+        expected = self.rows[place // inner] + self.columns[place % inner] - _COLUMN_ZERO
+        found: Symbols = np.clip(expected - 2 * exponent_of(base, width) + _BIAS[width], 0, _SIZES - 1)
+        return found
+
+    @classmethod
+    def fitted(cls, base: U64, target: U64, width: int, rows: int) -> Sizes:
+        """Means over rows and columns."""
+        mask = np.uint64((1 << 8 * width) - 1)
+        change = zigzag((ordered(target, width) - ordered(base, width)) & mask, width)
+        size = 2 * np.log2(change.astype(np.float64) + 1) + 2 * exponent_of(base, width) - _BIAS[width]
+        table = size.reshape(rows, -1)
+        by_row = table.mean(axis=1)
+        by_column = (table - by_row[:, None]).mean(axis=0)
+        return cls(
+            rows=np.clip(np.rint(by_row), 0, _MARKS - 1).astype(np.int64),
+            columns=np.clip(np.rint(by_column) + _COLUMN_ZERO, 0, _MARKS - 1).astype(np.int64),
+        )
+
+
 class Codec:
     """Tables of all methods, which are shared by all tensors of a patch."""
 
@@ -79,7 +129,7 @@ class Codec:
         self._tables: dict[tuple[int, ...], Table] = {}
 
     def run(self, method: Method, width: int, start: int, base: U64 | None, target: U64 | None, n: int, low: int,
-            scaling: Scaling | None = None) -> U64:  # fmt: skip
+            scaling: Scaling | None = None, sizes: Sizes | None = None, product: LowRank | None = None) -> U64:  # fmt: skip
         """Codes at most ``n`` elements, as many as ``room`` said.
 
         Args:
@@ -91,7 +141,16 @@ class Codec:
             n: how many.
             low: the exponent below which the base's does not matter.
             scaling: of ``RESCALED``.
+            sizes: of ``FLOAT_DIFFERENCE_SCALED`` and ``LOW_RANK``.
+            product: of ``LOW_RANK``.
         """
+        if method in BY_SIZES:
+            assert base is not None
+            assert sizes is not None
+            if product is not None:
+                base = product.predict(base, start)
+            context = sizes.context(base, width, start)
+            return self._difference(width, ordered, unordered, context, base, target, table=7)
         if method == Method.FLOAT_DIFFERENCE:
             assert base is not None
             return self._difference(width, ordered, unordered, _exponent_context(base, width, low), base, target)
@@ -109,6 +168,41 @@ class Codec:
             return self._number(self._table(3, width, 1, NUMBERS[width]), context, width, target)
         return self._planes(width, base, target, n, low)
 
+    def sizes(self, rows: int, columns: int, given: Sizes | None) -> Sizes:
+        """Codes what differences tend to be."""
+        found: list[Symbols] = []
+        both = (None, None) if given is None else (given.rows, given.columns)
+        for n, values in zip((rows, columns), both, strict=True):
+            table, parts, at = self._table(8, len(found), 1, _MARKS), [], 0
+            while at < n:
+                room = min(table.chunk(), n - at)
+                part = None if values is None else values[at : at + room]
+                parts.append(self._coder.symbols(table, np.zeros(room, np.int64), part))
+                at += room
+            found.append(np.concatenate(parts))
+        return Sizes(rows=found[0], columns=found[1])
+
+    def product(self, rows: int, columns: int, rank: int, exponent: int, given: LowRank | None) -> LowRank:
+        """Codes the factors of a product, rank by rank, the largest first."""
+        sides = []
+        for side, n in enumerate((rows, columns)):
+            table, parts = self._table(9, side, 8, NUMBERS[4]), []
+            values = None if given is None else (given.left.T if side == 0 else given.right)
+            for order in range(rank):
+                at = 0
+                while at < n:
+                    room = min(table.chunk(), n - at)
+                    part = None
+                    if values is not None:
+                        part = zigzag(values[order, at : at + room].astype(np.int64).view(np.uint64), 8)
+                    found = self._number(table, np.full(room, min(order // 4, 7)), 4, part)
+                    parts.append(unzigzag(found).view(np.int64).astype(np.float64))
+                    at += room
+            sides.append(np.concatenate(parts).reshape(rank, n))
+        if max(np.abs(side).max() for side in sides) >= FACTOR_MOST:
+            raise DeltaError("the patch multiplies by too much")
+        return LowRank(left=np.ascontiguousarray(sides[0].T), right=sides[1], exponent=exponent)
+
     def room(self, method: Method, width: int) -> int:
         """How many elements the next chunk may have."""
         return self._first_table(method, width).chunk()
@@ -116,6 +210,8 @@ class Codec:
     def _first_table(self, method: Method, width: int) -> Table:
         if method == Method.FLOAT_DIFFERENCE:
             return self._table(0, width, _SPREAD, NUMBERS[width])
+        if method in BY_SIZES:
+            return self._table(7, width, _SIZES, NUMBERS[width])
         if method == Method.INTEGER_DIFFERENCE:
             return self._table(1, width, 16, NUMBERS[width])
         if method == Method.RESCALED:
@@ -136,7 +232,7 @@ class Codec:
         old = there(base, width)
         wanted = None if target is None else zigzag((there(target, width) - old) & mask, width)
         alphabet = NUMBERS[width]
-        contexts = (_SPREAD, 16, _FRACTIONS)[table]
+        contexts = _CONTEXTS[table]
         found = self._number(self._table(table, width, contexts, alphabet), context, width, wanted)
         return back((old + unzigzag(found)) & mask, width)
 

@@ -143,7 +143,7 @@ def matched(parts: list[Part], old_parts: list[Part], base: Bytes, target: Bytes
 
 
 def _digest(data: Bytes, part: Part) -> bytes:
-    return hashlib.sha256(data[part.start : part.start + part.size]).digest()
+    return hashlib.sha256(data[part.start : part.start + part.size].tobytes()).digest()
 
 
 def _named(part: Part) -> tuple[object, ...]:
@@ -277,6 +277,14 @@ class Plan:
             ratios = choice.scaling.ratios.tolist()
             self.control += unsigned(len(ratios)) + unsigned(choice.scaling.inner) + signed(choice.scaling.offset)
             self.control += b"".join(signed(ratio) for ratio in ratios)
+        if choice.sizes is not None:
+            rows = len(choice.sizes.rows)
+            self.control += unsigned(rows)
+            self._codec.sizes(rows, len(target) // rows, choice.sizes)
+        if choice.product is not None:
+            rows, rank = choice.product.left.shape
+            self.control += unsigned(rank) + signed(choice.product.exponent)
+            self._codec.product(rows, len(target) // rows, rank, choice.product.exponent, choice.product)
         start = 0
         while start < len(target):
             room = PLANES_CHUNK if method in PLANES else self._codec.room(method, width)
@@ -285,7 +293,9 @@ class Plan:
             if method in PLANES:
                 self.put(Role.PLANES, planes(combined(method, width, new, old), width))
             else:
-                self._codec.run(method, width, start, old, new, len(new), choice.low, choice.scaling)
+                self._codec.run(
+                    method, width, start, old, new, len(new), choice.low, choice.scaling, choice.sizes, choice.product
+                )
             start += len(new)
         self.steps += 1
         self.segments.append(Segment(name=part.name, method=method.name.lower(), size_bytes=len(target) * part.stride))
