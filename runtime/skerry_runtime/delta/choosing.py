@@ -52,9 +52,10 @@ class Chooser:
 
     def best(self, part: Part, target: U64, base: U64 | None) -> Choice:
         """The cheapest method for elements, with a base of as many or without."""
-        return min(self._tried(part, target, base), key=lambda choice: choice.cost_bytes)
+        return min(self.tried(part, target, base), key=lambda choice: choice.cost_bytes)
 
-    def _tried(self, part: Part, target: U64, base: U64 | None) -> Iterator[Choice]:
+    def tried(self, part: Part, target: U64, base: U64 | None) -> Iterator[Choice]:
+        """Every method that suits the elements, with what it would cost."""
         width = part.width
         low = lowest(base, width) if base is not None and part.floats else 0
         samples = _samples(len(target))

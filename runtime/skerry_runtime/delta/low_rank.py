@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 RANKS = (2, 4, 8, 16, 32, 64)
 FACTORS_MOST = 1 << 18
 """Integers of both matrices: what a device keeps of them."""
-FACTOR_MOST = 1 << 15
+FACTOR_MOST = 1 << 20
 """No integer is as large: sums of 64 products stay far below 2 ** 53."""
 EXPONENTS = range(-140, 64)
 _NOISE = 0.1
@@ -35,7 +35,7 @@ class LowRank:
 
     def factor_bytes(self) -> float:
         """About what the factors cost."""
-        return sum(float(np.log2(4 * np.abs(side) + 2).sum()) for side in (self.left, self.right)) / 8
+        return sum(float(np.log2(10 * np.abs(side) + 6).sum()) for side in (self.left, self.right)) / 8
 
     def predict(self, base: U64, start: int) -> U64:
         """Elements of a float32 base from ``start`` on, with the product added to them."""
@@ -59,14 +59,19 @@ def fitted(base: U64, target: U64, rows: int) -> LowRank | None:
     most = min(RANKS[-1], rows, columns, FACTORS_MOST // (rows + columns))
     left, sizes, right = _decomposed(matrix, most)
     whole = float((matrix * matrix).sum())
+    # What no product gives: each float of the target was rounded.
+    noise = float(
+        (np.spacing(np.maximum(np.abs(_floats(target)), 1e-30).astype(np.float32)).astype(np.float64) ** 2).sum() / 12
+    )
     best: tuple[float, int, int] | None = None
     for rank in RANKS:
         if rank > most or rank > len(sizes):
             break
-        rest = max(whole - float((sizes[:rank] ** 2).sum()), whole * 1e-12)
-        saved = 0.5 * rows * columns * np.log2(whole / rest)
+        rest = max(whole - float((sizes[:rank] ** 2).sum()), 0.0) + noise
+        saved = 0.5 * rows * columns * np.log2((whole + noise) / rest)
         step = 12 * _NOISE * rest / (rows * columns) / float(sizes[:rank].sum() * (1 / rows + 1 / columns))
-        exponent = int(np.floor(np.log2(step)))
+        largest = sizes[0] * max(float((left[:, 0] ** 2).max()), float((right[0] ** 2).max()))
+        exponent = int(np.floor(max(np.log2(step), np.log2(largest / (FACTOR_MOST / 2) ** 2))))
         # Bits of a rounded factor, as of a normal distribution of its variance.
         spread = sizes[:rank] / 2.0**exponent
         bits = sum(n * np.maximum(0.5 * np.log2(17.1 * (spread / n + 1 / 12)), 0.2).sum() for n in (rows, columns))

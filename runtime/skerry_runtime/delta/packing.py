@@ -28,7 +28,7 @@ def pack(role: Role, data: bytes, most_bits: int = DICTIONARY_MOST_BITS) -> Pack
     if len(data) > _SMALL:
         middle = len(data) // 2 & ~7
         sample = data[:_SAMPLE] + data[middle : middle + _SAMPLE]
-        parameters = (min(parameters, key=lambda one: len(squeeze(sample, *one, 17))),)
+        parameters = (min(parameters, key=lambda one: len(squeeze(sample, one[0], one[1], one[2], 17))),)
     best = Packed(role=role, coding=Coding.STORED, size_bytes=len(data), data=data)
     cost = len(data)
     for lc, lp, pb in parameters:
