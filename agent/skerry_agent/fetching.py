@@ -20,6 +20,7 @@ from skerry_agent.core.lifecycle import Update
 from skerry_agent.errand import Errands
 from skerry_agent.errors import Rejected
 from skerry_agent.failures import Failures
+from skerry_agent.fetched import Fetched
 from skerry_agent.progress import FetchProgress
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.slots import Slots
@@ -39,7 +40,7 @@ class Fetching:
 
     Attributes:
         manifest: what was fetched last, None before the first.
-        progress: of the download under way.
+        progress: of the download under way; fetched: what it took.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Fetching:
         self._errand_input = errand_input
         self._max_kib_s = max_kib_s
         self.progress = progress
+        self.fetched = Fetched(store)
         self._text = ""
         self.manifest: m.Manifest | None = None
 
@@ -139,8 +141,10 @@ class Fetching:
         digest = self._update().digest
         if not self._slots.whole(digest, self._update().variant):
             self.progress.begin()
+            self.fetched.begin()
+            answer: dict[str, Any] | None = None
             try:
-                await self._errands.run(
+                answer = await self._errands.run(
                     "fetch",
                     {
                         **self._errand_input(),
@@ -148,14 +152,21 @@ class Fetching:
                         "digest": digest,
                         "manifest": self._text,
                         "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in self._files()],
+                        "variant": self._update().variant,
+                        "held": held(self._slots, self._update().model),
                         "max_kib_s": self._max_kib_s(),
                     },
                     timeout_s=_FETCH_S,
-                    on_progress=self.progress.take,
+                    on_progress=self._take_progress,
                 )
             finally:
                 self.progress.end()
+                self.fetched.end(digest, sum(file.size for file in self._files()), answer)
         return e.FilesFetched()
+
+    def _take_progress(self, said: dict[str, Any]) -> None:
+        self.progress.take(said)
+        self.fetched.take(said)
 
     async def verify_files(self) -> e.Event:
         """Reads every file of the variant again, and judges it by its hash."""
@@ -188,3 +199,14 @@ class Fetching:
             if self._slots.discard(update.digest):
                 # It was this device's own copy that rotted: nothing is said about the bundle.
                 self._failures.forgive(update.digest)
+
+
+def held(slots: Slots, model: str) -> list[dict[str, str]]:
+    """What this device has of a model and a delta may lead from, the likeliest first."""
+    pointers = slots.pointers(model)
+    found = {
+        (slot.digest, slot.variant): None
+        for slot in (pointers.active, pointers.confirmed, pointers.previous)
+        if slot is not None
+    }
+    return [{"digest": digest, "variant": variant} for digest, variant in found]

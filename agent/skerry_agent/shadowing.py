@@ -31,6 +31,7 @@ from skerry_agent.core import admission, backoff, liveness
 from skerry_agent.core.care import Care
 from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Rejected, Transient
+from skerry_agent.fetching import held
 from skerry_agent.logs import kv
 from skerry_agent.serving import SHADOW_RING, Serving
 from skerry_agent.slots import Slots
@@ -271,6 +272,8 @@ class Shadowing:
                     "digest": target.digest,
                     "manifest": text or (self._slots.path(target.digest) / m.MANIFEST_FILE).read_text(),
                     "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in variant.files],
+                    "variant": variant.id,
+                    "held": held(self._slots, shadow.model),
                     "max_kib_s": self._max_kib_s(),
                 },
                 timeout_s=_FETCH_S,

@@ -285,6 +285,9 @@ class Updating:
             self._on_change("", {})
             return
         quiet = self.failures.was_said(self.update)
+        took = self.fetching.fetched.of(self.update.digest)
+        if took and self.update.state != "fetch":
+            data = {**data, "fetched": took}
         self._on_change("" if quiet else self.update.code, {} if quiet else data)
         # Behind the event: power that fails between the two has it said twice, and never not at all.
         self._store.put("said", said)

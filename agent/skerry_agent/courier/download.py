@@ -4,12 +4,13 @@ Owns ``slots/.staging/<digest>/`` while it runs: finished files under their own 
 that other bundles find what is here, and ``manifest.json`` last of all. The manifest's digest was verified by ``manifest``;
 every file must have the size and the sha256 that it names, whatever the network, the cache on the way or the disk did.
 
-Where a file comes from is its sources' matter (``acquiring``): here already, in another bundle, over the network (``resuming``,
-with what came in part in ``parts``).
+Where a file comes from is its sources' matter (``acquiring``): here already, in another bundle, of a delta (``patched``), over the
+network (``resuming``, with what came in part in ``parts``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from skerry_contract import layout
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
-from skerry_agent.courier import acquiring, durable, parts, requests, resuming, room, shared, transport, watch
+from skerry_agent.courier import acquiring, durable, parts, patched, requests, resuming, room, shared, transport, watch
 from skerry_agent.courier.meter import Meter, Report
 from skerry_agent.errors import Degraded, Rejected
 
@@ -32,7 +33,7 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
         report: gets {file, done, size, total_done, total_size} in bytes, at most twice a second.
 
     Returns:
-        ``bytes`` that came over the network in this run; ``files`` {source: how many files it had}.
+        ``bytes`` that came over the network in this run; ``files`` {source: how many files it had}; and what ``Patched.told`` says.
 
     Raises:
         Rejected: ``hash_mismatch``, ``size_mismatch``, ``malformed_manifest``, ``bad_request``.
@@ -54,7 +55,12 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
             meter = Meter(report, overdue, max_bytes_s=request.max_kib_s * 1024, limits=request.limits)
             meter.begin(wanted.values())
             others = shared.OtherBundles(slots, request.digest, meter)
-            sources = (acquiring.Here(meter), others, _network(request, slots / ".parts", meter))
+            web, url = _web(request), request.repository_url.rstrip("/")
+            deltas = patched.Patched(web, url, slots, request, meter, _lack_for(request, staging))
+            whole = resuming.Resuming(
+                web, lambda one: f"{url}/{layout.blob(one.hashes['sha256'])}", slots / ".parts", meter, request.limits
+            )
+            sources = (acquiring.Here(meter), others, deltas, whole)
             durable.make_folder(staging)
             parts.tidy(slots / ".parts", [one.key for one in wanted.values()])
             _check_room(request, staging, slots / ".parts", wanted, others)
@@ -66,22 +72,25 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
                 meter.finished(one)
             (staging / shared.STAGED_MANIFEST).replace(staging / manifests.MANIFEST_FILE)
             durable.sync_folder(staging)
-            return {"bytes": meter.received, "files": had}
+            deltas.done()
+            return {"bytes": meter.received, "files": had, **deltas.told()}
     except OSError as error:
         raise durable.disk_error(error) from error
 
 
-def _network(request: requests.Fetch, folder: Path, meter: Meter) -> resuming.Resuming:
+def _web(request: requests.Fetch) -> transport.Web:
     ca_path = request.identity / "fleet-ca.pem"
     try:
         ca_pem = ca_path.read_text()
     except FileNotFoundError:
         raise Degraded("not_enrolled", f"{ca_path} is not there", advice="enrol the device") from None
-    web = transport.Web(server_url=request.server_url, ca_pem=ca_pem, now_s=request.now_s, gap_s=request.limits.gap_s)
-    base = request.repository_url.rstrip("/")
-    return resuming.Resuming(
-        web, lambda one: f"{base}/{layout.blob(one.hashes['sha256'])}", folder, meter, request.limits
-    )
+    return transport.Web(server_url=request.server_url, ca_pem=ca_pem, now_s=request.now_s, gap_s=request.limits.gap_s)
+
+
+def _lack_for(request: requests.Fetch, folder: Path) -> Callable[[int, int], str]:
+    """What is missing for so many more files of so many bytes; empty when they fit."""
+    reserve = {"reserve_bytes": request.reserve_bytes, "reserve_files": request.reserve_files}
+    return lambda files, size_bytes: room.lack(folder, files=files, size_bytes=size_bytes, **reserve)
 
 
 def _check_room(

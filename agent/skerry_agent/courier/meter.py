@@ -30,7 +30,7 @@ class Meter:
     """Of one run over the files of a bundle.
 
     Args:
-        report: gets {file, done, size, total_done, total_size} in bytes, at most twice a second.
+        report: gets {file, done, size, total_done, total_size, received} in bytes, at most twice a second.
         overdue: rings when the peer brings less than ``limits`` want.
         max_bytes_s: the rate that may not be passed, 0 for any.
 
@@ -43,6 +43,7 @@ class Meter:
         self._overdue = overdue
         self._rate = _Rate(max_bytes_s)
         self._slow_bytes = limits.slow_bytes
+        self._slow_s = limits.slow_s
         self._total = 0
         self._finished = 0
         self._reported = float("-inf")
@@ -79,7 +80,14 @@ class Meter:
     def _say(self, file: Sized, done: int, total_done: int) -> None:
         self._reported = time.monotonic()
         self._report(
-            {"file": file.name, "done": done, "size": file.size, "total_done": total_done, "total_size": self._total}
+            {
+                "file": file.name,
+                "done": done,
+                "size": file.size,
+                "total_done": total_done,
+                "total_size": self._total,
+                "received": self.received,
+            }
         )
 
     def wind(self) -> None:
@@ -92,13 +100,16 @@ class Meter:
             time.sleep(seconds)
 
     @contextlib.contextmanager
-    def own_work(self) -> Iterator[None]:
-        """What takes this device's time, and not the peer's."""
-        self._overdue.stop()
+    def own_work(self, limit_s: float = 0.0) -> Iterator[None]:
+        """What takes this device's time, and not the peer's: at most ``limit_s`` of it, 0 for any. Raises ``watch.Overdue``."""
+        if limit_s:
+            self._overdue.wind(limit_s)
+        else:
+            self._overdue.stop()
         try:
             yield
         finally:
-            self._overdue.wind()
+            self._overdue.wind(self._slow_s)
 
 
 class _Rate:

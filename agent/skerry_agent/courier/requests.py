@@ -93,11 +93,19 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     size: int
 
 
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """A variant of a bundle that lies in a slot."""
+
+    digest: str
+    variant: str
+
+
 class Fetch(Common, frozen=True, kw_only=True):
     """The files of a bundle.
 
     Attributes:
         files: those of the chosen variant.
+        variant: its name; held: what this device has of the model, the likeliest base of a delta first. Both may be left out.
         max_kib_s: rate limit in KiB/s, 0 for none.
         reserve_bytes, reserve_files: what must stay free on the disk for others.
     """
@@ -105,6 +113,8 @@ class Fetch(Common, frozen=True, kw_only=True):
     digest: str
     manifest: str
     files: tuple[File, ...]
+    variant: str = ""
+    held: tuple[Held, ...] = ()
     max_kib_s: int = 0
     reserve_bytes: int = 0
     reserve_files: int = 0

@@ -77,6 +77,9 @@ class Connections:
         try:
             yield response
         finally:
+            if response.length == 0 and not response.isclosed():
+                # Read to its end, which ``read1`` of older Pythons does not notice: the connection is good for the next request.
+                response.close()
             if not response.isclosed():
                 # Something is left unread: the next request needs a clean connection.
                 connection.close()
