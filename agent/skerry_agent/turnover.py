@@ -248,7 +248,7 @@ class Turnover:
             self._slots.revert_active(self._update().model)
         wanted = self._confirmed_models()
         if not self._serving.runs(wanted):
-            self._serving.start_later({name: s for name, s in wanted.items() if self._slots.whole(s.digest, s.variant)})
+            self._keep_trying(wanted)
 
     async def _bring_back(self, wanted: dict[str, Slot], ordered: str) -> AgentError | None:
         for failures in range(1, _RESTORE_TRIES + 1):
@@ -264,6 +264,34 @@ class Turnover:
             if failures < _RESTORE_TRIES:
                 wait_s = backoff.delay_s("worker", failures, self._draw(), scale=self._config.timing.backoff_scale)
                 await asyncio.sleep(wait_s)
-        # What nothing serves: go on trying what is whole, beside whatever the plan fetches.
-        self._serving.start_later({name: s for name, s in wanted.items() if self._slots.whole(s.digest, s.variant)})
+        self._keep_trying(wanted)
         return last
+
+    def _keep_trying(self, wanted: dict[str, Slot]) -> None:
+        """Tries on in the background, beside whatever the plan fetches: what nothing serves, and what something else serves."""
+        whole = {name: s for name, s in wanted.items() if self._slots.whole(s.digest, s.variant)}
+        self._serving.start_later(whole)
+        model = self._update().model
+        slot, now = whole.get(model), self._serving.models().get(model)
+        if slot is not None and now is not None and now.digest != slot.digest and self._serving.answering(model):
+            # The bundle that has to go answers meanwhile, which is better than nothing.
+            self._serving.site.background(self._replace_later(model, slot))
+
+    async def _replace_later(self, model: str, slot: Slot) -> None:
+        failures = 0
+        while True:
+            failures += 1
+            wait_s = backoff.delay_s("worker", failures, self._draw(), scale=self._config.timing.backoff_scale)
+            await asyncio.sleep(wait_s)
+            confirmed, now = self._slots.pointers(model).confirmed, self._serving.models().get(model)
+            if confirmed is None or confirmed.digest != slot.digest or now is None or now.digest == slot.digest:
+                return
+            if not self._update().resting:
+                continue
+            try:
+                limit_s = lifecycle.DEADLINES_S["revert"]
+                wanted = {**self._serving.models(), model: slot}
+                await self._restoring.bring_up(wanted, timeout_s=limit_s, without_substitute=model)
+                return
+            except AgentError as error:
+                log.error("what ran before does not start yet", extra=kv(code=error.code, failures=failures))

@@ -327,6 +327,10 @@ class Updating:
             or generation.listening_s is None
         ):
             return
+        serves = generation.models.get(self.update.model)
+        if serves is None or serves.digest != self.update.digest:
+            # Only the bundle that answers can be judged, whatever the pointer file says.
+            return
         elapsed_s = self._clock.boot_s() - generation.listening_s
         manifest = self.fetching.manifest or self._slots.manifest(self.update.digest)
         rules = trial.Trial(

@@ -1,6 +1,7 @@
 """Runs an agent whose courier is the stand-in and whose broker speaks plain MQTT on loopback; all else is the product.
 
 With a file ``unruly`` in the world's folder its workers are the product's as well, in a program that leaks or spins (``unruly_worker``).
+With a file ``hold.json`` its updates are held in a state (``held``).
 With a file ``clocks`` it and its workers have the clocks that this says (``skewed``).
 """
 
@@ -12,6 +13,7 @@ from skerry_agent import config, logs, supervisor
 from skerry_agent.logring import LogRing
 from skerry_agent.workers import WORKER
 
+import held  # isort: skip
 from skewed import install  # isort: skip
 
 world = Path(os.environ["SKERRY_TEST_WORLD"])
@@ -22,6 +24,10 @@ if clocks.exists():
     worker = (sys.executable, str(Path(__file__).with_name("skewed.py")), str(clocks))
 if unruly.exists():
     worker = (sys.executable, str(Path(__file__).with_name("unruly_worker.py")), str(unruly))
+hold = world / "hold.json"
+if hold.exists():
+    held.install(hold)
+    worker = (sys.executable, str(Path(__file__).with_name("held.py")), str(hold))
 found = config.load(Path(sys.argv[1]), os.environ)
 ring = LogRing(found.log_file)
 logs.configure(as_json=False, level="debug", ring=ring)

@@ -219,6 +219,7 @@ def test_after_years_without_clock_certificate_or_root_the_device_comes_back_by_
     assert "certificate" not in agent.why()
 
 
+@pytest.mark.slow
 def test_beyond_the_days_of_grace_the_device_says_what_it_needs_and_an_operators_word_brings_it_back(
     agent: Agent, server: ServerRig, operator: Operator
 ) -> None:

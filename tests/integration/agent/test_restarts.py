@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from skerry_agent.core.lifecycle import CRASHES
 
 from tests.integration.agent.rig import Device, Server, wait_for
@@ -11,6 +12,7 @@ from tests.integration.agent.test_restore import ask_until
 from tests.integration.agent.test_update import digest_of, offer
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_killed_at_every_start_goes_back_and_one_that_lasts_does_not(
     make_device: Callable[..., Device], server: Server
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from tests.rig_server import DeviceRig, ServerRig, csr, key_id, private_pem
+from tests.rig_server import Answer, DeviceRig, ServerRig, csr, key_id, private_pem
 
 
 def new_token(server: ServerRig, **wish: Any) -> str:
@@ -288,6 +290,43 @@ def test_renewal_replaces_the_key_that_signed_it(device: DeviceRig) -> None:
     signed_for_another_body = device.signed(device.claims("POST", "/device/v1/renew", json.dumps(body).encode()))
     found = device.ask("POST", "/device/v1/renew", {"csr": stolen}, authorization=signed_for_another_body)
     assert found.code == "bad_device_token"
+
+
+def test_a_certificate_that_ended_is_renewed_within_the_days_of_grace_and_later_only_on_an_operators_word(
+    device: DeviceRig,
+) -> None:
+    server = device.server
+
+    def ended(days_ago: float) -> None:
+        ms = int((time.time() - days_ago * 86_400) * 1000)
+        with contextlib.closing(sqlite3.connect(server.data / "server.db", timeout=10)) as database, database:
+            database.execute("UPDATE devices SET certificate_expires_ms = ? WHERE id = ?", (ms, device.id))
+
+    def renew(key: Any) -> Answer:
+        return device.ask("POST", "/device/v1/renew", {"csr": csr(key, device.id)})
+
+    def audited() -> list[dict[str, Any]]:
+        rows = server.good("GET", "/api/v1/audit?limit=1000")["items"]
+        return [r["after"] for r in rows if r["subject"] == f"device:{device.id}" and r["action"] == "device.renew"]
+
+    ended(729)
+    assert renew(device.key).status == 200
+    assert audited()[-1]["by_order"] is False
+    ended(731)
+    found = renew(device.key)
+    assert (found.status, found.code) == (403, "certificate_expired")
+    assert f"skerry device retry {device.id}" in found.json()["error"]["message"]
+    assert len(audited()) == 1
+    # Another key signs for nobody, whatever an operator allows.
+    server.good("POST", f"/api/v1/devices/{device.id}/retry", {"reason": "found"})
+    thief = device.signed(device.claims("POST", "/device/v1/renew"), key=p256())
+    assert device.ask("POST", "/device/v1/renew", {"csr": csr(p256())}, authorization=thief).status == 401
+    assert renew(device.key).status == 200
+    assert audited()[-1]["by_order"] is True
+    ended(1)
+    server.good("POST", f"/api/v1/devices/{device.id}/revoke", {"reason": "lost"})
+    assert renew(device.key).code == "unknown_device"
+    assert server.ask("POST", f"/api/v1/devices/{device.id}/retry", {"reason": "x"}).status == 409
 
 
 def connects(device: DeviceRig) -> bool:
