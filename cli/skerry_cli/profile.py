@@ -7,6 +7,7 @@ The file is ``~/.config/skerry/config.toml`` (or ``SKERRY_CONFIG``)::
     token_file = "~/.config/skerry/token"     # or token_env = "NAME"; never the token itself
     ca = "~/.config/skerry/fleet-ca.pem"      # or ca_sha256 = "<hex fingerprint of the CA certificate>"
     keys = "~/skerry-keys"                    # the ceremony's folder, for approve and enrolment tokens
+    model_signers = "~/signers"               # public keys; approve takes only bundles that one of them signed
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from skerry_contract.errors import ContractError
 
 from skerry_cli.errors import Usage
 
-_KEYS = {"server", "token_file", "token_env", "ca", "ca_sha256", "keys"}
+_KEYS = {"server", "token_file", "token_env", "ca", "ca_sha256", "keys", "model_signers"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class Profile:
         server: ``https://host[:port]``; token: the bearer token, a secret.
         ca: PEM file of the fleet's CA; ca_sha256: fingerprint of its DER, when there is no file.
         keys: folder of the ceremony.
+        model_signers: a public key, or a folder of them, of those who sign bundles.
     """
 
     server: str | None = None
@@ -40,6 +42,7 @@ class Profile:
     ca: Path | None = None
     ca_sha256: str | None = None
     keys: Path | None = None
+    model_signers: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,7 @@ def load(options: Options, environment: Mapping[str, str]) -> Profile:
         ca=ca_file,
         ca_sha256=_fingerprint(ca_sha256) if ca_sha256 else None,
         keys=options.keys or _path(environment.get("SKERRY_KEYS") or stored.get("keys")),
+        model_signers=_path(environment.get("SKERRY_MODEL_SIGNERS") or stored.get("model_signers")),
     )
 
 

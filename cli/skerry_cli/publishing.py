@@ -26,6 +26,8 @@ from skerry_cli.bundle_source import open_pool
 from skerry_cli.client import Api, quote
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
 
+_MAX_SIGNATURE_BYTES = 4 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pushed:
@@ -114,11 +116,24 @@ class Approver:
     Args:
         repository_url: where the catalog is read; root: bytes of the operator's root.json.
         cache_dir: remembers what was seen, against rollback; one per fleet.
+        model_signers: name -> public key (PEM); one of them must have signed each added bundle. None asks for nobody's.
+        say: told who signed what.
     """
 
     def __init__(
-        self, api: Api, *, root: bytes, signer: Signer, name: str, cache_dir: Path, repository_url: str | None = None
+        self,
+        api: Api,
+        *,
+        root: bytes,
+        signer: Signer,
+        name: str,
+        cache_dir: Path,
+        repository_url: str | None = None,
+        model_signers: Mapping[str, bytes] | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._model_signers = model_signers
+        self._say = say
         self._api = api
         self._root = root
         self._signer = signer
@@ -227,9 +242,21 @@ class Approver:
         )
 
     def _source(self, folder: Path | None) -> catalog.BundleSource:
+        source: catalog.BundleSource = catalog.RepositorySource(self._url, self._manifest, self._ca_file)
         if folder is not None:
-            return catalog.FolderSource(folder)
-        return catalog.RepositorySource(self._url, self._manifest, self._ca_file)
+            source = catalog.FolderSource(folder)
+        if self._model_signers is None:
+            return source
+        from skerry_cli.model_signers import SignedSource
+
+        own = None if folder is None else folder / m.SIGNATURE_FILE
+
+        def signature(digest: str) -> bytes | None:
+            if own is not None and own.is_file():
+                return own.read_bytes()
+            return self._api.fetch(f"/api/v1/bundles/{quote(digest)}/signature", max_bytes=_MAX_SIGNATURE_BYTES)
+
+        return SignedSource(source, self._model_signers, signature, self._say)
 
     def _manifest(self, digest: str) -> bytes:
         data = self._api.fetch(f"/api/v1/bundles/{quote(digest)}/manifest", max_bytes=m.MAX_BYTES)

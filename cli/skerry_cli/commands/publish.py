@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from skerry_cli import bundle, catalog, keys, output, publishing
+from skerry_cli import bundle, catalog, keys, model_signers, output, publishing
 from skerry_cli.client import Api, quote
 from skerry_cli.commands.session import Session, now, session
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
@@ -143,8 +143,15 @@ def approver_of(run: Session, name: str) -> publishing.Approver:
     """Whoever signs under this name, with the key of the ceremony's folder. Raises ``Usage`` without such a key."""
     ceremony = keys.read_ceremony(run.keys)
     signer = ceremony.open_key(name, secret=run.secret, environment=run.environment)
+    wanted = run.profile.model_signers
     return publishing.Approver(
-        run.api, root=ceremony.root, signer=signer, name=name, cache_dir=run.keys / ".seen" / run.api.ca_sha256[:16]
+        run.api,
+        root=ceremony.root,
+        signer=signer,
+        name=name,
+        cache_dir=run.keys / ".seen" / run.api.ca_sha256[:16],
+        model_signers=None if wanted is None else model_signers.read(wanted),
+        say=output.note,
     )
 
 

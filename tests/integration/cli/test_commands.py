@@ -360,3 +360,26 @@ def test_a_device_is_asked_why(cli: Cli, server: ServerRig, tmp_path: Path) -> N
     assert unknown.code == USAGE and "not_found" in unknown.err and "nobody" in unknown.err, unknown.err
     assert cli("device", "show", "nobody").code == unknown.code
     assert cli("device", "why").code == USAGE
+
+
+def test_an_approver_who_asks_for_signed_bundles_approves_no_other(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "signed"
+    digest = models.build_bundle(folder, model="signed", version="1.0.0")
+    keys = {"SKERRY_KEYS": str(tmp_path / "ci"), "SKERRY_KEY_PASSWORD": "tide"}
+    for name in ("ci", "stranger"):
+        assert cli("keys", "make", name, "--key-type", "ecdsa", **keys).code == OK
+    wanted = {"SKERRY_MODEL_SIGNERS": str(tmp_path / "ci" / "ci.pub.json")}
+    assert cli("push", folder).code == OK
+    bare = cli("approve", digest, "--yes", **wanted)
+    assert bare.code == REFUSED and "no model.sig; wanted one by ci" in bare.err
+    # The register holds a signature from now on, of another key: it is not believed, wherever the bundle is read.
+    assert cli("bundle", "sign", folder, "--as", "stranger", **keys).code == OK
+    assert cli("push", folder).code == OK
+    for more in ((), ("--from", folder)):
+        foreign = cli("approve", digest, "--yes", *more, **wanted)
+        assert foreign.code == REFUSED and "holds under none of ci" in foreign.err
+    assert cli("bundle", "sign", folder, "--as", "ci", **keys).code == OK
+    good = cli("approve", digest, "--yes", "--json", "--from", folder, **wanted)
+    assert good.code == OK and "its files were signed by ci" in good.err
+    nobody = cli("approve", digest, "--yes", SKERRY_MODEL_SIGNERS=str(tmp_path))
+    assert nobody.code == USAGE and "*.pem or *.pub.json" in nobody.err
