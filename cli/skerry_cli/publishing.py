@@ -20,7 +20,7 @@ from skerry_contract import floors as floor_rules
 from skerry_contract import ids, layout
 from skerry_contract import manifest as m
 
-from skerry_cli import catalog, rebasing
+from skerry_cli import catalog, rebasing, restoring
 from skerry_cli.bundle import Bundle, check_files
 from skerry_cli.bundle_source import open_pool
 from skerry_cli.client import Api, quote
@@ -276,6 +276,8 @@ class Approver:
             self.answer = self._api.post(f"{base}/metadata", {"role": layout.CATALOG_ROLE, **documents})
         elif proposal.complete or leave:
             self.answer = self._api.post(f"{base}/proposals", documents)
+        if proposal.complete:
+            restoring.remember(self._cache_dir, {layout.CATALOG_ROLE: documents.pop("metadata"), **documents})
         return proposal
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, select
 
-from skerry_server import judging, looks, presence, registry, rollouts
+from skerry_server import judging, looks, presence, registry, rollouts, upkeep
 from skerry_server.config import Rollouts as Pace
 from skerry_server.core import rollout as core
 from skerry_server.db import queries
@@ -62,6 +62,7 @@ class Orchestrator:
         self._due = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._upkeep = upkeep.Upkeep(engine, publication)
         self._resign_at = 0.0
         self._expired_session_ms = 0
         self.last_tick = 0.0
@@ -128,6 +129,8 @@ class Orchestrator:
         if time.monotonic() >= self._resign_at:
             self._resign_at = time.monotonic() + self._pace.resign_s
             self._publication.resign()
+        if self._publication.trusted:
+            self._upkeep.look(self._now_ms())
         return stored
 
     def _look(self, rollout: str) -> bool:

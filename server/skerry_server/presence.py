@@ -19,6 +19,7 @@ from skerry_contract import group, ids, wire
 from skerry_contract.errors import Malformed
 from sqlalchemy import Connection, bindparam, select, update
 
+from skerry_server import upkeep
 from skerry_server.db import tables as t
 from skerry_server.db.bulk import Many
 
@@ -113,6 +114,11 @@ class Presence:
         """Writes what was taken."""
         if self._said:
             connection.execute(_SAID, list(self._said.values()))
+            upkeep.note_held(
+                connection,
+                {device: said["state"].get("tuf") or {} for device, said in self._said.items()},
+                self._now_ms,
+            )
         gone = [values for device, values in self._gone.items() if device not in self._said]
         if gone:
             connection.execute(_GONE, gone)

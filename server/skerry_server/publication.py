@@ -249,6 +249,9 @@ class Publication:
                     return 0
                 written = self._repository.publish_groups(due)
                 self._published |= {name: hashlib.sha256(data).hexdigest() for name, data in due.items()}
+                if written:
+                    # What devices will report is what the table knows.
+                    self.align()
         for row in rows:
             # At a start everything is handed over; what lay there already is no news to anybody.
             if row.name in due and written:
@@ -277,6 +280,26 @@ class Publication:
             self._rung = recent | dict.fromkeys(wanted, now_ms)
         for target, version in wanted:
             bell.ring(target, version)
+
+    def jump(self, above: dict[str, int], said_by: dict[str, str], *, actor: str) -> None:
+        """Online roles go on above versions that devices hold: of a repository that a backup took back."""
+        with self._lock:
+            before = {role: self.status()[role]["version"] for role in above}
+            self._repository.raise_versions(above)
+            with writing(self._engine) as conn:
+                audit.record(
+                    conn,
+                    at_ms=self._now_ms(),
+                    actor=actor,
+                    action="repository.jump",
+                    subject="metadata:online",
+                    before=before,
+                    after={role: self.status()[role]["version"] for role in above},
+                    reason="devices hold newer versions: "
+                    + ", ".join(f"{r} {v} on {said_by[r]}" for r, v in above.items()),
+                )
+            self.align()
+        log.warning("versions raised above=%s", above)
 
     def resign(self) -> None:
         """Signs anew what nears its expiry."""

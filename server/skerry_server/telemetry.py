@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy import Engine, func, select
 
 from skerry_server import __version__
+from skerry_server.core import expiry
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading
@@ -127,6 +128,7 @@ class _Fleet(Collector):
             totals = queries.telemetry_totals(conn)
             refused = queries.ingest_counts(conn)
             roles = conn.execute(select(t.roles.c.role, t.roles.c.version, t.roles.c.expires_ms)).all()
+            ahead = conn.execute(select(t.ahead.c.role, t.ahead.c.version, t.ahead.c.device)).all()
         deltas = GaugeMetricFamily("skerry_deltas", "Deltas that devices could use", labels=["state"])
         for state, (n, _size) in sorted(made.items()):
             deltas.add_metric([state], n)
@@ -149,6 +151,15 @@ class _Fleet(Collector):
             left.add_metric([row.role], (row.expires_ms - self._now_ms()) / 1000)
         yield version
         yield left
+        alert = GaugeMetricFamily(
+            "skerry_metadata_alert", "A TUF role that a person must see to, by reason", labels=["role", "code"]
+        )
+        if any(row.role == "timestamp" for row in roles):
+            roles_now = {row.role: (row.version, row.expires_ms) for row in roles}
+            held = {row.role: (row.version, row.device) for row in ahead}
+            for due in expiry.alerts(roles_now, held, self._now_ms()):
+                alert.add_metric([due.role, due.code], 1)
+        yield alert
 
 
 def _counted(name: str, text: str, labels: tuple[str, ...], conn: Any, table: Any, columns: tuple[str, ...]) -> Any:

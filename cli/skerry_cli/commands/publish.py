@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from skerry_cli import bundle, catalog, keys, model_signers, output, publishing
+from skerry_cli import bundle, catalog, keys, model_signers, output, publishing, restoring
 from skerry_cli.client import Api, quote
 from skerry_cli.commands.session import Session, now, session
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
 from skerry_cli.publishing import find_bundle
 
-__all__ = ["approve", "find_bundle", "floor_app", "push"]
+__all__ = ["approve", "find_bundle", "floor_app", "push", "restore"]
 
 floor_app = typer.Typer(no_args_is_help=True, help="The lowest version of a model that devices may activate.")
 
@@ -107,6 +107,24 @@ def approve(
     report(worker, made, proposal_out, as_json)
 
 
+def restore(context: typer.Context, as_json: AsJson = False) -> None:
+    """Gives a server that was restored from a backup the newest root, targets and catalog that this machine has verified."""
+    run = session(context)
+    done = restoring.restore(run.api, seen_dir(run))
+    if as_json:
+        output.show_json({"roles": {r: {"before": a, "after": b} for r, (a, b) in done.roles.items()}})
+        return
+    for role, (before, after) in done.roles.items():
+        output.say(f"{role}: version {before} -> {after}")
+    if not done.roles:
+        output.say("The server has everything that this machine has seen.")
+
+
+def seen_dir(run: Session) -> Path:
+    """Where this operator's tool remembers what it has seen of this fleet."""
+    return run.keys / ".seen" / run.api.ca_sha256[:16]
+
+
 @floor_app.command("set")
 def floor_set(
     context: typer.Context,
@@ -149,7 +167,7 @@ def approver_of(run: Session, name: str) -> publishing.Approver:
         root=ceremony.root,
         signer=signer,
         name=name,
-        cache_dir=run.keys / ".seen" / run.api.ca_sha256[:16],
+        cache_dir=seen_dir(run),
         model_signers=None if wanted is None else model_signers.read(wanted),
         say=output.note,
     )

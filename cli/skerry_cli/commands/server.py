@@ -17,8 +17,9 @@ def info(context: typer.Context, as_json: AsJson = False) -> None:
     api = session(context).api
     told = api.get("/api/v1/info")
     roles = api.get("/api/v1/repository/status")
+    alerts = list(api.get("/api/v1/repository/alerts")["items"])
     if as_json:
-        output.show_json({**told, "repository": roles})
+        output.show_json({**told, "repository": roles, "alerts": alerts})
         return
     output.show_fields("server", {name: value for name, value in told.items() if name != "ca_pem"})
     output.show_table(
@@ -26,6 +27,9 @@ def info(context: typer.Context, as_json: AsJson = False) -> None:
         ("role", "version", "expires"),
         [(name, role.get("version"), role.get("expires")) for name, role in sorted(roles.items())],
     )
+    for alert in alerts:
+        output.say(f"! {alert['text']}")
+        output.say(f"    {alert['do']}")
 
 
 def audit(

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from skerry_server import proposals
+from skerry_server import proposals, upkeep
 from skerry_server.api.context import Admin, Approver, Ctx, Limit, Viewer, require_role
+from skerry_server.db.engine import reading
 from skerry_server.errors import Invalid
 
 router = APIRouter(prefix="/api/v1/repository", tags=["repository"])
@@ -72,6 +73,14 @@ def online_keys(context: Ctx, _caller: Viewer) -> dict[str, Any]:
 def status(context: Ctx, _caller: Viewer) -> dict[str, Any]:
     """Empty before the ceremony's documents are installed."""
     return context.publication.status()
+
+
+@router.get("/alerts", summary="What a person must see to: roles that will expire, devices that hold newer versions")
+def alerts(context: Ctx, _caller: Viewer) -> dict[str, Any]:
+    """The most urgent first, each with `do`. A role is listed from a third of its life on."""
+    with reading(context.engine) as conn:
+        items = [alert.to_builtins() for alert in upkeep.alerts(conn, context.now_ms())]
+    return {"items": items, "next": None}
 
 
 @router.post(

@@ -19,9 +19,10 @@ from skerry_contract import histogram as h
 from skerry_contract import ids
 from sqlalchemy import Connection, Integer, Select, cast, func, select
 
-from skerry_server import attributions, evidence, findings, looks, outcomes, registry, rollouts
+from skerry_server import attributions, evidence, findings, looks, outcomes, registry, rollouts, upkeep
 from skerry_server.console import formats
 from skerry_server.core import rollout as core
+from skerry_server.core.expiry import Alert
 from skerry_server.db import tables as t
 
 TILES = 500
@@ -127,6 +128,7 @@ class Overview:
     at_ms: int
     name: str
     parts: dict[str, bool]
+    alerts: tuple[Alert, ...]
     enrolled: int
     online: int
     tiles: tuple[Tile, ...]
@@ -187,6 +189,7 @@ def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) 
         at_ms=now_ms,
         name=name,
         parts=parts,
+        alerts=upkeep.alerts(conn, now_ms),
         enrolled=int(enrolled),
         online=int(online),
         tiles=tiles,
