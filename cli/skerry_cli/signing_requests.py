@@ -281,8 +281,12 @@ def online_of(trusted: Trusted) -> dict[str, Key]:
 
 
 def other_online(held: Mapping[str, Key], *, add: Mapping[str, Key], remove: tuple[str, ...]) -> dict[str, Key]:
-    """Other online keys. Raises ``Usage`` when none would be left."""
-    found = {keyid: key for keyid, key in held.items() if keyid not in remove} | dict(add)
+    """Other online keys: ``remove`` wins, since the server's file still lists the key that it replaces.
+
+    Raises:
+        Usage: none would be left.
+    """
+    found = {keyid: key for keyid, key in {**held, **add}.items() if keyid not in remove}
     if not found:
         raise Usage("online: wanted at least one key of the server")
     return found
