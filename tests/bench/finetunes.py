@@ -1,7 +1,7 @@
 """Models and what a little more training makes of them: pairs of files for benchmarks of deltas, trained here, the same each time.
 
 The digits of scikit-learn; a network of two hidden layers, exported by skl2onnx as an engineer would. "Low rate" is training
-goes on for three epochs at a tenth and a hundredth of the rate it had.
+that goes on for three epochs at a tenth or a hundredth of the rate it had.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-LOW_RATE = ("low-rate-adam", "low-rate-sgd", "lower-rate-adam")
-"""The pairs that ``delta_finetune`` is about."""
+LOW_RATE = ("tenth-rate-sgd", "hundredth-rate-sgd", "hundredth-rate-adam")
+"""The pairs that ``delta_finetune`` is about: further training whose steps are small beside the weights. A step of Adam is as
+large as its rate whatever the gradient, and at a tenth of it the weights move by some per cent: that pair is told beside them."""
 
 
 def pairs(folder: Path) -> Iterator[tuple[str, Path, Path]]:
     """Name, base and target of each fine-tune; made when they are not there."""
-    names = ("last-layer", *LOW_RATE, "int8-recalibrated", "int8-per-channel", "trees-grown")
+    names = ("last-layer", "tenth-rate-adam", *LOW_RATE, "int8-recalibrated", "int8-per-channel", "trees-grown")
     if not all((folder / f"{name}-new.onnx").is_file() for name in names):
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
@@ -44,11 +45,20 @@ def _train(folder: Path) -> None:
     _further(last, x[later], y[later], 1e-4)
     for part in ("coefs_", "intercepts_"):
         getattr(last, part)[:-1] = getattr(adam, part)[:-1]
-    low, lower, low_sgd = copy.deepcopy(adam), copy.deepcopy(adam), copy.deepcopy(sgd)
+    low, lower, low_sgd, lower_sgd = (copy.deepcopy(one) for one in (adam, adam, sgd, sgd))
     _further(low, x[later], y[later], 1e-4)
     _further(lower, x[later], y[later], 1e-5)
     _further(low_sgd, x[later], y[later], 5e-3)
-    whole = {"adam": adam, "sgd": sgd, "last": last, "low": low, "lower": lower, "low_sgd": low_sgd}
+    _further(lower_sgd, x[later], y[later], 5e-4)
+    whole = {
+        "adam": adam,
+        "sgd": sgd,
+        "last": last,
+        "low": low,
+        "lower": lower,
+        "low_sgd": low_sgd,
+        "lower_sgd": lower_sgd,
+    }
     models = {name: _export(model, x) for name, model in whole.items()}
     int8 = {
         (name, per): _quantized(models[name], x[rows], per)
@@ -57,9 +67,10 @@ def _train(folder: Path) -> None:
     }
     made = {
         "last-layer": (models["adam"], models["last"]),
-        "low-rate-adam": (models["adam"], models["low"]),
-        "lower-rate-adam": (models["adam"], models["lower"]),
-        "low-rate-sgd": (models["sgd"], models["low_sgd"]),
+        "tenth-rate-adam": (models["adam"], models["low"]),
+        "hundredth-rate-adam": (models["adam"], models["lower"]),
+        "tenth-rate-sgd": (models["sgd"], models["low_sgd"]),
+        "hundredth-rate-sgd": (models["sgd"], models["lower_sgd"]),
         "int8-recalibrated": (int8["adam", False], int8["low", False]),
         "int8-per-channel": (int8["adam", True], int8["low", True]),
         "trees-grown": _trees(x, y),

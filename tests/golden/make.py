@@ -9,7 +9,7 @@ from pathlib import Path
 
 from skerry_contract import wire
 
-from tests.golden import values
+from tests.golden import patches, values
 from tests.golden.formats import FORMATS
 
 FOLDER = Path(__file__).parent / "v1"
@@ -20,6 +20,7 @@ def main() -> None:
     made = {name: form.write(form.value) for name, form in FORMATS.items()}
     made["batch.bin"] = wire.encode_batch(values.BATCH)
     made["record-digests.txt"] = "".join(f"{r.seq} {wire.digest(r).hex()}\n" for r in values.RECORDS).encode()
+    made["every-method.skdelta"] = patches.files()[2]
     for name, data in made.items():
         path = FOLDER / name
         if not path.exists():

@@ -29,7 +29,7 @@ _WORD = np.uint64(32)
 _LANES_MOST_BITS = 8
 _SEEN = 24
 """What one symbol adds to a count that began at 1."""
-_FORGET = 1 << 20
+_FORGET = 1 << 22
 
 
 class Table:

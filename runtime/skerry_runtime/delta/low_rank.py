@@ -46,7 +46,9 @@ class LowRank:
         # One addition and one rounding, each as IEEE 754 says.
         with np.errstate(over="ignore", invalid="ignore"):
             there = base.astype(np.uint32).view(np.float32).astype(np.float64) + np.ldexp(part, self.exponent)
-            return there.astype(np.float32).view(np.uint32).astype(np.uint64)
+            found = there.astype(np.float32)
+        # What is no number has no one spelling on all machines: there the base stands for itself.
+        return np.where(np.isfinite(found), found.view(np.uint32).astype(np.uint64), base)
 
 
 def fitted(base: U64, target: U64, rows: int) -> LowRank | None:
