@@ -40,8 +40,9 @@ SERVER_SETTINGS = {
     "SKERRY_SERVER_ROLLOUT_TICK_S": "0.5",
     "SKERRY_SERVER_TELEMETRY_BUCKET_S": "5",
     "SKERRY_SERVER_DRIFT_LOOKBACK_S": "60",
+    "SKERRY_SERVER_DELTAS_LOOK_S": "1",
 }
-"""Hours squeezed into seconds: buckets of 5 s, and drift is looked for over the last minute."""
+"""Hours squeezed into seconds: buckets of 5 s, drift is looked for over the last minute, and what lacks a delta each second."""
 _AGENT_TIMING = {"health_interval_s": 0.5, "backoff_scale": 0.1, "drain_s": 5.0, "ack_s": 10.0}
 _START_S = 60.0
 T = TypeVar("T")

@@ -21,10 +21,10 @@ from skerry_server.db.migrations import migrate
 from skerry_server.delta_maker import DeltaMaker
 from sqlalchemy import Engine, insert, select, update
 
-OLD = os.urandom(120_000)
-NEW = OLD[:40_000] + b"other" * 20 + OLD[40_100:]
-NEWER = OLD[:80_000] + b"again" * 20 + OLD[80_100:]
-STRANGE = os.urandom(120_000)
+OLD = os.urandom(12_000)
+NEW = OLD[:4_000] + b"other" * 20 + OLD[4_100:]
+NEWER = OLD[:8_000] + b"again" * 20 + OLD[8_100:]
+STRANGE = os.urandom(12_000)
 
 
 def sha256(data: bytes) -> str:
@@ -216,6 +216,16 @@ def test_a_child_that_takes_too_much_fails_alone(place, setting, value, code):
     assert place.scratch() == []
 
 
+def test_a_base_that_rotted_leads_to_no_delta(place):
+    place.bundle("2.0.0", NEW)
+    (place.repository / layout.blob(sha256(OLD))).write_bytes(STRANGE[: len(OLD)])
+    place.work()
+    (row,) = place.listed()
+    assert row["state"] == "failed"
+    assert row["detail"].startswith("wrong_base")
+    assert place.served() == []
+
+
 def test_a_blob_that_is_not_here_is_said_and_waited_for(place):
     place.bundle("2.0.0", NEW)
     (place.repository / layout.blob(sha256(OLD))).unlink()
@@ -230,32 +240,42 @@ def test_a_blob_that_is_not_here_is_said_and_waited_for(place):
 
 
 def test_no_more_is_served_than_the_quota_and_what_nobody_wants_goes_first(place):
-    """The quota is 1 MB, and each of these deltas has some 0.6."""
+    """The quota is 1 MB; all of it but 10 bytes is taken by a delta that somebody wants, or nobody."""
     place.restarted(quota_mb=1)
-    old, part = os.urandom(1_000_000), 600_000
-    new, newer = os.urandom(part) + old[part:], old[:-part] + os.urandom(part)
-    base = place.bundle("1.1.0", old)
+    place.bundle("2.0.0", NEW)
+    other = place.bundle("0.1.0", STRANGE)
+
+    def taken_by(base: bytes, target: bytes, *, size: int) -> None:
+        pair = core.Pair(
+            base=sha256(base), target=sha256(target), base_size=len(base), target_size=len(target), model="gas", path="model.onnx",
+            base_version="?", target_version="?", devices=1,
+        )  # fmt: skip
+        path = place.repository / layout.delta(pair.base, pair.target)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+        os.truncate(path, size)
+        with writing(place.engine) as conn:
+            deltas.note_wanted(conn, [pair], now_ms=place.now_ms)
+            deltas.note(conn, (pair.base, pair.target), "ready", now_ms=place.now_ms, size=size)
+
+    def states() -> dict[str, str]:
+        return {row["to_version"]: row["state"] for row in place.listed()}
+
+    taken_by(OLD, STRANGE, size=999_990)
     with writing(place.engine) as conn:
-        conn.execute(update(t.devices).values(running={"gas": {"digest": base, "variant": "onnx"}}))
-    first = place.bundle("2.0.0", new)
-    place.work()
-    assert name(old, new) in place.served()
-    place.bundle("3.0.0", newer)
-    place.work()
-    # 2.0.0 is not the newest any more, so nobody wants it.
-    states = {row["to_version"]: row["state"] for row in place.listed()}
-    assert states["3.0.0"] == "ready"
-    assert "2.0.0" not in states
-    assert name(old, newer) in place.served()
-    assert name(old, new) not in place.served()
-    with writing(place.engine) as conn:
-        conn.execute(update(t.group_models).values(fallback=first))
+        conn.execute(update(t.group_models).values(fallback=other))
     place.work()
     (refused,) = [row for row in place.listed() if row["to_version"] == "2.0.0"]
     assert refused["state"] == "failed"
     assert "quota" in refused["detail"]
-    assert name(old, newer) in place.served()
-    assert name(old, new) not in place.served()
+    assert place.served() == [name(OLD, STRANGE)]
+    # Nobody is given it any more.
+    with writing(place.engine) as conn:
+        conn.execute(update(t.group_models).values(fallback=None))
+    place.now_ms += max(core.RETRY_MS)
+    place.work()
+    assert place.served() == [name(OLD, NEW)]
+    assert states() == {"2.0.0": "ready"}
 
 
 def test_what_nobody_wants_any_more_goes_after_a_day(place):
