@@ -39,7 +39,7 @@ _LEAST_S, _BYTES_S = 60.0, 64 * 1024
 _MOST_PAUSE_S = 30.0
 _SMALL_BYTES = 4096
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
-_OWN = re.compile(r"\.?([0-9a-f]{64})\.(?:delta|patched|patched\.patching)")
+_OWN = re.compile(r"\.?([0-9a-f]{64})\.(?:delta|delta\.new|patched|patched\.patching)")
 
 
 class _State(msgspec.Struct, frozen=True, kw_only=True):

@@ -400,6 +400,10 @@ def test_kill_9_while_a_delta_is_applied_goes_on_without_the_network_and_a_third
         assert not (place.staging / "model.onnx").exists()
 
     killed(1)
+    # As power that fails between a write and its rename leaves it.
+    (state,) = [path for path in (place.slots / ".parts").iterdir() if path.name.endswith(".delta")]
+    state.with_name(f".{state.name}.new").write_bytes(b"{")
+    (place.slots / ".parts" / f".{state.name.removesuffix('delta')}patched.patching").write_bytes(b"half")
     asked = len(place.site.asked)
     answer = place.fetch()
     assert (answer["bytes"], answer["patched_bytes"]) == (0, len(NEW))
