@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
+import json
 import os
-import socket
-import threading
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,45 +18,12 @@ from skerry_cli.demo.fleet import GROUP, SETTINGS, Fleet
 from skerry_cli.demo.processes import Processes
 
 from tests import models
+from tests.relay import Relay
 
 DEVICE = "gas-1"
 WEIGHTS = [os.urandom(300_000)]
 for place in (50_000, 200_000):
     WEIGHTS.append(WEIGHTS[-1][:place] + os.urandom(5_000) + WEIGHTS[-1][place + 5_000 :])
-
-
-class Relay:
-    """Carries a port of loopback to another; counts what comes back."""
-
-    def __init__(self, port: int) -> None:
-        self._upstream = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self.came = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            with contextlib.suppress(OSError):
-                server = socket.create_connection(("127.0.0.1", self._upstream))
-                for source, sink, counted in ((client, server, False), (server, client, True)):
-                    threading.Thread(target=self._carry, args=(source, sink, counted), daemon=True).start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
-        with contextlib.suppress(OSError):
-            while piece := source.recv(1 << 16):
-                self.came += len(piece) if counted else 0
-                sink.sendall(piece)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 class Site:
@@ -106,6 +73,20 @@ class Site:
         assert 'skerry_deltas{state="ready"} 1.0' in metrics
         assert 'skerry_delta_make_seconds_count{state="ready"} 1.0' in metrics
         assert self.fleet.api.post("/api/v1/deltas/retry", {"model": "gas"}) == {"waiting": 0}
+        data = self.fleet.server.data
+        reach = [
+            "--server",
+            self.fleet.server.url,
+            "--token",
+            str(data / "admin.token"),
+            "--ca",
+            str(data / "ca" / "ca.pem"),
+        ]
+        listing = [sys.executable, "-m", "skerry_cli", *reach, "delta", "list", "--model", "gas", "--state", "ready"]
+        told = subprocess.run([*listing, "--json"], capture_output=True, check=True, timeout=60).stdout
+        assert json.loads(told)["items"] == [row]
+        shown = subprocess.run(listing, capture_output=True, check=True, timeout=60, text=True).stdout
+        assert str(row["bytes"]) in shown
 
     def ask(self, path: str, headers: dict[str, str] | None = None) -> urllib3.BaseHTTPResponse:
         ca = str(self.fleet.server.data / "ca" / "ca.pem")
