@@ -2,6 +2,7 @@
 #
 #   make demo [KEEP=1]      a whole fleet on this machine; KEEP=1 leaves it running and prints the addresses
 #   make test               the tests                   make test-slow   those over a minute, or that need the network; many examples per property
+#   make crash              power cut before every call that changes a device's disk; takes long
 #   make real-models        fetches the wheels whose models some tests run, into build/real-models (the tests do so too)
 #   make test-tflite        the agent's worker on tflite-runtime, in an environment of its own
 #   make test-clients       the acceptance suite of local inference, with kserve's client in an environment of its own
@@ -22,7 +23,7 @@ MEMBERS := $(wildcard */pyproject.toml)
 PARALLEL ?= 3
 ARCH    ?= amd64
 
-.PHONY: demo test real-models test-slow test-tflite test-clients test-deb check bench format deb image clean
+.PHONY: demo test crash real-models test-slow test-tflite test-clients test-deb check bench format deb image clean
 .PHONY: setup setup-demo setup-clients setup-tflite
 
 demo: $(VENV)/.ready-demo
@@ -34,6 +35,10 @@ test: $(VENV)/.ready-dev
 test-slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=1500 $(ARGS)
 	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile --no-loadscope-reorder tests/unit
+
+# Every point in every way; SKERRY_CRASH_SEED draws other torn writes, SKERRY_CRASH_FINISH_EVERY=10 takes more of them to their end.
+crash: $(VENV)/.ready-dev
+	SKERRY_CRASH_ALL=1 $(BIN)/python -m pytest -rs -s -m "slow or not slow" -o faulthandler_timeout=36000 tests/system/test_crash_points.py $(ARGS)
 
 real-models: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.real_models

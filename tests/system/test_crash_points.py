@@ -1,0 +1,122 @@
+"""Power is cut before every call that changes the disk, and what was not synchronised is lost: see docs/explanation/crashes.md.
+
+A device lives through a story once, with every such call written down; then devices start on what a cut at each of them would have left.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.crash import world as wl
+from tests.crash.campaign import Found, Life
+from tests.crash.disk import WAYS, Way
+from tests.crash.identity import Errand
+
+STARTS, FINISHED = 240, ("first", "update", "withdrawn")
+SEED = int(os.environ.get("SKERRY_CRASH_SEED", "1"))
+FINISH_EVERY = int(os.environ.get("SKERRY_CRASH_FINISH_EVERY", "60"))
+
+
+def need_gcc() -> None:
+    if shutil.which("gcc") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("gcc is not installed")
+        pytest.skip("gcc is not installed")
+
+
+@pytest.fixture(scope="module")
+def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
+    need_gcc()
+    made = Life(tmp_path_factory.mktemp("life"))
+    yield made
+    made.close()
+
+
+def said(found: Found) -> str:
+    faults = "\n".join(found.faults)
+    return f"{len(found.faults)} of {found.starts} starts failed, seed {SEED}:\n{faults}"
+
+
+def test_the_record_of_a_life_is_whole(life: Life) -> None:
+    """The cuts below say nothing when the recorder misses a call: played back whole, the record is the device's folder."""
+    disk = life.disk
+    end = len(disk.operations)
+    played, there = disk.files(disk.left(end, "killed")), dict(wl.tree_of(life.world.state_dir))
+    mapped = disk.mapped(end)
+    assert set(played) == set(there)
+    assert [path for path in there if path not in mapped and played[path] != there[path]] == []
+    assert all(path.startswith(("rings/", "run/")) for path in mapped), mapped
+    done = Counter(operation.what for operation in disk.operations)
+    assert done["R"] > 50 and done["S"] > 200 and done["W"] > 500, done
+    # Every part of the story did something to the disk, by more than one process.
+    assert all(disk.point_at(stage.end) - disk.point_at(stage.begin) > 10 for stage in life.stages)
+    assert len({operation.pid for operation in disk.operations}) > 20
+
+
+def test_after_a_cut_anywhere_one_whole_version_runs_and_the_truth_is_told(life: Life) -> None:
+    found = life.examine(life.drawn_cases(STARTS, SEED))
+    assert found.starts > STARTS / 2
+    assert not found.faults, said(found)
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "way"),
+    [("slots/pointers.json.new", "names"), ("slots/.staging/", "zeros"), ("state.db-wal", "strict")],
+)
+def test_an_agent_that_forgot_to_synchronise_is_found_out(life: Life, forgotten: str, way: Way) -> None:
+    """What the other tests look for can happen: with one call left out of the record, cuts of it are survived no longer."""
+    careless = copy.copy(life)
+    careless.disk = life.disk.without_syncs(lambda name: name.startswith(forgotten))
+    end = next(life.disk.point_at(stage.end) for stage in life.stages if stage.name == "update")
+    assert careless.examine([(end, way, 0)]).faults
+    assert not life.examine([(end, way, 0)]).faults
+
+
+def test_after_a_cut_the_update_comes_to_its_end_and_nothing_is_left_behind(life: Life) -> None:
+    drawn = {life.disk.point_at(stage.begin): stage for stage in life.stages}
+    cases = [
+        case for case in life.drawn_cases(len(drawn), SEED) if _stage(life, case[0]) in ("first", "update", "again")
+    ]
+    found = life.finish(cases[:FINISHED])
+    assert found.starts == FINISHED
+    assert not found.faults, said(found)
+
+
+def _stage(life: Life, point: int) -> str:
+    return next(stage.name for stage in life.stages if point <= life.disk.point_at(stage.end))
+
+
+@pytest.mark.parametrize("verb", ["enrol", "renew"])
+def test_after_a_cut_in_its_making_an_identity_is_there_or_none_is_and_the_errand_runs_again(
+    tmp_path: Path, verb: str
+) -> None:
+    need_gcc()
+    errand = Errand(tmp_path, verb)
+    try:
+        starts, faults = errand.examine_all()
+    finally:
+        errand.close()
+    assert starts > 4
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SKERRY_CRASH_ALL" not in os.environ, reason="takes hours: `make crash` runs it")
+def test_after_a_cut_at_every_point_in_every_way(life: Life) -> None:
+    """``make crash``. All points in all ways; every ``FINISH_EVERY``-th point with real workers to the end of its stage."""
+    found = life.examine(life.all_cases(seeds=(SEED, SEED + 1)), beside=os.cpu_count() or 1, told=print)
+    print(f"{found.points} points, {found.cases} cuts, {found.starts} starts, {len(found.faults)} failed", flush=True)
+    assert not found.faults, said(found)
+    cases = [
+        (point, WAYS[point // FINISH_EVERY % len(WAYS)], SEED)
+        for point in range(1, len(life.disk.operations) + 1, FINISH_EVERY)
+    ]
+    ended = life.finish(cases, told=print)
+    assert not ended.faults, said(ended)
