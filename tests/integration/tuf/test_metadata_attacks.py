@@ -170,7 +170,10 @@ def test_freeze_is_seen_by_the_signed_lower_bound_when_the_wall_clock_is_wrong(f
     shutil.rmtree(device.state_dir / "tuf")
     shutil.rmtree(fleet.path / "metadata")
     shutil.copytree(frozen, fleet.path / "metadata")
-    assert device.error("sync", group="line-1", now_s=0, lower_bound_s=fresh["signed_at"]) == ("rejected", "expired")
+    refusal = device.ask("sync", group="line-1", now_s=0, lower_bound_s=fresh["signed_at"])["error"]
+    assert (refusal["kind"], refusal["code"]) == ("rejected", "expired")
+    day = dt.datetime.fromtimestamp(fresh["signed_at"], dt.UTC)
+    assert f"it is taken to be {day:%Y-%m-%d %H:%M} UTC, by a signed timestamp" in refusal["detail"]
     assert device.ask("sync", group="line-1", now_s=0)["ok"]["signed_at"] < fresh["signed_at"]
 
 
