@@ -14,10 +14,11 @@ that the record holds before anybody gets it, so that a wrong key or token is to
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib import parse
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -52,6 +53,9 @@ EXTRAS = {
 _TOKEN_PACKAGE = "skerry[pkcs11]"  # noqa: S105 - a package of tokens, no secret
 _MODULE_VARIABLE = "PYKCS11LIB"
 _KEY_TYPES = ("ed25519", "ecdsa")
+
+
+T = TypeVar("T")
 
 
 class CheckedSigner(Signer):
@@ -134,9 +138,10 @@ def open_signer(
         return known["pin"]
 
     try:
-        return CheckedSigner.from_priv_key_uri(uri, public_key, ask)
+        inner = Signer.from_priv_key_uri(uri, public_key, ask)
     except Exception as error:
         raise _failed(uri, error) from error
+    return CheckedSigner(_TokenSigner(inner, ask) if scheme == TOKEN else inner, public_key, uri)
 
 
 def import_key(
@@ -153,11 +158,7 @@ def import_key(
         key = _pem_signer(uri, whose=whose, folder=folder, secret=secret, environment=environment).public_key
     elif scheme == TOKEN:
         _require_module(uri, environment)
-        number, label = _token_key(uri)
-        try:
-            uri, key = HSMSigner.import_(number, label, lambda _: secret("pin", whose))
-        except Exception as error:
-            raise _failed(uri, error) from error
+        uri, key = _import_token(uri, lambda: secret("pin", whose))
     elif scheme == "azurekms":
         raise Usage(f"{uri}: the public key of an Azure key is not fetched here", advice="give it with --public FILE")
     else:
@@ -186,7 +187,8 @@ def make_on_token(uri: str, *, whose: str, secret: SecretSource, environment: Ma
     identity = number.to_bytes((number.bit_length() + 7) // 8 or 1, "big")
     template = {pkcs11.Attribute.SENSITIVE: True, pkcs11.Attribute.EXTRACTABLE: False, pkcs11.Attribute.DERIVE: False}
     curve = {pkcs11.Attribute.EC_PARAMS: encode_named_curve_parameters("secp256r1")}
-    try:
+
+    def generate() -> None:
         token = pkcs11.lib(environment[_MODULE_VARIABLE]).get_token(
             token_label=label, token_flags=pkcs11.TokenFlag.TOKEN_INITIALIZED
         )
@@ -201,6 +203,9 @@ def make_on_token(uri: str, *, whose: str, secret: SecretSource, environment: Ma
                 label=whose,
                 private_template=template,
             )
+
+    try:
+        _beside(generate)
     except CliError:
         raise
     except Exception as error:
@@ -241,6 +246,54 @@ def _pem_signer(
     pem = text.encode()
     password = secret("password", whose).encode() if key_files.ENCRYPTED in pem else None
     return key_files.read_signer(pem, password, uri)
+
+
+class _TokenSigner(Signer):
+    """Signs with a token beside the calling thread; the PIN is asked for in it."""
+
+    def __init__(self, inner: Signer, ask: SecretsHandler) -> None:
+        self._inner = inner
+        self._ask = ask
+
+    @property
+    def public_key(self) -> Key:
+        return self._inner.public_key
+
+    def sign(self, payload: bytes) -> Signature:
+        self._ask("pin")
+        return _beside(lambda: self._inner.sign(payload))
+
+    @classmethod
+    def from_priv_key_uri(
+        cls, priv_key_uri: str, public_key: Key, secrets_handler: SecretsHandler | None = None
+    ) -> Signer:
+        assert secrets_handler is not None
+        return cls(Signer.from_priv_key_uri(priv_key_uri, public_key, secrets_handler), secrets_handler)
+
+
+def _import_token(uri: str, ask: Callable[[], str]) -> tuple[str, Key]:
+    number, label = _token_key(uri)
+    try:
+        try:
+            return _beside(lambda: HSMSigner.import_(number, label))
+        except ValueError as error:
+            if "unauthenticated" not in str(error):
+                raise
+        # Some tokens show public keys only to who has the PIN.
+        pin = ask()
+        return _beside(lambda: HSMSigner.import_(number, label, lambda _: pin))
+    except CliError:
+        raise
+    except Exception as error:
+        raise _failed(uri, error) from error
+
+
+def _beside(act: Callable[[], T]) -> T:
+    """Runs in a thread of its own, since a PKCS#11 module may share this process's OpenSSL and leave faults in the queue of the
+    thread that called it, where the next TLS connection finds them and fails (tried: SoftHSM leaves "no such engine").
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(act).result()
 
 
 def _token_key(uri: str) -> tuple[int, str | None]:

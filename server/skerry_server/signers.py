@@ -8,10 +8,11 @@ signed is checked under the public key on record before it is used.
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlparse
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -36,6 +37,7 @@ PACKAGES = {
 }
 _KNOWN = ("file2", "envvar", *PACKAGES)
 _MAX_SECRET_BYTES = 4096
+T = TypeVar("T")
 
 
 class CheckedSigner(Signer):
@@ -54,7 +56,7 @@ class CheckedSigner(Signer):
     def sign(self, payload: bytes) -> Signature:
         """Signs. Raises ``ValueError`` when the key is not reached, or another key signed."""
         try:
-            made = self._inner.sign(payload)
+            made = _beside(lambda: self._inner.sign(payload))
             self._public_key.verify_signature(made, payload)
         except Exception as error:  # signers of other people's libraries raise what they like
             raise _named(self._uri, error) from error
@@ -100,7 +102,7 @@ def import_key(uri: str, folder: Path, environment: Mapping[str, str] = os.envir
         found: tuple[str, Key]
         if scheme == "hsm":
             number, label = _token_key(uri)
-            found = HSMSigner.import_(number, label, lambda _: secret("SKERRY_PIN", environment))
+            found = _beside(lambda: HSMSigner.import_(number, label, lambda _: secret("SKERRY_PIN", environment)))
         elif scheme == "azurekms":
             place = urlparse(uri.partition(":")[2])
             signer: Any = SIGNER_FOR_URI_SCHEME[scheme]
@@ -151,6 +153,14 @@ def _pem_signer(uri: str, folder: Path, environment: Mapping[str, str]) -> Crypt
         return CryptoSigner(serialization.load_pem_private_key(data, password))
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise ValueError(f"{uri}: the password is wrong, or this is no private key in PEM") from None
+
+
+def _beside(act: Callable[[], T]) -> T:
+    """Runs in a thread of its own, since a PKCS#11 module may share this process's OpenSSL and leave faults in the queue of the
+    thread that called it, where the next TLS connection finds them and fails (tried: SoftHSM leaves "no such engine").
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(act).result()
 
 
 def _token_key(uri: str) -> tuple[int, str | None]:

@@ -330,3 +330,24 @@ def test_an_unnoted_later_version_shows_in_the_check(person: People, online: Pat
     shutil.copy(held.ada.keys / "2.root.json", held.bea.keys)
     done = held.bea("keys", "verify-record")
     assert done.code == REFUSED and "2.root.json is not in history.jsonl" in done.out
+
+
+def test_a_person_is_walked_through_and_nothing_is_taken_without_their_word(person: People, online: Path) -> None:
+    cleo, ada = person("cleo"), person("ada")
+    part = Path(ada.ok("keys", "make", "ada", "--json").json()["public"])
+    folder = cleo.folder / "ceremony"
+    plan = f"Cleo\nroot\n1\ntargets\n1\nada\n1\n{online}\n"
+    # Root and targets are made here; of ada's file she is asked whether ada read out the same, and says no.
+    no = cleo("keys", "ceremony", "--dir", folder, given=f"{plan}m\nm\nh\n{part}\nn\n")
+    assert no.code == REFUSED and "were not compared" in no.err
+    keyid = json.loads(part.read_bytes())["keyid"]
+    assert " ".join(keyid[i : i + 4] for i in range(0, 64, 4)) in no.err
+    # Asked again for ada alone: what was answered is kept. The documents are shown; root is signed now, targets later.
+    half = cleo.ok("keys", "ceremony", "--dir", folder, given=f"h\n{part}\ny\ny\nn\n")
+    assert "+ root: root" in half.out and "Signatures are wanted of targets, ada" in half.out
+    copy = ada.folder / "request.json"
+    shutil.copy(folder / "request.json", copy)
+    ada.ok("keys", "sign", copy, "--as", "ada", given="y\n")
+    done = cleo.ok("keys", "ceremony", "--dir", folder, "--signed", copy, given="y\n")
+    assert "The ceremony is done" in done.out
+    assert cleo.ok("keys", "verify-record", "--dir", folder, "--json").json()["holds"]
