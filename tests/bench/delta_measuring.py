@@ -7,12 +7,11 @@ Every tool runs as a process of its own, so that its memory is its own; what it 
 from __future__ import annotations
 
 import hashlib
-import os
+import itertools
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,23 +160,35 @@ def _tools(base: Path, target: Path, patch: Path, made: Path) -> dict[str, tuple
     }
 
 
+_LAUNCHER = """
+import os, sys, time
+started = time.monotonic()
+child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(child, 0)
+print("launched", time.monotonic() - started, usage.ru_maxrss / 1024)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def _run(command: list[str]) -> tuple[float, float]:
-    """Seconds, and MB at the peak."""
-    started = time.monotonic()
-    with tempfile.TemporaryFile() as said:
-        child = subprocess.Popen(command, stdout=said, stderr=said)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            said.seek(0)
-            raise RuntimeError(f"{command[0]}: {said.read()[-400:].decode(errors='replace')}")
-    return time.monotonic() - started, usage.ru_maxrss / 1024
+    """Seconds, and MB at the peak.
+
+    A process begins with the peak of the one that started it, so a small one stands between.
+    """
+    launched = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command]
+    done = subprocess.run(launched, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise RuntimeError(f"{command[0]}: {(done.stdout + done.stderr)[-400:]}")
+    _, seconds, peak = done.stdout.splitlines()[-1].split()
+    return float(seconds), float(peak)
 
 
-def main() -> None:
-    """The table, pair by pair."""
+def main(words: list[str]) -> None:
+    """The table, of the pairs whose name has one of the words; costs on standard error."""
     tools: list[str] = []
-    for pair in (*releases(), *fine_tunes()):
+    for pair in itertools.chain(releases(), fine_tunes()):
+        if words and not any(word in pair.name for word in words):
+            continue
         costs = measure(pair)
         if not tools:
             tools = list(costs)
@@ -187,9 +198,9 @@ def main() -> None:
         print(f"| {pair.name} | {pair.target.stat().st_size} | {' | '.join(cells)} | {ratio:.3f} |", flush=True)
         for tool in tools:
             one = costs[tool]
-            print(f"    {tool}: make {one.make_s:.2f} s {one.make_mb:.0f} MB, apply {one.apply_s:.2f} s {one.apply_mb:.0f} MB",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            cost = f"make {one.make_s:.2f} s {one.make_mb:.0f} MB, apply {one.apply_s:.2f} s {one.apply_mb:.0f} MB"
+            print(f"{pair.name}: {tool}: {cost}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

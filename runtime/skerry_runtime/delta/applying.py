@@ -36,12 +36,17 @@ from skerry_runtime.delta.elements import (
     to_integers,
     uncombined,
 )
-from skerry_runtime.delta.low_rank import EXPONENTS, FACTORS_MOST, LowRank
+from skerry_runtime.delta.low_rank import EXPONENTS, FACTORS_MOST, RANKS, LowRank
 
 
 def steps_most(target_size: int) -> int:
     """How many steps a patch may take for a target: each costs time however little it gives."""
     return 64 + target_size // 16
+
+
+def element_steps_most(target_size: int) -> int:
+    """How many of them may be of elements, which cost more."""
+    return 256 + target_size // 512
 
 
 def apply(base: Path, patch: Path, target: Path, *, sha256: str, size: int) -> None:
@@ -154,6 +159,7 @@ class _Run:
         self._planes = self._stream(Role.PLANES)
         self._coder = Decoder(self._stream(Role.WORDS), self._stream(Role.BITS))
         self._codec = Codec(self._coder)
+        self._element_steps = element_steps_most(out.left)
 
     def _stream(self, role: Role) -> Source:
         return self._patch.streams.get(role, _Empty())
@@ -198,6 +204,9 @@ class _Run:
                 self._out.write((old + np.frombuffer(source.take(wanted), np.uint8)).tobytes())
 
     def _elements(self) -> None:
+        self._element_steps -= 1
+        if self._element_steps < 0:
+            raise DeltaError("the patch takes too many steps for its target")
         number, width, tag = self._control.byte(), self._control.byte(), self._control.byte()
         if number not in set(Method) or width not in WIDTHS:
             raise DeltaError(f"the patch has a method {number} of {width} bytes, which this version does not know")
@@ -243,7 +252,7 @@ class _Run:
 
     def _product(self, rows: int, columns: int) -> LowRank:
         rank, exponent = self._control.unsigned(), self._control.signed()
-        if not 0 < rank <= FACTORS_MOST // (rows + columns) or exponent not in EXPONENTS:
+        if not 0 < rank <= min(RANKS[-1], FACTORS_MOST // (rows + columns)) or exponent not in EXPONENTS:
             raise DeltaError("the patch adds a product that is larger than a device keeps")
         return self._codec.product(rows, columns, rank, exponent, None)
 

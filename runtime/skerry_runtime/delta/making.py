@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from skerry_runtime.delta import container
-from skerry_runtime.delta.applying import steps_most
+from skerry_runtime.delta.applying import element_steps_most, steps_most
 from skerry_runtime.delta.choosing import Choice, Chooser
 from skerry_runtime.delta.coder import U64, Encoder
 from skerry_runtime.delta.container import (
@@ -161,6 +161,9 @@ def _tensor(plan: Plan, chooser: Chooser, part: Part, old: Part | None, index: M
     if old is not None and base_bytes is not None and np.array_equal(new_bytes, base_bytes):
         plan.copy(old.start, part.size)
         return
+    if plan.element_steps >= element_steps_most(part.start):
+        generic(plan, index, part.start, end)
+        return
     new = _elements(new_bytes, part)
     base = None if old is None or base_bytes is None or old.count != part.count else _elements(base_bytes, old)
     choice = chooser.best(part, new, base)
@@ -196,7 +199,7 @@ def _pieces(plan: Plan, chooser: Chooser, part: Part, matches: list[Match], inde
     for match in [*matches, Match(end, 0, 0)]:
         first = part.start + -(-(at - part.start) // part.stride) * part.stride
         last = part.start + (match.at - part.start) // part.stride * part.stride
-        if last - first >= _WORTH_A_STEP:
+        if last - first >= _WORTH_A_STEP and plan.element_steps < element_steps_most(first):
             plan.literal(target[at:first].tobytes())
             piece = replace(part, start=first, size=last - first, shape=())
             new = _elements(target[first:last], piece)
@@ -229,6 +232,7 @@ class Plan:
     raw: dict[Role, bytearray] = field(default_factory=dict)
     segments: list[Segment] = field(default_factory=list)
     steps: int = 0
+    element_steps: int = 0
     base_at: int = 0
     encoder: Encoder = field(default_factory=Encoder)
 
@@ -298,6 +302,7 @@ class Plan:
                 )
             start += len(new)
         self.steps += 1
+        self.element_steps += 1
         self.segments.append(Segment(name=part.name, method=method.name.lower(), size_bytes=len(target) * part.stride))
 
     def _step(self, op: Op, size: int, at: int | None = None) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skerry_runtime import delta
-from skerry_runtime.delta import applying, making, parts
+from skerry_runtime.delta import applying, container, making, parts
+from skerry_runtime.delta.choosing import Choice
+from skerry_runtime.delta.container import Coding, Packed, Role
+from skerry_runtime.delta.elements import Method
+from skerry_runtime.delta.packing import squeeze
+from skerry_runtime.delta.parts import Part
 
 
 def sha256(data: bytes) -> str:
@@ -43,7 +50,7 @@ def pairs(draw: st.DrawFn) -> tuple[bytes, bytes]:
     return base, target
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(pairs())
 def test_any_two_byte_strings_round_trip(tmp_path_factory: pytest.TempPathFactory, pair: tuple[bytes, bytes]) -> None:
     base, target = pair
@@ -127,3 +134,56 @@ def test_a_link_where_the_temporary_file_goes_is_not_followed(tmp_path: Path) ->
 def test_steps_are_bounded_by_the_target() -> None:
     assert applying.steps_most(0) == 64
     assert applying.steps_most(1 << 20) == 64 + (1 << 16)
+    assert applying.element_steps_most(1 << 20) == 256 + 2048
+
+
+@pytest.mark.parametrize("what", ["steps", "steps of elements"])
+def test_a_patch_of_too_many_small_steps_is_refused(tmp_path: Path, what: str) -> None:
+    plan, size = making.Plan(), 1600
+    one = Part(name="", start=0, size=1, width=1, floats=False)
+    for i in range(size):
+        if what == "steps":
+            plan.literal(bytes([i % 7]))
+        else:
+            plan.elements(one, Choice(method=Method.INTEGERS_ALONE), np.array([i % 7], np.uint64), None, 0)
+    patch = container.write(hashlib.sha256(b"").digest(), 0, size, plan.streams())
+    with pytest.raises(delta.DeltaError, match="too many steps"):
+        apply(tmp_path, b"", patch, bytes(i % 7 for i in range(size)))
+
+
+@pytest.mark.parametrize(("base", "target"), [(b"", b""), (b"", b"x"), (b"x", b""), (b"x" * 40, b"x" * 40)])
+def test_the_smallest_files_have_patches(tmp_path: Path, base: bytes, target: bytes) -> None:
+    assert apply(tmp_path, base, patch_of(base, target), target) == target
+
+
+def test_dictionaries_beyond_what_a_device_gives_are_refused(tmp_path: Path) -> None:
+    large = bytes([container.lzma_properties(3, 0, 0, 22)[0], 22])
+    packed = squeeze(b"x" * 100, 3, 0, 0, 22)
+    streams = [
+        Packed(role=role, coding=Coding.LZMA, size_bytes=100, data=packed, properties=large) for role in list(Role)[:2]
+    ]
+    patch = container.write(hashlib.sha256(b"").digest(), 0, 100, streams)
+    with pytest.raises(delta.DeltaError, match="more memory"):
+        apply(tmp_path, b"", patch, b"x" * 100)
+
+
+def test_what_unpacks_to_more_than_it_says_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    packed = squeeze(b"\0" * (8 << 20), 0, 0, 0, 16)
+    plan = making.Plan()
+    plan.literal(b"\0" * 100)
+    control, _, *_ = plan.streams()
+    bomb = Packed(
+        role=Role.LITERALS,
+        coding=Coding.LZMA,
+        size_bytes=100,
+        data=packed,
+        properties=container.lzma_properties(0, 0, 0, 16),
+    )
+    patch = container.write(hashlib.sha256(b"").digest(), 0, 100, [control, bomb])
+    tracemalloc.start()
+    try:
+        with pytest.raises(delta.DeltaError, match="longer than what is used"):
+            apply(tmp_path, b"", patch, b"\0" * 100)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
