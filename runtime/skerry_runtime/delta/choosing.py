@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -134,7 +135,7 @@ def scalings(part: Part, target: U64, base: U64) -> Iterator[Scaling]:
     new = target.astype(np.uint8).view(np.int8).astype(np.float64)
     old = base.astype(np.uint8).view(np.int8).astype(np.float64)
     shapes = {(1, len(new))}
-    if len(part.shape) > 1 and int(np.prod(part.shape)) == len(new):
+    if len(part.shape) > 1 and min(part.shape) > 0 and math.prod(part.shape) == len(new):
         shapes |= {(part.shape[0], len(new) // part.shape[0]), (part.shape[-1], 1)}
     for channels, inner in sorted(shapes):
         if channels > 1 and len(new) < _WORTH_CHANNELS * channels:

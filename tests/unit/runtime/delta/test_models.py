@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +197,40 @@ def test_the_readers_agree_with_the_library_of_the_format() -> None:
     for part in parts.find(data)[1]:
         if part.name in named:
             assert named[part.name].tobytes() == data[part.start : part.start + part.size]
+
+
+def test_shapes_that_are_no_shapes_do_not_matter(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    old, new = (rng.integers(-9, 9, 64).astype(np.int8).tobytes() for _ in range(2))
+
+    def model(data: bytes, dims: list[int]) -> bytes:
+        tensor = TensorProto(name="w", data_type=TensorProto.INT8, raw_data=data, dims=dims)
+        return helper.make_model(helper.make_graph([], "g", [], [], [tensor])).SerializeToString()
+
+    for dims in ([-8, -8], [0, 5], [2**62, 2**62], [64, 64], [-1]):
+        assert through(tmp_path, model(old, dims), model(new, dims)).kind == "onnx"
+
+
+def test_neither_end_needs_the_library_of_a_format(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(onnx_file(weights()))
+    (tmp_path / "target").write_bytes(onnx_file(tuned(weights())))
+    size, digest = (tmp_path / "target").stat().st_size, hashlib.sha256((tmp_path / "target").read_bytes()).hexdigest()
+    program = f"""
+import sys
+from pathlib import Path
+from skerry_runtime import delta
+assert "numpy" not in sys.modules, "the name alone loads it"
+base, patch, target, made = map(Path, ("base", "patch", "target", "made"))
+if sys.argv[1] == "make":
+    delta.make(base, target, patch)
+else:
+    delta.apply(base, patch, made, sha256="{digest}", size={size})
+tops = {{name.partition(".")[0] for name in sys.modules}} - set(sys.stdlib_module_names) - {{"__main__"}}
+print(*sorted(name for name in tops if not name.startswith(("_", "sitecustomize"))))
+"""
+    for what in ("make", "apply"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, what], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        assert set(done.stdout.split()) <= {"numpy", "cython_runtime", "skerry_runtime", "skerry_contract", "msgspec"}
