@@ -76,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     revert.add_argument("--json", action="store_true")
     cancel = command("cancel", _cancel, "end the update under way; its bundle is not tried again before a pardon")
     cancel.add_argument("--json", action="store_true")
+    activate = command("activate", _activate, "start an update that lies ready and is held back, whatever the hour")
+    activate.add_argument("--despite-locks", action="store_true", help="even while an application has locked updates")
+    activate.add_argument("--json", action="store_true")
+    _lock_parsers(command)
     sync = command("sync", _sync, "look for updates now")
     sync.add_argument("--pardon", action="store_true", help="try bundles again that used up their attempts")
     sync.add_argument("--json", action="store_true")
@@ -99,6 +103,19 @@ def _parser() -> argparse.ArgumentParser:
     table = command("lifecycle", _lifecycle, "the table of an update's states")
     table.add_argument("--print", action="store_true", dest="show", required=True)
     return parser
+
+
+def _lock_parsers(command: Any) -> None:
+    lock = command(
+        "lock", _lock, "hold updates back for a while: they are fetched and checked, and begin to answer later"
+    )
+    lock.add_argument("--for", type=_duration, dest="for_s", metavar="TIME", required=True, help="e.g. 30s, 10m, 2h")
+    lock.add_argument("--reason", required=True, help="in words, for whoever asks why")
+    unlock = command("unlock", _unlock, "end a lock before its time")
+    for one in (lock, unlock):
+        one.add_argument("--owner", default=None, help="who holds it, one lock each; without: the user's name")
+        one.add_argument("--json", action="store_true")
+    command("locks", _locks, "who holds updates back, why and for how long").add_argument("--json", action="store_true")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -297,6 +314,8 @@ def _ordered(options: argparse.Namespace, path: str, body: dict[str, Any], words
         print(f"skerry-agent: {answer.body['error']}", file=sys.stderr)
     if answer.status == 409:
         return REFUSED
+    if answer.status == 400:
+        return USAGE
     return OK if answer.status == 200 else FAILED
 
 
@@ -309,6 +328,45 @@ def _cancel(options: argparse.Namespace) -> int:
     return _ordered(
         options, "/skerry/v1/cancel", {}, "cancelled: {model} {version}; to try it again: skerry-agent sync --pardon"
     )
+
+
+def _activate(options: argparse.Namespace) -> int:
+    answer = _asked(options, "POST", "/skerry/v1/activate", {"despite_locks": options.despite_locks})
+    if options.json:
+        print(json.dumps(answer.body))
+    elif answer.status != 200:
+        print(f"skerry-agent: {answer.body['error']}", file=sys.stderr)
+    else:
+        when = f"starts after: {answer.body['waits_for']}" if answer.body["waits_for"] else "starts now"
+        print(f"{answer.body['model']} {answer.body['version']} {when}")
+    return OK if answer.status == 200 else REFUSED
+
+
+def _owner(options: argparse.Namespace) -> str:
+    import getpass
+
+    return str(options.owner if options.owner is not None else getpass.getuser())
+
+
+def _lock(options: argparse.Namespace) -> int:
+    body = {"owner": _owner(options), "reason": options.reason, "for_s": options.for_s}
+    return _ordered(options, "/skerry/v1/lock", body, "locked by {owner}; `skerry-agent unlock` ends it")
+
+
+def _unlock(options: argparse.Namespace) -> int:
+    return _ordered(options, "/skerry/v1/unlock", {"owner": _owner(options)}, "unlocked by {owner}")
+
+
+def _locks(options: argparse.Namespace) -> int:
+    answer = _asked(options, "GET", "/skerry/v1/locks")
+    if options.json:
+        print(json.dumps(answer.body))
+        return OK
+    for lock in answer.body["locks"]:
+        print(f"{lock['owner']}  {lock['left_s']:.0f} s more  {lock['reason']}")
+    if not answer.body["locks"]:
+        print("nobody holds updates back")
+    return OK
 
 
 def _sync(options: argparse.Namespace) -> int:

@@ -44,6 +44,7 @@ _SECTIONS = (
     "device",
     "runtime",
     "timing",
+    "updates",
     "telemetry",
     "log",
 )

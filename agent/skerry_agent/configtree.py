@@ -239,6 +239,19 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Updates:
+    """When another bundle may begin to answer.
+
+    Attributes:
+        activate: ``auto``: once it is here and nothing holds it; ``command``: once a person says ``skerry-agent activate``.
+        lock_s: the longest time that an application may lock updates for, seconds.
+    """
+
+    activate: Literal["auto", "command"] = "auto"
+    lock_s: float = 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Telemetry:
     """What is counted beside requests, and traces of local inferences.
 
@@ -285,6 +298,7 @@ class Config:
     device: Device = field(default_factory=Device)
     runtime: Engines = field(default_factory=Engines)
     timing: Timing = field(default_factory=Timing)
+    updates: Updates = field(default_factory=Updates)
     telemetry: Telemetry = field(default_factory=Telemetry)
     log: Log = field(default_factory=Log)
 

@@ -28,7 +28,11 @@ _AGAIN_S = 5.0
 
 
 class Forcing:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        comes_first: an update was ended for the sake of what must stop: none is taken up before that has stopped.
+    """
 
     def __init__(self, store: Store, slots: Slots, serving: Serving, updating: Updating, clock: Clock) -> None:
         self._store = store
@@ -38,6 +42,7 @@ class Forcing:
         self._clock = clock
         self._tried_s = float("-inf")
         self._forced: dict[str, str] = {}
+        self.comes_first = False
         self.recall()
         slots.forbidden = lambda model, version: not floors.allows(self._forced, model, version)
 
@@ -53,6 +58,7 @@ class Forcing:
         serving = {**self._serving.trying(), **self._serving.models()}
         below = [(model, slot) for model, slot in sorted(serving.items()) if self._slots.forbidden(model, slot.version)]
         if not below:
+            self.comes_first = False
             return
         update = self._updating.update
         model, slot = below[0]
@@ -62,6 +68,7 @@ class Forcing:
         self._tried_s = self._clock.boot_s()
         log.warning("bundle stops", extra=kv(model=model, version=slot.version, digest=slot.digest, code=CODE))
         if update.resting:
+            self.comes_first = False
             self._updating.feed(
                 e.ForcedOut(
                     model=model,
@@ -76,5 +83,6 @@ class Forcing:
             self._updating.feed(e.Failed(code=CODE, detail=detail))
         else:
             # What must not answer does not wait for another update; that one is taken up again, with what it has fetched.
+            self.comes_first = True
             self._updating.feed(e.Withdrawn())
             self._tried_s = float("-inf")

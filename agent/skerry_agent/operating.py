@@ -12,7 +12,8 @@ from skerry_contract.errors import ContractError
 from skerry_agent import exposition, reporting
 from skerry_agent.control import Answer, Handler
 from skerry_agent.core import why
-from skerry_agent.errors import Rejected
+from skerry_agent.errors import AgentError, Rejected
+from skerry_agent.holding import Holding
 from skerry_agent.logring import LogRing
 from skerry_agent.serving import Serving
 from skerry_agent.shadowing import Shadowing
@@ -39,6 +40,7 @@ class Operating:
         updating: Updating,
         shadowing: Shadowing,
         throttle: Throttle,
+        holding: Holding,
         *,
         snapshot: Callable[[], reporting.Snapshot],
         ask_sync: Callable[[], None],
@@ -50,6 +52,7 @@ class Operating:
         self._updating = updating
         self._shadowing = shadowing
         self._throttle = throttle
+        self._holding = holding
         self._snapshot = snapshot
         self._ask_sync = ask_sync
         self._reload = reload
@@ -65,6 +68,10 @@ class Operating:
             ("POST", "/skerry/v1/revert"): self._revert,
             ("POST", "/skerry/v1/cancel"): self._cancel,
             ("GET", "/skerry/v1/why"): self._why,
+            ("POST", "/skerry/v1/activate"): self._activate,
+            ("POST", "/skerry/v1/lock"): self._holding.lock,
+            ("POST", "/skerry/v1/unlock"): self._holding.unlock,
+            ("GET", "/skerry/v1/locks"): self._holding.list_locks,
             ("POST", "/skerry/v1/flush"): self._flush,
             ("POST", "/skerry/v1/throttle"): self._throttle.answer,
             ("POST", "/skerry/v1/reload"): self._reload_now,
@@ -81,6 +88,7 @@ class Operating:
             {
                 **reporting.status(self._snapshot()),
                 "shadows": self._shadowing.status(),
+                "locks": self._holding.status(),
                 "standby": self._updating.turnover.standby.status(),
             },
         )
@@ -129,6 +137,14 @@ class Operating:
             return Answer(409, {"error": str(error), "code": error.code})
         told = {"model": update.model, "version": update.version, "digest": update.digest, "state": update.state}
         return Answer(200, {"ok": True, **told})
+
+    async def _activate(self, body: dict[str, Any]) -> Answer:
+        try:
+            update, held = self._updating.activate(despite_locks=body.get("despite_locks") is True)
+        except AgentError as error:
+            return Answer(409, {"error": str(error), "code": error.code})
+        told = {"model": update.model, "version": update.version, "digest": update.digest}
+        return Answer(200, {"ok": True, **told, "waits_for": held})
 
     async def _revert(self, body: dict[str, Any]) -> Answer:
         models = sorted(self._serving.models())

@@ -36,6 +36,7 @@ from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, BadConfig, Degraded
 from skerry_agent.following import Following
 from skerry_agent.forcing import Forcing
+from skerry_agent.holding import Holding
 from skerry_agent.identity import identity
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Rang
@@ -157,9 +158,10 @@ class Supervisor:
                 window_s=lambda: self._orders.settings.window_s, on_event=self._uplink.event, device=self._identity.device,
             )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
+        self._holding = Holding(config, self._store, self._slots, self._clock)
         self._updating = Updating(
             config, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
-            self._restoring, errand_input=self._errand_input, on_change=self._uplink.changed,
+            self._restoring, self._holding, errand_input=self._errand_input, on_change=self._uplink.changed,
             on_progress=self._uplink.report_if_online, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
@@ -179,7 +181,7 @@ class Supervisor:
         self._following = Following(
             self._identity, self._store, self._slots, self._clock, self._runtimes, self._serving, self._orders,
             self._updating, self._shadowing, stratum=self._stratum,
-            ready=lambda: self._booted and not self._stop.is_set(), on_event=self._uplink.event, ask_sync=self.sync,
+            ready=lambda: self._booted and not self._stop.is_set() and not self._forcing.comes_first, on_event=self._uplink.event, ask_sync=self.sync,
         )  # fmt: skip
         self._forcing = Forcing(self._store, self._slots, self._serving, self._updating, self._clock)
         self._pulse = Pulse(
@@ -187,7 +189,7 @@ class Supervisor:
             store_failed=lambda: self._ended is not None, unserved_s=lambda: self._config.timing.unserved_s,
         )  # fmt: skip
         self._operating = Operating(
-            self._serving, self._updating, self._shadowing, self._throttle, snapshot=self._snapshot, ask_sync=self.sync,
+            self._serving, self._updating, self._shadowing, self._throttle, self._holding, snapshot=self._snapshot, ask_sync=self.sync,
             reload=self._reload, ring=ring, restarts=lambda: self._restarts.in_a_row,
         )  # fmt: skip
         self._stop = asyncio.Event()
@@ -344,7 +346,7 @@ class Supervisor:
         status = "STATUS=configuration not taken whole, the log says why"
         try:
             self._config = config
-            for part in (self._serving, self._updating, self._syncing, self._applications):
+            for part in (self._serving, self._updating, self._holding, self._syncing, self._applications):
                 if part is not None:
                     part.configure(config)
             self._store.bound_bytes = self._store.files_bound_bytes = int(config.limits.outbox_mb * 1e6)

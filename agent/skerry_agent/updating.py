@@ -29,6 +29,7 @@ from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Degraded, Rejected
 from skerry_agent.failures import Failures
 from skerry_agent.fetching import Fetching
+from skerry_agent.holding import Holding
 from skerry_agent.logs import kv
 from skerry_agent.progress import FetchProgress
 from skerry_agent.restoring import Restoring
@@ -81,6 +82,7 @@ class Updating:
         clock: Clock,
         runtimes: Runtimes,
         restoring: Restoring,
+        holding: Holding,
         *,
         errand_input: Callable[[], dict[str, Any]],
         on_change: Callable[[str, dict[str, Any]], None],
@@ -93,6 +95,7 @@ class Updating:
         self._slots = slots
         self._serving = serving
         self._clock = clock
+        self._holding = holding
         self._on_change = on_change
         self._on_rest = on_rest
         self._on_fault = on_fault
@@ -135,8 +138,18 @@ class Updating:
     def tick(self) -> None:
         """Takes the events that could not be stored when they came; looks at the trial's time."""
         self._catch_up()
+        self._look_at_holds()
         self.judge()
         self.turnover.standby.tick()
+
+    def _look_at_holds(self) -> None:
+        if self.update.state != "ready" or self._owed:
+            return
+        why_held = self._holding.why(self.update)
+        if not why_held:
+            self.feed(e.Opened())
+        elif why_held != self.update.detail:
+            self.feed(e.Held(detail=why_held))
 
     def _catch_up(self) -> Degraded | None:
         while self._owed:
@@ -255,7 +268,9 @@ class Updating:
             case Effect.VERIFY_FILES:
                 return await self.fetching.verify_files()
             case Effect.STAGE_SLOT:
-                return await self.fetching.stage()
+                staged = await self.fetching.stage()
+                why_held = self._holding.why(self.update)
+                return e.Held(detail=why_held) if why_held else staged
             case Effect.START_WORKER:
                 return await self.turnover.prove()
             case Effect.HAND_OVER:
@@ -469,6 +484,8 @@ class Updating:
             except Degraded as error:
                 log.warning("progress not noted", extra=kv(code=error.code, detail=error.detail))
         self.feed(e.Booted(further=further))
+        if self.update.state == "ready":
+            self._arm()
 
     def cancel(self, who: str) -> Update:
         """A person ends the update under way, or what waits for its next try; it is not tried again before a pardon.
@@ -487,6 +504,22 @@ class Updating:
             self.failures.hold(update.digest, "cancelled")
             return update
         raise Rejected("nothing_to_cancel", "no update is under way, and none waits for its next try")
+
+    def activate(self, *, despite_locks: bool) -> tuple[Update, str]:
+        """A person wants the staged update to begin now, whatever the hour.
+
+        Returns:
+            The update, and what holds it all the same: locks, unless ``despite_locks``.
+
+        Raises:
+            Rejected: ``nothing_to_activate``.
+        """
+        update = self.update
+        if update.state != "ready":
+            raise Rejected("nothing_to_activate", "no update lies ready and is held back")
+        why_held = self._holding.order(update, despite_locks=despite_locks)
+        self._look_at_holds()
+        return update, why_held
 
     def order_revert(self, model: ids.ModelName) -> Slot:
         """A person wants the previous bundle back. Returns the slot that comes back.

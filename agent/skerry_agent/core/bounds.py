@@ -14,6 +14,7 @@ _POSITIVE: Final = frozenset({
     "limits.outbox_mb", "limits.uploads_in_flight", "limits.upload_kib", "limits.max_inflight", "limits.max_wait_s", "timing.health_interval_s",
     "timing.drain_s", "timing.ack_s", "timing.backoff_scale", "timing.courier_s", "mqtt.keepalive_s", "timing.silent_s", "timing.inference_s",
     "labels.predictions", "labels.former_keys", "timing.spin_s", "timing.unserved_s", "runtime.threads",
+    "updates.lock_s",
 })  # fmt: skip
 _NOT_NEGATIVE: Final = frozenset({
     "apps.clients", "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s",
@@ -50,6 +51,7 @@ _MOST: Final[dict[str, float]] = {
     "timing.backoff_scale": 1000,
     "timing.trial_inferences": 10**12,
     "telemetry.samples_per_hour": 10**6,
+    "updates.lock_s": 7 * 86_400,
 }
 
 

@@ -56,6 +56,16 @@ class Staged(Event, frozen=True, kw_only=True):
     """The slot is on disk, whole."""
 
 
+class Held(Event, frozen=True, kw_only=True):
+    """The slot is on disk, and may not be started yet. ``detail``: what holds it, and from when on that is over."""
+
+    detail: str
+
+
+class Opened(Event, frozen=True, kw_only=True):
+    """Nothing holds the update any more."""
+
+
 class Proved(Event, frozen=True, kw_only=True):
     """The new generation loaded its models and answered the golden cases right."""
 
@@ -152,7 +162,7 @@ class Booted(Event, frozen=True, kw_only=True):
 
 
 EVENTS: tuple[type[Event], ...] = (
-    Assigned, ManifestFetched, Admitted, FilesFetched, Verified, Staged, Proved, HandedOver, Rekeyed, TrialKept, TrialQuiet,
+    Assigned, ManifestFetched, Admitted, FilesFetched, Verified, Staged, Held, Opened, Proved, HandedOver, Rekeyed, TrialKept, TrialQuiet,
     Failed, Deadline, Withdrawn, Cancelled, RevertOrdered, CrashLooped, ForcedOut, Reverted, Booted,
 )  # fmt: skip
 

@@ -6,6 +6,9 @@ next event. So a power cut at any point finds a stored state, and ``Booted`` say
 is not decided here: the slots' pointer file says so, and only ``CONFIRM`` and the way back to the previous bundle (ordered by a
 person, or after a crash loop) change it, once the bundle that comes back has proved itself.
 
+Whoever may hold an update back (a lock of an application, a maintenance window, a wish to activate it by hand) holds it between
+``stage`` and ``prove``, in ``ready``: all of it is here and checked, and what serves goes on. It waits there over restarts, too.
+
 ``idle``, ``confirmed`` and ``confirmed_on_golden`` rest: the next ``Assigned`` starts from them. Every failure passes through
 ``revert`` to ``idle`` and keeps its reason code. A pair that the table lacks is an answer that came too late: ``step``
 ignores it.
@@ -21,13 +24,17 @@ from skerry_contract.window import Instant
 from skerry_agent.core import effects as e
 from skerry_agent.core.effects import Effect
 
-State = Literal["idle", "fetch", "verify", "stage", "prove", "trial", "confirmed", "confirmed_on_golden", "revert"]
+State = Literal[
+    "idle", "fetch", "verify", "stage", "ready", "prove", "trial", "confirmed", "confirmed_on_golden", "revert"
+]
 STATES: tuple[State, ...] = (
-    "idle", "fetch", "verify", "stage", "prove", "trial", "confirmed", "confirmed_on_golden", "revert",
+    "idle", "fetch", "verify", "stage", "ready", "prove", "trial", "confirmed", "confirmed_on_golden", "revert",
 )  # fmt: skip
 RESTING: frozenset[State] = frozenset({"idle", "confirmed", "confirmed_on_golden"})
 
-DEADLINES_S: dict[State, float] = {"fetch": 3600.0, "verify": 600.0, "stage": 120.0, "prove": 180.0, "revert": 120.0}
+DEADLINES_S: dict[State, float] = {
+    "fetch": 3600.0, "verify": 600.0, "stage": 120.0, "ready": 31 * 86_400.0, "prove": 180.0, "revert": 120.0,
+}  # fmt: skip
 """How long a state may last, seconds. The trial's time comes from the group's settings; ``TRIAL_OVER_S`` and the drain's time come on top."""
 TRIAL_OVER_S = 120.0
 """A trial that is over for so long and could not be judged goes back: its worker says nothing, or the hand-over never ended."""
@@ -87,7 +94,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     def waits(self) -> bool:
         """Whether it ended for want of something outside, or of a wish: no circle, however often that happens."""
         outside = self.failed_in == "fetch" and not self.at_boot and self.code not in ATTEMPTS
-        return outside or self.code == "withdrawn"
+        return outside or self.code in ("withdrawn", "activation_overdue")
 
     @property
     def resting(self) -> bool:
@@ -120,6 +127,9 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         ("fetch", e.FilesFetched): Move(to="verify", effects=(record, Effect.VERIFY_FILES)),
         ("verify", e.Verified): Move(to="stage", effects=(record, Effect.STAGE_SLOT)),
         ("stage", e.Staged): Move(to="prove", effects=(record, Effect.START_WORKER)),
+        ("stage", e.Held): Move(to="ready", effects=(record,)),
+        ("ready", e.Held): Move(to="ready", effects=(record,)),
+        ("ready", e.Opened): Move(to="prove", effects=(record, Effect.START_WORKER)),
         ("prove", e.Proved): Move(to="trial", effects=(record, Effect.HAND_OVER)),
         ("trial", e.HandedOver): Move(to="trial", effects=(Effect.WATCH_TRIAL,)),
         ("trial", e.Rekeyed): Move(to="trial", effects=(record,)),
@@ -131,6 +141,7 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         ("revert", e.Deadline): Move(to="revert", effects=(Effect.RESTORE,)),
         ("revert", e.Cancelled): GIVE_UP,
         # What a restarted supervisor finds. It runs what the pointer file calls confirmed, whatever stands here.
+        ("ready", e.Booted): Move(to="ready", effects=(record,)),
         ("prove", e.Booted): Move(to="idle", effects=(penalise, record), code="runtime_crashed"),
         ("trial", e.Booted): Move(to="idle", effects=(penalise, record), code="trial_crashed"),
         ("revert", e.Booted): Move(to="idle", effects=(record,)),
@@ -139,13 +150,14 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         ("confirmed", e.Booted): Move(to="confirmed", effects=(Effect.CONFIRM, record)),
         ("confirmed_on_golden", e.Booted): Move(to="confirmed_on_golden", effects=(Effect.CONFIRM, record)),
     }
-    fetching: tuple[State, ...] = ("fetch", "verify", "stage")
+    fetching: tuple[State, ...] = ("fetch", "verify", "stage", "ready")
     for state in fetching:
         table[state, e.Failed] = Move(to="revert", effects=(penalise, record, discard))
         table[state, e.Deadline] = Move(to="revert", effects=(penalise, record, discard), code="timeout")
         table[state, e.Withdrawn] = Move(to="revert", effects=(record, discard), code="withdrawn")
         table[state, e.Cancelled] = Move(to="revert", effects=(penalise, record, discard), code="cancelled")
-        table[state, e.Booted] = Move(to="idle", effects=(record,), code="interrupted")
+        table.setdefault((state, e.Booted), Move(to="idle", effects=(record,), code="interrupted"))
+    table["ready", e.Deadline] = Move(to="revert", effects=(penalise, record, discard), code="activation_overdue")
     table["prove", e.Failed] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW))
     table["prove", e.Deadline] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW), code="start_timeout")
     table["prove", e.Withdrawn] = Move(to="revert", effects=(record, Effect.STOP_NEW), code="withdrawn")
@@ -215,7 +227,9 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
             changed["variant"] = event.variant
         case e.Rekeyed():
             changed.update(arm=event.arm, rollout=event.rollout, stage=event.stage)
-        case e.TrialKept() | e.TrialQuiet() | e.Cancelled() if move is not GIVE_UP:
+        case e.Opened():
+            changed["detail"] = ""
+        case e.TrialKept() | e.TrialQuiet() | e.Cancelled() | e.Held() if move is not GIVE_UP:
             changed["detail"] = event.detail
         case _:
             pass

@@ -14,6 +14,7 @@ _DOES: Mapping[str, str] = {
     "fetch": "fetches it",
     "verify": "checks every file of it",
     "stage": "puts it into its slot",
+    "ready": "has all of it here, checked, and holds it back",
     "prove": "starts it beside what serves, and lets it answer its golden cases",
     "trial": "answers requests with it, on trial",
     "revert": "goes back to what ran before",
@@ -112,8 +113,12 @@ def _under_way(facts: Facts) -> Told:
     if update.state == "trial":
         done, wanted, left_s = facts.trial
         waits = f"{max(0, wanted - done)} of {wanted} inferences, or the end of its time in {_time(left_s)}"
+    do = _CANCEL
+    if update.state == "ready":
+        waits = f"{update.detail or 'what holds it to end'}, at most {_time(facts.left_s)}"
+        do = f"`skerry-agent activate` starts it now; {_CANCEL.partition('; ')[2]}"
     says = f"{_DOES[update.state]}, attempt {update.attempt}{why}"
-    return Told(about=what, says=says, since_s=facts.since_s, waits_for=waits, do=_CANCEL, code=update.code)
+    return Told(about=what, says=says, since_s=facts.since_s, waits_for=waits, do=do, code=update.code)
 
 
 def _ended(facts: Facts) -> Told:

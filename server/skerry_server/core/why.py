@@ -71,6 +71,7 @@ MEANINGS: dict[str, str] = {
     "worker_spun": "the worker used a core without work while it served on trial",
     "trial_silent": "the trial was over and could not be judged: its worker said nothing, or the hand-over did not end",
     "reverted_by_operator": "a person ordered it at the device",
+    "activation_overdue": "it lay ready for a month and nothing let it begin: a lock, a closed window, or nobody's `activate`; it is taken up again",
     "cancelled": "a person ended the update, at the device or through the server",
     "too_many_moves": "the update moved from state to state again and again and was never confirmed",
     "crash_loop": (
@@ -81,7 +82,7 @@ MEANINGS: dict[str, str] = {
 }
 """The words of docs/reference/reason-codes.md for the codes of updates."""
 
-UNDER_WAY: frozenset[str] = frozenset({"fetch", "verify", "stage", "prove", "trial", "revert"})
+UNDER_WAY: frozenset[str] = frozenset({"fetch", "verify", "stage", "ready", "prove", "trial", "revert"})
 """States of the agent's lifecycle in which an update is not at rest."""
 _CONFIRMED = ("confirmed", "confirmed_on_golden")
 _SERVED = ("trial", *_CONFIRMED)
@@ -274,6 +275,8 @@ def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Call
     if update.get("digest") == assigned.digest and update.get("state") in UNDER_WAY:
         state, attempt = str(update["state"]), int(update.get("attempt") or 1)
         waits = _trial(device) if state == "trial" else f"the update to leave {state!r}"
+        if state == "ready":
+            waits = str(update.get("detail") or "what holds it on the device")
         return answer(
             "updating", f"an update is under way, in {state!r}, attempt {attempt}{_fetched(model)}; {runs}", waits
         )

@@ -20,6 +20,8 @@ EVENTS = st.one_of(
     st.just(e.FilesFetched()),
     st.just(e.Verified()),
     st.just(e.Staged()),
+    st.just(e.Held(detail="the lock of a to end (b)")),
+    st.just(e.Opened()),
     st.just(e.Proved()),
     st.just(e.HandedOver()),
     st.just(e.Rekeyed(arm="control", rollout="r", stage=3)),
@@ -47,7 +49,7 @@ def run(*events: e.Event, update: lc.Update | None = None) -> tuple[lc.Update, l
 def to(state: lc.State) -> lc.Update:
     path = [
         e.Assigned(model="gas", digest=DIGEST, version="1.0.0"), e.ManifestFetched(), e.Admitted(variant="v"), e.FilesFetched(),
-        e.Verified(), e.Staged(), e.Proved(), e.HandedOver(), e.TrialKept(),
+        e.Verified(), *([e.Held(detail="a lock")] if state == "ready" else []), e.Staged(), e.Proved(), e.HandedOver(), e.TrialKept(),
     ]  # fmt: skip
     update = lc.Update()
     for event in path:
@@ -70,7 +72,28 @@ def test_the_good_path_confirms_only_after_the_trial() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("state", ["fetch", "verify", "stage", "prove", "trial"])
+def test_what_is_held_waits_over_boots_and_begins_once_nothing_holds_it() -> None:
+    update, effects = run(e.Held(detail="the lock of a to end (b)"), update=to("stage"))
+    assert (update.state, update.detail, update.code, effects) == (
+        "ready",
+        "the lock of a to end (b)",
+        "",
+        [Effect.RECORD],
+    )
+    moves = update.moves
+    for _ in range(100):
+        update, effects = run(e.Booted(), e.Held(detail="another"), update=update)
+    assert (update.state, update.detail, update.moves) == ("ready", "another", moves)
+    update, effects = run(e.Opened(), update=update)
+    assert (update.state, update.detail, effects) == ("prove", "", [Effect.RECORD, Effect.START_WORKER])
+
+
+def test_what_lay_ready_for_too_long_is_no_circle() -> None:
+    update, _ = run(e.Deadline(), e.Reverted(), update=to("ready"))
+    assert (update.state, update.code, update.waits) == ("idle", "activation_overdue", True)
+
+
+@pytest.mark.parametrize("state", ["fetch", "verify", "stage", "ready", "prove", "trial"])
 def test_a_failure_anywhere_goes_through_revert_to_idle_with_its_reason(state: lc.State) -> None:
     update, effects = run(e.Failed(code="hash_mismatch", detail="model.onnx"), update=to(state))
     assert (update.state, update.code, update.failed_in) == ("revert", "hash_mismatch", state)
@@ -179,10 +202,10 @@ def test_any_events_in_any_order_keep_the_rules(events: list[e.Event]) -> None:
 
 
 @given(st.lists(EVENTS, max_size=12))
-def test_a_boot_in_any_state_leaves_an_update_at_rest(events: list[e.Event]) -> None:
+def test_a_boot_in_any_state_leaves_an_update_at_rest_or_ready(events: list[e.Event]) -> None:
     update, _ = run(*events)
     booted, _ = lc.step(update, e.Booted(), AT)
-    assert booted.resting
+    assert booted == update if update.state == "ready" else booted.resting
     again, _ = lc.step(booted, e.Booted(), AT)
     assert again == booted
 

@@ -27,6 +27,10 @@ def test_every_state_under_way_says_what_it_waits_for_and_what_ends_it(state: st
     assert found.since_s == 65.0
     assert "attempt 2" in found.says and (not code or code in found.says)
     assert "skerry-agent cancel" in found.do
+    if state == "ready":
+        assert found.waits_for == "what holds it to end, at most 55 s"
+        assert "skerry-agent activate" in found.do
+        return
     assert found.waits_for == (
         "70 of 100 inferences, or the end of its time in 20 s" if state == "trial" else "the end of that, within 55 s"
     )

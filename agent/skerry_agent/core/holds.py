@@ -1,0 +1,90 @@
+"""What holds an update back that is here, checked and staged: decided from values. Pure.
+
+Held is only what would take the place of something that answers. A model of which nothing may answer (a first bundle, a forced floor
+that stopped what served) is never held, and no way back is: the trial's, a person's, that of a crash loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+MOST_LOCKS = 64
+MOST_CHARS = 200
+
+
+class Lock(msgspec.Struct, frozen=True, kw_only=True):
+    """An application's word that this is no moment for another bundle. It is stored as it is.
+
+    Attributes:
+        owner: who took it; each has one. reason: in the words of its owner.
+        for_s: how long it was taken for; until_s: its end in seconds since the boot with the id ``boot_id``.
+    """
+
+    owner: str
+    reason: str
+    for_s: float
+    boot_id: str
+    until_s: float
+
+    def left_s(self, boot_id: str, boot_s: float) -> float:
+        """Seconds until it ends; 0 and below: it has. A reboot of the device does not end it: it begins anew, once."""
+        return (self.until_s if boot_id == self.boot_id else self.for_s) - boot_s
+
+
+def live(locks: Iterable[Lock], boot_id: str, boot_s: float) -> tuple[Lock, ...]:
+    """Those that have not ended, the longest first."""
+    found = [lock for lock in locks if lock.left_s(boot_id, boot_s) > 0]
+    return tuple(sorted(found, key=lambda lock: (-lock.left_s(boot_id, boot_s), lock.owner)))
+
+
+def lock_fault(owner: Any, reason: Any, for_s: Any, most_s: float) -> str | None:
+    """What is wrong with a lock that somebody wants; None where nothing is."""
+    for name, text in (("owner", owner), ("reason", reason)):
+        if not isinstance(text, str) or not text.strip() or len(text) > MOST_CHARS or not text.isprintable():
+            return f"{name}: wanted 1 to {MOST_CHARS} printable characters, got {text!r}"
+    if isinstance(for_s, bool) or not isinstance(for_s, (int, float)) or not math.isfinite(for_s) or not for_s > 0:
+        return f"for_s: wanted seconds, more than 0, got {for_s!r}"
+    if for_s > most_s:
+        return f"for_s: wanted at most {most_s:g} (updates.lock_s of the configuration), got {for_s:g}"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holders:
+    """What may hold an update.
+
+    Attributes:
+        answers: whether something of the model may answer without it.
+        locks: live ones.
+        by_command: this device activates by a person's command only.
+        ordered: a person ordered this bundle to be activated; despite_locks: locks or not.
+    """
+
+    answers: bool
+    locks: tuple[Lock, ...] = ()
+    by_command: bool = False
+    ordered: bool = False
+    despite_locks: bool = False
+
+
+def held(holders: Holders) -> str:
+    """What holds it, in words without a time that runs; empty when nothing does."""
+    if not holders.answers:
+        return ""
+    if holders.locks and not (holders.ordered and holders.despite_locks):
+        return "; ".join(f"the lock of {lock.owner} to end ({lock.reason})" for lock in holders.locks)
+    if holders.ordered:
+        return ""
+    if holders.by_command:
+        return "a person's `skerry-agent activate` (updates.activate of the configuration)"
+    return ""
+
+
+def stored(found: Mapping[str, Any]) -> tuple[Lock, ...]:
+    """The locks of a stored table, owner -> fields."""
+    return tuple(msgspec.convert(fields, Lock) for fields in found.values())

@@ -1,0 +1,116 @@
+"""Update locks, and everything else that holds a staged update back; a person's order to go on.
+
+Applications take locks through the control socket (``skerry-agent lock``); each has an owner, a reason and an end. A lock delays the
+moment in which another bundle begins to answer, and nothing else: what is fetched is fetched, what must stop stops
+(``core.holds`` says what is never held). Locks outlive the agent; a reboot of the device begins each of them anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+
+from skerry_agent.clock import Clock
+from skerry_agent.config import Config
+from skerry_agent.control import Answer
+from skerry_agent.core import holds
+from skerry_agent.core.lifecycle import Update
+from skerry_agent.errors import Degraded
+from skerry_agent.logs import kv
+from skerry_agent.slots import Slots
+from skerry_agent.store import Store
+
+log = logging.getLogger(__name__)
+
+_LOCKS, _ORDERED = "locks", "activate"
+
+
+class Holding:
+    """See the module."""
+
+    def __init__(self, config: Config, store: Store, slots: Slots, clock: Clock) -> None:
+        self._config = config
+        self._store = store
+        self._slots = slots
+        self._clock = clock
+
+    def configure(self, config: Config) -> None:
+        """Goes on with another configuration."""
+        self._config = config
+
+    def why(self, update: Update) -> str:
+        """What holds the update, in words; empty when nothing does."""
+        ordered = self._store.get(_ORDERED, {})
+        mine = ordered if ordered.get("digest") == update.digest else {}
+        return holds.held(
+            holds.Holders(
+                answers=self._slots.answering(update.model) is not None,
+                locks=self._live(),
+                by_command=self._config.updates.activate == "command",
+                ordered=bool(mine),
+                despite_locks=bool(mine.get("despite_locks")),
+            )
+        )
+
+    def order(self, update: Update, *, despite_locks: bool) -> str:
+        """A person wants this update now. Returns what still holds it; empty when nothing does."""
+        self._store.put(_ORDERED, {"digest": update.digest, "despite_locks": despite_locks})
+        return self.why(update)
+
+    def _live(self) -> tuple[holds.Lock, ...]:
+        return holds.live(holds.stored(self._store.get(_LOCKS, {})), self._clock.boot_id, self._clock.boot_s())
+
+    def status(self) -> list[dict[str, Any]]:
+        """The live locks: owner, reason, for_s, left_s."""
+        now = self._clock
+        return [
+            {"owner": one.owner, "reason": one.reason, "for_s": one.for_s, "left_s": one.left_s(now.boot_id, now.boot_s())}
+            for one in self._live()
+        ]  # fmt: skip
+
+    async def lock(self, body: dict[str, Any]) -> Answer:
+        """``POST /skerry/v1/lock`` with ``owner``, ``reason`` and ``for_s``. A second one of an owner takes the first one's place."""
+        owner, reason, for_s = body.get("owner"), body.get("reason"), body.get("for_s")
+        fault = holds.lock_fault(owner, reason, for_s, self._config.updates.lock_s)
+        if fault is not None:
+            return Answer(400, {"error": fault, "code": "bad_lock"})
+        kept = {one.owner: one for one in self._live()}
+        if owner not in kept and len(kept) >= holds.MOST_LOCKS:
+            error = f"{len(kept)} owners hold locks, which is the most: one of them unlocks, or ends"
+            return Answer(409, {"error": error, "code": "too_many_locks"})
+        wanted = float(for_s or 0.0)
+        kept[str(owner)] = holds.Lock(
+            owner=str(owner), reason=str(reason), for_s=wanted, boot_id=self._clock.boot_id,
+            until_s=self._clock.boot_s() + wanted,
+        )  # fmt: skip
+        try:
+            self._put(kept)
+        except Degraded as error:
+            # Who is told that it holds must be able to count on it.
+            return Answer(409, {"error": f"not locked: {error.detail}", "code": error.code})
+        log.info("updates locked", extra=kv(owner=owner, reason=reason, for_s=for_s))
+        return Answer(200, {"ok": True, "owner": owner, "locks": self.status()})
+
+    async def unlock(self, body: dict[str, Any]) -> Answer:
+        """``POST /skerry/v1/unlock`` with ``owner``."""
+        kept = {one.owner: one for one in self._live()}
+        owner = body.get("owner")
+        if owner not in kept:
+            known = ", ".join(sorted(kept)) or "nobody"
+            return Answer(409, {"error": f"{owner!r} holds no lock; {known} does", "code": "not_locked"})
+        del kept[str(owner)]
+        try:
+            self._put(kept)
+        except Degraded as error:
+            return Answer(409, {"error": f"not unlocked: {error.detail}", "code": error.code})
+        log.info("updates unlocked", extra=kv(owner=owner))
+        return Answer(200, {"ok": True, "owner": owner, "locks": self.status()})
+
+    async def list_locks(self, _body: dict[str, Any]) -> Answer:
+        """``GET /skerry/v1/locks``."""
+        return Answer(200, {"locks": self.status()})
+
+    def _put(self, locks: dict[str, holds.Lock]) -> None:
+        self._store.put(_LOCKS, {owner: msgspec.to_builtins(lock) for owner, lock in locks.items()})

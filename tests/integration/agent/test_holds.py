@@ -1,0 +1,120 @@
+"""Updates that are held back, on a whole device: fetched and checked at once, and begun when nothing holds them any more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.integration.agent.rig import Device, Server, wait_for
+
+
+@pytest.fixture
+def serving(device: Device, server: Server) -> Device:
+    """A device that confirmed 1.0.0; a lock was no hindrance to its first bundle."""
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    lock(device, for_s=2.0)
+    device.wait_running("1.0.0", "trial")
+    device.infer(20)
+    device.wait_running("1.0.0", "confirmed")
+    return device
+
+
+def lock(device: Device, *, owner: str = "welder", for_s: float = 3600.0) -> Any:
+    return device.call("POST", "/skerry/v1/lock", {"owner": owner, "reason": "a seam", "for_s": for_s})
+
+
+def offer(device: Device, version: str) -> None:
+    device.publish(device.bundle(version))
+    device.sync()
+
+
+def held(device: Device, version: str) -> dict[str, Any]:
+    return device.wait_update("ready", version=version)
+
+
+def test_a_locked_update_is_fetched_waits_over_a_restart_and_begins_when_it_is_unlocked(
+    serving: Device, server: Server
+) -> None:
+    assert lock(serving).status == 200
+    offer(serving, "2.0.0")
+    assert held(serving, "2.0.0")["detail"] == "the lock of welder to end (a seam)"
+    told = {one["about"]: one for one in serving.call("GET", "/skerry/v1/why").body["told"]}["update to gas 2.0.0"]
+    assert "the lock of welder to end (a seam)" in told["waits_for"]
+    assert wait_for(lambda: [e for e in server.events() if e.data["state"] == "ready"], why="the server hears of it")
+    serving.kill()
+    # What it needs lies here: the repository has nothing any more.
+    serving.world["bundles"] = {}
+    serving.save()
+    serving.start()
+    serving.wait_running("1.0.0", "confirmed")
+    assert held(serving, "2.0.0")["detail"] == "the lock of welder to end (a seam)"
+    assert serving.infer(3) == ["1.0.0"] * 3
+    assert [one["owner"] for one in serving.status()["locks"]] == ["welder"]
+    refused = serving.call("POST", "/skerry/v1/unlock", {"owner": "painter"})
+    assert (refused.status, refused.body["code"]) == (409, "not_locked")
+    assert "welder" in refused.body["error"]
+    assert serving.call("POST", "/skerry/v1/unlock", {"owner": "welder"}).status == 200
+    serving.wait_running("2.0.0", "trial")
+    serving.infer(20)
+    serving.wait_running("2.0.0", "confirmed")
+
+
+def test_a_lock_ends_by_itself_and_a_new_bundle_takes_the_place_of_the_held_one(serving: Device) -> None:
+    lock(serving)
+    offer(serving, "2.0.0")
+    held(serving, "2.0.0")
+    offer(serving, "3.0.0")
+    held(serving, "3.0.0")
+    lock(serving, for_s=0.5)
+    serving.wait_running("3.0.0", "trial")
+
+
+def test_a_held_update_is_cancelled_as_any_other(serving: Device) -> None:
+    lock(serving)
+    offer(serving, "2.0.0")
+    held(serving, "2.0.0")
+    assert serving.call("POST", "/skerry/v1/cancel", {}).status == 200
+    serving.wait_update("idle", "cancelled", version="2.0.0")
+    assert serving.infer(1) == ["1.0.0"]
+
+
+def test_a_forced_floor_waits_for_no_lock(serving: Device) -> None:
+    lock(serving)
+    offer(serving, "2.0.0")
+    held(serving, "2.0.0")
+    serving.world["floors"] = serving.world["forced"] = {"gas": "2.0.0"}
+    serving.save()
+    serving.sync()
+    serving.wait_running("2.0.0", "trial")
+
+
+def test_a_device_that_activates_by_command_waits_for_it(device: Device, server: Server) -> None:
+    device.config.write_text(device.config.read_text() + '[updates]\nactivate = "command"\n')
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    device.infer(20)
+    device.wait_running("1.0.0", "confirmed")
+    nothing = device.call("POST", "/skerry/v1/activate", {})
+    assert (nothing.status, nothing.body["code"]) == (409, "nothing_to_activate")
+    offer(device, "2.0.0")
+    assert "skerry-agent activate" in held(device, "2.0.0")["detail"]
+    lock(device)
+    wait_for(lambda: "welder" in held(device, "2.0.0")["detail"], why="what holds it is told anew")
+    waits = device.call("POST", "/skerry/v1/activate", {})
+    assert (waits.status, waits.body["waits_for"]) == (200, "the lock of welder to end (a seam)")
+    assert held(device, "2.0.0")
+    now = device.call("POST", "/skerry/v1/activate", {"despite_locks": True})
+    assert (now.status, now.body["waits_for"]) == (200, "")
+    device.wait_running("2.0.0", "trial")
+
+
+def test_a_lock_that_cannot_be_is_refused(device: Device) -> None:
+    device.start()
+    for body, named in (({}, "owner"), ({"owner": "a", "reason": "b", "for_s": 1e9}, "updates.lock_s")):
+        answer = device.call("POST", "/skerry/v1/lock", body)
+        assert (answer.status, answer.body["code"]) == (400, "bad_lock")
+        assert named in answer.body["error"]
+    assert device.call("GET", "/skerry/v1/locks").body == {"locks": []}
