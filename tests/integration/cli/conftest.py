@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from skerry_cli import app
 
 from tests import models
 from tests.rig_server import ServerRig
@@ -56,6 +59,25 @@ class Cli:
     def _whole(self, environment: dict[str, str]) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SKERRY_")}
         return {**kept, "HOME": str(self.folder), "SKERRY_CONFIG": "", **self.environment, **environment}
+
+
+class CliHere(Cli):
+    """The same tool in this process, for tests with many commands: what a start costs is not theirs to show."""
+
+    def __call__(self, *arguments: str | Path, given: str = "", **environment: str) -> Done:
+        before, stdin = dict(os.environ), sys.stdin
+        out, err = io.StringIO(), io.StringIO()
+        os.environ.clear()
+        os.environ.update(self._whole(environment))
+        sys.stdin = io.StringIO(given)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = app.run([str(argument) for argument in arguments])
+        finally:
+            sys.stdin = stdin
+            os.environ.clear()
+            os.environ.update(before)
+        return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from skerry_contract import canonical, layout
 from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from tests import models
-from tests.integration.cli.conftest import Cli
+from tests.integration.cli.conftest import CliHere
 from tests.rig_server import ServerRig
 
 OK, FAILED, USAGE, REFUSED = 0, 1, 2, 3
@@ -33,7 +33,7 @@ class Office:
             "SKERRY_CA": str(server.data / "ca" / "ca.pem"),
         }
         self.vault = folder / "vault"
-        admin = Cli(folder, self.environment)
+        admin = CliHere(folder, self.environment)
         people = [part for name in PEOPLE for part in ("--approver", name)]
         held = admin("keys", "init", "--dir", self.vault, "--no-password", "--publish", "--threshold", "2", *people)
         assert held.code == OK, held.err
@@ -45,8 +45,8 @@ class Office:
                     key.unlink()
             token = server.good("POST", "/api/v1/tokens", {"name": name, "role": "approver"})["token"]
             keys_of = {"SKERRY_KEYS": str(folder / name), "SKERRY_TOKEN": token}
-            self.cli[name] = Cli(folder / name, {**self.environment, **keys_of})
-        self.admin = Cli(folder, {**self.environment, "SKERRY_KEYS": str(self.vault)})
+            self.cli[name] = CliHere(folder / name, {**self.environment, **keys_of})
+        self.admin = CliHere(folder, {**self.environment, "SKERRY_KEYS": str(self.vault)})
 
     def push(self, version: str) -> str:
         path = self.folder / f"gas-{version}"

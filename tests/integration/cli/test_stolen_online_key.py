@@ -16,7 +16,7 @@ from skerry_server.metadata import load_online_signer
 from skerry_server.repository import Repository
 from tuf.api import exceptions as tuf_errors
 
-from tests.integration.cli.conftest import Cli
+from tests.integration.cli.conftest import Cli, CliHere
 from tests.rig_server import ServerRig
 
 OK = 0
@@ -38,9 +38,11 @@ def synced(server: ServerRig, root: bytes, cache: Path) -> dict[str, int]:
         web.close()
 
 
+@pytest.mark.slow
 def test_a_thiefs_versions_are_left_behind_by_a_root_with_another_online_key(
     cli: Cli, server: ServerRig, folder: Path, tmp_path: Path
 ) -> None:
+    cli = CliHere(cli.folder, cli.environment)
     root = (folder / "keys" / "root.json").read_bytes()
     before = synced(server, root, tmp_path / "tuf")
     # The thief publishes from a copy, which the device once sees.
