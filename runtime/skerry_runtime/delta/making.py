@@ -43,8 +43,8 @@ _WORTH_A_STEP = 64
 """Bytes of elements from which a step of their own pays."""
 _OTHER_DIFFERS = (1, 100)
 """What a difference costs in programs, whose addresses move, and in lists that only grow."""
-_SORTED_MOST = 1 << 26
-"""Bytes of base and target beyond which only tensors are matched: sorting all places takes some sixty times their memory."""
+_SORTED_MOST = 1 << 23
+"""Bytes of base and target beyond which only tensors are matched: sorting all places takes some 160 times their memory."""
 _SMALL_MODEL = 1 << 19
 """Bytes of base and target of a model up to which it is tried as bytes, too."""
 
