@@ -75,8 +75,12 @@ class Slots:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.staging = root / ".staging"
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.staging.mkdir(exist_ok=True, mode=0o700)
+        if not self.staging.exists():
+            self.staging.mkdir(parents=True, mode=0o700, exist_ok=True)
+            root.chmod(0o700)
+            _sync_folder(root)
+            # What is confirmed in it later is worth nothing under a name that power takes away.
+            _sync_folder(root.parent)
         self.damage = ""
         self.kept: set[str] = set()
         self.forbidden: Callable[[str, str], bool] = lambda _model, _version: False
@@ -319,30 +323,35 @@ class Slots:
         if not source.exists():
             return
         try:
-            self._carry_over(digest)
             for path in sorted(source.rglob("*")):
                 _sync_folder(path) if path.is_dir() else _sync_file(path)
             _sync_folder(source)
             if target.exists():
-                # A slot that lacks a variant's files, or was damaged. What another variant runs from was carried over.
-                target.rename(self.staging / f"{digest}.old")
-            source.rename(target)
+                self._add(source, target)
+            else:
+                source.rename(target)
             _sync_folder(self.root)
-            shutil.rmtree(self.staging / f"{digest}.old", ignore_errors=True)
+            shutil.rmtree(source, ignore_errors=True)
         except OSError as error:
             raise Degraded("not_enough_disk", f"{target}: {error.strerror}", advice="make room on the disk") from error
 
-    def _carry_over(self, digest: str) -> None:
-        """Files of other variants that the slot has whole come along: the pointer file names one until the new one is confirmed."""
-        source, target = self.staging_path(digest), self.path(digest)
-        manifest = self.manifest(digest)
-        for file in manifest.files() if manifest is not None else ():
-            held, wanted = target / file.path, source / file.path
-            if not wanted.exists() and held.is_file() and _sha256(held) == file.sha256:
-                wanted.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(OSError):
-                    # On a disk without links it is fetched again, should it be wanted again.
-                    os.link(held, wanted)
+    def _add(self, source: Path, target: Path) -> None:
+        """To a slot that lacks a variant's files, or was damaged. File by file, since what another variant runs from stays at every moment.
+
+        What rotted in it goes; its manifest comes last.
+        """
+        named = {file.path: file.sha256 for file in m.parse((source / m.MANIFEST_FILE).read_bytes()).files()}
+        for held in [path for path in target.rglob("*") if path.is_file()]:
+            name = str(held.relative_to(target))
+            if name != m.MANIFEST_FILE and not (source / name).exists() and _sha256(held) != named.get(name):
+                held.unlink()
+        files = [path for path in source.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path == source / m.MANIFEST_FILE):
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+        for folder in (*(path for path in target.rglob("*") if path.is_dir()), target):
+            _sync_folder(folder)
 
     def discard(self, digest: str) -> bool:
         """Removes what was wrong of a bundle: what was staged, else the slot itself. Returns whether it was the slot."""

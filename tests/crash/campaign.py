@@ -110,7 +110,7 @@ class Life:
                     took_s = time.monotonic() - began_s
                     told(f"{found.starts} starts in {took_s:.0f} s, at point {point} of {len(self.disk.operations)}")
 
-        with _scratch() as scratch:
+        with scratch_folder() as scratch:
             try:
                 with ThreadPoolExecutor(beside) as pool:
                     for done in [pool.submit(one, case) for case in cases]:
@@ -144,7 +144,7 @@ class Life:
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
+def scratch_folder() -> Iterator[Path]:
     """A folder with a short name, in memory where there is some: what is synchronised there by a start costs nothing."""
     found = Path(tempfile.mkdtemp(prefix="crash-", dir=MEMORY if MEMORY.is_dir() else None))
     try:

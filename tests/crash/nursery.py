@@ -7,6 +7,7 @@ the process id. ``{"end": pid}`` kills it, waits for it, and answers with 0.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -29,6 +30,8 @@ MESSAGES = tuple(channel._encoder.encode(found).hex() for found in (ww.Ready(pid
 def live(asked: dict[str, Any]) -> int:
     """An agent's life in this process."""
     os.setsid()
+    # It must not outlive a test that is broken off: PR_SET_PDEATHSIG of prctl(2).
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(log, number)

@@ -89,25 +89,35 @@ class World:
 
     def spoil(self, version: str, how: Callable[[BaseHTTPRequestHandler, bytes], bool] | None) -> None:
         """Breaks what is served of a version's largest file; None mends it."""
-        sha256 = max(self.bundles[version].files, key=lambda one: one["size"])["sha256"]
-        prefix = f"/repository/{layout.blob(sha256)}"
+        prefix = f"/repository/{layout.blob(self.largest(version))}"
         if how is None:
             self.fleet.site.spoils.pop(prefix)
         else:
             self.fleet.site.spoils[prefix] = how
+
+    def largest(self, version: str) -> str:
+        """The sha256 of a version's largest file."""
+        return str(max(self.bundles[version].files, key=lambda one: one["size"])["sha256"])
 
     def flip(self, handler: BaseHTTPRequestHandler, data: bytes) -> bool:
         """Serves a file with one bit changed."""
         self.fleet.site.send_file(handler, bytes([data[0] ^ 1]) + data[1:])
         return True
 
-    def config(self, state_dir: Path, path: Path, **timing: float) -> Path:
-        """Writes a configuration of the agent."""
+    def config(self, state_dir: Path, path: Path, *, local: bool = False) -> Path:
+        """Writes a configuration of the agent; ``local``: with a unix socket alone for applications."""
         times = {
             "fold_interval_s": 0.2, "health_interval_s": 0.1, "sync_s": 60, "jitter_s": 0, "trial_s": 120,
-            "trial_inferences": 10, "drain_s": 3, "ack_s": 2, "backoff_scale": 0.02, **timing,
+            "trial_inferences": 10, "drain_s": 3, "ack_s": 2, "backoff_scale": 0.02,
         }  # fmt: skip
-        lines = [f'state_dir = "{state_dir}"', "[limits]", "disk_reserve_mb = 0.0", "[timing]"]
+        serving = ["[serving]", 'port = "none"', f'socket = "{path.parent}/s"'] if local else []
+        lines = [
+            f'state_dir = "{state_dir}"',
+            *serving,
+            "[limits]",
+            "disk_reserve_mb = 0.0",
+            "[timing]",
+        ]
         path.write_text("\n".join([*lines, *(f"{name} = {value}" for name, value in times.items())]) + "\n")
         return path
 
@@ -295,9 +305,8 @@ class Story:
 
         def withdraw() -> None:
             agents[-1].wait(lambda s: s["update"]["version"] == "1.5.0" and s["update"]["state"] == "fetch", "a fetch")
-            wait_for(
-                lambda: list((world.state_dir / "slots" / ".staging").glob("*/.*.part")), why="a part of a download"
-            )
+            part = world.state_dir / "slots" / ".parts" / world.largest("1.5.0")
+            wait_for(lambda: part.stat().st_size, why="a part of a download")
             world.publish("1.1.0")
             agents[-1].sync()
 

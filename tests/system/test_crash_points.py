@@ -8,15 +8,18 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from skerry_agent.slots import Slots
 
 from tests.crash import world as wl
-from tests.crash.campaign import Found, Life
-from tests.crash.disk import WAYS, Way
+from tests.crash.campaign import Found, Life, scratch_folder
+from tests.crash.disk import WAYS, Disk, Way, fingerprint, lay_out
 from tests.crash.identity import Errand
 
 STARTS, FINISHED = 240, ("first", "update", "withdrawn")
@@ -68,7 +71,7 @@ def test_after_a_cut_anywhere_one_whole_version_runs_and_the_truth_is_told(life:
 
 @pytest.mark.parametrize(
     ("forgotten", "way"),
-    [("slots/pointers.json.new", "names"), ("slots/.staging/", "zeros"), ("state.db-wal", "strict")],
+    [("slots/pointers.json.new", "names"), ("slots/.", "zeros"), ("state.db-wal", "strict")],
 )
 def test_an_agent_that_forgot_to_synchronise_is_found_out(life: Life, forgotten: str, way: Way) -> None:
     """What the other tests look for can happen: with one call left out of the record, cuts of it are survived no longer."""
@@ -105,6 +108,51 @@ def test_after_a_cut_in_its_making_an_identity_is_there_or_none_is_and_the_erran
         errand.close()
     assert starts > 4
     assert not faults, "\n".join(faults)
+
+
+TWO_VARIANTS = """
+import sys
+from pathlib import Path
+from skerry_agent.slots import Slots
+from tests.unit.agent.test_slots import put_variant
+below, made = map(Path, sys.argv[1:])
+slots = Slots(below / "slots")
+first = put_variant(slots, made, "a")
+slots.stage(first.digest)
+slots.confirm("gas", first)
+(below / "confirmed").touch()
+slots.stage(put_variant(slots, made, "b").digest)
+"""
+
+
+def test_the_variant_that_runs_is_whole_at_every_moment_while_another_of_its_bundle_comes(tmp_path: Path) -> None:
+    need_gcc()
+    below, record = tmp_path / "below", tmp_path / "record"
+    below.mkdir()
+    disk = Disk(below)
+    preloaded = {"LD_PRELOAD": str(wl.recorder(tmp_path)), "SKERRY_BELOW": str(below), "SKERRY_RECORD": str(record)}
+    command = [sys.executable, "-c", TWO_VARIANTS, str(below), str(tmp_path / "made")]
+    subprocess.run(command, check=True, timeout=120, cwd=wl.ROOT, env={**os.environ, **preloaded})
+    disk.take(record.read_bytes())
+    assert disk.files(disk.left(len(disk.operations), "killed")) == dict(wl.tree_of(below))
+    begin = next(at for at, done in enumerate(disk.operations) if done.told == "create confirmed")
+    ends, seen = set(), set()
+    with scratch_folder() as scratch:
+        for point in range(begin, len(disk.operations) + 1):
+            for way in WAYS:
+                files = disk.files(disk.left(point, way))
+                if fingerprint(files) in seen:
+                    continue
+                seen.add(fingerprint(files))
+                lay_out(files, scratch / "cut")
+                slots = Slots(scratch / "cut" / "slots")
+                found, complaints = slots.boot()
+                assert not complaints, (point, way, disk.operations[point].told, complaints)
+                assert slots.fault(found["gas"]) == "", (point, way)
+                ends.add(slots.whole(found["gas"].digest, "b"))
+                shutil.rmtree(scratch / "cut")
+    assert len(seen) > 20
+    assert ends == {False, True}
 
 
 @pytest.mark.slow
