@@ -83,12 +83,9 @@ def test_an_agent_that_forgot_to_synchronise_is_found_out(life: Life, forgotten:
 
 
 def test_after_a_cut_the_update_comes_to_its_end_and_nothing_is_left_behind(life: Life) -> None:
-    drawn = {life.disk.point_at(stage.begin): stage for stage in life.stages}
-    cases = [
-        case for case in life.drawn_cases(len(drawn), SEED) if _stage(life, case[0]) in ("first", "update", "again")
-    ]
-    found = life.finish(cases[:FINISHED])
-    assert found.starts == FINISHED
+    drawn = life.drawn_cases(len(life.stages), SEED)
+    found = life.finish([case for case in drawn if _stage(life, case[0]) in FINISHED])
+    assert found.starts == len(FINISHED)
     assert not found.faults, said(found)
 
 
@@ -103,7 +100,7 @@ def test_after_a_cut_in_its_making_an_identity_is_there_or_none_is_and_the_erran
     need_gcc()
     errand = Errand(tmp_path, verb)
     try:
-        starts, faults = errand.examine_all()
+        starts, faults = errand.examine(1 if verb == "renew" or "SKERRY_CRASH_ALL" in os.environ else 3)
     finally:
         errand.close()
     assert starts > 4
