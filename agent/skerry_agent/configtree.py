@@ -244,10 +244,12 @@ class Updates:
 
     Attributes:
         activate: ``auto``: once it is here and nothing holds it; ``command``: once a person says ``skerry-agent activate``.
+        clock: whose time the group's windows go by: ``synced``: the kernel's, when it calls it synchronised; ``wall``: as it is.
         lock_s: the longest time that an application may lock updates for, seconds.
     """
 
     activate: Literal["auto", "command"] = "auto"
+    clock: Literal["synced", "wall"] = "synced"
     lock_s: float = 86_400.0
 
 

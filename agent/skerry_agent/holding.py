@@ -8,9 +8,12 @@ moment in which another bundle begins to answer, and nothing else: what is fetch
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from skerry_contract import ids, opening
 
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
@@ -28,13 +31,22 @@ _LOCKS, _ORDERED = "locks", "activate"
 
 
 class Holding:
-    """See the module."""
+    """See the module. ``windows``: of the group."""
 
-    def __init__(self, config: Config, store: Store, slots: Slots, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        slots: Slots,
+        clock: Clock,
+        *,
+        windows: Callable[[], tuple[opening.Window, ...]],
+    ) -> None:
         self._config = config
         self._store = store
         self._slots = slots
         self._clock = clock
+        self._windows = windows
 
     def configure(self, config: Config) -> None:
         """Goes on with another configuration."""
@@ -43,16 +55,26 @@ class Holding:
     def why(self, update: Update) -> str:
         """What holds the update, in words; empty when nothing does."""
         ordered = self._store.get(_ORDERED, {})
+        answering = self._slots.answering(update.model)
         mine = ordered if ordered.get("digest") == update.digest else {}
         return holds.held(
             holds.Holders(
-                answers=self._slots.answering(update.model) is not None,
+                answers=answering is not None,
                 locks=self._live(),
+                windows=self._windows(),
+                local=self._local(),
+                lower=answering is not None and ids.version_key(update.version) < ids.version_key(answering.version),
                 by_command=self._config.updates.activate == "command",
                 ordered=bool(mine),
                 despite_locks=bool(mine.get("despite_locks")),
             )
         )
+
+    def _local(self) -> tuple[int, int] | None:
+        if self._config.updates.clock == "synced" and not self._clock.synced():
+            return None
+        now = time.localtime(self._clock.wall_s())
+        return now.tm_wday, now.tm_hour * 60 + now.tm_min
 
     def order(self, update: Update, *, despite_locks: bool) -> str:
         """A person wants this update now. Returns what still holds it; empty when nothing does."""

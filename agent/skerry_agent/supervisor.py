@@ -158,7 +158,9 @@ class Supervisor:
                 window_s=lambda: self._orders.settings.window_s, on_event=self._uplink.event, device=self._identity.device,
             )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
-        self._holding = Holding(config, self._store, self._slots, self._clock)
+        self._holding = Holding(
+            config, self._store, self._slots, self._clock, windows=lambda: self._orders.settings.windows
+        )
         self._updating = Updating(
             config, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
             self._restoring, self._holding, errand_input=self._errand_input, on_change=self._uplink.changed,

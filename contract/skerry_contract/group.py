@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from skerry_contract import canonical, ids
+from skerry_contract import canonical, ids, opening
 from skerry_contract.errors import Malformed, UnsupportedVersion, misfit_in
 
 SCHEMA = 1
@@ -20,7 +20,7 @@ MAX_BYTES = 4 << 20
 EVERYONE = 1 << 64
 ANY_STRATUM = "*"
 
-FEATURES: frozenset[str] = frozenset({"pins", "canary", "shadow"})
+FEATURES: frozenset[str] = frozenset({"pins", "canary", "shadow", "windows"})
 """What this release understands of a group document's ``requires``."""
 
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -97,6 +97,8 @@ class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
     ``BOUNDS`` says what the numbers may be.
 
     Attributes:
+        windows: in which hours another bundle may begin to answer, by each device's local time; empty: in any. Who sets some
+            names ``windows`` in ``requires``.
         shadow_share: of the requests, that a bundle in shadow sees as well.
         shadow_cpu: share of one core that it may take.
         shadow_c: degrees Celsius of the hottest sensor above which it pauses; 0 for any.
@@ -108,6 +110,7 @@ class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
     jitter_s: float = 30.0
     max_kib_s: int = 0
     networks: tuple[str, ...] = ()
+    windows: tuple[opening.Window, ...] = ()
     trial_s: float = 60.0
     trial_inferences: int = 100
     shadow_share: float = 0.1
@@ -294,6 +297,13 @@ def _check_settings(settings: Settings) -> None:
         if not 1 <= len(network) <= MAX_NETWORK_CHARS:
             detail = f"wanted 1 to {MAX_NETWORK_CHARS} characters, got {len(network)}"
             raise Malformed("group document", detail, where=f"$.settings.networks[{i}]")
+    if len(settings.windows) > opening.MOST_WINDOWS:
+        detail = f"wanted at most {opening.MOST_WINDOWS} windows, got {len(settings.windows)}"
+        raise Malformed("group document", detail, where="$.settings.windows")
+    for i, window in enumerate(settings.windows):
+        fault = opening.fault(window)
+        if fault is not None:
+            raise Malformed("group document", fault, where=f"$.settings.windows[{i}]")
 
 
 def _check_target(target: Target) -> None:

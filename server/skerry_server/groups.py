@@ -228,7 +228,9 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
     pinned: dict[str, dict[str, g.Target]] = {}
     for pin in pins:
         pinned.setdefault(g.pin_key(name, ids.DeviceId(pin.device)), {})[pin.model] = targets[pin.digest]
+    found = msgspec.convert(settings, g.Settings)
     requires = (("pins",) if pinned else ()) + (("canary",) if rollouts else ())
+    requires += ("windows",) if found.windows else ()
     return g.GroupDocument(
         schema=g.SCHEMA,
         group=name,
@@ -236,7 +238,7 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
         requires=tuple(sorted(requires)),
         models=plans,
         pins=pinned,
-        settings=msgspec.convert(settings, g.Settings),
+        settings=found,
     )
 
 

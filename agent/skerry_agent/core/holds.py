@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from skerry_contract import opening
 
 MOST_LOCKS = 64
 MOST_CHARS = 200
@@ -61,12 +62,17 @@ class Holders:
     Attributes:
         answers: whether something of the model may answer without it.
         locks: live ones.
+        windows: of the group; empty for none. local: weekday (0: Monday) and minute of the day, None where that is not to be trusted.
+        lower: what would begin is of a lower version than what answers: whoever orders a way back means now.
         by_command: this device activates by a person's command only.
         ordered: a person ordered this bundle to be activated; despite_locks: locks or not.
     """
 
     answers: bool
     locks: tuple[Lock, ...] = ()
+    windows: tuple[opening.Window, ...] = ()
+    local: tuple[int, int] | None = None
+    lower: bool = False
     by_command: bool = False
     ordered: bool = False
     despite_locks: bool = False
@@ -82,6 +88,12 @@ def held(holders: Holders) -> str:
         return ""
     if holders.by_command:
         return "a person's `skerry-agent activate` (updates.activate of the configuration)"
+    if holders.windows and not holders.lower:
+        hours = opening.words(holders.windows)
+        if holders.local is None:
+            return f"a clock that is set: this device does not know the time, and its group updates {hours}"
+        if not opening.is_open(holders.windows, *holders.local):
+            return f"its group's hours by local time: {hours}"
     return ""
 
 

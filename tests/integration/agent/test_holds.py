@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
+from skerry_contract import group, opening
 
 from tests.integration.agent.rig import Device, Server, wait_for
 
@@ -108,6 +110,34 @@ def test_a_device_that_activates_by_command_waits_for_it(device: Device, server:
     assert held(device, "2.0.0")
     now = device.call("POST", "/skerry/v1/activate", {"despite_locks": True})
     assert (now.status, now.body["waits_for"]) == (200, "")
+    device.wait_running("2.0.0", "trial")
+
+
+def test_a_group_with_windows_updates_in_no_other_hours_but_goes_back_at_once(device: Device, server: Server) -> None:
+    first, second = device.bundle("1.1.0"), device.bundle("2.0.0")
+    device.config.write_text(device.config.read_text() + '[updates]\nclock = "wall"\n')
+    # Of all weekdays the one that is farthest from today, wherever midnight is.
+    far = opening.DAYS[(time.localtime().tm_wday + 3) % 7]
+    closed = group.Settings(windows=(opening.Window(start="10:00", end="11:00", days=(far,)),))
+    device.publish(first, requires=("windows",), settings=closed)
+    device.start()
+    device.wait_running("1.1.0", "trial")
+    device.infer(20)
+    device.wait_running("1.1.0", "confirmed")
+    device.publish(second, requires=("windows",), settings=closed)
+    device.sync()
+    assert held(device, "2.0.0")["detail"] == f"its group's hours by local time: {far} 10:00-11:00"
+    device.publish(device.bundle("1.0.0"), requires=("windows",), settings=closed)
+    device.sync()
+    device.wait_running("1.0.0", "trial")
+    device.infer(20)
+    device.wait_running("1.0.0", "confirmed")
+    device.publish(second, requires=("windows",), settings=closed)
+    device.sync()
+    held(device, "2.0.0")
+    wide = group.Settings(windows=(opening.Window(start="00:00", end="24:00"),))
+    device.publish(second, requires=("windows",), settings=wide)
+    device.sync()
     device.wait_running("2.0.0", "trial")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from skerry_agent.core import holds
+from skerry_contract import opening
 
 BOOT = "b" * 32
 
@@ -68,3 +69,26 @@ def test_a_lock_that_cannot_be_is_refused_by_name(given: dict[str, Any], named: 
     good: dict[str, Any] = {"owner": "welder", "reason": "a seam", "for_s": 3600}
     assert holds.lock_fault(**good, most_s=3600.0) is None
     assert named in str(holds.lock_fault(**{**good, **given}, most_s=3600.0))
+
+
+NIGHT = (opening.Window(start="22:00", end="04:00", days=("fri",)),)
+
+
+@pytest.mark.parametrize(
+    ("local", "more", "waits_for"),
+    [
+        ((4, 23 * 60), {}, ""),
+        ((5, 3 * 60), {}, ""),
+        ((4, 12 * 60), {}, "its group's hours by local time: fri 22:00-04:00"),
+        (None, {}, "this device does not know the time"),
+        (None, {"lower": True}, ""),
+        ((4, 12 * 60), {"ordered": True}, ""),
+        ((4, 12 * 60), {"answers": False}, ""),
+        ((4, 23 * 60), {"locks": (lock(),)}, "the lock of welder"),
+    ],
+)
+def test_a_window_holds_by_a_clock_that_is_set_and_no_way_back(
+    local: tuple[int, int] | None, more: dict[str, Any], waits_for: str
+) -> None:
+    found = holds.held(holds.Holders(**{"answers": True, "windows": NIGHT, "local": local, **more}))
+    assert (waits_for in found) if waits_for else found == ""
