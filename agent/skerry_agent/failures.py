@@ -14,7 +14,15 @@ from skerry_agent.core.lifecycle import ATTEMPTS, MOST_MOVES, Update
 from skerry_agent.store import Store
 
 _OF_THIS_DEVICE = frozenset(
-    {"agent_too_old", "below_floor", "no_variant", "not_enough_disk", "not_enough_memory", "runtime_missing"}
+    {
+        "agent_too_old",
+        "below_floor",
+        "must_pass_first",
+        "no_variant",
+        "not_enough_disk",
+        "not_enough_memory",
+        "runtime_missing",
+    }
 )
 """Refusals that speak of this device: while they hold, it takes what the group document offers instead."""
 

@@ -122,11 +122,16 @@ class Fetching:
 
     def admission(self, manifest: m.Manifest, digest: str) -> admission.Admit | admission.Refuse:
         """May the bundle run here, now? As which variant?"""
+        pointers = self._slots.pointers(manifest.model)
+        # What was confirmed here and comes back carries nothing over.
+        own = pointers.previous is not None and pointers.previous.digest == digest
+        confirmed = pointers.confirmed.version if pointers.confirmed is not None and not own else ""
         return admission.admit(
             manifest,
             facts.device(self._config, self._runtimes.usable, self._runtimes.broken),
             admission.Memory(
                 floor=str(self._store.get("floors", {}).get(manifest.model, "")),
+                confirmed=confirmed,
                 failures=self._failures.of(digest),
                 present_bytes=self._slots.present_bytes(digest, manifest.files()),
             ),

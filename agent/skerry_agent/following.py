@@ -80,13 +80,23 @@ class Following:
             name: slot for name in self._slots.models() if (slot := self._slots.answering(name)) is not None
         }
         running = {
-            name: Running(digest=slot.digest, arm=slot.arm, rollout=slot.rollout, stage=slot.stage)
+            name: Running(
+                digest=slot.digest,
+                arm=slot.arm,
+                rollout=slot.rollout,
+                stage=slot.stage,
+                confirmed=self._confirmed(name),
+            )
             for name, slot in answering.items()
             if not self.must_be_replaced(name, slot)
         }
         if not update.resting and update.state != "revert":
             running[update.model] = Running(
-                digest=update.digest, arm=update.arm, rollout=update.rollout, stage=update.stage
+                digest=update.digest,
+                arm=update.arm,
+                rollout=update.rollout,
+                stage=update.stage,
+                confirmed=self._confirmed(update.model),
             )
         steps = plan(document, self._identity.device, self._stratum, running, refused, self._clock.now_s())
         for step in steps:
@@ -105,6 +115,10 @@ class Following:
         shadows = {model: group.shadow_of(document, device, model, stratum) for model in answering}
         followed = {model: found for model, found in shadows.items() if found is not None}
         self._shadowing.follow(followed, self._orders.settings)
+
+    def _confirmed(self, model: str) -> str:
+        slot = self._slots.pointers(model).confirmed
+        return slot.version if slot is not None else ""
 
     def must_be_replaced(self, model: str, slot: Slot) -> bool:
         """Whether the plan takes its bundle up again: no worker has it and its files were damaged, or its runtime does not work any more.

@@ -39,6 +39,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 or look and report less than once a day."""
 MAX_NETWORKS = 64
 MAX_NETWORK_CHARS = 63
+MOST_VIA = 32
 
 Mode = Literal["canary", "shadow", "ab"]
 Arm = Literal["none", "control", "candidate"]
@@ -83,12 +84,16 @@ class ModelPlan(_Part, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         fallback: bundle for a device that can run neither of the others.
         shadow: bundle that sees what the answering one sees, on every device, and answers nobody.
+        via: bundles that others of this plan want confirmed before them (the manifest's ``after``): a device that confirmed a lower
+            version than one of them takes it first, on its way to a higher version. An agent that does not know them is kept off by the
+            manifest's ``requires``.
     """
 
     stable: Target
     fallback: Target | None = None
     rollout: Rollout | None = None
     shadow: Target | None = None
+    via: tuple[Target, ...] = ()
 
 
 class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
@@ -270,7 +275,10 @@ def _check(document: GroupDocument) -> None:
     for name, plan in document.models.items():
         ids.model_name(name)
         candidate = plan.rollout.candidate if plan.rollout else None
-        for target in (plan.stable, plan.fallback, plan.shadow, candidate):
+        if len(plan.via) > MOST_VIA:
+            detail = f"wanted at most {MOST_VIA} bundles, got {len(plan.via)}"
+            raise Malformed("group document", detail, where=f"$.models.{name}.via")
+        for target in (plan.stable, plan.fallback, plan.shadow, candidate, *plan.via):
             if target is not None:
                 _check_target(target)
         if plan.rollout is not None:

@@ -26,7 +26,7 @@ MOST_STATE_ELEMENTS = 1 << 20
 
 Runtime = Literal["onnx", "tflite"]
 GuardPolicy = Literal["", "count", "reject", "impute", "fallback"]
-ABILITIES: frozenset[str] = frozenset({"guards", "states"})
+ABILITIES: frozenset[str] = frozenset({"guards", "states", "after"})
 """What a manifest may ask for that an agent of the first release lacks: who uses one names it in ``requires``."""
 Precision = Literal["int8", "fp16", "fp32", "mixed"]
 Datatype = Literal[
@@ -274,6 +274,8 @@ class Manifest(_Part, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         created: RFC 3339 UTC.
         requires: agent abilities without which it must not run.
+        after: lowest version of the model that must have been confirmed on a device before this one; a device that confirmed none has
+            nothing to carry over, and may take it at once. Empty: any.
         isolate: wants a worker of its own.
         fallback: model of the same inputs and outputs that answers where a guard says so.
         streams: of a stateful model.
@@ -297,6 +299,7 @@ class Manifest(_Part, frozen=True, kw_only=True, omit_defaults=True):
     provenance: Provenance = Provenance()
     min_agent: str = ""
     requires: tuple[str, ...] = ()
+    after: str = ""
     isolate: bool = False
     fallback: str = ""
     streams: Streams | None = None
@@ -509,6 +512,10 @@ def _check_abilities(m: Manifest) -> None:
             steps or m.streams.internal or bool(m.streams.states), "$.streams", "wanted states, or internal, or steps"
         )
         _check_streams(m.streams)
+    if m.after:
+        used.add("after")
+        earlier = ids.version_key(m.after) < ids.version_key(m.version)
+        _require(earlier, "$.after", f"wanted a version below {m.version}, got {m.after}")
     _require(
         used <= set(m.requires),
         "$.requires",

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from skerry_contract import group as g
 from skerry_contract import ids, misfit
+from skerry_contract import manifest as m
 from skerry_contract.errors import Malformed
 from sqlalchemy import Connection, insert, select, update
 
@@ -224,6 +225,7 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
             fallback=targets[row["fallback"]] if row["fallback"] else None,
             rollout=None if rollout is None else _rollout_part(dict(rollout), targets),
             shadow=targets[row["shadow"]] if row["shadow"] else None,
+            via=_via(conn, row["model"], [row["stable"], *([rollout["candidate"]] if rollout is not None else [])]),
         )
     pinned: dict[str, dict[str, g.Target]] = {}
     for pin in pins:
@@ -240,6 +242,24 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
         pins=pinned,
         settings=found,
     )
+
+
+def _via(conn: Connection, model: str, digests: list[str]) -> tuple[g.Target, ...]:
+    """What the bundles want confirmed before them, and what that wants in turn, as far as it is approved."""
+    c = t.bundles.c
+    found: dict[str, g.Target] = {}
+    ahead = list(digests)
+    while ahead and len(found) < g.MOST_VIA:
+        data = conn.execute(select(c.manifest).where(c.digest == ahead.pop())).scalar()
+        after = m.parse(bytes(data)).after if data is not None else ""
+        if not after or after in found:
+            continue
+        query = select(c.digest).where(c.model == model, c.version == after, c.state.in_(RUNNABLE))
+        digest = conn.execute(query).scalar()
+        if digest is not None:
+            found[after] = g.Target(digest=digest, version=after)
+            ahead.append(digest)
+    return tuple(sorted(found.values(), key=lambda one: ids.version_key(one.version)))
 
 
 def _rollout_part(row: dict[str, Any], targets: dict[str, g.Target]) -> g.Rollout:

@@ -50,11 +50,13 @@ class Memory:
 
     Attributes:
         floor: lowest version of the model that may be activated; empty for none.
+        confirmed: version of the model that this device confirmed; empty for none.
         failures: entries of ``ATTEMPTS`` -> how often this bundle failed so.
         present_bytes: of its files, already on this disk.
     """
 
     floor: str = ""
+    confirmed: str = ""
     failures: dict[str, int] = field(default_factory=dict)
     present_bytes: int = 0
 
@@ -101,6 +103,9 @@ def admit(manifest: Manifest, device: Device, memory: Memory) -> Admit | Refuse:
         return Refuse(code="agent_too_old", detail=f"this agent lacks {', '.join(lacking)}")
     if below_floor(manifest.version, memory.floor):
         return Refuse(code="below_floor", detail=f"{manifest.model} {manifest.version} is below floor {memory.floor}")
+    if manifest.after and memory.confirmed and ids.version_key(memory.confirmed) < ids.version_key(manifest.after):
+        detail = f"{manifest.model} {manifest.version} goes after {manifest.after}, which must be confirmed first; here it is {memory.confirmed}"
+        return Refuse(code="must_pass_first", detail=detail)
     refusals: list[Refuse] = []
     order = {runtime: place for place, runtime in enumerate(device.prefer)}
     for variant in sorted(manifest.variants, key=lambda one: order.get(one.runtime, len(order))):

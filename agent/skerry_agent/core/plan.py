@@ -18,12 +18,13 @@ from skerry_agent.core.effects import Arm
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Running:
-    """What answers for a model now, and the key it counts under."""
+    """What answers for a model now, and the key it counts under. ``confirmed``: the version that this device confirmed; empty for none."""
 
     digest: str
     arm: Arm = "none"
     rollout: str = ""
     stage: int = 0
+    confirmed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +100,9 @@ def _step(
     if assigned.reason == "candidate" and rollout is not None and now_s < rollout.opens_at:
         if now is not None and now.digest != assigned.digest:
             return Keep(model=model, why="not_open")
+    first = _first(group_plan, now, assigned.version, refused)
+    if first is not None:
+        return _toward(model, now, first.digest, first.version, "none", "", 0)
     if assigned.digest not in refused:
         return _toward(model, now, assigned.digest, assigned.version, assigned.arm, assigned.rollout, assigned.stage)
     others: list[g.Target] = []
@@ -110,6 +114,17 @@ def _step(
     if now is not None and (now.arm, now.rollout, now.stage) != ("none", "", 0):
         return Rekey(model=model, arm="none", rollout="", stage=0)
     return Keep(model=model, why="refused")
+
+
+def _first(
+    group_plan: g.ModelPlan | None, now: Running | None, version: str, refused: Collection[str]
+) -> g.Target | None:
+    """The bundle that the device has to confirm next on its way up to ``version``; None where it may go there at once."""
+    if group_plan is None or now is None or not now.confirmed:
+        return None
+    low, high = ids.version_key(now.confirmed), ids.version_key(version)
+    between = [one for one in group_plan.via if low < ids.version_key(one.version) < high and one.digest not in refused]
+    return min(between, key=lambda one: ids.version_key(one.version), default=None)
 
 
 def _toward(model: str, now: Running | None, digest: str, version: str, arm: Arm, rollout: str, stage: int) -> Step:

@@ -36,6 +36,7 @@ _NEEDS: Mapping[str, str] = {
     "agent_too_old": "a newer agent",
     "runtime_missing": "the runtime that the bundle wants",
     "no_variant": "a bundle with a variant for this device",
+    "must_pass_first": "the bundle that goes before it, approved and in the group's document",
     "below_floor": "a bundle at or above the signed floor",
     "not_in_catalog": "an approval of the bundle",
 }

@@ -10,7 +10,7 @@ from skerry_contract import manifest as m
 UNABLE = frozenset(
     {
         "no_variant", "agent_too_old", "runtime_missing", "not_enough_disk", "not_enough_memory", "storage_failed",
-        "not_enrolled", "identity_damaged", "cancelled",
+        "not_enrolled", "identity_damaged", "cancelled", "must_pass_first",
     }
 )  # fmt: skip
 """Codes by which a device says that it cannot run the bundle, or must not by a person's word: nothing about the bundle itself."""

@@ -49,6 +49,7 @@ MEANINGS: dict[str, str] = {
     "not_in_catalog": "no approver signed this bundle",
     "malformed_manifest": "the manifest breaks the contract",
     "below_floor": "the version is below the signed floor",
+    "must_pass_first": "the bundle goes after a version that this device has not confirmed (the manifest's `after`), and the group's document does not name that one: approve it",
     "below_forced_floor": "what served is below a floor that the approvers forced: it stopped. The bundle before it came back where "
     "that may serve, else the model answers nothing until a permitted one is assigned",
     "no_variant": "no variant for this architecture and runtime",

@@ -228,6 +228,7 @@ class Device:
         cut: int = group.EVERYONE,
         shadow: str = "",
         mode: group.Mode = "canary",
+        via: tuple[str, ...] = (),
         **fields: Any,
     ) -> None:
         """Publishes a group document: ``stable``, a rollout of ``candidate`` and a bundle in ``shadow`` when there are."""
@@ -243,7 +244,8 @@ class Device:
                 mode=mode,
             )
         beside = self._target(shadow) if shadow else None
-        plan = group.ModelPlan(stable=self._target(stable), rollout=rollout, shadow=beside)
+        passed = tuple(self._target(digest) for digest in via)
+        plan = group.ModelPlan(stable=self._target(stable), rollout=rollout, shadow=beside, via=passed)
         self._publish({"gas": plan}, **fields)
 
     def publish_models(self, **stable: str) -> None:

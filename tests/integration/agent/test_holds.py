@@ -148,3 +148,20 @@ def test_a_lock_that_cannot_be_is_refused(device: Device) -> None:
         assert (answer.status, answer.body["code"]) == (400, "bad_lock")
         assert named in answer.body["error"]
     assert device.call("GET", "/skerry/v1/locks").body == {"locks": []}
+
+
+def test_a_version_that_must_be_passed_is_confirmed_on_the_way_and_named_where_it_is_missing(serving: Device) -> None:
+    between = serving.bundle("2.0.0")
+    last = serving.bundle("3.0.0", changes={"after": "2.0.0", "requires": ["after"]})
+    serving.publish(last)
+    serving.sync()
+    refused = serving.wait_update("idle", "must_pass_first", version="3.0.0")
+    assert "goes after 2.0.0" in refused["detail"]
+    assert serving.running() == ("1.0.0", "confirmed")
+    serving.publish(last, via=(between,))
+    serving.sync()
+    serving.wait_running("2.0.0", "trial")
+    serving.infer(20)
+    serving.wait_running("3.0.0", "trial")
+    serving.infer(20)
+    serving.wait_running("3.0.0", "confirmed")

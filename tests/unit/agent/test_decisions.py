@@ -53,6 +53,7 @@ def test_a_bundle_that_fits_is_admitted_with_what_is_still_to_fetch() -> None:
         ("agent_too_old", manifest(min_agent="0.2.0"), GOOD, a.Memory()),
         ("agent_too_old", manifest(requires=("teleport",)), GOOD, a.Memory()),
         ("below_floor", manifest(), GOOD, a.Memory(floor="1.3.0")),
+        ("must_pass_first", manifest(after="1.1.0"), GOOD, a.Memory(confirmed="1.0.9")),
         ("no_variant", manifest(variant(arch=("aarch64",))), GOOD, a.Memory()),
         ("runtime_missing", manifest(variant(runtime="tflite")), GOOD, a.Memory()),
         ("runtime_missing", manifest(variant(min="1.21")), GOOD, a.Memory()),
@@ -69,6 +70,13 @@ def test_a_bundle_that_does_not_fit_is_refused_with_its_code(
     assert isinstance(answer, a.Refuse)
     assert answer.code == code
     assert answer.detail
+
+
+@pytest.mark.parametrize("confirmed", ["", "1.1.0", "1.1.1", "2.0.0"])
+def test_what_goes_after_a_version_is_admitted_where_that_was_passed_or_nothing_is_to_carry_over(
+    confirmed: str,
+) -> None:
+    assert isinstance(a.admit(manifest(after="1.1.0"), GOOD, a.Memory(confirmed=confirmed)), a.Admit)
 
 
 BOTH = dataclasses.replace(GOOD, runtimes={"onnx": "1.20.1", "tflite": "2.14"})
@@ -190,6 +198,22 @@ def one(
 ) -> p.Step:
     (step,) = p.plan(doc, DEVICE, "x", {"gas": running} if running else {}, refused or set(), now_s)
     return step
+
+
+@pytest.mark.parametrize(
+    ("confirmed", "refused", "goes_to"),
+    [("1.0.0", set(), D3), ("1.5.0", set(), D2), ("", set(), D2), ("3.0.0", set(), D2), ("1.0.0", {D3}, D2)],
+)
+def test_a_version_on_the_way_is_confirmed_first(confirmed: str, refused: set[str], goes_to: str) -> None:
+    target = group.Target(digest=D2, version="2.0.0")
+    found = group.ModelPlan(stable=target, via=(group.Target(digest=D3, version="1.5.0"),))
+    doc = group.GroupDocument(schema=1, group="g", generation=1, models={"gas": found})
+    step = one(doc, p.Running(digest=D1, confirmed=confirmed), refused)
+    assert isinstance(step, p.Change)
+    assert step.digest == goes_to
+    # On trial it stays what the device runs.
+    if goes_to == D3:
+        assert one(doc, p.Running(digest=D3, confirmed="1.0.0")) == p.Keep(model="gas", why="as_assigned")
 
 
 def test_nothing_running_takes_what_is_assigned() -> None:

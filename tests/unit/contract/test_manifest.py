@@ -254,3 +254,17 @@ def test_any_part_replaced_by_anything_is_accepted_or_refused_but_never_an_accid
         manifest.parse(canonical.encode(value))
     except ContractError:
         pass
+
+
+def test_what_goes_after_a_version_names_a_lower_one_and_asks_for_agents_that_know_it() -> None:
+    found = parse(lambda value: value.update(after="1.0.0", requires=["after"]))
+    assert found.after == "1.0.0"
+    for fields, where in (
+        ({"after": "1.0.0"}, r"\$\.requires"),
+        ({"after": GOOD["version"], "requires": ["after"]}, r"\$\.after"),
+        ({"after": "9.0.0", "requires": ["after"]}, r"\$\.after"),
+    ):
+        with pytest.raises(Malformed, match=where):
+            parse(lambda value, fields=fields: value.update(fields))
+    with pytest.raises(ContractError):
+        parse(lambda value: value.update(after="one", requires=["after"]))

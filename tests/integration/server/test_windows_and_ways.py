@@ -1,0 +1,46 @@
+"""What a group's document says of when and over what its devices update: maintenance windows, versions that must be passed through."""
+
+from __future__ import annotations
+
+import contextlib
+
+from skerry_contract import group as g
+from skerry_contract import opening
+
+from tests.integration.server.rollout_fleet import MODEL, Maker, published, start
+from tests.rig_server import Operator, ServerRig
+
+
+def document(rig: ServerRig, group: str) -> g.GroupDocument | None:
+    """The group's, None before the first was published."""
+    with contextlib.suppress(KeyError):
+        return published(rig, group)
+    return None
+
+
+def test_a_bundle_brings_what_it_goes_after_into_the_document_where_that_is_approved(
+    rig: ServerRig, maker: Maker, group: str
+) -> None:
+    first, between = maker.publish(MODEL, "1.0.0"), maker.push(MODEL, "1.5.0", seed=3)
+    last = Operator.publish(maker, MODEL, "2.5.0", seed=4, changes={"after": "1.5.0", "requires": ["after"]})
+    rig.good("PUT", f"/api/v1/groups/{group}/models/{MODEL}", {"stable": first})
+    start(rig, group, last, [{"share": 1}])
+    plan = rig.wait("a rollout", lambda: (d := document(rig, group)) and d.models[MODEL].rollout and d.models[MODEL])
+    assert plan.via == (), "it is not approved"
+    maker.approve(MODEL, "1.5.0", between)
+    rig.good("PUT", f"/api/v1/groups/{group}", {"settings": {"window_s": 2}})
+    passed = rig.wait("the version on the way", lambda: published(rig, group).models[MODEL].via)
+    assert [(one.version, one.digest) for one in passed] == [("1.5.0", between)]
+
+
+def test_windows_of_a_group_reach_its_document_and_keep_off_agents_that_do_not_know_them(
+    rig: ServerRig, group: str
+) -> None:
+    window = {"start": "22:00", "end": "04:00", "days": ["fri"]}
+    rig.good("PUT", f"/api/v1/groups/{group}", {"settings": {"windows": [window]}})
+    found = rig.wait("the settings", lambda: (d := document(rig, group)) and d.settings.windows and d)
+    assert found.settings.windows == (opening.Window(start="22:00", end="04:00", days=("fri",)),)
+    assert "windows" in found.requires
+    wrong = rig.ask("PUT", f"/api/v1/groups/{group}", {"settings": {"windows": [{**window, "end": "25:00"}]}})
+    assert wrong.status == 422, wrong.data
+    assert b"settings.windows[0]" in wrong.data
