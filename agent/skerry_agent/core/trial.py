@@ -89,7 +89,8 @@ def judge_trial(
     worse = _more(new.invalid, seen, before.invalid, seen_before, TOLERATED_INVALID) if seen_before else None
     if worse:
         return Verdict(answer="revert", code="trial_errors", detail=f"requests called invalid: {worse}")
-    enough, over = new.answered >= trial.inferences, elapsed_s >= trial.duration_s
+    # None is never success, whatever the settings want.
+    enough, over = new.answered >= max(1, trial.inferences), elapsed_s >= trial.duration_s
     # Latency is judged once, at the end: the first answers after a swap are slow for reasons of their own.
     slow = _slower(trial, new, before) if enough or over else None
     if slow:

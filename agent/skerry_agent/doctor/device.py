@@ -197,7 +197,10 @@ def check_identity(patient: Patient) -> Iterator[Finding]:
             check="identity",
             verdict="fail",
             detail=f"the certificate of {found.device} expired {-left_s / _DAY_S:.1f} days ago",
-            advice="enrol the device again",
+            advice=(
+                "the agent renews it by itself when the server answers, within the server's days of grace; later an operator "
+                f"allows it: skerry device retry {found.device}"
+            ),
         )
     elif left_s < (ends - begins) / 6:
         # The agent renews when a third is left: by now it has failed for a while.

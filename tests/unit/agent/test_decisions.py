@@ -287,6 +287,13 @@ counts = st.builds(
 )  # fmt: skip
 
 
+def test_a_trial_without_a_request_is_no_success_whatever_the_settings_want() -> None:
+    rules = trial.Trial(inferences=0, duration_s=60.0)
+    assert trial.judge_trial(rules, trial.Counts(), None, 5).answer == "wait"
+    assert trial.judge_trial(rules, trial.Counts(), None, 60).answer == "quiet"
+    assert trial.judge_trial(rules, trial.Counts(ok=1), None, 5).answer == "keep"
+
+
 def test_what_little_was_seen_of_the_old_generation_is_no_excuse_for_the_new_one() -> None:
     # One request, answered: as if of thirty none had failed.
     assert trial.judge_trial(RULES, trial.Counts(ok=70, failed=20), trial.Counts(ok=1), 5).code == "trial_errors"
