@@ -16,7 +16,7 @@ from skerry_agent.core import lifecycle
 from tests.integration.agent import held
 from tests.integration.agent.rig import Broker, Device, Server, wait_for
 
-STATES = ("fetch", "verify", "stage", "prove", "trial", "revert")
+STATES = ("fetch", "verify", "stage", "ready", "prove", "trial", "revert")
 CAUSES = ("cancel", "deadline", "kill", "withdrawn", "silent")
 SHORT_S = 0.5
 
@@ -28,6 +28,9 @@ ENDS: dict[tuple[str, str], tuple[str, str]] = {
     **{(state, "deadline"): ("idle", "timeout") for state in STATES},
     **{(state, "kill"): ("idle", "interrupted") for state in STATES},
     ("fetch", "silent"): ("idle", "unreachable"),
+    ("ready", "deadline"): ("idle", "activation_overdue"),
+    # What is held lies ready over restarts and without a server, until nothing holds it any more.
+    ("ready", "kill"): ("confirmed", ""),
     ("prove", "deadline"): ("idle", "start_timeout"),
     ("prove", "kill"): ("idle", "runtime_crashed"),
     # A trial without traffic ends by its time: neither success nor failure.
@@ -60,6 +63,9 @@ class Bench:
         self.device.config.write_text(re.sub(r"(?m)^trial_s = .*$", f"trial_s = {trial_s}", text))
         assert self.device.call("POST", "/skerry/v1/reload", {}).status == 200
 
+    def lock(self, what: str, **more: Any) -> None:
+        assert self.device.call("POST", f"/skerry/v1/{what}", {"owner": "welder", **more}).status == 200
+
     def update(self) -> dict[str, Any]:
         return dict(self.device.status()["update"])
 
@@ -67,6 +73,8 @@ class Bench:
         """Offers 2.0.0, and holds its update in the state."""
         device = self.device
         device.world["slow_fetch"] = {self.second: 600.0 if state == "fetch" else 0.0}
+        if state == "ready":
+            self.lock("lock", reason="a seam", for_s=3600.0)
         self.hold(*{"verify": ["verify"], "stage": ["stage"], "prove": ["worker"]}.get(state, []), **deadlines)
         device.publish(self.second)
         device.sync(pardon=True)
@@ -81,13 +89,18 @@ class Bench:
             why=lambda: f"{state}: {self.update()} {self.device.log()[-3000:]}",
         )
 
-    def cause(self, cause: str) -> None:
+    def cause(self, state: str, cause: str) -> None:
         """What ends it. From then on nothing is held."""
         device = self.device
         if cause == "cancel":
             assert device.call("POST", "/skerry/v1/cancel", {}).status == 200
         elif cause == "kill":
             device.kill()
+            if state == "ready":
+                self.hold()
+                device.start()
+                self.reached(state)
+                return
             # Whoever starts next finds nothing to do, and so keeps what it says of the last update.
             device.publish(self.first)
             self.hold()
@@ -134,10 +147,12 @@ def comes_to_rest(bench: Bench, state: str, cause: str) -> None:
     else:
         bench.enter(state)
         bench.reached(state)
-        bench.cause(cause)
+        bench.cause(state, cause)
         if cause == "silent" or (state, cause) == ("revert", "withdrawn"):
             # It changes nothing of what is under way: that goes on.
             bench.hold()
+    if state == "ready" and wanted == ("confirmed", ""):
+        bench.lock("unlock")
     if wanted == ("confirmed", ""):
         # What is here goes on without any server.
         device.wait_running("2.0.0", "trial")
@@ -157,6 +172,8 @@ def comes_to_rest(bench: Bench, state: str, cause: str) -> None:
     assert device.infer(3) == [version] * 3
     if (state, cause) == ("trial", "deadline"):
         bench.set_trial_s(120)
+    if state == "ready" and wanted != ("confirmed", ""):
+        bench.lock("unlock")
     bench.release()
 
 
