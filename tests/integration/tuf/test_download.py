@@ -197,21 +197,21 @@ def test_missing_blob_is_named_as_such_and_not_asked_for_again_and_again(fleet, 
     assert len([path for path in fleet.site.asked if sha256 in path]) == 2
 
 
-@pytest.mark.parametrize("status", [403, 429, 500, 503])
-def test_refused_blob_is_asked_for_a_few_times(fleet, device, big, status):
+def test_refused_blob_is_asked_for_a_few_times(fleet, device, big):
     tries = []
 
     def refuse(handler, _data):
-        tries.append(1)
         handler.send_response(status)
+        tries.append(status)
         handler.send_header("Content-Length", "0")
         handler.end_headers()
         return True
 
     fleet.site.spoils["/repository/blobs/"] = refuse
-    answer = device.error("fetch", **fetch(big, limits={"idle_attempts": 3}))
-    assert answer == ("transient", "unreachable")
-    assert len(tries) == 3
+    for status in (403, 429, 500, 503):
+        answer = device.error("fetch", **fetch(big, limits={"idle_attempts": 3}))
+        assert answer == ("transient", "unreachable")
+        assert tries[-4:].count(status) == 3
 
 
 def test_server_that_breaks_off_and_never_resumes_is_given_up_over_all_starts(fleet, device, big):
@@ -258,31 +258,30 @@ def test_a_resumed_download_names_the_validator_it_began_under(fleet, device, bi
         (staging(device, big) / "model.onnx").unlink()
 
 
-@pytest.mark.parametrize(
-    ("answer", "code"),
-    [
-        ("bytes 7-599999/600000", "unreachable"),
-        ("bytes 200000-599999/900000", "size_mismatch"),
-        ("lines 200000-599999/600000", "unreachable"),
-        ("", "unreachable"),
-    ],
-)
-def test_another_range_than_the_wanted_one_is_never_taken(fleet, device, big, answer, code):
+def test_another_range_than_the_wanted_one_is_never_taken(fleet, device, big):
+    ranges = []
     leave_part(device, big, WEIGHTS[:200_000])
 
     def wrong(handler, data):
         if handler.headers.get("Range") is None:
             return False
         handler.send_response(206)
-        handler.send_header("Content-Range", answer)
+        handler.send_header("Content-Range", ranges[-1])
         handler.send_header("Content-Length", str(len(data) - 200_000))
         handler.end_headers()
         handler.wfile.write(data[200_000:])
         return True
 
     fleet.site.spoils["/repository/blobs/"] = wrong
-    assert device.error("fetch", **fetch(big, limits={"idle_attempts": 2}))[1] == code
-    assert part_of(device, big).stat().st_size == 200_000
+    for answer, code in (
+        ("bytes 7-599999/600000", "unreachable"),
+        ("bytes 200000-599999/900000", "size_mismatch"),
+        ("lines 200000-599999/600000", "unreachable"),
+        ("", "unreachable"),
+    ):
+        ranges.append(answer)
+        assert device.error("fetch", **fetch(big, limits={"idle_attempts": 2}))[1] == code
+        assert part_of(device, big).stat().st_size == 200_000
 
 
 def test_manifest_of_another_digest_is_refused(device, big, make_bundle):
