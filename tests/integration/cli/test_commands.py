@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from skerry_cli import keyring, model_signers, signing
+from skerry_cli.bundle import read_bundle
+from skerry_cli.errors import Usage
 from skerry_contract import canonical, enrolment, wire
 from skerry_contract import window as w
 
@@ -365,21 +368,25 @@ def test_a_device_is_asked_why(cli: Cli, server: ServerRig, tmp_path: Path) -> N
 def test_an_approver_who_asks_for_signed_bundles_approves_no_other(cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "signed"
     digest = models.build_bundle(folder, model="signed", version="1.0.0")
-    keys = {"SKERRY_KEYS": str(tmp_path / "ci"), "SKERRY_KEY_PASSWORD": "tide"}
     for name in ("ci", "stranger"):
-        assert cli("keys", "make", name, "--key-type", "ecdsa", **keys).code == OK
-    wanted = {"SKERRY_MODEL_SIGNERS": str(tmp_path / "ci" / "ci.pub.json")}
+        keyring.make_file_key(tmp_path / "signers", name, key_type="ecdsa", password=None)
+    wanted = {"SKERRY_MODEL_SIGNERS": str(tmp_path / "signers" / "ci.pub.json")}
     assert cli("push", folder).code == OK
     bare = cli("approve", digest, "--yes", **wanted)
     assert bare.code == REFUSED and "no model.sig; wanted one by ci" in bare.err
-    # The register holds a signature from now on, of another key: it is not believed, wherever the bundle is read.
-    assert cli("bundle", "sign", folder, "--as", "stranger", **keys).code == OK
+    # The register holds a signature from now on, of another key: it is not believed.
+    signing.sign(read_bundle(folder), tmp_path / "signers" / "stranger.pem")
     assert cli("push", folder).code == OK
-    for more in ((), ("--from", folder)):
-        foreign = cli("approve", digest, "--yes", *more, **wanted)
-        assert foreign.code == REFUSED and "holds under none of ci" in foreign.err
-    assert cli("bundle", "sign", folder, "--as", "ci", **keys).code == OK
+    foreign = cli("approve", digest, "--yes", **wanted)
+    assert foreign.code == REFUSED and "holds under none of ci" in foreign.err
+    signing.sign(read_bundle(folder), tmp_path / "signers" / "ci.pem")
     good = cli("approve", digest, "--yes", "--json", "--from", folder, **wanted)
     assert good.code == OK and "its files were signed by ci" in good.err
-    nobody = cli("approve", digest, "--yes", SKERRY_MODEL_SIGNERS=str(tmp_path))
-    assert nobody.code == USAGE and "*.pem or *.pub.json" in nobody.err
+
+
+def test_a_place_without_keys_of_signers_is_no_list_of_them(tmp_path: Path) -> None:
+    with pytest.raises(Usage, match=r"\*\.pem or \*\.pub\.json"):
+        model_signers.read(tmp_path)
+    (tmp_path / "x.pem").write_text("no key")
+    with pytest.raises(Usage, match=r"x\.pem: .*wanted the public key"):
+        model_signers.read(tmp_path)

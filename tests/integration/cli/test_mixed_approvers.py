@@ -15,6 +15,7 @@ from tests.rig_server import ServerRig
 REFUSED = 3
 
 
+@pytest.mark.slow
 def test_a_token_and_the_environment_approve_and_raise_a_floor_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
