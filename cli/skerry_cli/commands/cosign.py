@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tuf.api.metadata import Metadata
 
 from skerry_cli import history, key_files, keyring, keys, output
 from skerry_cli import signing_requests as requests
-from skerry_cli.commands.keys import AsJson, Directory
-from skerry_cli.commands.session import Session, now, session
+from skerry_cli.commands.keys import AsJson, Directory, post_later
+from skerry_cli.commands.session import now, session
 from skerry_cli.errors import RefusedForSafety, Usage
 from skerry_cli.offline_roles import spoken
 
@@ -183,7 +182,7 @@ def collect(
         for one in reviewed:
             placed.append(history.accept(folder, one.metadata.to_bytes(), now=now(), names=said))
         if publish:
-            _post(run, placed)
+            post_later(run, placed)
     if as_json:
         value = as_value(reviewed, request, names)
         output.show_json(value | {"files": [str(path) for path in placed], "posted": bool(complete and publish)})
@@ -294,12 +293,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise Usage(f"{path}: {error.strerror or error}") from None
-
-
-def _post(run: Session, files: list[Path]) -> None:
-    # Together: a root that names another holder of targets would be refused without the targets that they signed.
-    documents = [path.read_bytes() for path in files]
-    run.api.post(
-        "/api/v1/repository/set",
-        {str(Metadata.from_bytes(data).signed.type): data.decode() for data in documents},
-    )

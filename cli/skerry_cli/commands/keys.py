@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,8 +133,18 @@ def pem(
 
 
 @app.command()
-def publish(context: typer.Context, directory: Directory = None) -> None:
-    """Gives root, targets and catalog of the ceremony to the server (once, with an admin's token)."""
+def publish(
+    context: typer.Context,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Instead: finished later versions, e.g. 2.root.json, in their order.")
+    ] = None,
+    directory: Directory = None,
+) -> None:
+    """Gives root, targets and catalog of the ceremony to the server (once, with an admin's token), or later versions of root and targets."""
+    if files:
+        post_later(session(context), files)
+        output.say(f"The server holds {', '.join(path.name for path in files)}.")
+        return
     publish_ceremony(context, keys.read_ceremony(directory or session(context).keys))
     output.say("The server holds root, targets and the empty catalog.")
 
@@ -212,6 +223,24 @@ def show_own(folder: Path, own: keyring.OwnKey, as_json: bool) -> None:
         return
     output.say(f"{own.name} signs with {own.uri}. Hand over {public}, and read out:")
     output.say(f"  {own.public.fingerprint}")
+
+
+def post_later(run: Session, files: list[Path]) -> None:
+    """Posts finished versions of root and targets. Raises ``Usage`` for a file that holds neither."""
+    documents = []
+    for path in files:
+        try:
+            data = path.read_bytes()
+            role = str(json.loads(data)["signed"]["_type"])
+        except OSError as error:
+            raise Usage(f"{path}: {error.strerror or error}; wanted metadata of root or of targets") from None
+        except (ValueError, KeyError, TypeError):
+            role = ""
+        if role not in history.ROLES:
+            raise Usage(f"{path}: wanted metadata of root or of targets")
+        documents.append({"role": role, "metadata": data.decode()})
+    for document in documents:
+        run.api.post("/api/v1/repository/metadata", document)
 
 
 def publish_ceremony(context: typer.Context, made: keys.Ceremony) -> None:

@@ -12,7 +12,7 @@ from tests import models
 from tests.machines import Machine, Token
 from tests.rig_server import ServerRig
 
-REFUSED = 3
+USAGE = 2
 
 
 @pytest.mark.slow
@@ -67,5 +67,17 @@ robot = {{uri = "envvar:ROBOT_KEY"}}
             if one["name"] in ("ada", "robot")
         }
         assert {one["keyid"] for one in catalog["signatures"]} == keyids and len(keyids) == 2
+
+        # The next root and targets: signed apart, collected, and on the server; what was collected may be given again later.
+        request = tmp_path / "next.json"
+        ada.ok("keys", "rotate", "--root", "--targets", "--out", request)
+        for name in ("root", "targets"):
+            ada.ok("keys", "sign", request, "--as", name, given="y\n")
+        collected = ada.ok("keys", "collect", request, "--publish", "--json").json()
+        assert collected["complete"] and collected["posted"]
+        for name in ("2.root.json", "2.targets.json"):
+            assert rig.ask("GET", f"/repository/metadata/{name}").data == (ada.keys / name).read_bytes()
+        wrong = ada("keys", "publish", ada.keys / "2.root.json", ada.keys / "keys.json")
+        assert wrong.code == USAGE and "keys.json: wanted metadata of root or of targets" in wrong.err
     finally:
         rig.close()
