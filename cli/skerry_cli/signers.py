@@ -194,7 +194,10 @@ def make_on_token(uri: str, *, whose: str, secret: SecretSource, environment: Ma
         )
         with token.open(rw=True, user_pin=pin) as session:
             if list(session.get_objects({pkcs11.Attribute.ID: identity})):
-                raise Usage(f"{uri}: the token holds a key {number} already; nothing is written over")
+                raise Usage(
+                    f"{uri}: the token holds a key {number} already; nothing is written over",
+                    advice="name another number, or use that key: skerry keys use --uri",
+                )
             parameters = session.create_domain_parameters(pkcs11.KeyType.EC, curve, local=True)
             parameters.generate_keypair(
                 mechanism=pkcs11.Mechanism.EC_KEY_PAIR_GEN,

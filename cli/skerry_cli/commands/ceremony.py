@@ -280,6 +280,9 @@ def _own(run: Session, folder: Path, name: str, wish: dict[str, Any]) -> keyring
     held = keyring.read_keyring(folder).get(name)
     if held is not None:
         return held
+    if "make" in wish and (folder / f"{name}.pem").exists():
+        # An interrupted run made the file and did not come to note it.
+        wish = {"uri": f"{signers.FILE}:{name}.pem"}
     if "make" in wish:
         password = None if wish.get("password") is False else run.password(confirm=True, whose=name)
         return keyring.make_file_key(folder, name, key_type=str(wish.get("key_type", "ed25519")), password=password)

@@ -144,6 +144,18 @@ def test_an_interrupted_ceremony_goes_on_and_nothing_is_written_over(person: Peo
     assert before == {path: path.read_bytes() for path in held.folder.rglob("*") if path.is_file()}
 
 
+def test_a_key_file_that_an_interrupted_run_did_not_note_is_used_and_not_replaced(person: People, online: Path) -> None:
+    held = Ceremony(person, online)
+    elsewhere = person("dan")
+    elsewhere.environment["SKERRY_KEY_PASSWORD"] = held.cleo.environment["SKERRY_KEY_PASSWORD"]
+    made = elsewhere.ok("keys", "make", "cleo-targets", "--json").json()
+    held.folder.mkdir()
+    shutil.copy(elsewhere.keys / "cleo-targets.pem", held.folder)
+    found = held.go_on()
+    assert {one["name"]: one["keyid"] for one in found["keys"]}["cleo-targets"] == made["keyid"]
+    assert (held.folder / "cleo-targets.pem").read_bytes() == (elsewhere.keys / "cleo-targets.pem").read_bytes()
+
+
 def test_a_key_that_was_swapped_on_its_way_is_refused(person: People, online: Path) -> None:
     held = Ceremony(person, online)
     thief = person("thief")
