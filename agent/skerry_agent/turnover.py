@@ -223,7 +223,16 @@ class Turnover:
                 return e.Failed(code=error.code, detail=error.detail[:500])
         if ordered is not None:
             self.went_back(*ordered, ordered[1])
+        else:
+            self._leave_forbidden(model)
         return e.Reverted()
+
+    def _leave_forbidden(self, model: str) -> None:
+        """What a forced floor stopped is confirmed no more, where the bundle before it serves now."""
+        pointers = self._slots.pointers(model)
+        back = pointers.previous
+        if self._is_forbidden(model, pointers.confirmed) and back is not None and self._slots.may_serve(model, back):
+            self._slots.step_back(model)
 
     async def _hand_back(self, wanted: dict[str, Slot]) -> bool:
         """To what was kept loaded during the trial. False when it was not, or died."""

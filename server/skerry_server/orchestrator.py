@@ -129,8 +129,7 @@ class Orchestrator:
         if time.monotonic() >= self._resign_at:
             self._resign_at = time.monotonic() + self._pace.resign_s
             self._publication.resign()
-        if self._publication.trusted:
-            self._upkeep.look(self._now_ms())
+        self._upkeep.look(self._now_ms())
         return stored
 
     def _look(self, rollout: str) -> bool:

@@ -193,9 +193,11 @@ class Proposals:
 
     def _publish(self, wanted: str, actor: str) -> None:
         row = self._row(wanted)
-        self._publication.install_together(
-            root=row["root"], targets=row["targets"], catalog=row["metadata"], floors=row["floors"], actor=actor
-        )
+        if _signed_bytes(row["metadata"]) != _signed_bytes_of(self._ground().catalog):
+            # Else another signature that was the last came a moment earlier, and the same document is out.
+            self._publication.install_together(
+                root=row["root"], targets=row["targets"], catalog=row["metadata"], floors=row["floors"], actor=actor
+            )
         with writing(self._engine) as conn:
             values = {"state": "published", "reason": "enough approvers signed", "ended_ms": self._now_ms()}
             conn.execute(update(t.proposals).where(_p.id == wanted).values(**values))

@@ -28,6 +28,10 @@ def _write_token(value: enrolment.Enrolment) -> bytes:
     return enrolment.build(value).encode()
 
 
+def _read_floors(data: bytes) -> tuple[dict[str, str], dict[str, str]]:
+    return floors.parse(data), floors.parse_forced(data)
+
+
 FORMATS: dict[str, Format] = {
     "manifest.json": Format(values.MANIFEST, manifest.encode, manifest.parse),
     "manifest-later.json": Format(values.LATER_MANIFEST, manifest.encode, manifest.parse),
@@ -37,6 +41,7 @@ FORMATS: dict[str, Format] = {
     "group-later.json": Format(values.LATER_GROUP, group.encode, group.parse),
     "group.json": Format(values.GROUP, group.encode, group.parse),
     "floors.json": Format(values.FLOORS, floors.encode, floors.parse),
+    "floors-forced.json": Format(values.FORCED_FLOORS, lambda pair: floors.encode(*pair), _read_floors),
     "enrolment-token.txt": Format(values.TOKEN, _write_token, lambda data: enrolment.parse(data.decode())),
     "window.bin": Format(values.WINDOW, wire.encode, wire.decode_window),
     "event.bin": _wire(values.EVENT),

@@ -153,6 +153,7 @@ MANIFEST = manifest.Manifest(
     requires=("canary",),
 )  # fmt: skip
 FLOORS = {"gas": "1.0.0", "pump": "2.1.0-rc.3"}
+FORCED_FLOORS = ({"gas": "2.0.0", "pump": "2.1.0-rc.3"}, {"gas": "1.2.0"})
 TOKEN = enrolment.Enrolment(
     server_url="https://fleet.example.org:8443", token="k3y-Of_the.server", ca_sha256="9a" * 32, root_sha256="bc" * 32
 )

@@ -53,6 +53,7 @@ class Model:
         self._lock = threading.Lock()
         self._news = threading.Condition()
         self._live: Live | None = None
+        self._barred: AgentError | None = None
         self._error: AgentError | None = None
         self._closed = ""
         self._feedback: Feedback | None = None
@@ -97,13 +98,16 @@ class Model:
             BadInput: guard or policy refuses them; counted as invalid. So it is where the manifest wants another model to
                 answer instead: none is in here.
             EngineFailed: a transform or the runtime failed; counted as failed.
-            Degraded: ``closed`` or ``forked``: this model answers no more.
+            Degraded: ``closed`` or ``forked``: this model answers no more; ``below_forced_floor``: not before a permitted version
+                is confirmed here.
         """
         asked = monotonic_ns()
         with self._lock:
             live = self._live
             if live is None:
                 raise Degraded(self._closed or "closed", f"{self.name}: not open in this process")
+            if self._barred is not None:
+                raise Degraded(self._barred.code, self._barred.detail)
             start = monotonic_ns()
             kinds, oldest_ms = live.kinds, -1
             told, explain_ns = None, 0
@@ -281,7 +285,7 @@ class Model:
                 self._leave(old)
             self._recorders[self.name] = recorder
             self._live = Live(served, found, recorder)
-            self._error = None
+            self._error = self._barred = None
         self._connection.wake()
         self.changed()
 
@@ -322,6 +326,8 @@ class Model:
     def failed(self, error: AgentError) -> None:
         """See ``connection.Owner``."""
         self._error = error
+        if error.code == "below_forced_floor":
+            self._barred = error
         self.changed()
 
     def committed(self, path: str, upto: int) -> None:

@@ -711,3 +711,25 @@ def test_no_more_applications_connect_than_the_configuration_allows(device: Devi
         opened(device)
     with opened(device, wait_s=10) as model:
         model.infer({"x": ROW})
+
+
+def test_an_application_stops_answering_below_a_forced_floor_until_a_permitted_version_is_confirmed(
+    running: Device, server: Server
+) -> None:
+    with opened(running) as model:
+        assert model.infer({"x": ROW}).outputs
+        running.world["floors"] = running.world["forced"] = {"gas": "1.5.0"}
+        running.save()
+        running.sync()
+
+        def refused() -> str:
+            try:
+                model.infer({"x": ROW})
+            except sdk.Degraded as error:
+                return error.code
+            return ""
+
+        wait_for(lambda: refused() == "below_forced_floor", why=lambda: running.log()[-3000:])
+        confirm(running, "1.5.0")
+        wait_for(lambda: refused() == "", why="the permitted version")
+        assert model.version == "1.5.0"

@@ -233,3 +233,16 @@ def test_a_detail_without_end_is_drawn_by_its_beginning(engine: Engine) -> None:
     page = drawn(gathered(engine))
     assert "x" * 999 + "…" in page
     assert "x" * 1000 not in page
+
+
+def test_a_role_that_will_expire_stands_on_the_page_with_what_to_do(engine: Engine) -> None:
+    day_ms = 86_400_000
+    with writing(engine) as conn:
+        for role, days in (("timestamp", 1), ("catalog", 59), ("root", 200)):
+            values = {"role": role, "version": 3, "expires_ms": NOW_MS + days * day_ms, "bytes": b""}
+            conn.execute(insert(t.roles).values(**values))
+    found = gathered(engine)
+    assert [(alert.role, alert.code) for alert in found.alerts] == [("catalog", "metadata_expires")]
+    page = drawn(found)
+    assert "catalog version 3 expires in 59 days" in page
+    assert "skerry approve --renew" in page
