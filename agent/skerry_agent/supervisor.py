@@ -131,7 +131,7 @@ class Supervisor:
         self._syncing = Syncing(
             config, self._store, self._slots, self._clock, self._errands, self._uplink, self._orders, self._asked_logs,
             errand_input=self._errand_input, on_document=self._apply_settings, on_orders=self._ordered,
-            on_synced=self._follow_plan, on_fault=self._fault, draw=self._draw,
+            on_synced=self._follow_plan, on_fault=self._fault, device=self._identity.device, draw=self._draw,
         )  # fmt: skip
         self._chronicle = Chronicle(self._store, self._slots, self._runtimes, on_event=self._uplink.event)
         self._notify = Notify(environment)

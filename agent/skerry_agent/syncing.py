@@ -44,6 +44,7 @@ class Syncing:
         on_orders: what the server orders this device, as it came.
         on_synced: a sync went through: look what follows.
         on_fault: the store cannot be used any more.
+        device: this one's id, which its place within the group's jitter comes from.
         draw: uniform in [0, 1).
     """
 
@@ -63,6 +64,7 @@ class Syncing:
         on_orders: Callable[[object], None],
         on_synced: Callable[[], None],
         on_fault: Callable[[Degraded], None],
+        device: str,
         draw: Callable[[], float],
     ) -> None:
         self._config = config
@@ -78,6 +80,7 @@ class Syncing:
         self._on_orders = on_orders
         self._on_synced = on_synced
         self._on_fault = on_fault
+        self._device = device
         self._draw = draw
         self._asked = asyncio.Event()
         self._due_s: float | None = None
@@ -106,14 +109,15 @@ class Syncing:
         """A bell rang: there may be news, unless its version is known."""
         if self._bells.get(bell.topic) != bell.version:
             self._heard[bell.topic] = bell.version
-            self.ask(jitter=bell.topic == topics.group_bell(self._orders.group), bell=True)
+            share = backoff.spread(self._device, bell.version)
+            self.ask(share=share if bell.topic == topics.group_bell(self._orders.group) else 0.0, bell=True)
 
-    def ask(self, *, jitter: bool = False, bell: bool = False) -> None:
-        """Asks for a sync soon; with ``jitter`` somewhere within the group's jitter, so that a fleet does not come at once.
+    def ask(self, *, share: float = 0.0, bell: bool = False) -> None:
+        """Asks for a sync soon; with ``share`` so far into the group's jitter, so that a fleet does not come at once.
 
         Bells that keep ringing and bring nothing new are answered ever less often: a stolen broker cannot keep a device busy.
         """
-        due_s = self._clock.boot_s() + (self._draw() * self._jitter_s() if jitter else 0.0)
+        due_s = self._clock.boot_s() + share * self._jitter_s()
         if bell:
             due_s = max(due_s, self._synced_s + backoff.bell_pause_s(self._idle_bells))
         if self._due_s is None or due_s < self._due_s:

@@ -527,3 +527,12 @@ def test_a_disk_without_names_for_files_refuses_before_anything_is_fetched() -> 
     for files_free, refused in ((264, True), (1000, False)):
         answer = a.admit(manifest(), dataclasses.replace(GOOD, files_free=files_free, file_reserve=256), a.Memory())
         assert (getattr(answer, "code", "") == "not_enough_disk") is refused
+
+
+def test_a_fleet_comes_spread_over_the_jitter_and_each_device_at_its_own_time() -> None:
+    places = sorted(backoff.spread(f"d-{i}", 3) for i in range(2_000))
+    assert places[0] >= 0
+    assert places[-1] < 1
+    assert max(abs(place - i / 2_000) for i, place in enumerate(places)) < 0.05
+    # Whoever comes late for one version does not for all.
+    assert len({int(backoff.spread("d-1", version) * 10) for version in range(100)}) == 10
