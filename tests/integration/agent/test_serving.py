@@ -21,6 +21,7 @@ from skerry_agent.core import effects as e
 from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Degraded
 from skerry_agent.leftovers import Roll
+from skerry_agent.holding import Holding
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
@@ -62,7 +63,8 @@ class Bench:
         self.updating = Updating(
             self.config, self.store, self.slots, self.serving, Errands(refuses), self.clock,
             Runtimes(self.config, self.clock, lambda: 0.5), Restoring(self.slots, self.serving, on_damage=lambda *_: None),
-            errand_input=dict, on_change=lambda _code, _data: None, on_rest=lambda: None, on_fault=self.faults.append,
+            Holding(self.config, self.store, self.slots, self.clock, windows=lambda: ()), errand_input=dict,
+            on_change=lambda _code, _data: None, on_progress=lambda: None, on_rest=lambda: None, on_fault=self.faults.append,
             draw=lambda: 0.5,
         )  # fmt: skip
 
