@@ -193,6 +193,7 @@ def online(server: ServerRig) -> bool:
     return bool(server.good("GET", f"/api/v1/devices/{NAME}")["online"])
 
 
+@pytest.mark.slow
 def test_after_years_without_clock_certificate_or_root_the_device_comes_back_by_itself(
     agent: Agent, server: ServerRig, operator: Operator
 ) -> None:

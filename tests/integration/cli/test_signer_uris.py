@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -169,7 +169,7 @@ def test_a_token_makes_its_key_signs_with_it_and_never_gives_it_out(ada: Machine
         "        print('kept')\n"
     )
     asked = subprocess.run(
-        [shutil.which("python"), "-c", code], env={**os.environ, **token.environment}, capture_output=True, text=True
+        [sys.executable, "-c", code], env={**os.environ, **token.environment}, capture_output=True, text=True
     )
     assert asked.stdout.split() == ["True", "True", "kept"], asked
 

@@ -144,6 +144,7 @@ repository.install(root=root, targets=targets)
 """
 
 
+@pytest.mark.slow
 def test_kill_at_every_write_of_a_rotation_ends_in_one_that_devices_follow(fleet, gas, device, tmp_path):
     """Another holder of targets and another online key at once: before the first write the old chain, after a start the new one."""
     fleet.approve(gas)
