@@ -20,8 +20,8 @@ from skerry_agent.clock import Clock
 from skerry_agent.core import effects as e
 from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Degraded
-from skerry_agent.leftovers import Roll
 from skerry_agent.holding import Holding
+from skerry_agent.leftovers import Roll
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving

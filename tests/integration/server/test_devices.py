@@ -155,7 +155,14 @@ def test_a_newcomer_can_fetch_the_ca_that_its_token_names(server: ServerRig) -> 
 
 def test_a_signed_request_tells_the_device_its_membership(device: DeviceRig) -> None:
     found = device.ask("GET", "/device/v1/self")
-    assert found.json() == {"device_id": device.id, "group": "press", "tags": {}, "version": 1, "logs": None, "orders": {}}
+    assert found.json() == {
+        "device_id": device.id,
+        "group": "press",
+        "tags": {},
+        "version": 1,
+        "logs": None,
+        "orders": {},
+    }
 
 
 def test_an_ed25519_device_signs_with_its_own_algorithm(server: ServerRig) -> None:
