@@ -79,11 +79,21 @@ class Roll:
 
 
 def _began(pid: int) -> int | None:
-    """When a process started, in ticks since boot; None when it is gone, or a corpse that nobody collects."""
+    """When a process started, in ticks since boot; None when it is gone, or a corpse that nobody collects.
+
+    The first thread of a killed process may be a corpse while others of it still hold its sockets.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     # proc(5): the name in parentheses may hold anything; state is the first field behind it, start time the twentieth.
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    return None if fields[0] in ("Z", "X") and _threads(pid) <= 1 else int(fields[19])
+
+
+def _threads(pid: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
