@@ -14,7 +14,7 @@ from tests.bench import finetunes
 from tests.bench.result import Result, scratch
 from tests.updating_site import Site
 
-PAIRS = ("last-layer", "low-rate-adam", "trees-grown")
+PAIRS = ("last-layer", "tenth-rate-adam", "trees-grown")
 
 
 def run() -> Result:
