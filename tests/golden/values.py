@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from skerry_contract import enrolment, group, manifest, wire
+from skerry_contract import enrolment, group, manifest, opening, wire
 from skerry_contract import histogram as h
 from skerry_contract import window as w
 
@@ -205,4 +205,13 @@ LATER_GROUP = msgspec.structs.replace(
         for name, plan in GROUP.models.items()
     },
     settings=msgspec.structs.replace(GROUP.settings, shadow_share=0.5, shadow_cpu=0.125, shadow_c=70.0),
+)
+AFTER_MANIFEST = msgspec.structs.replace(LATER_MANIFEST, after="1.0.0", requires=("after", "guards", "states"))
+WINDOWS_GROUP = msgspec.structs.replace(
+    LATER_GROUP,
+    requires=("canary", "pins", "windows"),
+    models={"gas": msgspec.structs.replace(LATER_GROUP.models["gas"], via=(OLD,))},
+    settings=msgspec.structs.replace(
+        LATER_GROUP.settings, windows=(opening.Window(days=("fri", "sat"), start="22:00", end="04:00"),)
+    ),
 )
