@@ -10,6 +10,7 @@ online key could set it far ahead, and the device must still be able to fetch th
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import http.client
 import ssl
@@ -26,7 +27,7 @@ _NO_CHECK_TIME = 0x200000
 USER_AGENT = "skerry-agent"
 
 
-class Connections:
+class Connections(abc.ABC):
     """Requests over kept connections, one per host. Whom they go to and whom they trust is a subclass's.
 
     Args:
@@ -37,15 +38,15 @@ class Connections:
         self._gap_s = gap_s
         self._connections: dict[tuple[str, int], http.client.HTTPConnection] = {}
 
+    @abc.abstractmethod
     def _origin(self, url: str) -> tuple[str, int]:
         """Host and port. Raises ``Rejected`` (``bad_url``) for an address that is not asked."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _connection(self, host: str, port: int) -> http.client.HTTPConnection:
         """One that is not connected yet."""
-        raise NotImplementedError
 
-    def _judge(self, connection: http.client.HTTPConnection, host: str, port: int) -> None:
+    def _judge(self, connection: http.client.HTTPConnection, host: str, port: int) -> None:  # noqa: B027 - not every subclass judges
         """Looks at whom it is connected to, before anything is asked. Raises ``Transient``, and closes, for a stranger."""
 
     @contextlib.contextmanager
@@ -157,7 +158,7 @@ class Web(Connections):
             self._public = ssl.create_default_context()
         return http.client.HTTPSConnection(host, port, timeout=self._gap_s, context=self._public)
 
-    def _judge(self, connection: http.client.HTTPConnection, host: str, port: int) -> None:
+    def _judge(self, connection: http.client.HTTPConnection, host: str, port: int) -> None:  # noqa: B027 - not every subclass judges
         """The part of the certificate check that ``_NO_CHECK_TIME`` left out."""
         if (host, port) != self._server:
             return
