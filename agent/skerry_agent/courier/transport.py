@@ -158,7 +158,7 @@ class Web(Connections):
             self._public = ssl.create_default_context()
         return http.client.HTTPSConnection(host, port, timeout=self._gap_s, context=self._public)
 
-    def _judge(self, connection: http.client.HTTPConnection, host: str, port: int) -> None:  # noqa: B027 - not every subclass judges
+    def _judge(self, connection: http.client.HTTPConnection, host: str, port: int) -> None:
         """The part of the certificate check that ``_NO_CHECK_TIME`` left out."""
         if (host, port) != self._server:
             return
