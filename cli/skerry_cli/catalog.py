@@ -8,6 +8,8 @@ Owns applying a named change to the last catalog, showing the difference, and si
   difference and signs its own copy, only when the two are the same document.
 - A bundle enters the catalog only after its manifest and all its files were fetched and matched their digests.
 - A catalog older than one this operator has seen is refused, whoever signed it.
+- What the server says is not what the approver reads: who submitted a bundle is a name or is refused, and each line of a
+  difference stays one line.
 
 Left to others: sending the bytes (the command posts them) and who may (the server asks for the role of an approver; devices
 ask for the keys).
@@ -30,7 +32,7 @@ from skerry_contract.errors import ContractError
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, TargetFile, Targets
 
-from skerry_cli import cosigning
+from skerry_cli import cosigning, output
 from skerry_cli.bundle_source import BundleSource, FolderSource, RepositorySource, checked_bundle
 from skerry_cli.errors import RefusedForSafety, Usage
 from skerry_cli.offline_roles import CATALOG_LIFE
@@ -58,7 +60,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Addition:
-    """A bundle to approve. ``submitter``: who pushed it, as the server's register says; it is signed with the entry."""
+    """A bundle to approve. ``submitter``: who pushed it, a token's name as the server's register says; it is signed with the entry."""
 
     model: str
     version: str
@@ -100,7 +102,11 @@ class Difference:
     forced: tuple[tuple[str, str | None, str | None], ...] = ()
 
     def text(self) -> str:
-        """Lines for a terminal; ``+`` in, ``-`` out, ``!`` a floor that goes down or away."""
+        """The lines as one text."""
+        return "\n".join(self.lines())
+
+    def lines(self) -> tuple[str, ...]:
+        """For a terminal; ``+`` in, ``-`` out, ``!`` a floor that goes down or away. Nothing in a value can begin a line of its own."""
         late = " (it had expired)" if self.was_expired else ""
         lines = [
             f"catalog version {self.from_version} -> {self.to_version}",
@@ -120,7 +126,7 @@ class Difference:
                 lines.append(f"    devices that serve {model} below {after} stop it at once")
         if not (self.added or self.removed or self.floors or self.forced):
             lines.append("  no bundle and no floor changes: this renews the expiry")
-        return "\n".join(lines)
+        return tuple(output.visible(line) for line in lines)
 
     def to_json(self) -> dict[str, Any]:
         """Builtins, for ``--json``."""
@@ -195,8 +201,8 @@ def propose(
         confirm: shown the difference after every check and before the signature; False ends with ``RefusedForSafety``.
 
     Raises:
-        RefusedForSafety: a bundle that is not what its digest says, a second digest for a version, a bundle below its
-            floor, a floor that goes down without ``lower_floors``, a key that is no approver's, or no confirmation.
+        RefusedForSafety: a bundle that is not what its digest says, a second digest for a version, a submitter or an approver
+            whose name is none, a bundle below its floor, a floor that goes down without ``lower_floors``, a key that is no approver's, or no confirmation.
         Usage: the change names what is not there or is there already.
         Failed: a bundle cannot be fetched.
     """
@@ -310,6 +316,9 @@ def _apply(
             raise RefusedForSafety(f"add {name}: the catalog lists it as {there.digest}; a version never changes")
         if there is not None:
             raise Usage(f"add {name}: the catalog lists it already")
+        _require_name(name, "submitter", addition.submitter)
+        for approver in approvers:
+            _require_name(name, "approver", approver)
         data = checked_bundle(addition.model, addition.version, addition.digest, source)
         if not floor_rules.allows(floors, addition.model, addition.version):
             floor = floors[addition.model]
@@ -323,6 +332,17 @@ def _apply(
         raise Usage(f"{error}", advice="a forced floor goes with a floor at least as high") from None
     targets[layout.FLOORS_TARGET] = TargetFile.from_data(layout.FLOORS_TARGET, floors_data, ["sha256"])
     return Targets(version=verified.catalog.version + 1, expires=expires, targets=targets), floors_data
+
+
+def _require_name(added: str, what: str, text: str) -> None:
+    # The grammar of a token's name. Free text would be read by whoever signs next, as if this tool had said it.
+    try:
+        ids.device_id(text)
+    except ContractError:
+        raise RefusedForSafety(
+            f"add {added}: its {what} is {text[:60]!r}, wanted a name: [a-z0-9][a-z0-9-]{{0,62}}",
+            advice="the server or a colleague's proposal says so; tokens cannot have such names",
+        ) from None
 
 
 def _new_floors(what: str, old: Mapping[str, str], wanted: Mapping[str, str | None], *, lower: bool) -> dict[str, str]:

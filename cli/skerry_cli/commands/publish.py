@@ -18,6 +18,9 @@ __all__ = ["approve", "find_bundle", "floor_app", "push", "restore"]
 
 floor_app = typer.Typer(no_args_is_help=True, help="The lowest version of a model that devices may activate.")
 
+_MOST_USERS, _MOST_OF_A_USER = 20, 160
+"""Of what the server says to use a bundle: it stands between the difference and the question, and may not push the one away."""
+
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 ApproverName = Annotated[str, typer.Option("--as", help="Name of the approver whose key signs.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
@@ -206,7 +209,9 @@ def unused(api: Api, *, force: bool) -> Callable[[catalog.Difference], None]:
             used = (api.find(f"/api/v1/bundles/{quote(entry.digest)}") or {}).get("used_by") or []
             if not used:
                 continue
-            said = f"{entry.model}@{entry.version} is in use by {', '.join(map(str, used))}"
+            named = [str(one)[:_MOST_OF_A_USER] for one in used[:_MOST_USERS]]
+            more = f" and {len(used) - len(named)} more" if len(used) > len(named) else ""
+            said = f"{entry.model}@{entry.version} is in use by {', '.join(named)}{more}"
             if not force:
                 raise RefusedForSafety(
                     f"{said}; devices that do not hold it yet could not fetch it any more",
@@ -224,7 +229,7 @@ def confirm(
 
     def ask(difference: catalog.Difference) -> bool:
         # With --json stdout holds the answer alone: the question and its matter go to stderr.
-        for line in difference.text().split("\n"):
+        for line in difference.lines():
             (output.note if as_json else output.say)(line)
         check(difference)
         if yes:

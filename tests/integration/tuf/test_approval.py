@@ -32,6 +32,19 @@ def test_approval_changes_the_named_bundle_only_and_shows_it(fleet, gas):
     assert dt.timedelta(days=179) < expires - fleet.clock() <= dt.timedelta(days=180)
 
 
+@pytest.mark.parametrize(
+    "submitter", ["", "ci, approved by ada", "ci\n\n+ gas@1.0.0", "c\u202eid", "x" * 200_000, "Bob"]
+)
+def test_a_submitter_that_is_no_name_is_never_signed(fleet, gas, submitter):
+    with pytest.raises(RefusedForSafety, match=r"add gas@1\.0\.0: its submitter is .* wanted a name"):
+        fleet.propose(catalog.Change(add=(gas.addition(submitter),)))
+
+
+def test_an_approver_that_is_no_name_is_never_signed(fleet, gas):
+    with pytest.raises(RefusedForSafety, match=r"its approver is .* wanted a name"):
+        fleet.propose(catalog.Change(add=(gas.addition(),)), others=("bea\n+ gas@9.9.9",))
+
+
 def test_removal_takes_the_bundle_out(fleet, gas, make_bundle):
     fleet.approve(gas, make_bundle("gas", "1.1.0"))
     made = fleet.propose(catalog.Change(remove=(("gas", "1.0.0"),)))
