@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
-from skerry_cli.errors import Usage
+from skerry_cli.errors import RefusedForSafety, Usage
 
 ENCRYPTED = b"BEGIN ENCRYPTED PRIVATE KEY"
 """What an encrypted key in PEM (PKCS#8) begins with."""
@@ -130,6 +130,24 @@ def crypto_public(key: Key) -> ed25519.Ed25519PublicKey | ec.EllipticCurvePublic
         return _crypto_public(key.to_dict())
     except (ValueError, KeyError, UnsupportedAlgorithm) as error:
         raise Usage(f"key {key.keyid[:16]}: {error}") from None
+
+
+def require_own_id(keyid: str, key: Key) -> None:
+    """Checks that a key id is the one that follows from its key: what people compare is the id, what verifies is the key.
+
+    Raises:
+        RefusedForSafety: it is another key's, or the key is none that this tool knows.
+    """
+    try:
+        # Under its type's own scheme: another one would give the same key a second id, and a second vote.
+        own = SSlibKey.from_crypto(_crypto_public(key.to_dict())).keyid
+    except (ValueError, KeyError, TypeError, UnsupportedAlgorithm) as error:
+        raise RefusedForSafety(f"key {keyid[:16]}: wanted an ed25519 or ecdsa key: {error}") from None
+    if own != keyid:
+        raise RefusedForSafety(
+            f"key {keyid[:16]} does not follow from its key, whose fingerprint is {own[:16]}",
+            advice="the document was changed on its way: a stranger's key stands under somebody's fingerprint",
+        )
 
 
 def _private_bytes(path: Path) -> bytes:

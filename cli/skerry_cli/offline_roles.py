@@ -2,7 +2,9 @@
 
 Builds ``Root`` and ``Targets`` from keys and thresholds, takes the keys and thresholds out of them again, and says in words what
 changes from one version to the next. Whoever rebuilds a role from what it found in it and gets another document has found a
-document that holds more than keys and thresholds. Signing is ``cosigning``'s, keys and files are ``keys``' and ``key_files``'.
+document that holds more than keys and thresholds. What is shown of a key is its id, so an id that does not follow from its key is
+refused wherever a role is read: else a stranger's key travels under the fingerprint that a holder reads out. Signing is
+``cosigning``'s, keys and files are ``keys``' and ``key_files``'.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from skerry_contract import floors, layout
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Role, Root, Snapshot, TargetFile, Targets, Timestamp
 
+from skerry_cli import key_files
 from skerry_cli.errors import RefusedForSafety, Usage
 
 ROOT_LIFE = dt.timedelta(days=365)
@@ -205,4 +208,6 @@ def _holders(keys: Mapping[str, Key], role: Role) -> Holders:
     strange = [keyid for keyid in role.keyids if keyid not in keys]
     if strange:
         raise RefusedForSafety(f"role names key {strange[0][:16]} and does not hold it")
+    for keyid in role.keyids:
+        key_files.require_own_id(keyid, keys[keyid])
     return Holders(keys={keyid: keys[keyid] for keyid in role.keyids}, threshold=role.threshold)

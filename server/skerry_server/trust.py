@@ -8,10 +8,14 @@ device, which checks all of it again from its own root; it protects the fleet fr
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from securesystemslib.signer import Key, SSlibKey
 from skerry_contract import ids, layout
 from skerry_contract.errors import ContractError
 from tuf.api.exceptions import RepositoryError
@@ -27,8 +31,8 @@ class RepositoryRefused(Refused):
     """The repository did not take what it was given; nothing that it serves has changed.
 
     Codes: ``malformed_metadata``, ``bad_signature``, ``expired``, ``version_conflict``, ``no_trust``, ``bad_delegations``,
-    ``online_key_not_trusted``, ``bad_target``, ``manifest_missing``, ``blob_missing``, ``hash_mismatch``, ``size_mismatch``,
-    ``too_large``, ``bad_document``, ``offline_role``, ``repository_damaged``.
+    ``online_key_not_trusted``, ``key_id_mismatch``, ``bad_target``, ``manifest_missing``, ``blob_missing``, ``hash_mismatch``,
+    ``size_mismatch``, ``too_large``, ``bad_document``, ``offline_role``, ``repository_damaged``.
     """
 
     status = 422
@@ -110,11 +114,36 @@ def signatures(delegator: Root | Targets, role: str, metadata: Metadata[Any]) ->
     )
 
 
+def require_own_ids(what: str, keys: Mapping[str, Key]) -> None:
+    """Checks that each key id follows from its key, so that a fingerprint means one key and a key counts once.
+
+    Raises:
+        RepositoryRefused: ``key_id_mismatch``.
+    """
+    for keyid, key in keys.items():
+        body = key.to_dict()
+        try:
+            public = str(body["keyval"]["public"])
+            found = (
+                Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+                if body["keytype"] == "ed25519"
+                else load_pem_public_key(public.encode())
+            )
+            # Under its type's own scheme: another one would give the same key a second id, and a second vote.
+            own = SSlibKey.from_crypto(found).keyid
+        except (ValueError, KeyError, TypeError, UnsupportedAlgorithm) as error:
+            raise RepositoryRefused("key_id_mismatch", f"{what}: key {keyid[:16]} is none: {error}") from None
+        if own != keyid:
+            raise RepositoryRefused(
+                "key_id_mismatch", f"{what}: the id of key {keyid[:16]} does not follow from it, wanted {own[:16]}"
+            )
+
+
 def next_root(data: bytes, previous: Root | None, online_keyids: Collection[str], now: dt.datetime) -> Root:
     """Checks a root: the first is believed as posted, every later one must be signed by the one before and by itself.
 
     Raises:
-        RepositoryRefused: ``malformed_metadata``, ``bad_signature``, ``version_conflict``, ``expired``,
+        RepositoryRefused: ``malformed_metadata``, ``bad_signature``, ``version_conflict``, ``expired``, ``key_id_mismatch``,
             ``online_key_not_trusted`` when this server's key could not sign snapshot and timestamp under it.
     """
     metadata = parse(data, Root, "root")
@@ -123,6 +152,7 @@ def next_root(data: bytes, previous: Root | None, online_keyids: Collection[str]
         _require_version("root", root.version, previous.version)
         verify(previous, Root.type, metadata)
     verify(root, Root.type, metadata)
+    require_own_ids("root", root.keys)
     _require_unexpired("root", root, now)
     if not root.consistent_snapshot:
         raise RepositoryRefused("malformed_metadata", "root: wanted consistent_snapshot")
@@ -144,13 +174,14 @@ def next_targets(
 
     Raises:
         RepositoryRefused: ``malformed_metadata``, ``bad_signature``, ``version_conflict``, ``expired``, ``bad_delegations``,
-            ``online_key_not_trusted``.
+            ``key_id_mismatch``, ``online_key_not_trusted``.
     """
     metadata = parse(data, Targets, "targets")
     targets = metadata.signed
     verify(root, Targets.type, metadata)
     if previous is not None:
         _require_version("targets", targets.version, previous.version, restoring=restoring)
+    require_own_ids("targets", targets.delegations.keys if targets.delegations is not None else {})
     _require_unexpired("targets", targets, now)
     roles: dict[str, DelegatedRole] = (targets.delegations.roles or {}) if targets.delegations is not None else {}
     catalog, fleet = roles.get(layout.CATALOG_ROLE), roles.get(layout.FLEET_ROLE)

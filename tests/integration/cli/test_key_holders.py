@@ -302,6 +302,42 @@ def test_targets_key_changes_with_root_and_targets_in_one_request(person: People
     assert held.ada.ok("keys", "verify-record", "--json").json()["holds"]
 
 
+@pytest.mark.parametrize(
+    ("option", "role"), [("--add-root", "root"), ("--add-targets", "root"), ("--add-approver", "targets")]
+)
+def test_a_strangers_key_under_a_holders_fingerprint_is_signed_by_nobody(
+    person: People, online: Path, option: str, role: str
+) -> None:
+    held = Ceremony(person, online).hold()
+    dan, thief = person("dan"), person("thief")
+    part = dan.ok("keys", "make", "dan", "--json").json()
+    theirs = thief.ok("keys", "make", "dan", "--json").json()
+    request = rotated(held, option, part["public"])
+    value = json.loads(request.read_bytes())
+    signed = value["documents"][role]["signed"]
+    keys = signed["keys"] if role == "root" else signed["delegations"]["keys"]
+    keys[part["keyid"]]["keyval"] = theirs["key"]["keyval"]
+    request.write_text(json.dumps(value))
+    for command in (("review",), ("sign", "--as", "bea-root")):
+        done = held.bea("keys", command[0], request, *command[1:], given="y\n")
+        assert done.code == REFUSED and "does not follow from its key" in done.err
+        assert part["keyid"][:16] in done.err and theirs["keyid"][:16] in done.err
+    assert json.loads(request.read_bytes())["documents"][role]["signatures"] == []
+
+
+def test_a_strangers_key_in_a_first_root_is_signed_by_nobody(person: People, online: Path) -> None:
+    held = Ceremony(person, online)
+    held.go_on()
+    theirs = person("thief").ok("keys", "make", "bea", "--json").json()
+    value = json.loads((held.folder / "request.json").read_bytes())
+    keys = value["documents"]["targets"]["signed"]["delegations"]["keys"]
+    keys[held.fingerprints["bea"]]["keyval"] = theirs["key"]["keyval"]
+    copy = held.ada.folder / "copy.json"
+    copy.write_text(json.dumps(value))
+    done = held.ada("keys", "sign", copy, "--as", "ada-root", given="y\n")
+    assert done.code == REFUSED and "does not follow from its key" in done.err
+
+
 def test_versions_are_neither_skipped_nor_replaced_nor_blind(person: People, online: Path) -> None:
     held = Ceremony(person, online).hold()
     request = rotated(held, "--root")

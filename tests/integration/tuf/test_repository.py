@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from securesystemslib.signer import CryptoSigner
+from securesystemslib.signer import CryptoSigner, Key
 from skerry_agent.courier import safe_updater, transport, updater
 from skerry_cli import catalog, key_files, keys
 from skerry_contract import layout
@@ -243,6 +243,33 @@ def test_targets_with_other_delegations_are_refused(fleet):
         signed.delegations.roles["fleet"].keyids[:] = [stranger.keyid]
 
     assert refused(fleet.repository.install_targets, spoiled(other_online)) == "online_key_not_trusted"
+
+
+def test_a_key_under_another_keys_id_is_refused_in_targets_and_root(fleet):
+    mine, stranger = fleet.signer("ada").public_key, CryptoSigner.generate_ed25519().public_key
+    under_another = stranger.to_dict() | {"keyval": mine.to_dict()["keyval"]}
+
+    def twice(signed):
+        # One approver, two ids: a threshold of two would be met by one person.
+        signed.delegations.keys[stranger.keyid] = Key.from_dict(stranger.keyid, dict(under_another))
+        signed.delegations.roles["catalog"].keyids.append(stranger.keyid)
+        signed.delegations.roles["catalog"].threshold = 2
+
+    def swapped(signed):
+        signed.keys[stranger.keyid] = Key.from_dict(stranger.keyid, dict(under_another))
+        signed.roles["root"].keyids.append(stranger.keyid)
+
+    for name, change, take in (
+        ("targets", twice, fleet.repository.install_targets),
+        ("root", swapped, fleet.repository.install_root),
+    ):
+        metadata = Metadata.from_bytes(getattr(fleet.ceremony, name))
+        metadata.signed.version = 2
+        change(metadata.signed)
+        metadata.sign(fleet.signer(name))
+        before = snapshot_of(fleet.path)
+        assert refused(take, metadata.to_bytes()) == "key_id_mismatch"
+        assert snapshot_of(fleet.path) == before
 
 
 def test_online_key_is_replaced_while_devices_are_served(fleet, gas, device):
