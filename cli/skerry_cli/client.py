@@ -1,13 +1,15 @@
 """The operator's HTTPS client: one pinned CA, a bearer token, errors in words.
 
-Trusts exactly the fleet's CA, given as a file or by the fingerprint of its certificate, and never the system's store. It moves
-bytes; what they mean is checked by those who asked for them.
+Trusts exactly the fleet's CA, given as a file or by the fingerprint of its certificate, and never the system's store. What is
+trusted is the one certificate that was read, written anew: never other text that stood beside it. It moves bytes; what they mean is checked by those who asked for them.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import re
 import ssl
 import urllib.parse
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from skerry_cli.errors import Failed, RefusedForSafety, Usage
 from skerry_cli.profile import Profile
 
 _TIMEOUT = urllib3.Timeout(connect=10.0, read=120.0)
+_ONE_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----\s([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----")
 _MAX_ANSWER = 64 << 20
 _SAFETY_CODES = frozenset(
     {"below_floor", "not_approved", "not_in_catalog", "bad_signature", "hash_mismatch", "rollback"}
@@ -53,7 +56,7 @@ class Api:
         self._pool = urllib3.PoolManager(ssl_context=context, retries=False, timeout=_TIMEOUT)
         self._headers = {"Authorization": f"Bearer {profile.token}"}
         self.ca_pem = pem
-        self.ca_sha256 = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.strip())).hexdigest()
+        self.ca_sha256 = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
 
     def get(self, path: str, **query: str | int | None) -> Any:
         """GET of a JSON answer."""
@@ -199,15 +202,13 @@ def _unreachable(server: str, error: Exception) -> Exception:
 
 def _read_ca(path: Path) -> str:
     try:
-        pem = path.read_text(encoding="ascii")
-        ssl.PEM_cert_to_DER_cert(pem.strip())
+        return ssl.DER_cert_to_PEM_cert(_one_certificate(path.read_text(encoding="ascii")))
     except OSError as error:
         raise Usage(
             f"{path}: {error.strerror or error}; wanted the fleet's CA: a file in PEM, or 64 hex digits, the sha256 of its certificate"
         ) from None
     except ValueError:
-        raise Usage(f"{path}: wanted one certificate in PEM") from None
-    return pem
+        raise Usage(f"{path}: wanted one certificate in PEM, and nothing else") from None
 
 
 def _pinned_ca(server: str, fingerprint: str) -> str:
@@ -221,11 +222,23 @@ def _pinned_ca(server: str, fingerprint: str) -> str:
     except (HTTPError, OSError) as error:
         raise _unreachable(server, error) from None
     try:
-        pem = data.decode("ascii")
-        der = ssl.PEM_cert_to_DER_cert(pem.strip())
+        der = _one_certificate(data.decode("ascii"))
     except ValueError:
-        raise Failed(f"{server}: gave no CA certificate; use --ca FILE") from None
+        raise RefusedForSafety(
+            f"{server}: wanted one CA certificate in PEM and nothing else, got something else", advice="use --ca FILE"
+        ) from None
     found = hashlib.sha256(der).hexdigest()
     if found != fingerprint:
         raise RefusedForSafety(f"{server}: its CA is {found[:16]}..., the pinned one is {fingerprint[:16]}...")
-    return pem
+    return ssl.DER_cert_to_PEM_cert(der)
+
+
+def _one_certificate(text: str) -> bytes:
+    """The DER of a text's one certificate. Raises ``ValueError`` for more, for less, and for anything beside it.
+
+    ``ssl.PEM_cert_to_DER_cert`` stops at the padding of a first certificate and ignores what follows; a TLS context trusts all of it.
+    """
+    found = _ONE_CERTIFICATE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError("wanted one certificate")
+    return base64.b64decode("".join(found[1].split()), validate=True)
