@@ -26,13 +26,15 @@ def read_online_keys(text: str | bytes, what: str = "online keys") -> dict[str, 
     """Reads the server's public keys: ``online.pub.json``, or the answer of ``/api/v1/repository/online-keys``.
 
     Accepts one TUF key dict, a map of key id to key dict, or that map under ``keys``. A key id that is stated must be
-    the one that follows from the key, so that two tools never mean different keys by one id.
+    the one that follows from the key, so that two tools never mean different keys by one id. Where the document says which
+    key is ``newest``, that one alone comes back: a server lists every key that it ever had, also stolen ones.
 
     Raises:
-        Usage: not such a document, no key in it, or an id that belongs to another key.
+        Usage: not such a document, no key in it, an id that belongs to another key, or a newest one that it does not list.
     """
     try:
         value = json.loads(text)
+        newest = value.get("newest") if "keys" in value else None
         if "keyval" in value:
             value = {str(value.pop("keyid", "")): value}
         elif "keys" in value:
@@ -47,6 +49,10 @@ def read_online_keys(text: str | bytes, what: str = "online keys") -> dict[str, 
         raise Usage(f"{what}: wanted a TUF key or a map of them: {error}") from None
     if not keys:
         raise Usage(f"{what}: the document names no key")
+    if newest is not None:
+        if newest not in keys:
+            raise Usage(f"{what}: it calls {str(newest)[:16]!r} its newest key and does not list it")
+        return {newest: keys[newest]}
     return keys
 
 

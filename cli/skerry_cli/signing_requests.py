@@ -179,7 +179,8 @@ def review(
         own_names: key id -> holder, of this holder's own record; it wins over the request's.
 
     Raises:
-        RefusedForSafety: a document is not the next version, holds more than it may, or lives too long or no more.
+        RefusedForSafety: a document is not the next version, holds more than it may, lives too long or no more, or brings an
+            online key back that an earlier root took out.
     """
     names = {keyid: f"{name} (as the request says)" for keyid, name in request.names.items()}
     if trusted is None:
@@ -226,6 +227,8 @@ def review(
         sha256 = canonical.sha256(metadata.signed_bytes)
         found.append(Reviewed(role=role, metadata=metadata, authorities=authorities, lines=lines, sha256=sha256))
     _require_apart(roles, trusted)
+    if trusted is not None:
+        _require_gone(roles, trusted)
     return tuple(found)
 
 
@@ -281,7 +284,7 @@ def online_of(trusted: Trusted) -> dict[str, Key]:
 
 
 def other_online(held: Mapping[str, Key], *, add: Mapping[str, Key], remove: tuple[str, ...]) -> dict[str, Key]:
-    """Other online keys: ``remove`` wins, since the server's file still lists the key that it replaces.
+    """Other online keys: ``remove`` wins, since a file without a newest one still lists the key that it replaces.
 
     Raises:
         Usage: none would be left.
@@ -319,3 +322,18 @@ def _require_apart(roles: Mapping[str, Root | Targets], trusted: Trusted | None)
         raise RefusedForSafety(
             f"key {min(both)[:16]} is the server's online key: it may sign no offline role, or a stolen server approves"
         )
+
+
+def _require_gone(roles: Mapping[str, Root | Targets], trusted: Trusted) -> None:
+    # Keys go because they were stolen or may have been. Whoever has one signs all online roles again the day it is back.
+    held = RootWish.read(trusted.root).online
+    past = [RootWish.read(offline_roles.parse(data, Root, "root").signed).online for data in trusted.roots]
+    gone = {keyid for online in past for keyid in online} - held.keys()
+    for role, signed in roles.items():
+        wish = RootWish.read(signed) if isinstance(signed, Root) else TargetsWish.read(signed)
+        back = sorted(gone & wish.online.keys())
+        if back:
+            raise RefusedForSafety(
+                f"{role}: it brings back the online key {back[0][:16]}, which an earlier root took out",
+                advice="make another one with 'skerry-server new-online-key', and add what its online.pub.json calls newest",
+            )

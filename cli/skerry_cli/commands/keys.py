@@ -226,8 +226,14 @@ def show_own(folder: Path, own: keyring.OwnKey, as_json: bool) -> None:
 
 
 def post_later(run: Session, files: list[Path]) -> None:
-    """Posts finished versions of root and targets. Raises ``Usage`` for a file that holds neither."""
-    documents = []
+    """Gives finished versions of root and targets to the server: what follows one another in different roles, in one snapshot.
+
+    A root that names other keys for targets and the targets that they signed hold only together.
+
+    Raises:
+        Usage: a file holds neither.
+    """
+    snapshots: list[dict[str, str]] = []
     for path in files:
         try:
             data = path.read_bytes()
@@ -238,9 +244,11 @@ def post_later(run: Session, files: list[Path]) -> None:
             role = ""
         if role not in history.ROLES:
             raise Usage(f"{path}: wanted metadata of root or of targets")
-        documents.append({"role": role, "metadata": data.decode()})
-    for document in documents:
-        run.api.post("/api/v1/repository/metadata", document)
+        if not snapshots or role in snapshots[-1]:
+            snapshots.append({})
+        snapshots[-1][role] = data.decode()
+    for together in snapshots:
+        run.api.post("/api/v1/repository/set", together)
 
 
 def publish_ceremony(context: typer.Context, made: keys.Ceremony) -> None:
