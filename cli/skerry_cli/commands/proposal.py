@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from skerry_cli import catalog, keys, output, publishing
+from skerry_cli import keys, output, publishing
 from skerry_cli.client import Api, quote
 from skerry_cli.commands import publish
-from skerry_cli.commands.publish import ApproverName, AsJson, Yes
+from skerry_cli.commands.publish import ApproverName, AsJson, Expect, Lower, Yes
 from skerry_cli.commands.session import Session, now, session
 from skerry_cli.errors import CliError, RefusedForSafety, Usage
 
@@ -99,10 +99,8 @@ def sign(
     folder: Annotated[
         Path | None, typer.Option("--from", help="Check against this local bundle instead of the server's copy.")
     ] = None,
-    expect: Annotated[
-        list[str] | None, typer.Option("--expect", help="Digest of a bundle that comes in; repeat. Needed with --yes.")
-    ] = None,
-    lower: Annotated[bool, typer.Option("--lower", help="Allow a floor to go down or away.")] = False,
+    expect: Expect = None,
+    lower: Lower = False,
     force: Annotated[bool, typer.Option("--force", help="Take out a bundle although something runs it.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -114,19 +112,7 @@ def sign(
         raise RefusedForSafety(f"proposal {proposal} is {found['state']}: {found['reason']}")
     theirs = publishing.proposal_documents(found)
     worker = publish.approver_of(run, approver)
-    unused = publish.unused(run.api, force=force)
-
-    def check(difference: catalog.Difference) -> None:
-        added = {entry.digest for entry in difference.added}
-        if expect is not None and added != set(expect):
-            raise RefusedForSafety(f"the proposal adds {sorted(added) or 'no bundle'}, --expect says {sorted(expect)}")
-        if yes and added and expect is None and folder is None:
-            raise RefusedForSafety(
-                "with --yes nobody looks at what comes in",
-                advice="name every digest with --expect, give --from FOLDER, or answer the question",
-            )
-        unused(difference)
-
+    check = publish.expected(expect, seen=not yes or folder is not None, then=publish.unused(run.api, force=force))
     made = worker.cosign(
         theirs.metadata,
         theirs.floors,
@@ -147,7 +133,8 @@ def rebase(
     proposal: Proposal,
     approver: ApproverName = "approver",
     others: Annotated[list[str] | None, typer.Option("--with", help="Others who will sign too; repeat.")] = None,
-    lower: Annotated[bool, typer.Option("--lower", help="Allow a floor to go down or away.")] = False,
+    expect: Expect = None,
+    lower: Lower = False,
     force: Annotated[bool, typer.Option("--force", help="Take out a bundle although something runs it.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -175,7 +162,9 @@ def rebase(
         rebased.change,
         now=now(),
         approvers=rebased.approvers or (approver, *(others or ())),
-        confirm=publish.confirm(yes, as_json, publish.unused(run.api, force=force)),
+        confirm=publish.confirm(
+            yes, as_json, publish.expected(expect, seen=not yes, then=publish.unused(run.api, force=force))
+        ),
         leave=True,
     )
     if found["state"] == "open" or not made.complete:

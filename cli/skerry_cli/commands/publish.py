@@ -24,6 +24,10 @@ _MOST_USERS, _MOST_OF_A_USER = 20, 160
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 ApproverName = Annotated[str, typer.Option("--as", help="Name of the approver whose key signs.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+Expect = Annotated[
+    list[str] | None, typer.Option("--expect", help="Digest of a bundle that comes in; repeat. Needed with --yes.")
+]
+Lower = Annotated[bool, typer.Option("--lower", help="Allow a floor to go down or away.")]
 ProposalOut = Annotated[
     Path | None, typer.Option("--proposal", help="Where to keep the proposal when further approvers must sign.")
 ]
@@ -67,6 +71,8 @@ def approve(
         typer.Option("--targets", help="Signed targets that appear with it, e.g. without a revoked approver."),
     ] = None,
     root: Annotated[Path | None, typer.Option("--root", help="A signed root that appears with them.")] = None,
+    expect: Expect = None,
+    lower: Lower = False,
     force: Annotated[bool, typer.Option("--force", help="Take out a bundle although something runs it.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -79,6 +85,8 @@ def approve(
         raise Usage("wanted a bundle to approve, --remove, --renew or --cosign")
     if (cosign is not None and (targets or root)) or (root is not None and targets is None):
         raise Usage("--targets goes with a new catalog, --root with --targets")
+    if cosign is None and (expect is not None or lower):
+        raise Usage("--expect and --lower go with --cosign")
     worker = approver_of(run, approver)
     if cosign is not None:
         theirs = publishing.read_proposal(cosign)
@@ -89,7 +97,12 @@ def approve(
             root=theirs.root,
             now=now(),
             folder=folder,
-            confirm=confirm(yes, as_json, unused(run.api, force=force)),
+            lower_floors=lower,
+            confirm=confirm(
+                yes,
+                as_json,
+                expected(expect, seen=not yes or folder is not None, then=unused(run.api, force=force)),
+            ),
             leave=proposal_out is None,
         )
     else:
@@ -139,7 +152,7 @@ def floor_set(
             "--forced", help="Also stop what serves below it, at once. Only for what must not answer any more."
         ),
     ] = False,
-    lower: Annotated[bool, typer.Option("--lower", help="Allow the floor to go down or away.")] = False,
+    lower: Lower = False,
     approver: ApproverName = "approver",
     others: Annotated[list[str] | None, typer.Option("--with", help="Others who will sign too; repeat.")] = None,
     proposal_out: ProposalOut = None,
@@ -199,6 +212,31 @@ def _listed(text: str) -> tuple[str, str]:
     if not at:
         raise Usage(f"--remove {text!r}: wanted MODEL@VERSION")
     return model, version
+
+
+def expected(
+    expect: list[str] | None, *, seen: bool, then: Callable[[catalog.Difference], None]
+) -> Callable[[catalog.Difference], None]:
+    """Refuses a colleague's proposal that adds what nobody named: a stolen key of one approver's must not sign with a script's.
+
+    Args:
+        expect: digests that must come in, and no other; None when they were not named.
+        seen: a person answers, or a local bundle is what is compared.
+        then: looks at the difference afterwards.
+    """
+
+    def check(difference: catalog.Difference) -> None:
+        added = {entry.digest for entry in difference.added}
+        if expect is not None and added != set(expect):
+            raise RefusedForSafety(f"the proposal adds {sorted(added) or 'no bundle'}, --expect says {sorted(expect)}")
+        if added and expect is None and not seen:
+            raise RefusedForSafety(
+                "with --yes nobody looks at what comes in",
+                advice="name every digest with --expect, give --from FOLDER, or answer the question",
+            )
+        then(difference)
+
+    return check
 
 
 def unused(api: Api, *, force: bool) -> Callable[[catalog.Difference], None]:

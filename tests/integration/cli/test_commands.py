@@ -313,7 +313,13 @@ def test_two_approvers_sign_one_after_the_other(cli: Cli, tmp_path: Path) -> Non
         )
         assert first.code == OK and not first.json()["posted"]
         assert two("approve", "--cosign", proposal, "--as", "bob", "--yes", SKERRY_KEY_PASSWORD="wrong").code == USAGE
-        done = two("approve", "--cosign", proposal, "--as", "bob", "--yes", "--json")
+        # A script has to say what it expects: whoever holds ada's key alone gets nothing signed by bob's.
+        blind = two("approve", "--cosign", proposal, "--as", "bob", "--yes")
+        assert blind.code == REFUSED and "nobody looks at what comes in" in blind.err
+        other = two("approve", "--cosign", proposal, "--as", "bob", "--yes", "--expect", "ab" * 32)
+        assert other.code == REFUSED and "--expect says" in other.err
+        digest = canonical.sha256((tmp_path / "b" / "manifest.json").read_bytes())
+        done = two("approve", "--cosign", proposal, "--as", "bob", "--yes", "--expect", digest, "--json")
         assert done.code == OK and done.json()["posted"] and done.json()["signatures"] == 2
         assert two("approve", "--cosign", proposal, "--as", "ada", "--yes").code == REFUSED
     finally:

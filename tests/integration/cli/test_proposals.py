@@ -125,7 +125,10 @@ def test_of_two_proposals_that_meet_the_second_is_applied_anew(office: Office) -
     refused = office.cli["bea"]("proposal", "sign", late, "--as", "bea", "--expect", second, "--yes")
     assert refused.code == REFUSED and "void" in refused.err
 
-    done = office.cli["cyd"]("proposal", "rebase", late, "--as", "cyd", "--yes", "--json")
+    rebase = ("proposal", "rebase", late, "--as", "cyd", "--yes", "--json")
+    blind = office.cli["cyd"](*rebase)
+    assert blind.code == REFUSED and "nobody looks at what comes in" in blind.err
+    done = office.cli["cyd"](*rebase, "--expect", second)
     assert done.code == OK, done.err
     assert "its 1 signatures are void" in done.err
     assert [entry["digest"] for entry in done.json()["added"]] == [second]
