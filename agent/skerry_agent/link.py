@@ -210,7 +210,12 @@ class Link:
         failures = 0
         while True:
             began_s = time.monotonic()
-            down = await self._session()
+            try:
+                down = await self._session()
+            except Exception as error:
+                # A bug, and no reason to stay mute until the next start: nobody else begins a session.
+                log.exception("session failed")
+                down = Down(cause="refused", detail=f"{type(error).__name__}: {error}")
             lasted = time.monotonic() - began_s > _LASTING_S and not self._vain
             self._vain = False
             failures = 1 if lasted else failures + 1

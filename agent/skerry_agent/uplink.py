@@ -191,6 +191,10 @@ class Uplink:
 
     def _next_birth(self) -> int:
         try:
+            if int(self._store.get("birth", 0)) >= wire.MOST_BIRTH:
+                # Of an agent that believed any number; the server has no use for one so high.
+                self._store.put("birth", 0)
+                self._birth = 0
             self._birth = self._store.count_up("birth", self._birth)
         except Degraded as error:
             # A full disk must not end the link. Should the number come again after a restart, ``_own_state`` goes past it.
@@ -235,7 +239,10 @@ class Uplink:
             self.pump()
 
     def _own_state(self, seen: wire.State) -> None:
-        if seen.birth > self.link.birth:
+        if not wire.believable_birth(seen.birth, self.link.birth):
+            log.warning("a birth that cannot be is retained", extra=kv(seen=seen.birth, ours=self.link.birth))
+            self.report()
+        elif seen.birth > self.link.birth:
             # Another life of this device was further on (a restored backup): go past it, so that its will cannot win.
             log.warning("a later birth is retained", extra=kv(seen=seen.birth, ours=self.link.birth))
             self._birth = seen.birth

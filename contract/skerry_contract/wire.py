@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -35,6 +35,10 @@ MAX_EXTRA_BYTES = 16 * 1024
 """Most bytes of fields that the reader does not know. A byte can become an object of 70: what nobody asked for stays small."""
 MAX_SMALL_BYTES = 64 * 1024
 """Most bytes of a state, an event, an acknowledgement and whatever else is no batch, window or sample."""
+MOST_BIRTH = 1 << 53
+"""Greatest number of a device's session."""
+MOST_BIRTHS_AT_ONCE = 1 << 32
+"""Sessions that a device may be ahead of what is known of it: one per second for more than a century."""
 ONLINE, OFFLINE = "online", "offline"
 
 Kind = Literal["window", "event", "sample", "tombstone"]
@@ -51,6 +55,17 @@ _DICTIONARY = (
 
 Range = tuple[int, int]
 """Inclusive (low, high)."""
+Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQ)]
+"""What a database can hold: who says more down to a device is not heard."""
+
+
+def believable_birth(seen: int, known: int) -> bool:
+    """Whether a birth can follow from the one that is known: a broker can put any number where a device keeps its own.
+
+    >>> [believable_birth(n, 7) for n in (3, 8, 4_000_000_000, 1 << 33, 1 << 63)]
+    [True, True, True, False, False]
+    """
+    return 0 <= seen <= min(known + MOST_BIRTHS_AT_ONCE, MOST_BIRTH)
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,10 +207,10 @@ class Ack(msgspec.Struct, frozen=True, kw_only=True):
 
     schema: int = SCHEMA
     epoch: str
-    upto: int
-    extra_ranges: tuple[Range, ...] = ()
+    upto: Number
+    extra_ranges: tuple[tuple[Number, Number], ...] = ()
     server_time: float = 0.0
-    conflict: tuple[int, ...] = ()
+    conflict: tuple[Number, ...] = ()
     extra: dict[str, Any] = {}
 
 
@@ -203,7 +218,7 @@ class Bell(msgspec.Struct, frozen=True, kw_only=True):
     """Look again. ``version`` grows with every ring."""
 
     schema: int = SCHEMA
-    version: int
+    version: Number
     extra: dict[str, Any] = {}
 
 
@@ -212,7 +227,7 @@ class ServerState(msgspec.Struct, frozen=True, kw_only=True):
 
     schema: int = SCHEMA
     status: Literal["online", "offline"]
-    birth: int
+    birth: Number
     extra: dict[str, Any] = {}
 
 

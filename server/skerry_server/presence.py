@@ -79,6 +79,12 @@ class Presence:
     def apply(self, device: str, state: wire.State, *, retained: bool) -> bool:
         """Takes a state; False when it is older than what is known."""
         known = self._known[device]
+        if known.birth > wire.MOST_BIRTH:
+            # Of a server that believed any number.
+            known.birth = 0
+        if not wire.believable_birth(state.birth, known.birth):
+            # Nothing that the device says later would be above it.
+            return False
         late = known.spoke and state.birth == known.birth and not known.online and state.status == wire.ONLINE
         if state.birth < known.birth or (late and not retained):
             return False

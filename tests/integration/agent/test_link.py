@@ -99,7 +99,14 @@ def test_it_asks_for_nothing_that_makes_a_broker_keep_a_queue_and_a_refusal_ends
     assert (down.cause, "subscription" in down.detail) == ("refused", True)
 
 
-def _link(server: asyncio.Server, happened: Callable[[Happening], None]) -> Link:
+def _link(
+    server: asyncio.Server,
+    happened: Callable[[Happening], None],
+    *,
+    next_birth: Callable[[], int] = lambda: 1,
+    will: Callable[[int], bytes] = lambda _: b"gone",
+    backoff_scale: float = 1.0,
+) -> Link:
     nowhere = Path("nowhere")
     identity = Identity(
         device=ids.DeviceId("dev-a"),
@@ -113,7 +120,13 @@ def _link(server: asyncio.Server, happened: Callable[[Happening], None]) -> Link
         fleet_ca=nowhere,
     )
     return Link(
-        identity, context=None, next_birth=lambda: 1, will=lambda _: b"gone", on_happening=happened, draw=lambda: 0.0
+        identity,
+        context=None,
+        next_birth=next_birth,
+        will=will,
+        on_happening=happened,
+        draw=lambda: 0.0,
+        backoff_scale=backoff_scale,
     )
 
 
@@ -137,3 +150,30 @@ async def _publish() -> int:
     finally:
         await link.stop()
         server.close()
+
+
+def test_a_session_that_cannot_even_begin_is_tried_again() -> None:
+    births = iter((1 << 70, 2))
+
+    def will(birth: int) -> bytes:
+        return birth.to_bytes(8, "big")
+
+    async def news() -> list[Happening]:
+        server = await asyncio.start_server(_broker, "127.0.0.1", 0)
+        seen: list[Happening] = []
+        link = _link(server, seen.append, next_birth=lambda: next(births), will=will, backoff_scale=0.01)
+        link.start()
+        try:
+            for _ in range(200):
+                if len(seen) > 1:
+                    break
+                await asyncio.sleep(0.05)
+        finally:
+            await link.stop()
+            server.close()
+        return seen
+
+    down, up = asyncio.run(news())
+    assert isinstance(down, Down)
+    assert "OverflowError" in down.detail
+    assert up == Up(birth=2)

@@ -118,6 +118,30 @@ def test_an_older_birth_on_the_own_state_topic_is_answered_with_the_present_one(
     wait_for(lambda: server.states[-1].status == "online" and server.states[-1].birth >= 1, why="online again")
 
 
+@pytest.mark.parametrize("birth", [(1 << 63) - 1, (1 << 64) - 1])
+def test_a_birth_that_a_broker_made_up_mutes_the_device_neither_now_nor_after_a_restart(
+    serving: Device, server: Server, broker: Broker, birth: int
+) -> None:
+    before = serving.status()["link"]["birth"]
+    client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv311)
+    client.connect("127.0.0.1", broker.port)
+    client.loop_start()
+    said = wire.encode(wire.State(status="offline", birth=birth))
+    client.publish(topics.state(DEVICE), said, qos=1, retain=True).wait_for_publish(5)
+    client.disconnect()
+    client.loop_stop()
+    wait_for(lambda: "a birth that cannot be is retained" in serving.log(), why="a look at what is retained")
+    wait_for(
+        lambda: (server.states[-1].status, server.states[-1].birth) == ("online", before), why="its own birth again"
+    )
+    serving.kill()
+    serving.start()
+    wait_for(
+        lambda: server.states[-1].status == "online" and before < server.states[-1].birth < before + 100,
+        why="the next birth",
+    )
+
+
 def test_a_killed_device_is_offline_by_its_will_with_its_birth(serving: Device, server: Server) -> None:
     birth = serving.status()["link"]["birth"]
     serving.kill()

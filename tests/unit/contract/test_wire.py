@@ -299,3 +299,17 @@ def test_windows_merged_after_the_wire_are_those_merged_before(a: w.Window, b: w
 
     if all(getattr(x.latency, part).total < 1 << 63 for x in (a, b) for part in x.latency.__struct_fields__):
         assert w.merge(through(a), through(b)) == w.merge(a, b)
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 63, (1 << 64) - 1])
+def test_a_device_hears_no_number_that_a_database_cannot_hold(number: int) -> None:
+    ack = {"schema": 1, "epoch": "1" * 32, "upto": 1}
+    for kind, fields in (
+        (wire.Ack, {**ack, "upto": number}),
+        (wire.Ack, {**ack, "extra_ranges": [[1, number]]}),
+        (wire.Ack, {**ack, "conflict": [number]}),
+        (wire.Bell, {"schema": 1, "version": number}),
+        (wire.ServerState, {"schema": 1, "status": "online", "birth": number}),
+    ):
+        with pytest.raises(Malformed):
+            wire.decode(kind, msgspec.msgpack.encode(fields))

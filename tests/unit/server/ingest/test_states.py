@@ -3,6 +3,8 @@
 import pytest
 from skerry_contract import wire
 from skerry_server.db import tables as t
+from skerry_server.db.engine import writing
+from sqlalchemy import update
 
 
 def row(server):
@@ -151,3 +153,20 @@ def test_a_model_or_version_that_cannot_be_is_not_shown_to_people(server, make, 
     server.take(make.state("dev-a", 1, running=running(**said)))
     assert row(server)["running"] == {}
     assert server.rows(t.quarantine)[0]["code"] == "malformed"
+
+
+@pytest.mark.parametrize("status", ["online", "offline"])
+@pytest.mark.parametrize("birth", [(1 << 63) - 1, (1 << 53) + 1, 1 << 33])
+def test_a_birth_that_a_broker_made_up_mutes_no_device(server, make, birth, status):
+    server.take(make.state("dev-a", 1))
+    server.take(make.state("dev-a", birth, status, agent="6.6.6"))
+    assert (row(server)["birth"], row(server)["online"]) == (1, True)
+    server.take(make.state("dev-a", 2, agent="0.1.0"))
+    assert (row(server)["birth"], row(server)["online"], row(server)["agent"]) == (2, True, "0.1.0")
+
+
+def test_a_birth_that_was_believed_once_is_forgotten(server, make):
+    with writing(server.engine) as conn:
+        conn.execute(update(t.devices).where(t.devices.c.id == "dev-a").values(birth=(1 << 63) - 1))
+    server.take(make.state("dev-a", 3, agent="0.1.0"))
+    assert (row(server)["birth"], row(server)["online"]) == (3, True)
