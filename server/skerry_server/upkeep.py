@@ -6,7 +6,8 @@ they hold; where that is ahead, the online roles jump above it. What the offline
 in the audit when it opens and when it closes.
 
 A device can lie. A jump costs nothing but numbers, so it is bounded per step and in time, and what is beyond the bound is shown with
-the device's name instead.
+the device's name instead: of each role one report is remembered, and one within the bound goes before any beyond it, so that
+a liar hides nobody. What a device said that is not enrolled any more is forgotten.
 """
 
 from __future__ import annotations
@@ -36,14 +37,23 @@ _a = t.ahead.c
 
 def note_held(conn: Connection, held: Mapping[str, Mapping[str, Any]], now_ms: int) -> None:
     """Remembers what devices say they hold (device -> role -> version) where it is ahead of what is served."""
-    best: dict[str, tuple[int, str]] = {}
-    for device, versions in held.items():
-        for role, version in versions.items():
-            if role in expiry.LIVES_MS and isinstance(version, int) and 0 < version < 1 << 62:
-                best[role] = max(best.get(role, (0, "")), (version, device))
-    if not best:
+    heard = [
+        (role, version, device)
+        for device, versions in held.items()
+        for role, version in versions.items()
+        if role in expiry.LIVES_MS and isinstance(version, int) and 0 < version < 1 << 62
+    ]
+    if not heard:
         return
     served = {row.role: row.version for row in conn.execute(select(t.roles.c.role, t.roles.c.version))}
+
+    def weight(role: str, version: int) -> tuple[bool, int]:
+        return version <= served.get(role, 0) + MOST_JUMP, version
+
+    best: dict[str, tuple[int, str]] = {}
+    for role, version, device in heard:
+        if role not in best or weight(role, version) > weight(role, best[role][0]):
+            best[role] = version, device
     known = {row.role: row for row in conn.execute(select(t.ahead))}
     for role, (version, device) in best.items():
         there = known.get(role)
@@ -51,7 +61,9 @@ def note_held(conn: Connection, held: Mapping[str, Mapping[str, Any]], now_ms: i
             # It does not say so any more: a lie, or a state folder that was made anew.
             conn.execute(delete(t.ahead).where(_a.role == role, _a.device == there.device))
             there = None
-        if role in served and version > served[role] and (there is None or version > there.version):
+        if role not in served or version <= served[role]:
+            continue
+        if there is None or there.version <= served[role] or weight(role, version) > weight(role, there.version):
             values = {"version": version, "device": device, "at_ms": now_ms}
             added = queries.upsert(conn, t.ahead).values(role=role, **values)
             conn.execute(added.on_conflict_do_update(index_elements=["role"], set_=values))
@@ -75,6 +87,7 @@ class Upkeep:
 
     def look(self, now_ms: int) -> None:
         """One look: catches up where devices are ahead, then says what opened and closed."""
+        self._forget_gone()
         self._catch_up(now_ms)
         with reading(self._engine) as conn:
             found = {f"{alert.role} {alert.code}": alert for alert in alerts(conn, now_ms)}
@@ -99,6 +112,15 @@ class Upkeep:
                     reason="it is as it should be",
                 )  # fmt: skip
         self._open = {key: alert.text for key, alert in found.items()}
+
+    def _forget_gone(self) -> None:
+        enrolled = select(t.devices.c.id).where(t.devices.c.status == "enrolled")
+        gone = _a.device.not_in(enrolled)
+        with reading(self._engine) as conn:
+            found = conn.execute(select(_a.role).where(gone)).first()
+        if found is not None:
+            with writing(self._engine) as conn:
+                conn.execute(delete(t.ahead).where(gone))
 
     def _catch_up(self, now_ms: int) -> None:
         with reading(self._engine) as conn:
