@@ -19,3 +19,8 @@ def utc(ms: int) -> dt.datetime:
 def utc_now() -> dt.datetime:
     """Now, as an aware datetime in UTC."""
     return utc(now_ms())
+
+
+def monotonic_s() -> float:
+    """Seconds by a clock that nobody sets; its start means nothing."""
+    return time.monotonic()

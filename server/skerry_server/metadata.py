@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,11 @@ from securesystemslib.signer import CryptoSigner, Signer
 from skerry_contract import canonical, layout
 from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, TargetFile, Targets, Timestamp
 
-from skerry_server import durable, trust
+from skerry_server import clock, durable, trust
+from skerry_server.core.signing_time import plausible, signing_time_s
 from skerry_server.trust import RepositoryRefused
+
+log = logging.getLogger(__name__)
 
 ONLINE_LIFE = dt.timedelta(days=7)
 TIMESTAMP_LIFE = dt.timedelta(days=1)
@@ -64,9 +68,18 @@ class MetadataFolder:
         signers: hold the server's online keys, oldest first: after one was made to replace another, both are here until the
             operator's roles name the new one.
         now: the server's clock, aware, UTC.
+        monotonic_s: seconds by a clock that nobody sets.
     """
 
-    def __init__(self, folder: Path, signers: Sequence[Signer], now: Callable[[], dt.datetime]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        signers: Sequence[Signer],
+        now: Callable[[], dt.datetime],
+        monotonic_s: Callable[[], float] = clock.monotonic_s,
+    ) -> None:
+        self._monotonic_s = monotonic_s
+        self._begun: tuple[int, float] | None = None
         self._folder = folder
         self._signers = {str(signer.public_key.keyid): signer for signer in signers}
         self._now = now
@@ -137,12 +150,15 @@ class MetadataFolder:
         root, targets, catalog = state.root, state.targets, state.catalog
         if root is None or targets is None or catalog is None:
             return ()
-        now, floor = self._now(), floor or {}
+        floor = floor or {}
+        signed_at = self._next_signed_at(root, state.timestamp)
+        # Devices take it to be signed_at at least, however far behind it this clock is: what is signed must outlive that.
+        now = max(self._now(), dt.datetime.fromtimestamp(signed_at, dt.UTC))
         signed: list[str] = []
 
         fleet = state.fleet
         due = fleet is None or fleet_targets is not None or layout.FLEET_ROLE in floor
-        if fleet is None or due or self._due(targets.signed, layout.FLEET_ROLE, fleet, ONLINE_LIFE):
+        if fleet is None or due or self._due(targets.signed, layout.FLEET_ROLE, fleet, ONLINE_LIFE, now):
             listed = dict(fleet_targets if fleet_targets is not None else fleet.signed.targets if fleet else {})
             version = _above(fleet, floor.get(layout.FLEET_ROLE, 0))
             fleet = self._sign(
@@ -157,7 +173,7 @@ class MetadataFolder:
         }
         snapshot = state.snapshot
         due = snapshot is None or snapshot.signed.meta != meta or Snapshot.type in floor
-        if snapshot is None or due or self._due(root.signed, Snapshot.type, snapshot, ONLINE_LIFE):
+        if snapshot is None or due or self._due(root.signed, Snapshot.type, snapshot, ONLINE_LIFE, now):
             version = _above(snapshot, floor.get(Snapshot.type, 0))
             snapshot = self._sign(
                 root.signed, Snapshot.type, Snapshot(version=version, expires=now + ONLINE_LIFE, meta=meta)
@@ -167,13 +183,11 @@ class MetadataFolder:
 
         timestamp = state.timestamp
         if only_due and not signed and timestamp is not None:
-            if not self._due(root.signed, Timestamp.type, timestamp, TIMESTAMP_LIFE):
+            if not self._due(root.signed, Timestamp.type, timestamp, TIMESTAMP_LIFE, now):
                 return ()
-        # Never earlier than the last one: devices take it as a lower bound of now, and our clock may have been set back.
-        signed_at = max(int(now.timestamp()), _signed_at(timestamp))
         new = Timestamp(
             version=_above(timestamp, floor.get(Timestamp.type, 0)),
-            expires=dt.datetime.fromtimestamp(signed_at, dt.UTC) + TIMESTAMP_LIFE,
+            expires=now + TIMESTAMP_LIFE,
             snapshot_meta=_meta_file(snapshot),
             unrecognized_fields={layout.SIGNED_AT_FIELD: signed_at},
         )
@@ -215,8 +229,24 @@ class MetadataFolder:
             ) from None
         return Held(signed=trust.parse(data, kind, role).signed, data=data)
 
-    def _due(self, delegator: Root | Targets, role: str, held: Held, life: dt.timedelta) -> bool:
-        if held.signed.expires - self._now() < life / 2:
+    def _next_signed_at(self, root: Held, timestamp: Held | None) -> int:
+        """See ``signing_time``. Devices forget what a key said that root names no more, so that is no bound here either."""
+        last_s = 0
+        if timestamp is not None and _holds(root.signed, Timestamp.type, timestamp):
+            last_s = _signed_at(timestamp)
+        now_s, monotonic_s = int(self._now().timestamp()), self._monotonic_s()
+        if self._begun is None or last_s < self._begun[0]:
+            self._begun = last_s, monotonic_s
+        begun_s, at_s = self._begun
+        signed_at = signing_time_s(now_s, last_s, begun_s, monotonic_s - at_s)
+        if not plausible(begun_s):
+            self._begun = signed_at, monotonic_s
+        if signed_at != now_s:
+            log.warning("signing time is not the clock's signed_at=%d now=%d", signed_at, now_s)
+        return signed_at
+
+    def _due(self, delegator: Root | Targets, role: str, held: Held, life: dt.timedelta, now: dt.datetime) -> bool:
+        if held.signed.expires - now < life / 2:
             return True
         return not _holds(delegator, role, held)
 

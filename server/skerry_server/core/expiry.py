@@ -16,6 +16,8 @@ LIVES_MS = {
     "timestamp": _DAY_MS,
 }
 """How long a role is signed for. It is time to sign it anew at a third left; online roles should have been at half."""
+ONLINE_ROLES = frozenset({"fleet", "snapshot", "timestamp"})
+_MOST_AHEAD_MS = 3_600_000
 _DO = {
     "root": "its holders sign the next one: skerry keys rotate --root",
     "targets": "its holders sign the next one: skerry keys rotate --targets",
@@ -23,7 +25,12 @@ _DO = {
 }
 _DO_ONLINE = "this server signs it by itself and could not: its log says why; does root still name its online key?"
 
-Code = Literal["metadata_expired", "metadata_expires", "devices_hold_newer"]
+_DO_AHEAD = (
+    "set this server's clock right; what it signed ahead of the time counts on devices until its key is replaced: "
+    "skerry-server new-online-key, then skerry keys rotate --add-online --remove-online"
+)
+
+Code = Literal["metadata_expired", "metadata_expires", "signed_time_ahead", "devices_hold_newer"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +59,8 @@ def alerts(
 
     >>> [a.code for a in alerts({"timestamp": (7, 100), "catalog": (2, 180 * 86_400_000)}, {"catalog": (3, "press-7")}, 200)]
     ['metadata_expired', 'devices_hold_newer']
+    >>> [a.code for a in alerts({"timestamp": (7, 30 * 86_400_000)}, {}, 200)]
+    ['signed_time_ahead']
     """
     found = []
     for role, (version, expires_ms) in roles.items():
@@ -63,6 +72,9 @@ def alerts(
         elif life_ms is not None and left_ms < life_ms / 3:
             text = f"{role} version {version} expires in {_span(left_ms)}"
             found.append(Alert(code="metadata_expires", role=role, text=text, do=do, left_ms=left_ms))
+        elif role in ONLINE_ROLES and life_ms is not None and left_ms > life_ms + _MOST_AHEAD_MS:
+            text = f"{role} version {version} was signed {_span(left_ms - life_ms)} ahead of the time: this server's clock was or is wrong"
+            found.append(Alert(code="signed_time_ahead", role=role, text=text, do=_DO_AHEAD, left_ms=left_ms))
     found.sort(key=lambda alert: (alert.left_ms or 0, alert.role))
     for role, (version, device) in sorted(ahead.items()):
         served = roles.get(role, (0, 0))[0]

@@ -14,7 +14,8 @@ from securesystemslib.signer import CryptoSigner, Key
 from skerry_agent.courier import safe_updater, transport, updater
 from skerry_cli import catalog, key_files, keys
 from skerry_contract import layout
-from skerry_server.metadata import load_online_signer, make_online_key
+from skerry_server.core import expiry
+from skerry_server.metadata import MetadataFolder, load_online_signer, make_online_key
 from skerry_server.repository import Repository, RepositoryRefused
 from tuf.api.metadata import Metadata, TargetFile
 
@@ -327,6 +328,45 @@ def test_signing_time_never_goes_back_when_the_servers_clock_does(fleet, device)
     fleet.clock.ahead = dt.timedelta(hours=-5)
     fleet.repository.publish_group("line-1", fleet.document())
     assert device.sync()["signed_at"] >= first
+
+
+@pytest.mark.parametrize("days", [5, 30, 400])
+def test_a_clock_that_ran_ahead_once_stops_no_device(fleet, device, days):
+    device.sync()
+    fleet.clock.ahead = dt.timedelta(days=days)
+    assert "timestamp" in fleet.repository.refresh_expiring()
+    ahead = device.sync(now_s=0)
+    fleet.clock.ahead = dt.timedelta()
+    fleet.repository.refresh_expiring()
+    fleet.repository.publish_group("line-1", fleet.document(2))
+    known = {"lower_bound_s": ahead["signed_at"], "lower_bound_keys": ahead["online_keys"]}
+    for bound in ({}, known):
+        assert json.loads(device.sync(**bound)["group_document"])["generation"] == 2
+    # What a reference of time sees; nothing that people signed for half a year has ended by it.
+    assert 0 <= ahead["signed_at"] - fleet.clock().timestamp() < 8 * 86400
+    roles = {role: (held["version"], held["expires_ms"]) for role, held in fleet.repository.status().items()}
+    alerts = expiry.alerts(roles, {}, int(fleet.clock().timestamp() * 1000))
+    assert {"signed_time_ahead"} == {alert.code for alert in alerts}
+
+
+def test_a_server_that_was_off_for_long_catches_up(fleet, tmp_path):
+    spent = [0.0]
+    path = fleet.path / "metadata"
+    folder = MetadataFolder(path, [fleet.online], fleet.clock, monotonic_s=lambda: spent[0])
+
+    def lag_days():
+        folder.publish(folder.load(), only_due=False)
+        said = json.loads((path / "timestamp.json").read_bytes())["signed"]["x-skerry-signed-at"]
+        return (fleet.clock().timestamp() - said) / 86400
+
+    fleet.clock.ahead = dt.timedelta(days=60)
+    assert lag_days() == pytest.approx(53, abs=0.1)
+    spent[0] = 20 * 86400.0
+    fleet.clock.ahead = dt.timedelta(days=80)
+    assert lag_days() == pytest.approx(33, abs=0.1)
+    spent[0] = 60 * 86400.0
+    fleet.clock.ahead = dt.timedelta(days=120)
+    assert lag_days() == pytest.approx(0, abs=0.1)
 
 
 def test_restored_backup_jumps_above_what_devices_hold(fleet, device, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 from securesystemslib.signer import CryptoSigner
 from skerry_cli import catalog, keys
+from skerry_contract import layout
 from skerry_server import online_keys
 from skerry_server.repository import Repository, RepositoryRefused
 from tuf.api.metadata import Metadata
@@ -206,6 +207,26 @@ def test_versions_that_a_thief_ran_ahead_are_left_behind_with_his_key(fleet, gas
     thief = Repository(fleet.path, fleet.online, fleet.clock)
     with pytest.raises(RepositoryRefused, match="cannot sign"):
         thief.publish_group("line-1", fleet.document(3))
+
+
+def test_a_time_that_was_signed_far_ahead_on_this_very_disk_goes_with_its_key(fleet, gas, device):
+    fleet.approve(gas)
+    fleet.clock.ahead = dt.timedelta(days=400)
+    timestamp = fleet.path / "metadata" / "timestamp.json"
+    far = Metadata.from_bytes(timestamp.read_bytes())
+    far.signed.unrecognized_fields[layout.SIGNED_AT_FIELD] = int(fleet.clock().timestamp())
+    far.signed.expires = fleet.clock() + dt.timedelta(days=1)
+    far.sign(fleet.online)
+    timestamp.write_bytes(far.to_bytes())
+    fleet.clock.ahead = dt.timedelta()
+    fleet.repository.publish_group("line-1", fleet.document(1))
+    assert device.error("sync", group="line-1") == ("rejected", "expired")
+    root, targets, _ = other_online_key(fleet)
+    fleet.repository.install(root=root, targets=targets)
+    fleet.repository.publish_group("line-1", fleet.document(2))
+    synced = device.sync()
+    assert json.loads(synced["group_document"])["generation"] == 2
+    assert abs(synced["signed_at"] - fleet.clock().timestamp()) < 60
 
 
 def test_a_device_that_missed_ten_roots_follows_them_all_at_once(fleet, gas, device):
