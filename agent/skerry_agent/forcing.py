@@ -15,9 +15,9 @@ from skerry_contract import floors
 from skerry_agent.clock import Clock
 from skerry_agent.core import effects as e
 from skerry_agent.logs import kv
+from skerry_agent.remembered import Remembered
 from skerry_agent.serving import Serving
 from skerry_agent.slots import Slots
-from skerry_agent.store import Store
 from skerry_agent.updating import Updating
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,10 @@ class Forcing:
         comes_first: an update was ended for the sake of what must stop: none is taken up before that has stopped.
     """
 
-    def __init__(self, store: Store, slots: Slots, serving: Serving, updating: Updating, clock: Clock) -> None:
-        self._store = store
+    def __init__(
+        self, remembered: Remembered, slots: Slots, serving: Serving, updating: Updating, clock: Clock
+    ) -> None:
+        self._remembered = remembered
         self._slots = slots
         self._serving = serving
         self._updating = updating
@@ -47,8 +49,8 @@ class Forcing:
         slots.forbidden = lambda model, version: not floors.allows(self._forced, model, version)
 
     def recall(self) -> None:
-        """Goes by the stored floors from now on, and looks at once."""
-        self._forced = dict(self._store.get("forced", {}))
+        """Goes by the remembered floors from now on, and looks at once."""
+        self._forced = dict(self._remembered.forced)
         self._tried_s = float("-inf")
 
     def tick(self) -> None:

@@ -47,6 +47,7 @@ from skerry_agent.obeying import Obeying
 from skerry_agent.operating import Operating
 from skerry_agent.orders import Orders
 from skerry_agent.pulse import Pulse
+from skerry_agent.remembered import Remembered
 from skerry_agent.restarts import Restarts
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
@@ -114,7 +115,7 @@ class Supervisor:
         )
         self._note_boot()
         self._restarts = Restarts(self._store, self._clock, scale=config.timing.backoff_scale)
-        self._clock.set_lower_bound(float(self._store.get("lower_bound_s", 0.0)))
+        self._remembered = Remembered(self._store, self._clock, config.state_dir)
         self._slots = Slots(config.state_dir / "slots")
         self._runtimes = Runtimes(config, self._clock, self._draw)
         self._stratum = facts.stratum(config, self._runtimes.usable)
@@ -130,7 +131,7 @@ class Supervisor:
         )  # fmt: skip
         self._syncing = Syncing(
             config, self._store, self._slots, self._clock, self._errands, self._uplink, self._orders, self._asked_logs,
-            errand_input=self._errand_input, on_document=self._apply_settings, on_orders=self._ordered,
+            self._remembered, errand_input=self._errand_input, on_document=self._apply_settings, on_orders=self._ordered,
             on_synced=self._follow_plan, on_fault=self._fault, device=self._identity.device, draw=self._draw,
         )  # fmt: skip
         self._chronicle = Chronicle(self._store, self._slots, self._runtimes, on_event=self._uplink.event)
@@ -185,7 +186,7 @@ class Supervisor:
             self._updating, self._shadowing, stratum=self._stratum,
             ready=lambda: self._booted and not self._stop.is_set() and not self._forcing.comes_first, on_event=self._uplink.event, ask_sync=self.sync,
         )  # fmt: skip
-        self._forcing = Forcing(self._store, self._slots, self._serving, self._updating, self._clock)
+        self._forcing = Forcing(self._remembered, self._slots, self._serving, self._updating, self._clock)
         self._pulse = Pulse(
             self._notify, self._clock, self._address, should_answer=self._should_answer,
             store_failed=lambda: self._ended is not None, unserved_s=lambda: self._config.timing.unserved_s,
@@ -438,7 +439,7 @@ class Supervisor:
             "server_url": self._identity.server_url,
             "repository_url": self._identity.repository_url,
             "lower_bound_s": self._clock.lower_bound_s,
-            "lower_bound_keys": self._store.get("lower_bound_keys", []),
+            "lower_bound_keys": list(self._remembered.bound_keys),
             "now_s": self._clock.wall_s(),
         }
 

@@ -24,6 +24,7 @@ from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 from skerry_agent.link import Rang
 from skerry_agent.logs import kv
 from skerry_agent.orders import Orders
+from skerry_agent.remembered import Remembered
 from skerry_agent.slots import Slots
 from skerry_agent.store import Store
 from skerry_agent.uplink import Uplink
@@ -58,6 +59,7 @@ class Syncing:
         uplink: Uplink,
         orders: Orders,
         asked_logs: AskedLogs,
+        remembered: Remembered,
         *,
         errand_input: Callable[[], dict[str, Any]],
         on_document: Callable[[], None],
@@ -75,6 +77,7 @@ class Syncing:
         self._uplink = uplink
         self._orders = orders
         self._asked_logs = asked_logs
+        self._remembered = remembered
         self._errand_input = errand_input
         self._on_document = on_document
         self._on_orders = on_orders
@@ -198,11 +201,17 @@ class Syncing:
             },
             timeout_s=self._config.timing.courier_s,
         )
+        online_keys = tuple(answer.get("online_keys") or ())
         with self._store.transaction():
-            self._take_lower_bound(float(answer.get("signed_at") or 0.0), tuple(answer.get("online_keys") or ()))
             self._store.put("tuf", answer.get("tuf") or {})
-            self._store.put("floors", _higher(self._store.get("floors", {}), answer.get("floors") or {}))
-            self._store.put("forced", _higher(self._store.get("forced", {}), answer.get("forced") or {}))
+            self._remembered.take(
+                signed_at_s=float(answer.get("signed_at") or 0.0),
+                signed_by=tuple(answer.get("signed_by") or online_keys),
+                named=online_keys,
+                floors=answer.get("floors") or {},
+                forced=answer.get("forced") or {},
+            )
+        self._remembered.keep()
         self._membership(answer.get("membership"), answer.get("self_error"))
         text = str(answer.get("group_document") or "")
         if text:
@@ -251,15 +260,6 @@ class Syncing:
         self._uplink.event("certificate", "", {"expires_s": answer.get("expires_s")})
         self._uplink.link.reconnect()
 
-    def _take_lower_bound(self, signed_at_s: float, keys: tuple[str, ...]) -> None:
-        trusted = set(self._store.get("lower_bound_keys", []))
-        # Under keys that the root replaced since, a stolen key may have set the bound ahead: it is void, not merely old.
-        void = bool(trusted) and bool(keys) and not trusted & set(keys)
-        if signed_at_s > 0 and (void or signed_at_s > self._clock.lower_bound_s):
-            self._clock.set_lower_bound(signed_at_s)
-            self._store.put("lower_bound_s", signed_at_s)
-            self._store.put("lower_bound_keys", keys)
-
     def _failed(self, error: AgentError | ContractError, failures: int) -> None:
         code, detail = error.code, error.detail if isinstance(error, AgentError) else str(error)
         known = self._status["code"] == code
@@ -287,12 +287,3 @@ class Syncing:
             self._orders.move(name)
             self._uplink.link.follow(name)
             self.ask()
-
-
-def _higher(known: dict[str, str], found: dict[str, str]) -> dict[str, str]:
-    """Floors only rise, whatever a later catalog says."""
-    result = dict(known)
-    for model, version in found.items():
-        if model not in result or ids.version_key(version) > ids.version_key(result[model]):
-            result[str(model)] = str(version)
-    return result

@@ -27,7 +27,7 @@ def sync(request: requests.Sync) -> dict[str, Any]:
     confirmed. Then ``floors`` is None and ``catalog_error`` says why.
 
     Returns:
-        ``tuf`` {role: version}, ``signed_at`` with ``online_keys`` whose word it is, ``group``, ``group_document`` (canonical
+        ``tuf`` {role: version}, ``signed_at`` with ``signed_by`` whose word it is, ``online_keys`` that root names for it, ``group``, ``group_document`` (canonical
         JSON text, None when the group has none), ``floors`` and ``forced``, ``catalog_error`` {code, detail} or None, ``membership`` (None
         when the server could not be asked, then ``self_error`` {kind, code, detail}), ``renew_at_s`` and ``ends_s`` (when two
         thirds of the certificate's life are over, and when it ends, seconds since 1970; None when it cannot be read).
@@ -57,6 +57,7 @@ def sync(request: requests.Sync) -> dict[str, Any]:
         "tuf": fresh.versions(),
         "signed_at": fresh.signed_at,
         "online_keys": list(fresh.online_keys),
+        "signed_by": list(fresh.signed_by),
         "group": name,
         "group_document": None if document is None else document.decode(),
         "floors": found,

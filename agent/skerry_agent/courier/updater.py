@@ -13,7 +13,7 @@ from pathlib import Path
 
 from skerry_contract import layout
 from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import Root, Snapshot, Targets, Timestamp
+from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 from tuf.ngclient import FetcherInterface, UpdaterConfig
 
 from skerry_agent.courier.safe_updater import SafeUpdater, utc
@@ -67,8 +67,15 @@ class DeviceUpdater(SafeUpdater):
 
     @property
     def online_keys(self) -> tuple[str, ...]:
-        """Key ids that root names for the timestamp: whose word ``signed_at`` is."""
+        """Key ids that root names for the timestamp."""
         return tuple(self._trusted_set.root.roles[Timestamp.type].keyids)
+
+    @property
+    def signed_by(self) -> tuple[str, ...]:
+        """Key ids whose signatures on the timestamp hold: whose word ``signed_at`` is. Only after ``refresh``."""
+        held: Metadata[Timestamp] = Metadata.from_bytes(self._load_local_metadata(Timestamp.type))
+        found = self._trusted_set.root.get_verification_result(Timestamp.type, held.signed_bytes, held.signatures)
+        return tuple(found.signed)
 
     def versions(self) -> dict[str, int]:
         """The version of each role that was loaded and verified in this run."""

@@ -92,3 +92,22 @@ def test_an_update_of_a_bundle_that_is_forbidden_meanwhile_ends(serving: Device,
     wait_for(lambda: serving.running() == ("", ""), why="neither the trial's bundle nor the one before it serves")
     found = wait_for(lambda: [e for e in server.events() if e.code == "below_forced_floor"], why="the event")
     assert found[0].data["failed_in"] == "trial"
+
+
+def test_a_forced_floor_outlives_a_damaged_store(serving: Device, server: Server) -> None:
+    force(serving, "2.0.0")
+    wait_for(lambda: serving.running() == ("", "") and nothing_answers(serving), why="it stops")
+    serving.world["floors"] = serving.world["forced"] = {}
+    serving.world["down"] = True
+    serving.save()
+    serving.kill()
+    database = serving.state_dir / "state.db"
+    data = bytearray(database.read_bytes())
+    data[100:4096] = bytes(3996)
+    database.write_bytes(data)
+    for suffix in ("-wal", "-shm"):
+        database.with_name(f"state.db{suffix}").unlink(missing_ok=True)
+    serving.start()
+    wait_for(lambda: serving.status()["outbox"]["lost"].get("store_damaged") == 1, why="the store was set aside")
+    assert serving.running() == ("", "")
+    assert nothing_answers(serving)

@@ -209,6 +209,45 @@ def test_versions_that_a_thief_ran_ahead_are_left_behind_with_his_key(fleet, gas
         thief.publish_group("line-1", fleet.document(3))
 
 
+def test_a_time_from_a_key_that_stood_beside_another_goes_when_root_names_the_other_alone(fleet, gas, device):
+    """Root named old and new together; what the stolen old one said is its word alone."""
+    fleet.approve(gas)
+    old, new = fleet.online.public_key, online_keys.add(fleet.folder / "keys").public_key
+    root, targets = fleet.ceremony.root, fleet.ceremony.targets
+
+    def rotate(*named):
+        nonlocal root, targets
+        by_id = {key.keyid: key for key in named}
+        root = keys.next_root(root, signers=[fleet.signer("root")], now=fleet.clock(), online_keys=by_id)
+        targets = keys.next_targets(
+            targets, root=root, signers=[fleet.signer("targets")], now=fleet.clock(), online_keys=by_id
+        )
+        fleet.repository = Repository(fleet.path, online_keys.open_all(fleet.folder / "keys"), fleet.clock)
+        fleet.repository.install(root=root, targets=targets)
+
+    rotate(old, new)
+    timestamp = fleet.path / "metadata" / "timestamp.json"
+    honest = timestamp.read_bytes()
+    far = Metadata.from_bytes(honest)
+    far.signed.version += 1
+    far.signed.unrecognized_fields[layout.SIGNED_AT_FIELD] = int(fleet.clock().timestamp()) + 6 * 86400
+    far.signed.expires = fleet.clock() + dt.timedelta(days=3000)
+    far.sign(fleet.online)
+    timestamp.write_bytes(far.to_bytes())
+    poisoned = device.sync()
+    assert (poisoned["signed_by"], set(poisoned["online_keys"])) == ([old.keyid], {old.keyid, new.keyid})
+    timestamp.write_bytes(honest)
+    fleet.clock.ahead = dt.timedelta(hours=1)
+    rotate(new)
+    fleet.repository.publish_group("line-1", fleet.document(3))
+    bound = {"lower_bound_s": poisoned["signed_at"] + 30 * 86400, "now_s": fleet.clock().timestamp()}
+    synced = device.sync(**bound, lower_bound_keys=poisoned["signed_by"])
+    assert json.loads(synced["group_document"])["generation"] == 3
+    assert synced["signed_by"] == [new.keyid]
+    kept = [old.keyid, new.keyid]
+    assert device.error("sync", group="line-1", **bound, lower_bound_keys=kept) == ("rejected", "expired")
+
+
 def test_a_time_that_was_signed_far_ahead_on_this_very_disk_goes_with_its_key(fleet, gas, device):
     fleet.approve(gas)
     fleet.clock.ahead = dt.timedelta(days=400)
