@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from skerry_contract import floors as floor_rules
 from skerry_contract import layout
 from skerry_contract.errors import ContractError
@@ -135,14 +136,28 @@ class Proposals:
 
     def listed(self, *, ended: bool, limit: int) -> list[dict[str, Any]]:
         """Newest first, without the documents; those that ended only where asked."""
-        query = select(t.proposals).order_by(_p.proposed_ms.desc(), _p.id)
-        if not ended:
-            query = query.where(_p.state == "open")
         with reading(self._engine) as conn:
-            rows = [dict(row) for row in conn.execute(query.limit(MOST_OPEN + KEPT)).mappings()]
-        ground = self._ground() if rows else None
-        items = [self._shown(row, ground) for row in rows if ground is not None]
-        return [item for item in items if ended or item["state"] == "open"][:limit]
+            if conn.execute(select(_p.id).limit(1)).first() is None:
+                return []
+        ground = self._ground()
+        query = select(_p.id).order_by(_p.proposed_ms.desc(), _p.id).limit(MOST_OPEN + KEPT)
+        if not ended:
+            query = query.where(_p.state == "open", _p.version > ground.catalog.version, _p.expires_ms > self._now_ms())
+        with reading(self._engine) as conn:
+            found = list(conn.execute(query).scalars())
+        items: list[dict[str, Any]] = []
+        # One after the other, and no more than are asked for: each holds a whole catalog.
+        for wanted in found:
+            if len(items) >= limit:
+                break
+            with reading(self._engine) as conn:
+                row = conn.execute(select(t.proposals).where(_p.id == wanted)).mappings().first()
+            if row is None:
+                continue
+            item = self._shown(dict(row), ground)
+            if ended or item["state"] == "open":
+                items.append(item)
+        return items
 
     def one(self, wanted: str) -> dict[str, Any]:
         """One with its documents: ``metadata``, ``floors``, ``targets`` and ``root`` as text. Raises ``NotFound``."""
@@ -205,7 +220,8 @@ class Proposals:
     def _state(self, row: Mapping[str, Any], ground: Ground) -> tuple[str, str]:
         if row["state"] == "open" and ground.catalog.version >= row["version"]:
             # The row of one that was published may be late: a crash came between the files and the row.
-            if _signed_bytes(row["metadata"]) == _signed_bytes_of(ground.catalog):
+            same = ground.catalog.version == row["version"]
+            if same and _signed_bytes(row["metadata"]) == _signed_bytes_of(ground.catalog):
                 return "published", "enough approvers signed"
             return "void", (
                 f"catalog {ground.catalog.version} appeared since: the signatures are of a document that cannot follow it; "
@@ -220,9 +236,15 @@ class Proposals:
 
     def _shown(self, row: Mapping[str, Any], ground: Ground) -> dict[str, Any]:
         state, reason = self._state(row, ground)
-        new = trust.parse(row["metadata"], Targets, "catalog")
         delegator = ground.targets if row["targets"] is None else trust.parse(row["targets"], Targets, "targets").signed
-        found = trust.signatures(delegator, layout.CATALOG_ROLE, new)
+        changed = None
+        if state == "open":
+            new = trust.parse(row["metadata"], Targets, "catalog")
+            found = trust.signatures(delegator, layout.CATALOG_ROLE, new)
+            changed = changes(ground, new.signed, row["floors"])
+        else:
+            # What became of one that ended cannot be told from the catalog that is served now.
+            found = _kept_signatures(row["metadata"], delegator)
         names = ("id", "version", "proposed_by", "proposed_ms", "expires_ms", "ended_ms")
         return {name: row[name] for name in names} | {
             "state": state,
@@ -232,8 +254,7 @@ class Proposals:
             "threshold": found.threshold,
             "with_targets": row["targets"] is not None,
             "with_root": row["root"] is not None,
-            # What became of one that ended cannot be told from the catalog that is served now.
-            "changes": changes(ground, new.signed, row["floors"]) if state == "open" else None,
+            "changes": changed,
         }
 
 
@@ -282,6 +303,29 @@ def _id(metadata: Metadata[Targets], targets: bytes | None, root: bytes | None) 
 
 def _signed(metadata: bytes, delegator: Targets) -> trust.Signatures:
     return trust.signatures(delegator, layout.CATALOG_ROLE, trust.parse(metadata, Targets, "catalog"))
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    keyid: str
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    """Of metadata as it is kept; what is signed is passed over, a megabyte that nobody asks for."""
+
+    signatures: tuple[_Kept, ...]
+
+
+def _kept_signatures(metadata: bytes, delegator: Targets) -> trust.Signatures:
+    """As ``trust.signatures`` of a document of which only signatures that held were kept, without counting them again."""
+    kept = {found.keyid for found in msgspec.json.decode(metadata, type=_Envelope).signatures}
+    roles = (delegator.delegations.roles if delegator.delegations is not None else None) or {}
+    role = roles.get(layout.CATALOG_ROLE)
+    named = set(role.keyids) if role is not None else set()
+    return trust.Signatures(
+        signed=tuple(sorted(named & kept)),
+        missing=tuple(sorted(named - kept)),
+        threshold=role.threshold if role is not None else 0,
+    )
 
 
 def _merged(new: Metadata[Targets], held: Mapping[str, Any] | None, delegator: Targets) -> bytes:

@@ -7,7 +7,13 @@ import pytest
 from skerry_cli import catalog, key_files
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
 from skerry_contract import layout
+from skerry_server.db import migrations
+from skerry_server.db import tables as t
+from skerry_server.db.engine import open_engine, sqlite_url, writing
+from skerry_server.proposals import Proposals
+from skerry_server.publication import Publication
 from skerry_server.repository import RepositoryRefused
+from sqlalchemy import update
 from tuf.api.metadata import Metadata, TargetFile
 
 
@@ -345,6 +351,44 @@ class TestTwoOfThree:
         forged.sign(fleet.online, append=True)
         both = self.cosign(fleet, made, "ada", metadata=forged.to_bytes())
         assert both.signed == (fleet.signer("ada").public_key.keyid,)
+
+    def test_a_list_reads_no_more_catalogs_than_it_shows(self, fleet, gas, make_bundle, tmp_path):
+        """Each may hold a megabyte, and hundreds are kept: a viewer's request must not read them all."""
+        engine = open_engine(sqlite_url(tmp_path / "server.db"))
+        migrations.migrate(engine)
+        now_ms = [int(fleet.clock().timestamp() * 1000)]
+        place = Proposals(engine, Publication(engine, fleet.repository, lambda: now_ms[0]), lambda: now_ms[0])
+        oil = fleet.push(make_bundle("oil", "1.0.0"))
+        made = [
+            fleet.propose(catalog.Change(add=(bundle.addition(),), floors={"gas": floor}), others=("bea",))
+            for bundle, floor in ((gas, "0.1.0"), (gas, "0.2.0"), (oil, "0.1.0"))
+        ]
+        ids = []
+        for proposal in made:
+            now_ms[0] += 1
+            sent = place.submit(proposal.metadata, proposal.floors, targets=None, root=None, actor="ada")
+            ids.append(sent["id"])
+        place.withdraw(ids[1], reason="not now", actor="ada")
+        # Whoever counts signatures or entries of this one fails.
+        with writing(engine) as conn:
+            conn.execute(update(t.proposals).where(t.proposals.c.id == ids[0]).values(metadata=b"nonsense"))
+        (newest,) = place.listed(ended=False, limit=1)
+        assert (newest["id"], newest["state"], newest["changes"]["added"][0]["model"]) == (ids[2], "open", "oil")
+        newest, withdrawn = place.listed(ended=True, limit=2)
+        assert newest["id"] == ids[2]
+        shown = {name: value for name, value in place.one(ids[1]).items() if name in withdrawn}
+        assert (withdrawn, withdrawn["state"]) == (shown, "withdrawn")
+        assert (len(withdrawn["signed"]), len(withdrawn["missing"]), withdrawn["threshold"]) == (1, 2, 2)
+        # Another catalog makes all of them void: none is read to say that none is open.
+        fleet.install(
+            self.cosign(fleet, fleet.propose(catalog.Change(floors={"gas": "0.3.0"}), others=("bea",)), "bea")
+        )
+        fleet.install(
+            self.cosign(fleet, fleet.propose(catalog.Change(floors={"gas": "0.4.0"}), others=("bea",)), "bea")
+        )
+        assert place.listed(ended=False, limit=100) == []
+        assert place.one(ids[2])["state"] == "void"
+        engine.dispose()
 
 
 def test_ceremony_with_an_unencrypted_key_that_others_can_read_is_not_opened(fleet):
