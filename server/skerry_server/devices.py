@@ -134,11 +134,11 @@ def enrol(
         )
     if conn.execute(select(t.devices.c.id).where(t.devices.c.public_key_sha256 == issued.public_key_sha256)).first():
         raise Conflict("key_taken", "another device is enrolled with this key; make a new one")
-    conn.execute(
-        update(t.enrolment_tokens)
-        .where(t.enrolment_tokens.c.sha256 == hashed)
-        .values(uses_left=t.enrolment_tokens.c.uses_left - 1)
-    )
+    left = t.enrolment_tokens.c.uses_left
+    used = update(t.enrolment_tokens).where(t.enrolment_tokens.c.sha256 == hashed, left > 0).values(uses_left=left - 1)
+    if conn.execute(used).rowcount != 1:
+        # Another device took the last use since it was read: PostgreSQL lets both go so far.
+        raise Unauthenticated("bad_enrolment_token", "the enrolment token is unknown, expired or used up")
     identity = {"public_key_sha256": issued.public_key_sha256, "public_key_pem": issued.public_key_pem}
     place = {"group": row["group"], "tags": row["tags"], "status": "enrolled", "enrolled_ms": now_ms}
     dates = {"certificate_serial": issued.serial, "certificate_expires_ms": issued.expires_ms}
