@@ -107,6 +107,24 @@ def test_stolen_online_key_cannot_list_a_bundle_in_fleet(fleet, device, gas, mak
     assert device.error("manifest", model="gas", version="6.6.6", digest=evil.digest) == ("rejected", "not_in_catalog")
 
 
+def test_stolen_online_key_cannot_give_a_group_the_document_of_another(fleet, device, gas):
+    other = fleet.document(7, "line-2")
+    path = layout.group_target("line-1")
+    file = fleet.path / layout.target_file(path, canonical.sha256(other))
+    file.write_bytes(other)
+    version = fleet.repository.status()["fleet"]["version"]
+
+    def swap(signed):
+        signed.version += 1
+        signed.targets[path] = TargetFile.from_data(path, other, ["sha256"])
+
+    data = fleet.resign(f"{version}.fleet.json", fleet.online, swap)
+    Thief(fleet).role("fleet", data, version + 1)
+    answer = device.ask("sync", group="line-1")["error"]
+    assert (answer["kind"], answer["code"]) == ("rejected", "malformed")
+    assert "the document is of group line-2" in answer["detail"]
+
+
 def test_stolen_online_key_cannot_bring_back_an_old_catalog(fleet, device, gas, make_bundle):
     fleet.approve(make_bundle("gas", "1.1.0"))
     device.sync()
