@@ -263,7 +263,7 @@ class DeviceRig:
         self.folder.mkdir(parents=True)
         self.epoch = hashlib.sha256(device.encode()).hexdigest()[:32]
         self.seq = 0
-        self.birth = int(time.time() * 1000)
+        self.birth = int(time.time())
         self.acked = 0
         self.bells: list[tuple[str, int]] = []
         self.client: paho.Client | None = None
