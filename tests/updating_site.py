@@ -19,8 +19,10 @@ DEVICE = "gas-1"
 class Site:
     """One server, one agent that reaches it through a relay."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, cuttable: bool = False) -> None:
         self.folder = folder
+        self._cuttable = cuttable
+        self._relays: list[Relay] = []
         self.processes = Processes(folder, leashed=True)
         self.fleet = Fleet(folder, self.processes, seed=1)
 
@@ -28,11 +30,25 @@ class Site:
         fleet = self.fleet
         fleet.start_server()
         self.relay = Relay(int(fleet.server.url.rpartition(":")[2]))
-        fleet.cable_ports[DEVICE] = [self.relay.port, fleet.server.mqtt_port]
+        self._relays = [self.relay, *([Relay(fleet.server.mqtt_port)] if self._cuttable else [])]
+        fleet.cable_ports[DEVICE] = [
+            self.relay.port,
+            self._relays[-1].port if self._cuttable else fleet.server.mqtt_port,
+        ]
         fleet.hold_ceremony(dt.datetime.now(dt.UTC))
         fleet.api.put(f"/api/v1/groups/{GROUP}", {"settings": {**SETTINGS, "trial_s": 1.0}})
         fleet.enrol(DEVICE)
         fleet.finish_enrolment(DEVICE)
+
+    def cut(self) -> None:
+        """The device has no network any more (where this site is ``cuttable``)."""
+        for relay in self._relays:
+            relay.cut()
+
+    def mend(self) -> None:
+        """It has again."""
+        for relay in self._relays:
+            relay.mend()
 
     def publish(self, number: int, further: dict[str, bytes]) -> str:
         """Builds, pushes and approves version ``number``; its digest."""
@@ -81,4 +97,5 @@ class Site:
 
     def close(self) -> None:
         self.processes.stop()
-        self.relay.close()
+        for relay in self._relays:
+            relay.close()

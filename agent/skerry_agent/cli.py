@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skerry_agent import __version__
+from skerry_agent import __version__, bringing
 from skerry_agent.asking import PATIENCE_S, Answer, ask, control_socket
 from skerry_agent.errors import AgentError, BadConfig, Rejected
 
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     activate.add_argument("--despite-locks", action="store_true", help="even while an application has locked updates")
     activate.add_argument("--json", action="store_true")
     _lock_parsers(command)
+    bringing.add_parser(lambda name, words: command(name, _import, words))
     sync = command("sync", _sync, "look for updates now")
     sync.add_argument("--pardon", action="store_true", help="try bundles again that used up their attempts")
     sync.add_argument("--json", action="store_true")
@@ -367,6 +368,10 @@ def _locks(options: argparse.Namespace) -> int:
     if not answer.body["locks"]:
         print("nobody holds updates back")
     return OK
+
+
+def _import(options: argparse.Namespace) -> int:
+    return bringing.run(options, lambda method, path, body: _asked(options, method, path, body))
 
 
 def _sync(options: argparse.Namespace) -> int:

@@ -246,11 +246,13 @@ class Updates:
         activate: ``auto``: once it is here and nothing holds it; ``command``: once a person says ``skerry-agent activate``.
         clock: whose time the group's windows go by: ``synced``: the kernel's, when it calls it synchronised; ``wall``: as it is.
         lock_s: the longest time that an application may lock updates for, seconds.
+        import_age_s: so long after its date a folder may still be imported (``skerry-agent import``), seconds.
     """
 
     activate: Literal["auto", "command"] = "auto"
     clock: Literal["synced", "wall"] = "synced"
     lock_s: float = 86_400.0
+    import_age_s: float = 30 * 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

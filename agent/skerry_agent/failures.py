@@ -128,6 +128,10 @@ class Failures:
         """The number of the next try of a bundle, from 1."""
         return int(sum(self.of(digest).values())) + 1
 
+    def hurry(self) -> None:
+        """What waits for its next try waits no more; how often it may be tried stays."""
+        self._store.delete("waits")
+
     def pardon(self) -> int:
         """A person clears all failures. Returns how many bundles had some."""
         cleared = len({*self._store.get("failures", {}), *self._store.get("moves", {})})

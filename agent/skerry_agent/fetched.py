@@ -49,14 +49,18 @@ class Fetched:
         refused = {str(code): _number(n) for code, n in dict(before.get("refused") or {}).items()}
         for code, n in list(dict(answer.get("refused") or {}).items())[:_MOST_REASONS]:
             refused[str(code)] = refused.get(str(code), 0) + _number(n)
+        found = {"digest": digest, "size_bytes": size_bytes, **sums, "refused": refused}
+        carried = _number(before.get("carried_files")) + _number(dict(answer.get("files") or {}).get("folder"))
+        if carried:
+            found["carried_files"] = carried
         try:
-            self._store.put(_KEY, {"digest": digest, "size_bytes": size_bytes, **sums, "refused": refused})
+            self._store.put(_KEY, found)
         except Degraded as error:
             log.warning("bytes not noted", extra=kv(code=error.code, detail=error.detail))
 
     def of(self, digest: str) -> dict[str, Any]:
         """``bytes`` that came, ``size_bytes`` of the files, ``delta_bytes`` of those that came and ``patched_bytes`` that were made of them,
-        ``refused`` {reason: files}; empty for a bundle of which nothing was fetched.
+        ``refused`` {reason: files}, ``carried_files`` where some came from an imported folder; empty for a bundle of which nothing was fetched.
         """
         kept = dict(self._store.get(_KEY, {}))
         return {name: value for name, value in kept.items() if name != "digest"} if kept.get("digest") == digest else {}

@@ -14,6 +14,7 @@ from skerry_agent.control import Answer, Handler
 from skerry_agent.core import why
 from skerry_agent.errors import AgentError, Rejected
 from skerry_agent.holding import Holding
+from skerry_agent.importing import Importing
 from skerry_agent.logring import LogRing
 from skerry_agent.serving import Serving
 from skerry_agent.shadowing import Shadowing
@@ -47,6 +48,7 @@ class Operating:
         reload: Callable[[], Answer],
         ring: LogRing | None,
         restarts: Callable[[], int],
+        importing: Importing,
     ) -> None:
         self._serving = serving
         self._updating = updating
@@ -58,6 +60,7 @@ class Operating:
         self._reload = reload
         self._ring = ring
         self._restarts = restarts
+        self._importing = importing
 
     def routes(self) -> dict[tuple[str, str], Handler]:
         """Method and path -> who answers."""
@@ -72,6 +75,8 @@ class Operating:
             ("POST", "/skerry/v1/lock"): self._holding.lock,
             ("POST", "/skerry/v1/unlock"): self._holding.unlock,
             ("GET", "/skerry/v1/locks"): self._holding.list_locks,
+            ("POST", "/skerry/v1/import"): self._importing.answer,
+            ("GET", "/skerry/v1/import"): self._importing.told,
             ("POST", "/skerry/v1/flush"): self._flush,
             ("POST", "/skerry/v1/throttle"): self._throttle.answer,
             ("POST", "/skerry/v1/reload"): self._reload_now,

@@ -38,6 +38,7 @@ from skerry_agent.following import Following
 from skerry_agent.forcing import Forcing
 from skerry_agent.holding import Holding
 from skerry_agent.identity import identity
+from skerry_agent.importing import Importing
 from skerry_agent.leftovers import Roll
 from skerry_agent.link import Rang
 from skerry_agent.logring import LogRing
@@ -164,9 +165,13 @@ class Supervisor:
         )
         self._updating = Updating(
             config, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
-            self._restoring, self._holding, errand_input=self._errand_input, on_change=self._uplink.changed,
+            self._restoring, self._holding, errand_input=self._update_input, on_change=self._uplink.changed,
             on_progress=self._uplink.report_if_online, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
+        )  # fmt: skip
+        self._importing = Importing(
+            config, self._store, self._syncing, self._updating, ready=lambda: self._booted and not self._stop.is_set(),
+            on_event=self._uplink.event, running=lambda: reporting.running(self._snapshot()),
         )  # fmt: skip
         self._obeying = Obeying(self._store, self._updating, on_event=self._uplink.event)
         self._diversity = Diversity(
@@ -178,7 +183,7 @@ class Supervisor:
         self._serving.site.on_not_started = self._unstarted.failed
         self._shadowing = Shadowing(
             config, self._slots, self._serving, self._errands, self._clock, admission=self._updating.fetching.admission,
-            errand_input=self._errand_input, max_kib_s=lambda: self._updating.rules.max_kib_s,
+            errand_input=self._update_input, max_kib_s=lambda: self._updating.rules.max_kib_s,
             on_event=lambda code, data: self._uplink.event("shadow", code, data), draw=self._draw,
         )  # fmt: skip
         self._following = Following(
@@ -193,7 +198,7 @@ class Supervisor:
         )  # fmt: skip
         self._operating = Operating(
             self._serving, self._updating, self._shadowing, self._throttle, self._holding, snapshot=self._snapshot, ask_sync=self.sync,
-            reload=self._reload, ring=ring, restarts=lambda: self._restarts.in_a_row,
+            reload=self._reload, ring=ring, restarts=lambda: self._restarts.in_a_row, importing=self._importing,
         )  # fmt: skip
         self._stop = asyncio.Event()
         self._ended: Degraded | None = None
@@ -233,6 +238,7 @@ class Supervisor:
         for task in (stopped, *tasks):
             task.cancel()
         await asyncio.gather(stopped, *tasks, return_exceptions=True)
+        await self._importing.stop()
         await self._updating.stop()
         await self._shadowing.stop()
         await self._asked_logs.stop()
@@ -296,9 +302,10 @@ class Supervisor:
                 self._uplink.event("worker", error.code, {"detail": error.detail})
                 self._serving.start_later({n: s for n, s in models.items() if self._slots.whole(s.digest, s.variant)})
         self._booted = True
-        if any(self._following.must_be_replaced(name, slot) for name, slot in models.items()):
+        if self._importing.active or any(self._following.must_be_replaced(name, slot) for name, slot in models.items()):
             # What to run instead may be here, and the network may not.
             self._follow_plan()
+            self._importing.rested()
 
     def _damaged(self, model: str, slot: Slot, detail: str) -> None:
         log.error("slot damaged", extra=kv(model=model, version=slot.version, digest=slot.digest, detail=detail))
@@ -349,7 +356,14 @@ class Supervisor:
         status = "STATUS=configuration not taken whole, the log says why"
         try:
             self._config = config
-            for part in (self._serving, self._updating, self._holding, self._syncing, self._applications):
+            for part in (
+                self._serving,
+                self._updating,
+                self._holding,
+                self._syncing,
+                self._importing,
+                self._applications,
+            ):
                 if part is not None:
                     part.configure(config)
             self._store.bound_bytes = self._store.files_bound_bytes = int(config.limits.outbox_mb * 1e6)
@@ -387,6 +401,7 @@ class Supervisor:
 
     def _rested(self) -> None:
         self._following.rested()
+        self._importing.rested()
 
     def _apply_settings(self) -> None:
         timing, settings = self._config.timing, self._orders.settings
@@ -442,6 +457,9 @@ class Supervisor:
             "lower_bound_keys": list(self._remembered.bound_keys),
             "now_s": self._clock.wall_s(),
         }
+
+    def _update_input(self) -> dict[str, Any]:
+        return {**self._errand_input(), **self._importing.fields()}
 
     def _snapshot(self) -> reporting.Snapshot:
         pending, pending_bytes = self._store.pending()

@@ -86,6 +86,8 @@ class Syncing:
         self._device = device
         self._draw = draw
         self._asked = asyncio.Event()
+        self._alone = asyncio.Lock()
+        self._errand: asyncio.Task[dict[str, Any]] | None = None
         self._due_s: float | None = None
         self._rung = False
         self._synced_s = 0.0
@@ -185,8 +187,51 @@ class Syncing:
     # --- what --------------------------------------------------------------------------------------------------------
 
     async def _sync(self) -> None:
+        async with self._alone:
+            self._errand = asyncio.get_running_loop().create_task(self._ask_courier({}), name="sync-errand")
+            try:
+                answer = await self._errand
+            except asyncio.CancelledError:
+                current = asyncio.current_task()
+                if current is not None and current.cancelling():
+                    raise
+                raise Transient("busy", "a person imported a folder meanwhile") from None
+            finally:
+                self._errand.cancel()
+                self._errand = None
+            self._take(answer)
+        self._status = {
+            "at_ms": self._clock.instant().wall_ms, "code": "", "detail": "", "membership": self._self_code,
+        }  # fmt: skip
+        self._on_synced()
+        self._uplink.report_if_online()
+        held = {"renew_at_s": answer.get("renew_at_s"), "ends_s": answer.get("ends_s")}
+        if held != self._store.get("certificate", {}):
+            self._store.put("certificate", held)
+        await self._renew(held["renew_at_s"])
+
+    async def look_into(self, folder: str, age_s: float, *, on_verified: Callable[[dict[str, Any]], None]) -> None:
+        """A sync with a folder that a person carried here: the same checks, and no network. One over the network makes way.
+
+        Args:
+            on_verified: gets the courier's answer before anything follows from it.
+
+        Raises:
+            AgentError: the folder is refused, and nothing was taken.
+        """
+        if self._errand is not None:
+            # It may hang for a minute and more where there is no network.
+            self._errand.cancel()
+        async with self._alone:
+            answer = await self._ask_courier({"folder": folder, "age_s": age_s})
+            on_verified(answer)
+            self._take(answer, server_asked=False)
+        self._on_synced()
+        self._uplink.report_if_online()
+
+    async def _ask_courier(self, more: dict[str, Any]) -> dict[str, Any]:
         named = {model: self._slots.pointers(model) for model in self._slots.models()}
-        answer = await self._errands.run(
+        return await self._errands.run(
             "sync",
             {
                 **self._errand_input(),
@@ -198,9 +243,12 @@ class Syncing:
                 "confirmed": sorted(
                     {s.digest for p in named.values() for s in (p.confirmed, p.previous) if s is not None}
                 ),
+                **more,
             },
             timeout_s=self._config.timing.courier_s,
         )
+
+    def _take(self, answer: dict[str, Any], *, server_asked: bool = True) -> None:
         online_keys = tuple(answer.get("online_keys") or ())
         with self._store.transaction():
             self._store.put("tuf", answer.get("tuf") or {})
@@ -212,21 +260,13 @@ class Syncing:
                 forced=answer.get("forced") or {},
             )
         self._remembered.keep()
-        self._membership(answer.get("membership"), answer.get("self_error"))
+        if server_asked:
+            self._membership(answer.get("membership"), answer.get("self_error"))
         text = str(answer.get("group_document") or "")
         if text:
             self._orders.take(text)
             self._on_document()
             self._orders.keep(text)
-        self._status = {
-            "at_ms": self._clock.instant().wall_ms, "code": "", "detail": "", "membership": self._self_code,
-        }  # fmt: skip
-        self._on_synced()
-        self._uplink.report_if_online()
-        held = {"renew_at_s": answer.get("renew_at_s"), "ends_s": answer.get("ends_s")}
-        if held != self._store.get("certificate", {}):
-            self._store.put("certificate", held)
-        await self._renew(held["renew_at_s"])
 
     def renew_soon(self) -> None:
         """A person said something: a renewal that was refused is tried again at once."""

@@ -302,7 +302,7 @@ class Updating:
         quiet = self.failures.was_said(self.update)
         took = self.fetching.fetched.of(self.update.digest)
         if took and self.update.state != "fetch":
-            data = {**data, "fetched": took}
+            data = {**data, "fetched": took, **({"source": "import"} if "carried_files" in took else {})}
         self._on_change("" if quiet else self.update.code, {} if quiet else data)
         # Behind the event: power that fails between the two has it said twice, and never not at all.
         self._store.put("said", said)
@@ -434,6 +434,15 @@ class Updating:
         """Nothing counts against it any more: it was dealt with."""
         kept = ((crash.at_s, tuple(s for s in crash.suspects if s[1] != digest)) for crash in self.crashes)
         self.crashes = [culprits.Crash(at_s=at_s, suspects=suspects) for at_s, suspects in kept]
+
+    def fetch_anew(self) -> None:
+        """There is another source of what is being fetched: the courier under way makes way for one that knows it."""
+        if self.update.state != "fetch" or self._owed or self._task is None:
+            return
+        self._task.cancel()
+        self._task = asyncio.get_running_loop().create_task(
+            self._carry_out((Effect.FETCH_MANIFEST,)), name="update-fetch"
+        )
 
     def blame(self, why: str) -> bool:
         """At a start: what was confirmed last is taken for the cause of the agent's own deaths. Whether the one before it comes back."""

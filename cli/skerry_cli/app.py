@@ -22,6 +22,7 @@ from skerry_cli.commands import (
     delta,
     demo,
     device,
+    exporting,
     group,
     insight,
     keys,
@@ -71,6 +72,7 @@ app.command("drift")(insight.drift)
 app.command("accuracy")(insight.accuracy)
 app.command("attributions")(insight.attributions)
 app.command("samples")(insight.samples)
+app.command("export-update")(exporting.export_update)
 app.command("demo")(demo.demo)
 
 

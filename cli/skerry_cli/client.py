@@ -26,6 +26,7 @@ from skerry_cli.profile import Profile
 _TIMEOUT = urllib3.Timeout(connect=10.0, read=120.0)
 _ONE_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----\s([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----")
 _MAX_ANSWER = 64 << 20
+_PIECE_BYTES = 1 << 18
 _SAFETY_CODES = frozenset(
     {"below_floor", "not_approved", "not_in_catalog", "bad_signature", "hash_mismatch", "rollback"}
 )
@@ -100,6 +101,24 @@ class Api:
         if status != 200:
             raise _error(status, data, f"GET {path}")
         return data
+
+    def stream(self, path: str) -> Iterator[bytes]:
+        """Bytes of a file of any length, in pieces.
+
+        Raises:
+            Failed: unreachable or broken off. Whatever the server refuses with.
+        """
+        try:
+            answer = self._pool.request("GET", f"{self.server}{path}", redirect=False, preload_content=False)
+            try:
+                if answer.status != 200:
+                    raise _error(answer.status, answer.read(4096), f"GET {path}")
+                yield from answer.stream(_PIECE_BYTES)
+            finally:
+                answer.close()
+                answer.release_conn()
+        except (HTTPError, OSError) as error:
+            raise _unreachable(self.server, error) from None
 
     def find(self, path: str) -> Any:
         """GET of a JSON answer, None when the thing is not there.

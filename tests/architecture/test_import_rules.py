@@ -35,10 +35,10 @@ PURE = {
 # Each package from top to bottom. A module imports from lower rows; from its own row only where that row is "joined".
 LAYERS = {
     "skerry_agent": [
-        ("cli __main__", True),
+        ("cli bringing __main__", True),
         ("supervisor doctor", False),
         (
-            "applications appclient lending chronicle operating pulse exposition probe reloading serving following orders syncing updating fetching turnover failures restoring shadowing runtimes reporting uplink upload facts hold readings at_rest throttle wear accelerators unstarted holding diversity asked_logs progress standby obeying restarts forcing fetched remembered",
+            "applications appclient lending chronicle operating pulse exposition probe reloading serving following orders syncing updating fetching turnover failures restoring shadowing runtimes reporting uplink upload facts hold readings at_rest throttle wear accelerators unstarted holding diversity asked_logs progress standby obeying restarts forcing fetched remembered importing",
             True,
         ),
         ("link store slots workers leftovers errand control notify local_socket", False),

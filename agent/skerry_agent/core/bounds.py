@@ -20,6 +20,7 @@ _NOT_NEGATIVE: Final = frozenset({
     "apps.clients", "limits.disk_reserve_mb", "limits.memory_reserve_mb", "limits.leak_slack_mb", "pool.idle_s", "timing.fold_interval_s",
     "labels.max_age_s", "pool.waiting", "pool.wait_s", "access.rate", "access.burst", "access.distinct_most", "limits.outbox_free_mb",
     "limits.upload_kib_s", "limits.file_reserve", "timing.commit_s", "telemetry.readings_s", "telemetry.samples_per_hour",
+    "updates.import_age_s",
 })  # fmt: skip
 _LEAST: Final[dict[str, float]] = {
     "timing.health_interval_s": 0.01,

@@ -4,7 +4,7 @@ Owns ``slots/.staging/<digest>/`` while it runs: finished files under their own 
 that other bundles find what is here, and ``manifest.json`` last of all. The manifest's digest was verified by ``manifest``;
 every file must have the size and the sha256 that it names, whatever the network, the cache on the way or the disk did.
 
-Where a file comes from is its sources' matter (``acquiring``): here already, in another bundle, of a delta (``patched``), over the
+Where a file comes from is its sources' matter (``acquiring``): here already, in another bundle, from a folder that was carried here (``folder``), of a delta (``patched``), over the
 network (``resuming``, with what came in part in ``parts``).
 """
 
@@ -18,9 +18,21 @@ from skerry_contract import layout
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
-from skerry_agent.courier import acquiring, durable, parts, patched, requests, resuming, room, shared, transport, watch
+from skerry_agent.courier import (
+    acquiring,
+    durable,
+    folder,
+    parts,
+    patched,
+    requests,
+    resuming,
+    room,
+    shared,
+    transport,
+    watch,
+)
 from skerry_agent.courier.meter import Meter, Report
-from skerry_agent.errors import Degraded, Rejected
+from skerry_agent.errors import Degraded, Rejected, Transient
 
 _LOCK_WAIT_S = 20.0
 
@@ -60,14 +72,21 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
             whole = resuming.Resuming(
                 web, lambda one: f"{url}/{layout.blob(one.hashes['sha256'])}", slots / ".parts", meter, request.limits
             )
-            sources = (acquiring.Here(meter), others, deltas, whole)
+            carried = folder.Folder(folder.UpdateFolder(request.folder), slots / ".parts", meter)
+            near: list[acquiring.Source] = [acquiring.Here(meter), others]
+            sources = [*near, *([carried] if request.folder else []), deltas, whole]
             durable.make_folder(staging)
             parts.tidy(slots / ".parts", [one.key for one in wanted.values()])
             _check_room(request, staging, slots / ".parts", wanted, others)
             durable.write(staging / shared.STAGED_MANIFEST, manifest, mode=0o644)
             had: dict[str, int] = {}
             for path, one in wanted.items():
-                source = type(acquiring.bring(one, staging / path, sources)).__name__.lower()
+                try:
+                    source = type(acquiring.bring(one, staging / path, sources)).__name__.lower()
+                except Transient as error:
+                    if carried.complaint:
+                        error.detail += f"; {carried.complaint}"
+                    raise
                 had[source] = had.get(source, 0) + 1
                 meter.finished(one)
             (staging / shared.STAGED_MANIFEST).replace(staging / manifests.MANIFEST_FILE)

@@ -7,14 +7,16 @@ bundle fits this device are the supervisor's.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from skerry_contract import canonical, floors, group, ids, layout
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 from tuf.api.exceptions import LengthOrHashMismatchError
+from tuf.ngclient import FetcherInterface
 
-from skerry_agent.courier import durable, requests, safe_updater, transport, updater
+from skerry_agent.courier import durable, folder, folder_fetcher, requests, safe_updater, transport, updater
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 
 _LOCK_WAIT_S = 20.0
@@ -22,6 +24,8 @@ _LOCK_WAIT_S = 20.0
 
 def sync(request: requests.Sync) -> dict[str, Any]:
     """Refreshes the metadata and reads the group document and the floors.
+
+    With ``folder`` all of it comes from there, and nobody is asked for the membership.
 
     An expired or missing catalog does not fail the errand: the group document may still send the device back to what it has
     confirmed. Then ``floors`` is None and ``catalog_error`` says why.
@@ -41,10 +45,10 @@ def sync(request: requests.Sync) -> dict[str, Any]:
         raise Rejected("bad_request", str(error)) from None
     web = _web(request)
     with durable.alone(request.tuf / "lock", _LOCK_WAIT_S):
-        membership, self_error = _membership(request, web)
+        membership, self_error = (None, None) if request.folder else _membership(request, web)
         if membership is not None:
             name = membership["group"]
-        fresh = _open(request, web)
+        fresh = _open_folder(request) if request.folder else _open(request, web)
         try:
             fresh.refresh()
             document = fresh.document(layout.group_target(name), group.MAX_BYTES)
@@ -76,15 +80,30 @@ def manifest(request: requests.Manifest) -> dict[str, Any]:
         AgentError: ``not_in_catalog`` when the catalog does not list this version, or lists it as another digest;
             ``malformed_manifest``; and every code of ``safe_updater.explain``.
     """
-    wanted = f"{request.model}@{request.version}"
     try:
         digest = ids.bundle_digest(request.digest)
         target = layout.manifest_target(ids.model_name(request.model), request.version)
     except ContractError as error:
         raise Rejected("bad_request", str(error)) from None
-    web = _web(request)
+    if not request.folder:
+        return _manifest(request, digest, target, lambda: _open(request, _web(request)))
+    try:
+        return _manifest(request, digest, target, lambda: _open_folder(request))
+    except AgentError as refused:
+        # The repository may be further on than what was carried here.
+        try:
+            return _manifest(request, digest, target, lambda: _open(request, _web(request)))
+        except AgentError as error:
+            error.detail += f"; {request.folder}: {refused.code}: {refused.detail}"
+            raise
+
+
+def _manifest(
+    request: requests.Manifest, digest: str, target: str, opened: Callable[[], updater.DeviceUpdater]
+) -> dict[str, Any]:
+    wanted = f"{request.model}@{request.version}"
     with durable.alone(request.tuf / "lock", _LOCK_WAIT_S):
-        fresh = _open(request, web)
+        fresh = opened()
         try:
             fresh.refresh()
             info = fresh.get_targetinfo(target)
@@ -118,16 +137,29 @@ def _web(request: requests.Common) -> transport.Web:
 
 
 def _open(request: requests.Common, web: transport.Web) -> updater.DeviceUpdater:
+    return _updater(request, request.repository_url, safe_updater.Fetcher(web))
+
+
+def _open_folder(request: requests.Common) -> updater.DeviceUpdater:
+    return _updater(
+        request, folder_fetcher.URL, folder_fetcher.Fetcher(folder.UpdateFolder(request.folder)), age_s=request.age_s
+    )
+
+
+def _updater(
+    request: requests.Common, url: str, fetcher: FetcherInterface, *, age_s: float = 0.0
+) -> updater.DeviceUpdater:
     root = updater.read_root(request.identity)
     try:
         return updater.DeviceUpdater(
             request.tuf,
-            request.repository_url,
-            fetcher=safe_updater.Fetcher(web),
+            url,
+            fetcher=fetcher,
             bootstrap=root,
             now_s=request.now_s,
             lower_bound_s=request.lower_bound_s,
             lower_bound_keys=request.lower_bound_keys,
+            age_s=age_s,
         )
     except Exception as error:
         raise _named(error) from error

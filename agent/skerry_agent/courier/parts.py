@@ -76,6 +76,11 @@ class Part:
         self._tag.unlink(missing_ok=True)
         return lost
 
+    def clear(self) -> None:
+        """Throws what is here away, uncounted: it came at no cost, or may have."""
+        os.truncate(self._path, 0)
+        self._tag.unlink(missing_ok=True)
+
     def _lost_before(self) -> int:
         with contextlib.suppress(OSError, ValueError):
             return max(0, int(self._lost.read_text()[:20]))

@@ -43,6 +43,8 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
         now_s: wall clock; lower_bound_s: lower bound of now from verified timestamps. Seconds since 1970.
         lower_bound_keys: key ids that signed that bound; when root names none of them any more, the bound is void, so
             that a stolen online key cannot set devices' clocks ahead for ever.
+        folder: a signed folder to take from, empty for none: ``sync`` then asks nobody else, ``manifest`` and ``fetch`` ask it first.
+        age_s: so long after their date the timestamp, snapshot and fleet role of the folder still count, seconds.
     """
 
     state_dir: str
@@ -51,6 +53,8 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     now_s: float
     lower_bound_s: float = 0.0
     lower_bound_keys: tuple[str, ...] = ()
+    folder: str = ""
+    age_s: float = 0.0
     limits: Limits = Limits()
 
     @property

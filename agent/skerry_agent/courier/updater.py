@@ -9,6 +9,7 @@ floors, and deciding what to do about a failure.
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 from skerry_contract import layout
@@ -32,6 +33,8 @@ class DeviceUpdater(SafeUpdater):
         bootstrap: bytes of the operator's root.
         now_s: wall clock, seconds since 1970.
         lower_bound_s, lower_bound_keys: see ``requests.Common``.
+        age_s: so long after their date the online roles still count, seconds: for a repository that is carried here, where nobody can hold
+            back newer ones. The offline roles and root never do.
     """
 
     held_roles = OFFLINE_ROLES
@@ -46,10 +49,13 @@ class DeviceUpdater(SafeUpdater):
         now_s: float,
         lower_bound_s: float = 0.0,
         lower_bound_keys: tuple[str, ...] = (),
+        age_s: float = 0.0,
     ) -> None:
         base = repository_url.rstrip("/")
         self._lower_bound_s = lower_bound_s
         self._lower_bound_keys = frozenset(lower_bound_keys)
+        self._age = dt.timedelta(seconds=age_s)
+        self._strict_time = utc(0)
         super().__init__(
             folder,
             f"{base}/{layout.METADATA_DIR}/",
@@ -84,10 +90,29 @@ class DeviceUpdater(SafeUpdater):
     # --- overridden ---
 
     def _load_timestamp(self) -> None:
-        super()._load_timestamp()
-        signed_at = utc(_signed_at(self._trusted_set.timestamp))
-        self._trusted_set.reference_time = max(self._trusted_set.reference_time, signed_at)
-        self._trusted_set._check_final_timestamp()
+        trusted = self._trusted_set
+        self._strict_time = now = trusted.reference_time
+        age = dt.timedelta() if trusted.root.is_expired(now) else self._age
+        trusted.reference_time = _before(now, age)
+        try:
+            super()._load_timestamp()
+            self._strict_time = max(now, utc(_signed_at(trusted.timestamp)))
+            trusted.reference_time = max(_before(now, age), utc(_signed_at(trusted.timestamp)))
+            trusted._check_final_timestamp()
+        except tuf_errors.ExpiredMetadataError as error:
+            # What a refusal names is the time that it is, not the one that was judged by.
+            trusted.reference_time = self._strict_time
+            if not age:
+                raise
+            said = f"{error}, longer ago than the {age.total_seconds() / 86_400:g} days that a folder may be old"
+            raise tuf_errors.ExpiredMetadataError(said) from error
+
+    def _load_targets(self, role: str, parent_role: str) -> Targets:
+        found = super()._load_targets(role, parent_role)
+        if role in OFFLINE_ROLES and found.is_expired(self._strict_time):
+            self._trusted_set.reference_time = self._strict_time
+            raise tuf_errors.ExpiredMetadataError(f"New {role} is expired")
+        return found
 
     def _reference_s(self) -> float:
         if not self._lower_bound_keys or self._lower_bound_keys & set(self.online_keys):
@@ -101,6 +126,11 @@ def read_root(identity: Path) -> bytes:
         return (identity / "root.json").read_bytes()
     except OSError as error:
         raise Degraded("not_enrolled", f"{error}", advice="enrol the device") from None
+
+
+def _before(now: dt.datetime, age: dt.timedelta) -> dt.datetime:
+    # A clock at 1970 has nothing before it.
+    return now - min(age, now - utc(0))
 
 
 def _signed_at(timestamp: Timestamp) -> int:

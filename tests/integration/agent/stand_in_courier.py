@@ -2,7 +2,8 @@
 
 ``world.json`` in the folder named by SKERRY_TEST_WORLD says what it answers: ``document`` (text), ``floors``, ``bundles`` {digest: folder},
 ``signed_at``, ``down`` (every errand is unreachable), ``errors`` {verb: [kind, code, detail]}, ``flip`` (digests whose model file comes with one
-bit changed), ``slow_s`` (before every answer), ``slow_fetch`` {digest: seconds} (before its files come). It downloads by copying, manifest last, as the real one does.
+bit changed), ``slow_s`` (before every answer), ``slow_fetch`` {digest: seconds} (before its files come). With ``folder`` in the request it is
+the world of that folder. It downloads by copying, manifest last, as the real one does.
 """
 
 import json
@@ -24,8 +25,8 @@ def come_slowly(seconds: float, size: int) -> None:
 
 
 def main() -> dict:
-    world = json.loads((Path(os.environ["SKERRY_TEST_WORLD"]) / "world.json").read_text())
     verb, request = sys.argv[1], json.loads(sys.stdin.read())
+    world = json.loads((Path(request.get("folder") or os.environ["SKERRY_TEST_WORLD"]) / "world.json").read_text())
     time.sleep(world.get("slow_s", 0))
     if world.get("down"):
         return {"error": {"kind": "transient", "code": "unreachable", "detail": "no route"}}
@@ -63,6 +64,8 @@ def main() -> dict:
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
         (target / "manifest.json").write_text(request["manifest"])
+        if request.get("folder"):
+            return {"ok": {"bytes": 0, "files": {"folder": len(request["files"])}}}
         return {"ok": {"bytes": sum(file["size"] for file in request["files"])}}
     return {"error": {"kind": "rejected", "code": "bad_request", "detail": verb}}
 
