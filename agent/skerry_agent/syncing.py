@@ -86,7 +86,8 @@ class Syncing:
         self._device = device
         self._draw = draw
         self._asked = asyncio.Event()
-        self._alone = asyncio.Lock()
+        self._turn = asyncio.Lock()
+        self._alone = bool(store.get("alone", False))
         self._errand: asyncio.Task[dict[str, Any]] | None = None
         self._due_s: float | None = None
         self._rung = False
@@ -131,7 +132,10 @@ class Syncing:
 
     def _jitter_s(self) -> float:
         given = self._config.timing.jitter_s
-        return given if given >= 0 else self._orders.settings.jitter_s
+        if given >= 0:
+            return given
+        # Nobody else is there to come at the same time.
+        return 0.0 if self._alone else self._orders.settings.jitter_s
 
     async def run(self) -> None:
         """Syncs now, and again whenever it is due."""
@@ -187,7 +191,7 @@ class Syncing:
     # --- what --------------------------------------------------------------------------------------------------------
 
     async def _sync(self) -> None:
-        async with self._alone:
+        async with self._turn:
             self._errand = asyncio.get_running_loop().create_task(self._ask_courier({}), name="sync-errand")
             try:
                 answer = await self._errand
@@ -222,7 +226,7 @@ class Syncing:
         if self._errand is not None:
             # It may hang for a minute and more where there is no network.
             self._errand.cancel()
-        async with self._alone:
+        async with self._turn:
             answer = await self._ask_courier({"folder": folder, "age_s": age_s})
             on_verified(answer)
             self._take(answer, server_asked=False)
@@ -320,6 +324,10 @@ class Syncing:
         self._self_code = code
         if not isinstance(found, dict) or not found.get("group"):
             return
+        alone = found.get("alone") is True
+        if alone != self._alone:
+            self._store.put("alone", alone)
+            self._alone = alone
         self._asked_logs.asked(found.get("logs"))
         self._on_orders(found.get("orders"))
         name = ids.group_name(found["group"])

@@ -390,6 +390,12 @@ def clear_pin(
     )
 
 
+def is_alone(conn: Connection) -> bool:
+    """Whether the fleet has one enrolled device at most."""
+    query = select(t.devices.c.id).where(t.devices.c.status == "enrolled").limit(2)
+    return len(conn.execute(query).all()) < 2
+
+
 def require(conn: Connection, device: str) -> dict[str, Any]:
     """The device's row. Raises ``Malformed`` for an id that cannot be, ``NotFound`` when there is none."""
     row = conn.execute(select(t.devices).where(t.devices.c.id == ids.device_id(device))).mappings().first()

@@ -185,6 +185,7 @@ def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, A
             # Of an older server: nothing.
             "logs": int(answer.get("logs") or 0),
             "orders": {str(kind): int(number) for kind, number in dict(answer.get("orders") or {}).items()},
+            "alone": answer.get("alone") is True,
         }
     except AgentError as error:
         return None, {"kind": type(error).__name__.lower(), "code": error.code, "detail": error.detail}

@@ -67,11 +67,12 @@ def nonce(context: Ctx) -> dict[str, Any]:
 
 @router.get("/self", summary="The device's own group and tags, and whether its log is asked for")
 def own(context: Ctx, device: SignedByDevice) -> dict[str, Any]:
-    """`logs` is the number of the request that waits for `POST /device/v1/logs/{number}`; null for none. `orders`: number by kind."""
+    """`logs` is the number of the request that waits for `POST /device/v1/logs/{number}`; null for none. `orders`: number by kind. `alone`: no other device is enrolled, so that nothing is won by waiting for a turn."""
     with reading(context.engine) as conn:
         row = devices.require(conn, device)
         logs = requested_logs.waiting(conn, device, context.now_ms())
         orders = device_orders.standing(conn, device, context.now_ms())
+        alone = devices.is_alone(conn)
     return {
         "device_id": device,
         "group": row["group"],
@@ -79,6 +80,7 @@ def own(context: Ctx, device: SignedByDevice) -> dict[str, Any]:
         "version": row["membership_version"],
         "logs": logs,
         "orders": orders,
+        "alone": alone,
     }
 
 

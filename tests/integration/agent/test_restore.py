@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from skerry_agent.core import backoff
+from skerry_contract import group
 
 from tests import models
-from tests.integration.agent.rig import Device, Load, Server, wait_for
+from tests.integration.agent.rig import DEVICE, GROUP, Device, Load, Server, wait_for
 from tests.integration.agent.test_update import digest_of, offer
 
 
@@ -195,6 +197,27 @@ def test_a_sync_asked_for_at_the_device_does_not_wait_for_the_jitter(
     device.sync()
     device.wait_running("2.0.0", "trial")
     assert time.monotonic() - begun < 25
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_only_device_of_a_fleet_answers_a_bell_at_once_and_one_of_many_at_its_place(
+    make_device: Callable[..., Device], server: Server, alone: bool
+) -> None:
+    device = make_device(jitter_s=-1)
+    device.world["membership"] = {"group": GROUP, "alone": alone}
+    settings = group.Settings(jitter_s=600.0, trial_s=60.0)
+    device.publish(device.bundle("1.0.0"), settings=settings)
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    wait_for(lambda: device.status()["link"]["connected"], why="the link")
+    device.publish(device.bundle("2.0.0", seed=2), settings=settings)
+    # One whose place lies far behind.
+    server.ring(next(version for version in range(100) if backoff.spread(DEVICE, version) > 0.5))
+    if alone:
+        device.wait_running("2.0.0", "trial")
+    else:
+        time.sleep(3.0)
+        assert device.running() == ("1.0.0", "trial")
 
 
 def test_bells_that_bring_nothing_new_are_answered_ever_less_often(device: Device, server: Server) -> None:

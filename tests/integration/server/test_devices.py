@@ -153,16 +153,17 @@ def test_a_newcomer_can_fetch_the_ca_that_its_token_names(server: ServerRig) -> 
 # --- signed requests -------------------------------------------------------------------------------------------------------
 
 
-def test_a_signed_request_tells_the_device_its_membership(device: DeviceRig) -> None:
-    found = device.ask("GET", "/device/v1/self")
-    assert found.json() == {
-        "device_id": device.id,
-        "group": "press",
-        "tags": {},
-        "version": 1,
-        "logs": None,
-        "orders": {},
-    }
+def test_a_signed_request_tells_the_device_its_membership(server: ServerRig, device: DeviceRig) -> None:
+    found = device.ask("GET", "/device/v1/self").json()
+    alone = found.pop("alone")
+    assert found == {"device_id": device.id, "group": "press", "tags": {}, "version": 1, "logs": None, "orders": {}}
+    enrolled = [item for item in server.good("GET", "/api/v1/devices")["items"] if item["status"] == "enrolled"]
+    assert alone == (len(enrolled) == 1)
+
+
+def test_a_device_learns_that_it_is_not_the_only_one_any_more(server: ServerRig, device: DeviceRig) -> None:
+    assert enrol(server, new_token(server, device_id="another"), ec.generate_private_key(ec.SECP256R1())).status == 200
+    assert device.ask("GET", "/device/v1/self").json()["alone"] is False
 
 
 def test_an_ed25519_device_signs_with_its_own_algorithm(server: ServerRig) -> None:

@@ -12,7 +12,14 @@ def test_a_bundle_goes_from_the_approvers_key_to_a_verified_slot(fleet, device, 
     assert json.loads(synced["group_document"])["generation"] == 1
     assert synced["floors"] == {"gas": "0.9.0"}
     assert synced["catalog_error"] is None
-    assert synced["membership"] == {"group": "line-1", "tags": {"hall": "a"}, "version": 3, "logs": 0, "orders": {}}
+    assert synced["membership"] == {
+        "group": "line-1",
+        "tags": {"hall": "a"},
+        "version": 3,
+        "logs": 0,
+        "orders": {},
+        "alone": False,
+    }
     assert synced["tuf"]["catalog"] == 2
     assert abs(synced["signed_at"] - fleet.clock().timestamp()) < 60
 
