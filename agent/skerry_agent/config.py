@@ -35,6 +35,7 @@ _SECTIONS = (
     "server",
     "repository",
     "mqtt",
+    "network",
     "serving",
     "access",
     "apps",

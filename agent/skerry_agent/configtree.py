@@ -35,6 +35,19 @@ class Mqtt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """What the group's rules about networks go by.
+
+    Attributes:
+        type: of the network that this device is on; ``auto``: as the default route's interface shows.
+        metered: whether it is paid by volume; ``auto``: where it is cellular.
+    """
+
+    type: Literal["auto", "ethernet", "wifi", "cellular"] = "auto"
+    metered: Literal["auto", "yes", "no"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Serving:
     """Where applications ask.
 
@@ -293,6 +306,7 @@ class Config:
     server: Server = field(default_factory=Server)
     repository: Repository = field(default_factory=Repository)
     mqtt: Mqtt = field(default_factory=Mqtt)
+    network: Network = field(default_factory=Network)
     serving: Serving = field(default_factory=Serving)
     access: Access = field(default_factory=Access)
     apps: Apps = field(default_factory=Apps)

@@ -128,9 +128,10 @@ class Failures:
         """The number of the next try of a bundle, from 1."""
         return int(sum(self.of(digest).values())) + 1
 
-    def hurry(self) -> None:
-        """What waits for its next try waits no more; how often it may be tried stays."""
-        self._store.delete("waits")
+    def hurry(self, code: str = "") -> None:
+        """What waits for its next try (of those that failed for ``code``, where there is one) waits no more. How often it may be tried stays."""
+        kept = {digest: wait for digest, wait in self._store.get("waits", {}).items() if code and wait["code"] != code}
+        self._store.put("waits", kept)
 
     def pardon(self) -> int:
         """A person clears all failures. Returns how many bundles had some."""

@@ -21,6 +21,7 @@ from skerry_agent.errand import Errands
 from skerry_agent.errors import Rejected
 from skerry_agent.failures import Failures
 from skerry_agent.fetched import Fetched
+from skerry_agent.network import Networks
 from skerry_agent.progress import FetchProgress
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.slots import Slots
@@ -35,7 +36,7 @@ class Fetching:
     Args:
         update: the one under way, as it is stored.
         errand_input: fields that every courier gets.
-        max_kib_s: of downloads, 0 for any.
+        max_kib_s: of downloads, 0 for any. networks: over which they may come.
         progress: hears how far a download is.
 
     Attributes:
@@ -56,6 +57,7 @@ class Fetching:
         errand_input: Callable[[], dict[str, Any]],
         max_kib_s: Callable[[], int],
         progress: FetchProgress,
+        networks: Networks,
     ) -> None:
         self._config = config
         self._store = store
@@ -66,6 +68,7 @@ class Fetching:
         self._update = update
         self._errand_input = errand_input
         self._max_kib_s = max_kib_s
+        self._networks = networks
         self.progress = progress
         self.fetched = Fetched(store)
         self._text = ""
@@ -149,7 +152,7 @@ class Fetching:
             self.fetched.begin()
             answer: dict[str, Any] | None = None
             try:
-                answer = await self._errands.run(
+                download = self._errands.run(
                     "fetch",
                     {
                         **self._errand_input(),
@@ -164,6 +167,7 @@ class Fetching:
                     timeout_s=_FETCH_S,
                     on_progress=self._take_progress,
                 )
+                answer = await self._networks.while_allowed(download)
             finally:
                 self.progress.end()
                 self.fetched.end(digest, sum(file.size for file in self._files()), answer)

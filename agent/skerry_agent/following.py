@@ -98,7 +98,7 @@ class Following:
                 stage=update.stage,
                 confirmed=self._confirmed(update.model),
             )
-        steps = plan(document, self._identity.device, self._stratum, running, refused, self._clock.now_s())
+        steps = plan(document, self._identity.device, self._stratum, running, refused)
         for step in steps:
             match step:
                 case Keep(why="agent_too_old"):

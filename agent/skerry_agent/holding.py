@@ -31,7 +31,12 @@ _LOCKS, _ORDERED = "locks", "activate"
 
 
 class Holding:
-    """See the module. ``windows``: of the group."""
+    """See the module.
+
+    Args:
+        windows: of the group.
+        opens_at: when an update of a model to a digest may begin, by the group's document; seconds since 1970.
+    """
 
     def __init__(
         self,
@@ -41,12 +46,14 @@ class Holding:
         clock: Clock,
         *,
         windows: Callable[[], tuple[opening.Window, ...]],
+        opens_at: Callable[[str, str], int],
     ) -> None:
         self._config = config
         self._store = store
         self._slots = slots
         self._clock = clock
         self._windows = windows
+        self._opens_at = opens_at
 
     def configure(self, config: Config) -> None:
         """Goes on with another configuration."""
@@ -63,6 +70,9 @@ class Holding:
                 locks=self._live(),
                 windows=self._windows(),
                 local=self._local(),
+                opens_at=self._opens_at(update.model, update.digest),
+                # What was signed is past, whatever this clock says.
+                now_s=self._clock.lower_bound_s if self._local() is None else self._clock.now_s(),
                 lower=answering is not None and ids.version_key(update.version) < ids.version_key(answering.version),
                 by_command=self._config.updates.activate == "command",
                 ordered=bool(mine),

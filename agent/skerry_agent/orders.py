@@ -57,6 +57,13 @@ class Orders:
             raise Rejected("malformed_group_document", f"wanted group {self.group}, got {document.group}")
         self.document, self.settings = document, document.settings
 
+    def opens_at(self, model: str, digest: str) -> int:
+        """When a bundle of a model may begin to answer, seconds since 1970: the group's time, or its rollout's where that is later."""
+        plan = self.document.models.get(model) if self.document is not None else None
+        rollout = plan.rollout if plan is not None else None
+        own = rollout.opens_at if rollout is not None and rollout.candidate.digest == digest else 0
+        return max(self.settings.opens_at, own)
+
     def keep(self, text: str) -> None:
         """The next start goes by this document, too."""
         self._store.put("group_document", text)

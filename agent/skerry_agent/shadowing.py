@@ -33,6 +33,7 @@ from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Rejected, Transient
 from skerry_agent.fetching import held
 from skerry_agent.logs import kv
+from skerry_agent.network import Networks
 from skerry_agent.serving import SHADOW_RING, Serving
 from skerry_agent.slots import Slots
 from skerry_agent.workers import Worker, spawn
@@ -99,6 +100,7 @@ class Shadowing:
         clock: Clock,
         *,
         admission: Admission,
+        networks: Networks,
         errand_input: Callable[[], dict[str, Any]],
         max_kib_s: Callable[[], int],
         on_event: Callable[[str, dict[str, Any]], None],
@@ -110,6 +112,7 @@ class Shadowing:
         self._errands = errands
         self._clock = clock
         self._admission = admission
+        self._networks = networks
         self._errand_input = errand_input
         self._max_kib_s = max_kib_s
         self._on_event = on_event
@@ -264,7 +267,7 @@ class Shadowing:
             raise Transient(found.code, found.detail) if passing else Rejected(found.code, found.detail)
         variant = manifest.variant(found.variant)
         if not self._slots.whole(target.digest, variant.id):
-            await self._errands.run(
+            download = self._errands.run(
                 "fetch",
                 {
                     **self._errand_input(),
@@ -278,6 +281,7 @@ class Shadowing:
                 },
                 timeout_s=_FETCH_S,
             )
+            await self._networks.while_allowed(download)
             await asyncio.to_thread(self._slots.verify, target.digest, variant.files)
             await asyncio.to_thread(self._slots.stage, target.digest)
         return variant

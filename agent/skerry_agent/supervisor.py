@@ -43,6 +43,8 @@ from skerry_agent.leftovers import Roll
 from skerry_agent.link import Rang
 from skerry_agent.logring import LogRing
 from skerry_agent.logs import kv
+from skerry_agent.network import CODE as NETWORK_NOT_ALLOWED
+from skerry_agent.network import Networks
 from skerry_agent.notify import Notify
 from skerry_agent.obeying import Obeying
 from skerry_agent.operating import Operating
@@ -161,11 +163,19 @@ class Supervisor:
             )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._holding = Holding(
-            config, self._store, self._slots, self._clock, windows=lambda: self._orders.settings.windows
+            config,
+            self._store,
+            self._slots,
+            self._clock,
+            windows=lambda: self._orders.settings.windows,
+            opens_at=self._orders.opens_at,
+        )
+        self._networks = Networks(
+            config, self._clock, wanted=lambda: self._orders.settings.networks, carried=lambda: self._importing.active
         )
         self._updating = Updating(
             config, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
-            self._restoring, self._holding, errand_input=self._update_input, on_change=self._uplink.changed,
+            self._restoring, self._holding, self._networks, errand_input=self._update_input, on_change=self._uplink.changed,
             on_progress=self._uplink.report_if_online, on_rest=self._rested,
             on_fault=self._fault, draw=self._draw,
         )  # fmt: skip
@@ -182,7 +192,7 @@ class Supervisor:
         )
         self._serving.site.on_not_started = self._unstarted.failed
         self._shadowing = Shadowing(
-            config, self._slots, self._serving, self._errands, self._clock, admission=self._updating.fetching.admission,
+            config, self._slots, self._serving, self._errands, self._clock, admission=self._updating.fetching.admission, networks=self._networks,
             errand_input=self._update_input, max_kib_s=lambda: self._updating.rules.max_kib_s,
             on_event=lambda code, data: self._uplink.event("shadow", code, data), draw=self._draw,
         )  # fmt: skip
@@ -318,6 +328,9 @@ class Supervisor:
             await asyncio.sleep(_TICK_S)
             self._serving.tick()
             self._updating.tick()
+            if self._networks.opened():
+                self._updating.failures.hurry(NETWORK_NOT_ALLOWED)
+                self._follow_plan()
             self._forcing.tick()
             self._restarts.tick()
             self._shadowing.tick()
@@ -360,6 +373,7 @@ class Supervisor:
                 self._serving,
                 self._updating,
                 self._holding,
+                self._networks,
                 self._syncing,
                 self._importing,
                 self._applications,

@@ -31,6 +31,7 @@ from skerry_agent.failures import Failures
 from skerry_agent.fetching import Fetching
 from skerry_agent.holding import Holding
 from skerry_agent.logs import kv
+from skerry_agent.network import Networks
 from skerry_agent.progress import FetchProgress
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
@@ -83,6 +84,7 @@ class Updating:
         runtimes: Runtimes,
         restoring: Restoring,
         holding: Holding,
+        networks: Networks,
         *,
         errand_input: Callable[[], dict[str, Any]],
         on_change: Callable[[str, dict[str, Any]], None],
@@ -114,7 +116,7 @@ class Updating:
         self.fetching = Fetching(
             config, store, slots, errands, runtimes, self.failures, update=lambda: self.update,
             errand_input=errand_input, max_kib_s=lambda: self.rules.max_kib_s,
-            progress=FetchProgress(clock, on_progress, config.timing.backoff_scale),
+            progress=FetchProgress(clock, on_progress, config.timing.backoff_scale), networks=networks,
         )  # fmt: skip
         self.turnover = Turnover(
             config, slots, serving, runtimes, restoring, self.failures, update=lambda: self.update, draw=draw

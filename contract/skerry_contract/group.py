@@ -20,7 +20,7 @@ MAX_BYTES = 4 << 20
 EVERYONE = 1 << 64
 ANY_STRATUM = "*"
 
-FEATURES: frozenset[str] = frozenset({"pins", "canary", "shadow", "windows"})
+FEATURES: frozenset[str] = frozenset({"pins", "canary", "shadow", "windows", "networks", "opens_at"})
 """What this release understands of a group document's ``requires``."""
 
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -34,9 +34,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "shadow_share": (0, 1),
     "shadow_cpu": (0.001, 1),
     "shadow_c": (0, 150),
+    "opens_at": (0, 253_402_300_799),
 }
 """Least and greatest value of each numeric setting. No document, by mistake or by a thief of the online key, makes devices spin,
 or look and report less than once a day."""
+UNMETERED = "unmetered"
+NETWORKS: frozenset[str] = frozenset({"ethernet", "wifi", "cellular", UNMETERED})
+"""What this release knows of ``networks``; a device matches no other."""
 MAX_NETWORKS = 64
 MAX_NETWORK_CHARS = 63
 MOST_VIA = 32
@@ -63,7 +67,7 @@ class Rollout(_Part, frozen=True, kw_only=True, omit_defaults=True):
         id: the rollout's id; stage: number of the stage now running, from 0; both key the telemetry windows.
         salt: 32 hex digits (16 bytes).
         cuts: stratum -> cut as decimal string; ``*`` for strata not named. Cuts only grow.
-        windows: maintenance windows, opens_at: seconds since 1970 before which nothing is activated; 0 for at once.
+        windows: maintenance windows, opens_at: seconds since 1970 before which the candidate does not begin to answer (it is fetched); 0 for at once.
     """
 
     id: str
@@ -102,6 +106,9 @@ class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
     ``BOUNDS`` says what the numbers may be.
 
     Attributes:
+        networks: kinds of network (``NETWORKS``) that bundles may be downloaded over. Who sets some names ``networks`` in ``requires``.
+        opens_at: seconds since 1970 before which no other bundle begins to answer; fetched it is. Who sets it names ``opens_at`` in
+            ``requires``.
         windows: in which hours another bundle may begin to answer, by each device's local time; empty: in any. Who sets some
             names ``windows`` in ``requires``.
         shadow_share: of the requests, that a bundle in shadow sees as well.
@@ -121,6 +128,7 @@ class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
     shadow_share: float = 0.1
     shadow_cpu: float = 0.25
     shadow_c: float = 0.0
+    opens_at: int = 0
 
 
 class GroupDocument(_Part, frozen=True, kw_only=True, omit_defaults=True):

@@ -96,6 +96,10 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
         raise Invalid("bad_settings", f"settings.{place}: {words}") from None
     except Malformed as error:
         raise Invalid("bad_settings", f"settings: {error}") from None
+    strange = sorted(set(whole.networks) - g.NETWORKS)
+    if strange:
+        names = ", ".join(sorted(g.NETWORKS))
+        raise Invalid("bad_settings", f"settings.networks: wanted some of {names}, got {', '.join(strange)}")
     return dict(settings)
 
 
@@ -232,7 +236,7 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
         pinned.setdefault(g.pin_key(name, ids.DeviceId(pin.device)), {})[pin.model] = targets[pin.digest]
     found = msgspec.convert(settings, g.Settings)
     requires = (("pins",) if pinned else ()) + (("canary",) if rollouts else ())
-    requires += ("windows",) if found.windows else ()
+    requires += tuple(rule for rule in ("windows", "networks", "opens_at") if getattr(found, rule))
     return g.GroupDocument(
         schema=g.SCHEMA,
         group=name,

@@ -6,6 +6,7 @@ that stopped what served) is never held, and no way back is: the trial's, a pers
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class Holders:
         answers: whether something of the model may answer without it.
         locks: live ones.
         windows: of the group; empty for none. local: weekday (0: Monday) and minute of the day, None where that is not to be trusted.
+        opens_at: before which nothing begins, seconds since 1970; 0 for at once. now_s: what time it is at least.
         lower: what would begin is of a lower version than what answers: whoever orders a way back means now.
         by_command: this device activates by a person's command only.
         ordered: a person ordered this bundle to be activated; despite_locks: locks or not.
@@ -72,6 +74,8 @@ class Holders:
     locks: tuple[Lock, ...] = ()
     windows: tuple[opening.Window, ...] = ()
     local: tuple[int, int] | None = None
+    opens_at: int = 0
+    now_s: float = 0.0
     lower: bool = False
     by_command: bool = False
     ordered: bool = False
@@ -88,6 +92,10 @@ def held(holders: Holders) -> str:
         return ""
     if holders.by_command:
         return "a person's `skerry-agent activate` (updates.activate of the configuration)"
+    if holders.now_s < holders.opens_at and not holders.lower:
+        opens = dt.datetime.fromtimestamp(holders.opens_at, dt.UTC)
+        unsure = ", by a clock that is set or a signed time" if holders.local is None else ""
+        return f"its time, {opens:%Y-%m-%d %H:%M} UTC{unsure}"
     if holders.windows and not holders.lower:
         hours = opening.words(holders.windows)
         if holders.local is None:

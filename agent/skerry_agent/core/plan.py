@@ -29,7 +29,7 @@ class Running:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keep:
-    """Nothing changes. ``why``: ``as_assigned``, ``agent_too_old``, ``not_assigned``, ``refused`` or ``not_open``."""
+    """Nothing changes. ``why``: ``as_assigned``, ``agent_too_old``, ``not_assigned`` or ``refused``."""
 
     model: str
     why: str
@@ -66,7 +66,6 @@ def plan(
     stratum: str,
     running: Mapping[str, Running],
     refused: Collection[str],
-    now_s: float,
 ) -> tuple[Step, ...]:
     """One step per model, sorted by name.
 
@@ -75,12 +74,11 @@ def plan(
         device, stratum: who asks.
         running: by model.
         refused: digests that this device refused at this look, or whose attempts are used up.
-        now_s: seconds since 1970, for ``opens_at``.
     """
     models = sorted({*running, *document.models, *document.pins.get(g.pin_key(document.group, device), {})})
     if g.missing_abilities(document):
         return tuple(Keep(model=model, why="agent_too_old") for model in models)
-    return tuple(_step(document, device, stratum, model, running.get(model), refused, now_s) for model in models)
+    return tuple(_step(document, device, stratum, model, running.get(model), refused) for model in models)
 
 
 def _step(
@@ -90,16 +88,11 @@ def _step(
     model: str,
     now: Running | None,
     refused: Collection[str],
-    now_s: float,
 ) -> Step:
     assigned = g.assign(document, device, model, stratum)
     if assigned is None:
         return Keep(model=model, why="not_assigned")
     group_plan = document.models.get(model)
-    rollout = group_plan.rollout if group_plan is not None else None
-    if assigned.reason == "candidate" and rollout is not None and now_s < rollout.opens_at:
-        if now is not None and now.digest != assigned.digest:
-            return Keep(model=model, why="not_open")
     first = _first(group_plan, now, assigned.version, refused)
     if first is not None:
         return _toward(model, now, first.digest, first.version, "none", "", 0)

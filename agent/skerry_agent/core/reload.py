@@ -9,7 +9,8 @@ from typing import Any
 LIVE = frozenset({
     "log.level", "log.json", "timing.sync_s", "timing.jitter_s", "timing.trial_s", "timing.trial_inferences", "timing.drain_s",
     "timing.courier_s", "timing.silent_s", "timing.inference_s", "timing.unserved_s", "limits.disk_reserve_mb",
-    "limits.memory_reserve_mb", "limits.outbox_mb", "pool.standby", "updates.activate", "updates.clock", "updates.lock_s", "apps.users", "apps.clients",
+    "limits.memory_reserve_mb", "limits.outbox_mb", "pool.standby", "updates.activate", "updates.clock", "updates.lock_s", "updates.import_age_s",
+    "network.type", "network.metered", "apps.users", "apps.clients",
 })  # fmt: skip
 """Read whenever they are needed."""
 NEXT_WORKER = frozenset({

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from skerry_cli import output
+from skerry_cli import group_settings, output
 from skerry_cli.client import quote
 from skerry_cli.commands.publish import find_bundle
 from skerry_cli.commands.session import session
@@ -16,20 +16,6 @@ app = typer.Typer(no_args_is_help=True, help="Make, list and configure groups of
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 Group = Annotated[str, typer.Argument(help="The group's name.")]
-_NUMBERS = frozenset(
-    {
-        "window_s",
-        "sample_rate",
-        "sync_s",
-        "jitter_s",
-        "max_kib_s",
-        "trial_s",
-        "trial_inferences",
-        "shadow_share",
-        "shadow_cpu",
-        "shadow_c",
-    }
-)
 
 
 @app.command()
@@ -37,11 +23,12 @@ def create(
     context: typer.Context,
     group: Group,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=NUMBER, e.g. sync_s=300; NAME= for the default; repeat.")
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, e.g. sync_s=300 or networks=wifi; NAME= for the default; repeat."),
     ] = None,
 ) -> None:
     """Makes a group, or changes the named settings of one that is there. Refused when somebody changes it meanwhile."""
-    named = parse_settings(setting or [])
+    named = group_settings.parse(setting or [])
     api, path = session(context).api, f"/api/v1/groups/{quote(group)}"
     found = api.find(path) or {"settings": {}, "version": 0}
     merged = {name: value for name, value in {**found["settings"], **named}.items() if value is not None}
@@ -104,21 +91,3 @@ def shadow(
                  f"{i['labelled']['only_answer_right']} : {i['labelled']['only_candidate_right']}", i["labelled"]["p"])
                 for i in items
             ])  # fmt: skip
-
-
-def parse_settings(texts: list[str]) -> dict[str, Any]:
-    """Reads ``NAME=NUMBER`` pairs; a name without a number is None, for the default.
-
-    Raises:
-        Usage: an unknown name or no number.
-    """
-    settings: dict[str, Any] = {}
-    for text in texts:
-        name, sep, value = text.partition("=")
-        if not sep or name not in _NUMBERS:
-            raise Usage(f"--set {text!r}: wanted NAME=NUMBER with one of {', '.join(sorted(_NUMBERS))}")
-        try:
-            settings[name] = None if not value else int(value) if value.lstrip("-").isdigit() else float(value)
-        except ValueError:
-            raise Usage(f"--set {text!r}: wanted a number, got {value!r}") from None
-    return settings

@@ -165,3 +165,31 @@ def test_a_version_that_must_be_passed_is_confirmed_on_the_way_and_named_where_i
     serving.wait_running("3.0.0", "trial")
     serving.infer(20)
     serving.wait_running("3.0.0", "confirmed")
+
+
+def test_an_update_is_here_before_its_time_and_begins_then(serving: Device) -> None:
+    serving.config.write_text(serving.config.read_text() + '[updates]\nclock = "wall"\n')
+    assert serving.call("POST", "/skerry/v1/reload", {}).status == 200
+    opens = int(time.time()) + 12
+    serving.publish(serving.bundle("2.0.0"), settings=group.Settings(opens_at=opens))
+    serving.sync()
+    wait_for(lambda: held(serving, "2.0.0")["detail"].startswith("its time, "), why="what holds it")
+    assert serving.running() == ("1.0.0", "confirmed")
+    serving.wait_running("2.0.0", "trial")
+    assert time.time() >= opens
+
+
+def test_a_bundle_is_downloaded_over_the_groups_networks_only(serving: Device, server: Server) -> None:
+    def on(kind: str) -> None:
+        text = serving.config.read_text().partition("[network]")[0]
+        serving.config.write_text(f'{text}[network]\ntype = "{kind}"\n')
+        assert serving.call("POST", "/skerry/v1/reload", {}).body["restart"] == []
+
+    on("cellular")
+    serving.publish(serving.bundle("2.0.0"), settings=group.Settings(networks=("unmetered",)))
+    serving.sync()
+    update = serving.wait_update("idle", "network_not_allowed", version="2.0.0")
+    assert "cellular, metered" in update["detail"]
+    wait_for(lambda: [e for e in server.events() if e.code == "network_not_allowed"], why="the server hears of it")
+    on("ethernet")
+    serving.wait_running("2.0.0", "trial")

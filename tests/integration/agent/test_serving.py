@@ -22,6 +22,7 @@ from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Degraded
 from skerry_agent.holding import Holding
 from skerry_agent.leftovers import Roll
+from skerry_agent.network import Networks
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
@@ -63,7 +64,8 @@ class Bench:
         self.updating = Updating(
             self.config, self.store, self.slots, self.serving, Errands(refuses), self.clock,
             Runtimes(self.config, self.clock, lambda: 0.5), Restoring(self.slots, self.serving, on_damage=lambda *_: None),
-            Holding(self.config, self.store, self.slots, self.clock, windows=lambda: ()), errand_input=dict,
+            Holding(self.config, self.store, self.slots, self.clock, windows=lambda: (), opens_at=lambda _model, _digest: 0),
+            Networks(self.config, self.clock, wanted=lambda: (), carried=lambda: False), errand_input=dict,
             on_change=lambda _code, _data: None, on_progress=lambda: None, on_rest=lambda: None, on_fault=self.faults.append,
             draw=lambda: 0.5,
         )  # fmt: skip

@@ -44,3 +44,16 @@ def test_windows_of_a_group_reach_its_document_and_keep_off_agents_that_do_not_k
     wrong = rig.ask("PUT", f"/api/v1/groups/{group}", {"settings": {"windows": [{**window, "end": "25:00"}]}})
     assert wrong.status == 422, wrong.data
     assert b"settings.windows[0]" in wrong.data
+
+
+def test_networks_and_a_time_reach_the_document_and_keep_off_agents_that_do_not_know_them(
+    rig: ServerRig, group: str
+) -> None:
+    wanted = {"networks": ["wifi", "unmetered"], "opens_at": 1_900_000_000}
+    rig.good("PUT", f"/api/v1/groups/{group}", {"settings": wanted})
+    found = rig.wait("the settings", lambda: (d := document(rig, group)) and d.settings.opens_at and d)
+    assert (found.settings.networks, found.settings.opens_at) == (("wifi", "unmetered"), 1_900_000_000)
+    assert {"networks", "opens_at"} <= set(found.requires)
+    wrong = rig.ask("PUT", f"/api/v1/groups/{group}", {"settings": {"networks": ["wfi"]}})
+    assert wrong.status == 422, wrong.data
+    assert b"settings.networks: wanted some of cellular, ethernet, unmetered, wifi, got wfi" in wrong.data

@@ -193,10 +193,8 @@ def document(
     return group.GroupDocument(schema=1, group="g", generation=1, models={"gas": found}, **fields)  # type: ignore[arg-type]
 
 
-def one(
-    doc: group.GroupDocument, running: p.Running | None, refused: set[str] | None = None, now_s: float = 10.0
-) -> p.Step:
-    (step,) = p.plan(doc, DEVICE, "x", {"gas": running} if running else {}, refused or set(), now_s)
+def one(doc: group.GroupDocument, running: p.Running | None, refused: set[str] | None = None) -> p.Step:
+    (step,) = p.plan(doc, DEVICE, "x", {"gas": running} if running else {}, refused or set())
     return step
 
 
@@ -252,10 +250,8 @@ def test_a_model_that_is_no_longer_named_keeps_serving() -> None:
     assert one(doc, p.Running(digest=D1)) == p.Keep(model="gas", why="not_assigned")
 
 
-def test_a_rollout_that_is_not_open_yet_changes_nothing() -> None:
-    doc = document(cut=group.EVERYONE, opens_at=100)
-    assert one(doc, p.Running(digest=D1), now_s=99) == p.Keep(model="gas", why="not_open")
-    assert isinstance(one(doc, p.Running(digest=D1), now_s=100), p.Change)
+def test_a_candidate_is_fetched_before_its_rollout_opens() -> None:
+    assert isinstance(one(document(cut=group.EVERYONE, opens_at=1 << 40), p.Running(digest=D1)), p.Change)
 
 
 @given(

@@ -92,3 +92,25 @@ def test_a_window_holds_by_a_clock_that_is_set_and_no_way_back(
 ) -> None:
     found = holds.held(holds.Holders(**{"answers": True, "windows": NIGHT, "local": local, **more}))
     assert (waits_for in found) if waits_for else found == ""
+
+
+@pytest.mark.parametrize(
+    ("now_s", "local", "more", "is_held"),
+    [
+        (99.0, (0, 0), {}, True),
+        (100.0, (0, 0), {}, False),
+        (100.0, None, {}, False),
+        (99.0, None, {}, True),
+        (99.0, (0, 0), {"lower": True}, False),
+        (99.0, (0, 0), {"ordered": True}, False),
+        (99.0, (0, 0), {"answers": False}, False),
+    ],
+)
+def test_nothing_begins_before_its_time_but_ways_back_first_bundles_and_what_a_person_orders(
+    now_s: float, local: tuple[int, int] | None, more: dict[str, Any], is_held: bool
+) -> None:
+    found = holds.held(holds.Holders(**{"answers": True, "opens_at": 100, "now_s": now_s, "local": local, **more}))
+    assert bool(found) == is_held
+    if found:
+        assert "1970-01-01 00:01 UTC" in found
+        assert ("signed time" in found) == (local is None)
