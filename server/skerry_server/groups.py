@@ -204,6 +204,16 @@ def touch(conn: Connection, name: str) -> int:
     return generation
 
 
+def touch_who_run(conn: Connection, digests: list[str]) -> None:
+    """The catalog lists other bundles: composes the documents of groups that run their models anew, for what must be passed through."""
+    if not digests:
+        return
+    models = select(t.bundles.c.model).where(t.bundles.c.digest.in_(digests))
+    query = select(t.group_models.c.group).where(t.group_models.c.model.in_(models)).distinct()
+    for name in sorted(conn.execute(query).scalars()):
+        touch(conn, name)
+
+
 def compose(conn: Connection, name: str, generation: int, settings: dict[str, Any]) -> g.GroupDocument:
     """The group's document as the tables say it now. Reads only."""
     models = conn.execute(select(t.group_models).where(t.group_models.c.group == name)).mappings().all()
@@ -229,7 +239,15 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
             fallback=targets[row["fallback"]] if row["fallback"] else None,
             rollout=None if rollout is None else _rollout_part(dict(rollout), targets),
             shadow=targets[row["shadow"]] if row["shadow"] else None,
-            via=_via(conn, row["model"], [row["stable"], *([rollout["candidate"]] if rollout is not None else [])]),
+            via=_via(
+                conn,
+                row["model"],
+                [
+                    row["stable"],
+                    *([rollout["candidate"]] if rollout is not None else []),
+                    *(pin.digest for pin in pins if pin.model == row["model"]),
+                ],
+            ),
         )
     pinned: dict[str, dict[str, g.Target]] = {}
     for pin in pins:

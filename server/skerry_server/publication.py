@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from skerry_contract import manifest as m
 from sqlalchemy import Engine, select
 
-from skerry_server import audit, registry
+from skerry_server import audit, groups, registry
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading, writing
@@ -179,7 +179,9 @@ class Publication:
                     conn.execute(added.on_conflict_do_update(index_elements=["role"], set_=values))
                 if "catalog" not in status:
                     return []
-                return registry.sync_catalog(conn, listed, actor="system:catalog", now_ms=now_ms)
+                changed = registry.sync_catalog(conn, listed, actor="system:catalog", now_ms=now_ms)
+                groups.touch_who_run(conn, changed)
+                return changed
 
     def _record_found(self, how: str) -> None:
         """Adds the audit rows that are missing for the operator's metadata which is being served."""

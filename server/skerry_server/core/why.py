@@ -259,7 +259,7 @@ def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Call
     if failure is not None and failure.code == "cancelled":
         return answer("refused", f"its update was ended: {_said(failure)}; {runs}", _after(failure))
     if failure is not None and failure.code in eligibility.UNABLE:
-        return answer("unfit", f"{_said(failure)}; {runs}", _unfit(model))
+        return answer("unfit", f"{_said(failure)}; {runs}", _UNFIT.get(failure.code, _unfit(model)))
     if failure is not None and failure.code not in eligibility.ELSEWHERE:
         if failure.went_back:
             return answer("reverted", f"it went back: {_said(failure)}; {runs}", _after(failure))
@@ -374,6 +374,15 @@ def _outside(code: str) -> str:
     if code == "expired":
         return "publish metadata anew: `skerry server status` says which role has ended"
     return "let the device reach its repository" if code in ("unreachable", "timeout") else ""
+
+
+_UNFIT = {
+    "must_pass_first": "an approval of the version that goes before it: the server then names it to the device by itself, which takes it first",
+    "agent_too_old": "a newer agent on the device",
+    "not_enough_disk": "room on the device's disk",
+    "not_enough_memory": "free memory on the device",
+}
+"""By code, what a device that cannot run its bundle waits for."""
 
 
 def _unfit(model: Model) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from skerry_contract import group as g
 from skerry_contract import opening
 
 from tests.integration.server.rollout_fleet import MODEL, Maker, published, start
-from tests.rig_server import Operator, ServerRig
+from tests.rig_server import DeviceRig, Operator, ServerRig
 
 
 def document(rig: ServerRig, group: str) -> g.GroupDocument | None:
@@ -28,9 +29,21 @@ def test_a_bundle_brings_what_it_goes_after_into_the_document_where_that_is_appr
     plan = rig.wait("a rollout", lambda: (d := document(rig, group)) and d.models[MODEL].rollout and d.models[MODEL])
     assert plan.via == (), "it is not approved"
     maker.approve(MODEL, "1.5.0", between)
-    rig.good("PUT", f"/api/v1/groups/{group}", {"settings": {"window_s": 2}})
     passed = rig.wait("the version on the way", lambda: published(rig, group).models[MODEL].via)
     assert [(one.version, one.digest) for one in passed] == [("1.5.0", between)]
+
+
+def test_what_a_pinned_bundle_goes_after_is_in_the_document_too(
+    rig: ServerRig, maker: Maker, group: str, tmp_path: Path
+) -> None:
+    first, _ = maker.publish(MODEL, "3.0.0", seed=5), maker.publish(MODEL, "3.5.0", seed=6)
+    last = Operator.publish(maker, MODEL, "4.0.0", seed=7, changes={"after": "3.5.0", "requires": ["after"]})
+    rig.good("PUT", f"/api/v1/groups/{group}/models/{MODEL}", {"stable": first})
+    DeviceRig(rig, "pinned-1", tmp_path, group=group).enrol()
+    assert rig.wait("the group", lambda: document(rig, group)).models[MODEL].via == ()
+    rig.good("PUT", f"/api/v1/devices/pinned-1/pins/{MODEL}", {"digest": last, "reason": "a test"})
+    found = rig.wait("the version on the way", lambda: published(rig, group).models[MODEL].via)
+    assert [one.version for one in found] == ["3.5.0"]
 
 
 def test_windows_of_a_group_reach_its_document_and_keep_off_agents_that_do_not_know_them(

@@ -94,6 +94,12 @@ def test_codes_of_a_trial_say_by_themselves_that_it_went_back(code: str) -> None
     assert explain(device(), model(failure=failure(code))).state == "reverted"
 
 
+def test_a_device_that_must_pass_through_a_version_first_says_what_must_be_approved() -> None:
+    found = explain(device(), model(failure=failure("must_pass_first", "fetch")))
+    assert found.state == "unfit"
+    assert found.waits_for.startswith("an approval of the version that goes before it")
+
+
 def test_a_code_that_is_not_known_yet_is_told_as_it_is() -> None:
     found = explain(device(), model(failure=failure("eaten_by_dog", "stage")))
     assert found.state == "refused"
