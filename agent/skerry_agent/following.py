@@ -15,7 +15,7 @@ from skerry_contract import group
 from skerry_agent.clock import Clock
 from skerry_agent.core import admission
 from skerry_agent.core import effects as e
-from skerry_agent.core.plan import Change, Keep, Rekey, Running, plan
+from skerry_agent.core.plan import Change, Keep, Rekey, Running, Step, plan
 from skerry_agent.identity import Identity
 from skerry_agent.orders import Orders
 from skerry_agent.runtimes import Runtimes
@@ -99,7 +99,8 @@ class Following:
                 confirmed=self._confirmed(update.model),
             )
         steps = plan(document, self._identity.device, self._stratum, running, refused)
-        for step in steps:
+        # What nothing will hold goes before what will lie ready and wait.
+        for step in sorted(steps, key=self._is_held):
             match step:
                 case Keep(why="agent_too_old"):
                     self._too_old(document)
@@ -162,11 +163,17 @@ class Following:
         if under_way:
             self._updating.feed(e.Rekeyed(arm=step.arm, rollout=step.rollout, stage=step.stage))
 
+    def _is_held(self, step: Step) -> bool:
+        return isinstance(step, Change) and bool(self._updating.held_back(step.model, step.digest, step.version))
+
     def _change(self, step: Change, waiting: set[str]) -> None:
         update = self._updating.update
         if not update.resting:
             if update.model == step.model and update.digest != step.digest:
                 self._updating.feed(e.Withdrawn())
+            elif update.model != step.model and update.state == "ready":
+                if step.digest not in waiting and not self._is_held(step):
+                    self._updating.give_way()
             return
         if step.digest in waiting:
             return

@@ -61,6 +61,8 @@ class Turnover:
         self._failures = failures
         self._update = update
         self._draw = draw
+        # A bundle that made way for another model's and has its turn again: its slot stays.
+        self.parked = ""
         self._new: Launch | None = None
         self.standby = Standby(config, slots, serving)
 
@@ -172,7 +174,7 @@ class Turnover:
             slot = generation.models[model]
             generation.models[model] = msgspec.structs.replace(slot, standing=self._update().state)
         self._failures.forgive(self._update().digest)
-        self._slots.collect({self._update().digest})
+        self._slots.collect({self._update().digest, self.parked})
 
     async def stop_new(self) -> None:
         """Ends a worker that was not handed over to."""

@@ -437,6 +437,15 @@ class Updating:
         kept = ((crash.at_s, tuple(s for s in crash.suspects if s[1] != digest)) for crash in self.crashes)
         self.crashes = [culprits.Crash(at_s=at_s, suspects=suspects) for at_s, suspects in kept]
 
+    def held_back(self, model: str, digest: str, version: str) -> str:
+        """What would hold an update to this bundle back once it is here; empty for nothing."""
+        return self._holding.why(Update(model=model, digest=digest, version=version))
+
+    def give_way(self) -> None:
+        """What lies ready and is held makes way for another model's update. Its files stay for its next turn, while this agent lives."""
+        self.turnover.parked = self.update.digest
+        self.feed(e.Yielded())
+
     def fetch_anew(self) -> None:
         """There is another source of what is being fetched: the courier under way makes way for one that knows it."""
         if self.update.state != "fetch" or self._owed or self._task is None:

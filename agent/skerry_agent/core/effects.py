@@ -109,6 +109,10 @@ class Withdrawn(Event, frozen=True, kw_only=True):
     """The group document no longer gives this bundle to this device."""
 
 
+class Yielded(Event, frozen=True, kw_only=True):
+    """The update lies ready and is held, and another model's, which nothing holds, goes first."""
+
+
 class Cancelled(Event, frozen=True, kw_only=True):
     """A person ends the update under way, here or through the server. ``detail``: who."""
 
@@ -163,7 +167,7 @@ class Booted(Event, frozen=True, kw_only=True):
 
 EVENTS: tuple[type[Event], ...] = (
     Assigned, ManifestFetched, Admitted, FilesFetched, Verified, Staged, Held, Opened, Proved, HandedOver, Rekeyed, TrialKept, TrialQuiet,
-    Failed, Deadline, Withdrawn, Cancelled, RevertOrdered, CrashLooped, ForcedOut, Reverted, Booted,
+    Failed, Deadline, Withdrawn, Yielded, Cancelled, RevertOrdered, CrashLooped, ForcedOut, Reverted, Booted,
 )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     def waits(self) -> bool:
         """Whether it ended for want of something outside, or of a wish: no circle, however often that happens."""
         outside = self.failed_in == "fetch" and not self.at_boot and self.code not in ATTEMPTS
-        return outside or self.code in ("withdrawn", "activation_overdue")
+        return outside or self.code in ("withdrawn", "yielded", "activation_overdue")
 
     @property
     def resting(self) -> bool:
@@ -157,6 +157,7 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         table[state, e.Withdrawn] = Move(to="revert", effects=(record, discard), code="withdrawn")
         table[state, e.Cancelled] = Move(to="revert", effects=(penalise, record, discard), code="cancelled")
         table.setdefault((state, e.Booted), Move(to="idle", effects=(record,), code="interrupted"))
+    table["ready", e.Yielded] = Move(to="revert", effects=(record, discard), code="yielded")
     table["ready", e.Deadline] = Move(to="revert", effects=(penalise, record, discard), code="activation_overdue")
     table["prove", e.Failed] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW))
     table["prove", e.Deadline] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW), code="start_timeout")

@@ -31,6 +31,7 @@ _NEEDS: Mapping[str, str] = {
     "unknown_device": "a person: this device is not known, or was revoked; enrol it anew",
     "not_enrolled": "a person: `skerry-agent enrol`",
     "identity_damaged": "a person: `skerry-agent doctor` says which file; enrol it anew",
+    "network_not_allowed": "a network that its group's settings name",
     "not_enough_disk": "room on the disk",
     "not_enough_memory": "free memory",
     "agent_too_old": "a newer agent",
@@ -133,6 +134,8 @@ def _ended(facts: Facts) -> Told:
         do = f"nothing; `skerry-agent sync --pardon` tries at once, {_CANCEL.partition('; ')[2]}"
     else:
         waits, do = needs or "its next look", needs and f"see to it: {needs}"
+    if update.code == "yielded":
+        waits, do = "the update that went first", ""
     if update.code == "withdrawn":
         waits, do = "what its group offers next", ""
     return Told(

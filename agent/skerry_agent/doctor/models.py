@@ -13,7 +13,7 @@ from skerry_agent import facts
 from skerry_agent.doctor.finding import NET_S, Finding, Patient
 from skerry_agent.slots import Slots, read_pointers
 
-_NO_FAULT = frozenset({"withdrawn", "interrupted", "reverted_by_operator"})
+_NO_FAULT = frozenset({"withdrawn", "yielded", "interrupted", "reverted_by_operator"})
 _INTERPRETER_S = 120.0
 _INTERPRETER = """
 import sys

@@ -193,3 +193,26 @@ def test_a_bundle_is_downloaded_over_the_groups_networks_only(serving: Device, s
     wait_for(lambda: [e for e in server.events() if e.code == "network_not_allowed"], why="the server hears of it")
     on("ethernet")
     serving.wait_running("2.0.0", "trial")
+
+
+def test_what_nothing_holds_goes_before_what_lies_ready_which_is_taken_up_again(serving: Device) -> None:
+    lock(serving, owner="painter")
+    offer(serving, "2.0.0")
+    held(serving, "2.0.0")
+    # A first bundle of another model: no lock is asked about it.
+    other = serving.bundle("5.0.0", model="oil")
+    second = next(digest for digest, folder in serving.world["bundles"].items() if folder.endswith("bundle-2.0.0"))
+    serving.publish_models(gas=second, oil=other)
+    serving.sync()
+    serving.wait_running("5.0.0", "trial", model="oil")
+    assert serving.running() == ("1.0.0", "confirmed")
+    serving.infer(20, model="oil")
+    serving.wait_running("5.0.0", "confirmed", model="oil")
+    assert "the lock of painter to end" in held(serving, "2.0.0")["detail"]
+    # And it lies there in peace: what would be held as well waits behind it.
+    third = serving.bundle("6.0.0", model="oil")
+    serving.publish_models(gas=second, oil=third)
+    serving.synced()
+    assert held(serving, "2.0.0")["version"] == "2.0.0"
+    assert serving.call("POST", "/skerry/v1/unlock", {"owner": "painter"}).status == 200
+    serving.wait_running("2.0.0", "trial")

@@ -30,6 +30,7 @@ EVENTS = st.one_of(
     st.sampled_from(["hash_mismatch", "golden_failed", "trial_errors", "unreachable"]).map(lambda c: e.Failed(code=c)),
     st.just(e.Deadline()),
     st.just(e.Withdrawn()),
+    st.just(e.Yielded()),
     st.just(e.RevertOrdered(model="gas", digest=DIGEST, version="1.0.0")),
     st.just(e.Reverted()),
     st.just(e.Booted()),
