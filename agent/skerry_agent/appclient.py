@@ -26,7 +26,10 @@ from skerry_agent import __version__, appwire
 from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
+from skerry_agent.control import Answer
+from skerry_agent.core import holds
 from skerry_agent.errors import AgentError, Degraded
+from skerry_agent.holding import Holding
 from skerry_agent.lending import Grant, Lending, is_file, is_ours
 from skerry_agent.logs import kv
 from skerry_agent.serving.rings import Rings, book_of
@@ -51,6 +54,7 @@ class House(Lending):
         window_s: how long a window spans now.
         on_event: takes (name, code, data) for the server.
         device: its id, for spans.
+        holding: takes locks of updates.
 
     Attributes:
         clients: who is connected; loop: set once applications are accepted.
@@ -69,9 +73,11 @@ class House(Lending):
         *,
         window_s: Callable[[], float],
         on_event: Callable[[str, str, dict[str, Any]], None],
+        holding: Holding,
         device: str = "",
     ) -> None:
         super().__init__(config, store, slots, rings)
+        self.holding = holding
         self.clock = clock
         self.window_s = window_s
         self.on_event = on_event
@@ -209,8 +215,20 @@ class Client:
                 self._house.rings.book_closed(message)
             case appwire.Refused():
                 self._refuse(message)
+            case appwire.Lock():
+                self._locked(self._house.holding.take(self._owner(message.owner), message.reason, message.for_s))
+            case appwire.Unlock():
+                self._locked(self._house.holding.give_back(self._owner(message.owner)))
             case _:
                 raise Degraded("malformed", f"an unexpected {type(message).__name__}")
+
+    def _owner(self, name: str) -> str:
+        # Nobody ends, or stands in for, another user's lock.
+        return f"{name[: holds.MOST_CHARS]}{holds.of_user(self.uid)}"
+
+    def _locked(self, answer: Answer) -> None:
+        body: dict[str, Any] = answer.body
+        self.send(appwire.Locked(ok=answer.status == 200, code=body.get("code", ""), detail=body.get("error", "")))
 
     def _greet(self, hello: appwire.Hello) -> None:
         if hello.protocol != appwire.PROTOCOL:
@@ -226,6 +244,7 @@ class Client:
                 fold_interval_s=config.timing.fold_interval_s, label_age_s=config.labels.max_age_s,
                 label_predictions=config.labels.predictions, label_books=config.labels.former_keys,
                 otlp_endpoint=config.telemetry.otlp_endpoint, trace_share=config.telemetry.trace_share, device=self._house.device,
+                locks=True,
             )
         )  # fmt: skip
 

@@ -22,6 +22,7 @@ from skerry_agent import appwire, local_socket
 from skerry_agent.appclient import Client, House
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
+from skerry_agent.holding import Holding
 from skerry_agent.logs import kv
 from skerry_agent.serving.rings import Rings
 from skerry_agent.slots import Slots
@@ -40,6 +41,7 @@ class Applications(House):
     Args:
         window_s: how long a window spans now.
         on_event: takes (name, code, data) for the server.
+        holding: takes locks of updates.
         device: its id, for spans.
 
     Raises:
@@ -56,9 +58,12 @@ class Applications(House):
         *,
         window_s: Callable[[], float],
         on_event: Callable[[str, str, dict[str, Any]], None],
+        holding: Holding,
         device: str = "",
     ) -> None:
-        super().__init__(config, store, slots, clock, rings, window_s=window_s, on_event=on_event, device=device)
+        super().__init__(
+            config, store, slots, clock, rings, window_s=window_s, on_event=on_event, holding=holding, device=device
+        )
         self._uids = {0, os.geteuid(), *_uids(config.apps.users)}
         path = Path(config.apps.socket) if config.apps.socket else config.run_dir / SOCKET
         self._socket = local_socket.bind(

@@ -12,6 +12,7 @@ Lifecycle of a connection::
     fetch* -> file*                  files of a granted bundle, for who may not open them
     window* -> committed*            with ring position, as from a worker
     done*, book_closed*              nothing more will come of a ring, of a label book
+    lock* -> locked*                 and unlock: holds updates back
     refused*                         a granted bundle did not load or prove itself
 
 This module loads only msgspec and the standard library: the supervisor imports it.
@@ -94,6 +95,20 @@ class Done(ww.Message, frozen=True, kw_only=True, tag="done"):
     upto: int
 
 
+class Lock(ww.Message, frozen=True, kw_only=True, tag="lock"):
+    """Holds updates back for so many seconds. Answer: ``locked``. Only where ``welcome.locks`` says so."""
+
+    owner: str
+    reason: str
+    for_s: float
+
+
+class Unlock(ww.Message, frozen=True, kw_only=True, tag="unlock"):
+    """Ends the owner's lock. Answer: ``locked``."""
+
+    owner: str
+
+
 class Welcome(ww.Message, frozen=True, kw_only=True, tag="welcome"):
     """The supervisor's settings; see ``workerwire.Start``."""
 
@@ -107,6 +122,15 @@ class Welcome(ww.Message, frozen=True, kw_only=True, tag="welcome"):
     otlp_endpoint: str = ""
     trace_share: float = 0.0
     device: str = ""
+    locks: bool = False
+
+
+class Locked(ww.Message, frozen=True, kw_only=True, tag="locked"):
+    """What became of ``lock`` or ``unlock``; with ``ok`` false ``code`` and ``detail`` say why nothing."""
+
+    ok: bool
+    code: str = ""
+    detail: str = ""
 
 
 class Sorry(ww.Message, frozen=True, kw_only=True, tag="sorry"):
@@ -150,8 +174,8 @@ class Spilled(ww.Message, frozen=True, kw_only=True, tag="spilled"):
     """The real message lies in the first descriptor."""
 
 
-ToSupervisor = Hello | Follow | Keep | Fetch | Refused | Done | ww.WindowCut | ww.BookClosed | Spilled
-ToApplication = Welcome | Sorry | Grant | Nothing | Held | File | ww.Committed | Spilled
+ToSupervisor = Hello | Follow | Keep | Fetch | Refused | Done | Lock | Unlock | ww.WindowCut | ww.BookClosed | Spilled
+ToApplication = Welcome | Sorry | Grant | Nothing | Held | File | Locked | ww.Committed | Spilled
 
 M = TypeVar("M")
 

@@ -1,6 +1,6 @@
 """Update locks, and everything else that holds a staged update back; a person's order to go on.
 
-Applications take locks through the control socket (``skerry-agent lock``); each has an owner, a reason and an end. A lock delays the
+Applications take locks through the control socket (``skerry-agent lock``) or their own (``sdk.lock_updates``); each has an owner, a reason and an end. A lock delays the
 moment in which another bundle begins to answer, and nothing else: what is fetched is fetched, what must stop stops
 (``core.holds`` says what is never held). Locks outlive the agent; a reboot of the device begins each of them anew.
 """
@@ -103,14 +103,19 @@ class Holding:
         ]  # fmt: skip
 
     async def lock(self, body: dict[str, Any]) -> Answer:
-        """``POST /skerry/v1/lock`` with ``owner``, ``reason`` and ``for_s``. A second one of an owner takes the first one's place."""
-        owner, reason, for_s = body.get("owner"), body.get("reason"), body.get("for_s")
+        """``POST /skerry/v1/lock`` with ``owner``, ``reason`` and ``for_s``. See ``take``."""
+        return self.take(body.get("owner"), body.get("reason"), body.get("for_s"))
+
+    def take(self, owner: Any, reason: Any, for_s: Any) -> Answer:
+        """Takes a lock. A second one of an owner takes the first one's place."""
         fault = holds.lock_fault(owner, reason, for_s, self._config.updates.lock_s)
         if fault is not None:
             return Answer(400, {"error": fault, "code": "bad_lock"})
         kept = {one.owner: one for one in self._live()}
-        if owner not in kept and len(kept) >= holds.MOST_LOCKS:
-            error = f"{len(kept)} owners hold locks, which is the most: one of them unlocks, or ends"
+        user = holds.user_of(str(owner))
+        of_user = sum(holds.user_of(one) == user for one in kept) if user else 0
+        if owner not in kept and (len(kept) >= holds.MOST_LOCKS or of_user >= holds.MOST_OF_A_USER):
+            error = f"{of_user or len(kept)} owners hold locks, which is the most: one of them unlocks, or ends"
             return Answer(409, {"error": error, "code": "too_many_locks"})
         wanted = float(for_s or 0.0)
         kept[str(owner)] = holds.Lock(
@@ -126,9 +131,12 @@ class Holding:
         return Answer(200, {"ok": True, "owner": owner, "locks": self.status()})
 
     async def unlock(self, body: dict[str, Any]) -> Answer:
-        """``POST /skerry/v1/unlock`` with ``owner``."""
+        """``POST /skerry/v1/unlock`` with ``owner``. See ``give_back``."""
+        return self.give_back(body.get("owner"))
+
+    def give_back(self, owner: Any) -> Answer:
+        """Ends a lock."""
         kept = {one.owner: one for one in self._live()}
-        owner = body.get("owner")
         if owner not in kept:
             known = ", ".join(sorted(kept)) or "nobody"
             return Answer(409, {"error": f"{owner!r} holds no lock; {known} does", "code": "not_locked"})

@@ -155,13 +155,6 @@ class Supervisor:
             on_unruly=self._unruly, on_start=self._started, on_records=self._uplink.pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
         self._throttle = Throttle(self._store, self._clock, self._serving.throttle)
-        self._applications: Applications | None = None
-        if config.apps.clients:
-            self._applications = Applications(
-                config, self._store, self._slots, self._clock, self._serving.site.rings,
-                window_s=lambda: self._orders.settings.window_s, on_event=self._uplink.event, device=self._identity.device,
-            )  # fmt: skip
-        self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._holding = Holding(
             config,
             self._store,
@@ -170,6 +163,14 @@ class Supervisor:
             windows=lambda: self._orders.settings.windows,
             opens_at=self._orders.opens_at,
         )
+        self._applications: Applications | None = None
+        if config.apps.clients:
+            self._applications = Applications(
+                config, self._store, self._slots, self._clock, self._serving.site.rings,
+                window_s=lambda: self._orders.settings.window_s, on_event=self._uplink.event, device=self._identity.device,
+                holding=self._holding,
+            )  # fmt: skip
+        self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._networks = Networks(
             config, self._clock, wanted=lambda: self._orders.settings.networks, carried=lambda: self._importing.active
         )

@@ -17,6 +17,8 @@ from skerry_contract import opening
 
 MOST_LOCKS = 64
 MOST_CHARS = 200
+MOST_OF_A_USER = 16
+"""So many locks of applications of one user: who may lock cannot keep all others from it."""
 
 
 class Lock(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +44,17 @@ def live(locks: Iterable[Lock], boot_id: str, boot_s: float) -> tuple[Lock, ...]
     """Those that have not ended, the longest first."""
     found = [lock for lock in locks if lock.left_s(boot_id, boot_s) > 0]
     return tuple(sorted(found, key=lambda lock: (-lock.left_s(boot_id, boot_s), lock.owner)))
+
+
+def of_user(uid: int) -> str:
+    """How the owner of an application's lock ends, so that it says whose it is."""
+    return f" (user {uid})"
+
+
+def user_of(owner: str) -> str:
+    """That end; empty where a person or program at the control socket took it."""
+    name, opening_, rest = owner.rpartition(" (user ")
+    return f"{opening_}{rest}" if name and rest[:-1].isdigit() and rest.endswith(")") else ""
 
 
 def lock_fault(owner: Any, reason: Any, for_s: Any, most_s: float) -> str | None:

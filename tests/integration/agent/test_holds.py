@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 import pytest
+from skerry_agent import sdk
+from skerry_agent.core import holds
 from skerry_contract import group, opening
 
 from tests.integration.agent.rig import Device, Server, wait_for
@@ -216,3 +219,32 @@ def test_what_nothing_holds_goes_before_what_lies_ready_which_is_taken_up_again(
     assert held(serving, "2.0.0")["version"] == "2.0.0"
     assert serving.call("POST", "/skerry/v1/unlock", {"owner": "painter"}).status == 200
     serving.wait_running("2.0.0", "trial")
+
+
+def test_an_application_locks_updates_over_its_own_socket_and_no_other_users_lock(serving: Device) -> None:
+    at = serving.state_dir / "run" / "apps.sock"
+    sdk.lock_updates("a picture", for_s=600.0, owner="camera", socket=at)
+    wait_for(lambda: len(serving.status()["locks"]) == 1, why="the lock of the fixture to end")
+    whose = f"camera (user {os.getuid()})"
+    assert [(one["owner"], one["reason"]) for one in serving.status()["locks"]] == [(whose, "a picture")]
+    offer(serving, "2.0.0")
+    assert held(serving, "2.0.0")["detail"] == f"the lock of {whose} to end (a picture)"
+    # Of another user, as the agent calls it: this one's application cannot name it.
+    assert lock(serving, owner="camera (user 4242)").status == 200
+    with pytest.raises(sdk.Rejected, match="not_locked"):
+        sdk.unlock_updates(owner="camera (user 4242)", socket=at)
+    assert serving.call("POST", "/skerry/v1/unlock", {"owner": "camera (user 4242)"}).status == 200
+    with pytest.raises(sdk.Rejected, match="bad_lock"):
+        sdk.lock_updates("for ever", for_s=1e9, socket=at)
+    with pytest.raises(sdk.Rejected, match="bad_lock"):
+        sdk.lock_updates("not a number", for_s=float("nan"), socket=at)
+    for number in range(holds.MOST_OF_A_USER - 1):
+        sdk.lock_updates("many", for_s=60.0, owner=f"camera-{number}", socket=at)
+    with pytest.raises(sdk.Rejected, match="too_many_locks"):
+        sdk.lock_updates("one more", for_s=60.0, owner="camera-x", socket=at)
+    assert lock(serving, owner="a person").status == 200
+    for one in serving.status()["locks"]:
+        assert serving.call("POST", "/skerry/v1/unlock", {"owner": one["owner"]}).status == 200
+    serving.wait_running("2.0.0", "trial")
+    with pytest.raises(sdk.Degraded, match="not_running"):
+        sdk.lock_updates("nobody there", for_s=60.0, socket=serving.folder / "nowhere.sock")
