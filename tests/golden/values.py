@@ -215,3 +215,13 @@ WINDOWS_GROUP = msgspec.structs.replace(
         LATER_GROUP.settings, windows=(opening.Window(days=("fri", "sat"), start="22:00", end="04:00"),)
     ),
 )
+RULES_GROUP = msgspec.structs.replace(
+    LATER_GROUP,
+    requires=("canary", "networks", "opens_at", "pins", "windows"),
+    models={"gas": msgspec.structs.replace(LATER_GROUP.models["gas"], via=(OLD,))},
+    settings=msgspec.structs.replace(
+        LATER_GROUP.settings,
+        windows=(opening.Window(days=("fri", "sat"), start="22:00", end="04:00"),),
+        opens_at=1_700_000_000,
+    ),
+)
