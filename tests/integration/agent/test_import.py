@@ -33,7 +33,7 @@ def imported(device: Device, folder: Path | str, *options: str) -> subprocess.Co
 @pytest.fixture
 def serving(make_device: Any, server: Server) -> Device:
     """A device that confirmed 1.0.0."""
-    device: Device = make_device(trial_s=2)
+    device: Device = make_device(trial_s=0.5)
     device.publish(device.bundle("1.0.0"))
     device.start()
     device.wait_running("1.0.0", "confirmed_on_golden")
@@ -87,6 +87,7 @@ def test_a_refused_folder_changes_nothing_and_says_why(serving: Device, server: 
     assert serving.call("POST", "/skerry/v1/import", {"folder": "stick"}).status == 400
 
 
+@pytest.mark.slow
 def test_a_bad_bundle_of_a_folder_goes_back_as_any_other_and_is_said(serving: Device) -> None:
     digest = serving.bundle("2.0.0")
     folder = carried(serving, digest)
@@ -112,10 +113,11 @@ def test_an_import_goes_on_where_the_power_was_cut_with_no_network(serving: Devi
     serving.wait_running("2.0.0")
 
 
+@pytest.mark.slow
 def test_an_update_that_waits_for_the_network_is_taken_from_the_folder_at_once(
     make_device: Any, server: Server
 ) -> None:
-    device: Device = make_device(trial_s=2, backoff_scale=100)
+    device: Device = make_device(trial_s=0.5, backoff_scale=100)
     digest = device.bundle("1.0.0")
     folder = carried(device, digest)
     device.world = {

@@ -121,6 +121,7 @@ def test_what_came_in_part_goes_on(device, bundle, stick):
     assert device.ok("fetch", **fetch(bundle, stick))["files"] == {"folder": 2}
 
 
+@pytest.mark.slow
 def test_a_torn_part_is_copied_anew(device, bundle, stick):
     part = device.state_dir / "slots" / ".parts" / blob(stick, bundle).name
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,9 @@ def test_a_torn_part_is_copied_anew(device, bundle, stick):
     assert (device.state_dir / "slots" / ".staging" / bundle.digest / "model.onnx").read_bytes() == WEIGHTS
 
 
-@pytest.mark.parametrize("wrong", ["flipped", "short", "gone"])
+@pytest.mark.parametrize(
+    "wrong", ["flipped", pytest.param("short", marks=pytest.mark.slow), pytest.param("gone", marks=pytest.mark.slow)]
+)
 def test_a_damaged_file_of_a_folder_is_said_and_never_staged(device, bundle, stick, wrong):
     path = blob(stick, bundle)
     if wrong == "flipped":
