@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skerry_contract import canonical, ids, layout
+from skerry_contract import canonical, ids, layout, sealed
 from skerry_contract import manifest as m
 from skerry_contract.errors import ContractError
 
+from skerry_cli import sealing
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
 
 _CHUNK = 1 << 20
@@ -61,7 +62,13 @@ def read_spec(path: Path) -> dict[str, Any]:
 
 
 def build_bundle(
-    spec: Mapping[str, Any], *, source: Path, out: Path, created: str, what: str = "bundle spec"
+    spec: Mapping[str, Any],
+    *,
+    source: Path,
+    out: Path,
+    created: str,
+    what: str = "bundle spec",
+    content_key: bytes | None = None,
 ) -> Bundle:
     """Makes a bundle's folder.
 
@@ -72,6 +79,7 @@ def build_bundle(
         out: folder to make; refused when it exists and is not empty.
         created: RFC 3339 UTC, used when the spec has none.
         what: the spec's file, for what is said of it.
+        content_key: every file is encrypted with it on its way up; the folder made here holds them in the clear.
 
     Raises:
         Usage: a file is missing, a path leaves the folder, or the contract refuses the manifest; the message says where.
@@ -81,9 +89,12 @@ def build_bundle(
     fields: dict[str, Any] = {"schema": m.SCHEMA, "created": created, **spec}
     sources: dict[str, Path] = {}
     fields["variants"] = [
-        _with_files(variant, f"{what}: $.variants[{i}]", source, sources)
+        _with_files(variant, f"{what}: $.variants[{i}]", source, sources, content_key)
         for i, variant in enumerate(_list(fields.get("variants"), f"{what}: $.variants"))
     ]
+    if content_key is not None:
+        fields["encryption"] = {"scheme": sealed.SCHEME, "key_id": sealed.key_id(content_key)}
+        fields["requires"] = sorted({*_list(fields.get("requires", []), f"{what}: $.requires"), "encrypted"}, key=str)
     try:
         data = canonical.encode(fields)
         manifest = m.parse(data)
@@ -150,11 +161,12 @@ def check_files(bundle: Bundle) -> None:
         if place.is_symlink() or not place.is_file():
             raise RefusedForSafety(f"{place}: missing; the manifest lists it")
         size = place.stat().st_size
-        if size != file.size:
-            raise RefusedForSafety(f"{place}: {size} bytes; the manifest says {file.size}")
+        wanted = file.content
+        if size != wanted.size:
+            raise RefusedForSafety(f"{place}: {size} bytes; the manifest says {wanted.size}")
         found = sha256_of(place)
-        if found != file.sha256:
-            raise RefusedForSafety(f"{place}: sha256 {found[:12]}...; the manifest says {file.sha256[:12]}...")
+        if found != wanted.sha256:
+            raise RefusedForSafety(f"{place}: sha256 {found[:12]}...; the manifest says {wanted.sha256[:12]}...")
     beside = {m.MANIFEST_FILE, m.SIGNATURE_FILE}
     for place in sorted(bundle.folder.rglob("*")):
         name = place.relative_to(bundle.folder).as_posix()
@@ -178,7 +190,9 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _with_files(variant: Any, where: str, source: Path, sources: dict[str, Path]) -> dict[str, Any]:
+def _with_files(
+    variant: Any, where: str, source: Path, sources: dict[str, Path], content_key: bytes | None
+) -> dict[str, Any]:
     if not isinstance(variant, Mapping):
         raise Usage(f"{where}: wanted a table, got {type(variant).__name__}")
     files: list[dict[str, Any]] = []
@@ -195,7 +209,11 @@ def _with_files(variant: Any, where: str, source: Path, sources: dict[str, Path]
             raise Usage(f"{where}.files: {place}: no such file")
         if sources.setdefault(path, place) != place:
             raise Usage(f"{where}.files: {path} is listed twice from different files")
-        files.append({"path": path, "sha256": sha256_of(place), "size": place.stat().st_size})
+        file = {"sha256": sha256_of(place), "size": place.stat().st_size}
+        if content_key is not None:
+            sha256, size = sealing.stored(place, content_key, str(file["sha256"]))
+            file = {"sha256": sha256, "size": size, "plain": file}
+        files.append({"path": path, **file})
     return {**variant, "files": files}
 
 

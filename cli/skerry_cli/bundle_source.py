@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 import urllib3
-from skerry_contract import canonical, ids, layout
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from skerry_contract import canonical, ids, layout, sealed
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
+from skerry_cli import sealing
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
 
 _CHUNK_BYTES = 1 << 18
@@ -29,7 +31,10 @@ class BundleSource(Protocol):
         """The bytes of the manifest with that digest."""
 
     def blob(self, file: manifests.File) -> Iterator[bytes]:
-        """The bytes of a file, in pieces."""
+        """The bytes of a file as it is stored, in pieces."""
+
+    def content_key(self, digest: str) -> bytes:
+        """The content key of an encrypted bundle; asked for no other."""
 
 
 class RepositorySource:
@@ -40,12 +45,20 @@ class RepositorySource:
         fetch_manifest: digest -> bytes, e.g. ``GET /api/v1/bundles/{digest}/manifest`` (before approval the repository
             does not serve it).
         ca_file: PEM of the fleet's CA; None for the system's.
+        fetch_key: digest -> content key.
     """
 
-    def __init__(self, repository_url: str, fetch_manifest: Callable[[str], bytes], ca_file: Path | None) -> None:
+    def __init__(
+        self,
+        repository_url: str,
+        fetch_manifest: Callable[[str], bytes],
+        ca_file: Path | None,
+        fetch_key: Callable[[str], bytes] | None = None,
+    ) -> None:
         self._url = repository_url.rstrip("/")
         self._fetch_manifest = fetch_manifest
         self._pool = open_pool(ca_file)
+        self._fetch_key = fetch_key
 
     def manifest(self, digest: str) -> bytes:
         """See ``BundleSource``."""
@@ -65,12 +78,27 @@ class RepositorySource:
         except urllib3.exceptions.HTTPError as error:
             raise Failed(f"{url}: {error}") from None
 
+    def content_key(self, digest: str) -> bytes:
+        """See ``BundleSource``."""
+        return _key_of(self._fetch_key, digest)
+
 
 class FolderSource:
-    """A bundle in a local folder, e.g. the approver's own build: stronger evidence than what the server shows."""
+    """A bundle in a local folder, e.g. the approver's own build: stronger evidence than what the server shows.
 
-    def __init__(self, folder: Path) -> None:
+    The files of an encrypted one lie there in the clear; they are sealed with the content key beside it, else with the server's.
+    """
+
+    def __init__(self, folder: Path, fetch_key: Callable[[str], bytes] | None = None) -> None:
         self._folder = folder
+        self._fetch_key = fetch_key
+        self._key = b""
+
+    def content_key(self, digest: str) -> bytes:
+        """See ``BundleSource``."""
+        own = sealing.key_file(self._folder)
+        self._key = sealing.read_key(own) if own.is_file() else _key_of(self._fetch_key, digest)
+        return self._key
 
     def manifest(self, digest: str) -> bytes:  # noqa: ARG002 - the folder holds one bundle; its caller compares the digest
         """See ``BundleSource``; the folder holds one bundle, whatever the digest."""
@@ -83,6 +111,8 @@ class FolderSource:
         """See ``BundleSource``."""
         try:
             with (self._folder / file.path).open("rb") as stream:
+                if file.plain is not None:
+                    yield from sealed.seal(stream, self._key, file.plain.sha256, AESGCM)
                 while piece := stream.read(_CHUNK_BYTES):
                     yield piece
         except OSError as error:
@@ -111,7 +141,15 @@ def checked_bundle(model: str, version: str, digest: str, source: BundleSource) 
         raise RefusedForSafety(f"add {name}: {error}") from None
     if (manifest.model, manifest.version) != (model, version):
         raise RefusedForSafety(f"add {name}: the manifest is of {manifest.model}@{manifest.version}")
+    key = b""
+    if manifest.encryption is not None:
+        key = source.content_key(digest)
+        sealing.require_named(manifest, key, f"add {name}")
     for file in manifest.files():
+        if file.plain is not None:
+            if fault := sealing.fault_of_opened(source.blob(file), key, file):
+                raise RefusedForSafety(f"add {name}: {file.path}: {fault}")
+            continue
         found, size = hashlib.sha256(), 0
         for piece in source.blob(file):
             found.update(piece)
@@ -123,6 +161,12 @@ def checked_bundle(model: str, version: str, digest: str, source: BundleSource) 
                 f"add {name}: {file.path} has {size} bytes, sha256 {found.hexdigest()}, wanted {file.size}, {file.sha256}"
             )
     return data
+
+
+def _key_of(fetch: Callable[[str], bytes] | None, digest: str) -> bytes:
+    if fetch is None:
+        raise Usage(f"bundle {digest[:12]}: it is encrypted, and there is no content key to look into it with")
+    return fetch(digest)
 
 
 def open_pool(ca_file: Path | None) -> urllib3.PoolManager:

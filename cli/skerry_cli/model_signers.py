@@ -80,3 +80,7 @@ class SignedSource:
     def blob(self, file: m.File) -> Iterator[bytes]:
         """See ``BundleSource``."""
         return self._source.blob(file)
+
+    def content_key(self, digest: str) -> bytes:
+        """See ``BundleSource``."""
+        return self._source.content_key(digest)

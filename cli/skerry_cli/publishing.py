@@ -20,7 +20,7 @@ from skerry_contract import floors as floor_rules
 from skerry_contract import ids, layout
 from skerry_contract import manifest as m
 
-from skerry_cli import catalog, rebasing, restoring
+from skerry_cli import catalog, rebasing, restoring, sealing
 from skerry_cli.bundle import Bundle, check_files
 from skerry_cli.bundle_source import open_pool
 from skerry_cli.client import Api, quote
@@ -40,14 +40,23 @@ class Pushed:
     sent_bytes: int
 
 
-def push(api: Api, bundle: Bundle, *, say: Callable[[str], None] = lambda _: None) -> Pushed:
+def push(
+    api: Api, bundle: Bundle, *, content_key: Path | None = None, say: Callable[[str], None] = lambda _: None
+) -> Pushed:
     """Sends manifest and missing files, and has the server validate the bundle.
+
+    Args:
+        content_key: file with that of an encrypted bundle; None for the one beside its folder.
 
     Raises:
         RefusedForSafety: the folder does not match its manifest.
-        Failed, Usage: the server does not take it.
+        Failed, Usage: the server does not take it; an encrypted bundle has no content key here.
     """
     check_files(bundle)
+    encrypted = bundle.manifest.encryption is not None
+    if content_key is not None and not encrypted:
+        raise Usage(f"{bundle.folder}: --content-key goes with an encrypted bundle; this one is not")
+    key = sealing.key_for(bundle.manifest, bundle.folder, content_key) if encrypted else None
     headers = {"X-Skerry-Signature": base64.b64encode(bundle.signature).decode()} if bundle.signature else None
     answer = api.send("POST", "/api/v1/bundles", bundle.data, headers)
     if answer.get("digest") != bundle.digest:
@@ -56,9 +65,13 @@ def push(api: Api, bundle: Bundle, *, say: Callable[[str], None] = lambda _: Non
     sent = [file for file in {f.sha256: f for f in bundle.manifest.files()}.values() if file.sha256 in missing]
     for file in sent:
         say(f"sending {file.path} ({file.size} bytes)")
-        with (bundle.folder / file.path).open("rb") as stream:
+        place = bundle.folder / file.path
+        with place.open("rb") if key is None else sealing.sealed_copy(place, key, file) as stream:
             api.send("PUT", f"/api/v1/blobs/{file.sha256}", stream, {"Content-Length": str(file.size)})
     state, reason = str(answer.get("state")), ""
+    if key is not None and not answer.get("content_key"):
+        say("giving the server the content key, over TLS")
+        api.put(f"/api/v1/bundles/{bundle.digest}/key", {"key": base64.b64encode(key).decode()})
     if state in ("draft", "rejected"):
         say("the server runs the bundle in a child process")
         # Who pushes a rejected bundle again wants it looked at again.
@@ -242,9 +255,11 @@ class Approver:
         )
 
     def _source(self, folder: Path | None) -> catalog.BundleSource:
-        source: catalog.BundleSource = catalog.RepositorySource(self._url, self._manifest, self._ca_file)
+        source: catalog.BundleSource = catalog.RepositorySource(
+            self._url, self._manifest, self._ca_file, self._content_key
+        )
         if folder is not None:
-            source = catalog.FolderSource(folder)
+            source = catalog.FolderSource(folder, self._content_key)
         if self._model_signers is None:
             return source
         from skerry_cli.model_signers import SignedSource
@@ -257,6 +272,16 @@ class Approver:
             return self._api.fetch(f"/api/v1/bundles/{quote(digest)}/signature", max_bytes=_MAX_SIGNATURE_BYTES)
 
         return SignedSource(source, self._model_signers, signature, self._say)
+
+    def _content_key(self, digest: str) -> bytes:
+        """What the server keeps for an encrypted bundle; whether it is the one that the manifest names, the caller looks."""
+        answer = self._api.find(f"/api/v1/bundles/{quote(digest)}/key")
+        if answer is None:
+            raise Failed(f"bundle {digest[:12]}: the server has no content key", advice="push the bundle again")
+        try:
+            return base64.b64decode(answer["key"], validate=True)
+        except (KeyError, TypeError, ValueError):
+            raise RefusedForSafety(f"bundle {digest[:12]}: what the server gives is no content key") from None
 
     def _manifest(self, digest: str) -> bytes:
         data = self._api.fetch(f"/api/v1/bundles/{quote(digest)}/manifest", max_bytes=m.MAX_BYTES)

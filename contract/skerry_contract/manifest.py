@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from skerry_contract import canonical, ids, layout
+from skerry_contract import canonical, ids, layout, sealed
 from skerry_contract.errors import Malformed, UnsupportedVersion, misfit_in
 
 SCHEMA = 1
@@ -26,7 +26,7 @@ MOST_STATE_ELEMENTS = 1 << 20
 
 Runtime = Literal["onnx", "tflite"]
 GuardPolicy = Literal["", "count", "reject", "impute", "fallback"]
-ABILITIES: frozenset[str] = frozenset({"guards", "states", "after"})
+ABILITIES: frozenset[str] = frozenset({"guards", "states", "after", "encrypted"})
 """What a manifest may ask for that an agent of the first release lacks: who uses one names it in ``requires``."""
 Precision = Literal["int8", "fp16", "fp32", "mixed"]
 Datatype = Literal[
@@ -46,12 +46,30 @@ class Owner(_Part, frozen=True, kw_only=True, omit_defaults=True):
     contact: str
 
 
+class Plain(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """What an encrypted file is once it is opened; ``size`` in bytes."""
+
+    sha256: str
+    size: int
+
+
 class File(_Part, frozen=True, kw_only=True, omit_defaults=True):
-    """A file of the bundle. ``path`` is relative to its folder, ``size`` in bytes."""
+    """A file of the bundle. ``path`` is relative to its folder.
+
+    Attributes:
+        sha256, size: of what is stored, sent and kept at rest: of an encrypted bundle the ciphertext. Bytes.
+        plain: of an encrypted bundle, the file itself.
+    """
 
     path: str
     sha256: str
     size: int
+    plain: Plain | None = None
+
+    @property
+    def content(self) -> Plain:
+        """What the model's runtime reads."""
+        return self.plain or Plain(sha256=self.sha256, size=self.size)
 
 
 class Golden(_Part, frozen=True, kw_only=True, omit_defaults=True):
@@ -268,6 +286,18 @@ class Provenance(_Part, frozen=True, kw_only=True, omit_defaults=True):
     metrics: dict[str, float] = {}
 
 
+class Encryption(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """That every file of the bundle is encrypted, and under which content key (``sealed``).
+
+    Attributes:
+        scheme: ``aes-256-gcm-64k``; an agent that knows no other refuses a newer one by the manifest.
+        key_id: of the content key, which itself is never in a manifest.
+    """
+
+    scheme: str
+    key_id: str
+
+
 class Manifest(_Part, frozen=True, kw_only=True, omit_defaults=True):
     """See the module.
 
@@ -279,6 +309,7 @@ class Manifest(_Part, frozen=True, kw_only=True, omit_defaults=True):
         isolate: wants a worker of its own.
         fallback: model of the same inputs and outputs that answers where a guard says so.
         streams: of a stateful model.
+        encryption: of an encrypted bundle.
     """
 
     schema: int
@@ -304,6 +335,7 @@ class Manifest(_Part, frozen=True, kw_only=True, omit_defaults=True):
     fallback: str = ""
     streams: Streams | None = None
     explanations: Explanations = Explanations()
+    encryption: Encryption | None = None
 
     def variant(self, variant_id: str) -> Variant:
         """The variant of that id. Raises ``KeyError``."""
@@ -405,8 +437,32 @@ def _check(m: Manifest) -> None:
                 f"$.{kind}[{i}].shape",
                 f"wanted -1 or positive sizes, got {list(tensor.shape)}",
             )
+    _check_encryption(m, list(seen.values()))
     _check_features(m)
     _check_abilities(m)
+
+
+def _check_encryption(m: Manifest, files: list[File]) -> None:
+    if m.encryption is None:
+        plain = [file.path for file in files if file.plain is not None]
+        _require(not plain, "$.encryption", f"wanted with files that are encrypted ({', '.join(plain)}), got none")
+        return
+    known = m.encryption.scheme == sealed.SCHEME
+    _require(known, "$.encryption.scheme", f"wanted {sealed.SCHEME}, got {m.encryption.scheme[:60]!r}")
+    ids.sha256_hex(m.encryption.key_id, what="$.encryption.key_id")
+    for file in files:
+        # One file in the clear, golden cases say, would give away what the others hide.
+        _require(
+            file.plain is not None, "$.variants", f"{file.path}: wanted plain of every file of an encrypted bundle"
+        )
+        assert file.plain is not None
+        ids.sha256_hex(file.plain.sha256, what=f"$.variants {file.path} plain")
+        size = sealed.sealed_size(file.plain.size) if file.plain.size >= 0 else -1
+        _require(
+            file.size == size,
+            "$.variants",
+            f"{file.path}: {file.plain.size} bytes are {size} encrypted, got {file.size}",
+        )
 
 
 def _check_variant(variant: Variant, where: str) -> None:
@@ -512,6 +568,8 @@ def _check_abilities(m: Manifest) -> None:
             steps or m.streams.internal or bool(m.streams.states), "$.streams", "wanted states, or internal, or steps"
         )
         _check_streams(m.streams)
+    if m.encryption is not None:
+        used.add("encrypted")
     if m.after:
         used.add("after")
         earlier = ids.version_key(m.after) < ids.version_key(m.version)

@@ -1,7 +1,7 @@
 """A bundle's folder: opened, and every byte of it checked against the manifest and the manifest against its digest.
 
 A bundle holds ``manifest.json``, the files it lists, and perhaps ``model.sig``; anything else is refused, and so is
-everything that is not a regular file. Links are never followed. Whether the bundle may run is decided elsewhere: a digest
+everything that is not a regular file. Of an encrypted bundle this is the folder of its opened files. Links are never followed. Whether the bundle may run is decided elsewhere: a digest
 says that the bytes are the ones meant, not that somebody approved them.
 """
 
@@ -44,7 +44,7 @@ class Bundle:
     def read(self, relative: str, *, max_bytes: int) -> bytes:
         """Reads a listed file, checked against its digest. Raises ``Rejected``, ``KeyError``."""
         self.path(relative)
-        listed = next(file for file in self.manifest.files() if file.path == relative)
+        listed = next(file for file in self.manifest.files() if file.path == relative).content
         if listed.size > max_bytes:
             raise Rejected("size_mismatch", f"{relative}: at most {max_bytes} bytes are read, it has {listed.size}")
         with _open_regular(self.folder, relative) as file:
@@ -142,21 +142,21 @@ def _check_files(bundle: Bundle, *, hashes: bool, variants: Collection[str] | No
     for path in sorted(needed - present):
         raise Rejected("file_missing", f"{path}: listed in the manifest, not in the folder")
     for path in sorted(present & set(listed)):
-        _check_file(bundle.folder, listed[path], hashes=hashes)
+        _check_file(bundle.folder, path, listed[path].content, hashes=hashes)
 
 
-def _check_file(folder: Path, listed: mf.File, *, hashes: bool) -> None:
-    with _open_regular(folder, listed.path) as file:
+def _check_file(folder: Path, path: str, listed: mf.Plain, *, hashes: bool) -> None:
+    with _open_regular(folder, path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != listed.size:
-            raise Rejected("size_mismatch", f"{listed.path}: wanted {listed.size} bytes, got {size}")
+            raise Rejected("size_mismatch", f"{path}: wanted {listed.size} bytes, got {size}")
         if not hashes:
             return
         sha256 = _hasher(size)
         while chunk := file.read(_CHUNK):
             sha256.update(chunk)
     if sha256.hexdigest() != listed.sha256:
-        raise Rejected("hash_mismatch", f"{listed.path}: wanted sha256 {listed.sha256}, got {sha256.hexdigest()}")
+        raise Rejected("hash_mismatch", f"{path}: wanted sha256 {listed.sha256}, got {sha256.hexdigest()}")
 
 
 def _hasher(size: int) -> hashlib._Hash:

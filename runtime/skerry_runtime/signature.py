@@ -128,7 +128,9 @@ def sign_bundle_with(folder: str | Path, public_key_pem: bytes, sign: Callable[[
 
     key = _public_key(public_key_pem)
     bundle = open_bundle(folder)
-    files = {file.path: file.sha256 for file in bundle.manifest.files()} | {mf.MANIFEST_FILE: str(bundle.digest)}
+    files = {file.path: file.content.sha256 for file in bundle.manifest.files()} | {
+        mf.MANIFEST_FILE: str(bundle.digest)
+    }
     resources = [{"name": name, "algorithm": "sha256", "digest": files[name]} for name in sorted(files)]
     statement = {
         "_type": _STATEMENT_TYPE,
@@ -177,7 +179,9 @@ def verify_signature(folder: str | Path, sig_bytes: bytes, public_key_pem: bytes
     """
     signed = verify_statement(sig_bytes, public_key_pem)
     bundle = open_bundle(folder)
-    files = {file.path: file.sha256 for file in bundle.manifest.files()} | {mf.MANIFEST_FILE: str(bundle.digest)}
+    files = {file.path: file.content.sha256 for file in bundle.manifest.files()} | {
+        mf.MANIFEST_FILE: str(bundle.digest)
+    }
     _require_same(signed, files)
 
 
@@ -189,7 +193,7 @@ def covers_manifest(sig_bytes: bytes, public_key_pem: bytes, manifest: bytes) ->
         ValueError: the key is no P-256 public key. ``ContractError``: the manifest cannot be read.
     """
     signed = verify_statement(sig_bytes, public_key_pem)
-    listed = {file.path: file.sha256 for file in mf.parse(manifest).files()}
+    listed = {file.path: file.content.sha256 for file in mf.parse(manifest).files()}
     _require_same(signed, listed | {mf.MANIFEST_FILE: str(mf.digest(manifest))})
 
 

@@ -35,6 +35,7 @@ def _read_floors(data: bytes) -> tuple[dict[str, str], dict[str, str]]:
 FORMATS: dict[str, Format] = {
     "manifest.json": Format(values.MANIFEST, manifest.encode, manifest.parse),
     "manifest-later.json": Format(values.LATER_MANIFEST, manifest.encode, manifest.parse),
+    "manifest-encrypted.json": Format(values.ENCRYPTED_MANIFEST, manifest.encode, manifest.parse),
     "manifest-streams.json": Format(values.LATER_STREAMS, manifest.encode, manifest.parse),
     "window-later.bin": Format(values.LATER_WINDOW, wire.encode, wire.decode_window),
     "window-labels-later.bin": Format(values.LATER_LABELS, wire.encode, wire.decode_window),
@@ -65,6 +66,8 @@ FORMATS: dict[str, Format] = {
 STRUCTS: tuple[type[msgspec.Struct], ...] = (
     manifest.Manifest,
     manifest.Variant,
+    manifest.File,
+    manifest.Encryption,
     manifest.Tensor,
     manifest.Feature,
     manifest.Streams,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from skerry_contract import enrolment, group, manifest, opening, wire
+from skerry_contract import enrolment, group, manifest, opening, sealed, wire
 from skerry_contract import histogram as h
 from skerry_contract import window as w
 
@@ -175,6 +175,27 @@ LATER_MANIFEST = msgspec.structs.replace(
 )
 LATER_STREAMS = msgspec.structs.replace(
     LATER_MANIFEST, streams=manifest.Streams(internal=True), requires=("guards", "states")
+)
+ENCRYPTED_MANIFEST = msgspec.structs.replace(
+    MANIFEST,
+    version="1.2.0",
+    variants=(
+        msgspec.structs.replace(
+            MANIFEST.variants[0],
+            files=tuple(
+                msgspec.structs.replace(
+                    file,
+                    sha256=stored,
+                    size=sealed.sealed_size(file.size),
+                    plain=manifest.Plain(sha256=file.sha256, size=file.size),
+                )
+                for file, stored in ((MODEL, "f1" * 32), (CASES, "f2" * 32))
+            ),
+        ),
+    ),
+    requires=("after", "encrypted"),
+    after="1.0.0",
+    encryption=manifest.Encryption(scheme=sealed.SCHEME, key_id="f3" * 32),
 )
 LATER_WINDOW = msgspec.structs.replace(
     WINDOW,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from skerry_cli import bundle, output, validation
+from skerry_cli import bundle, output, sealing, validation
 from skerry_cli.commands.session import now, session
 from skerry_cli.errors import Failed, Usage
 
@@ -21,20 +21,48 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")
 def build(
     spec: Annotated[Path, typer.Argument(help="The spec, TOML or JSON.")],
     out: Annotated[Path, typer.Option("--out", help="New folder for the bundle.")],
+    encrypt: Annotated[
+        bool,
+        typer.Option("--encrypt", help="Files leave this machine encrypted; the content key lies beside the folder."),
+    ] = False,
+    content_key: Annotated[
+        Path | None,
+        typer.Option("--content-key", help="Encrypt with this content key: files shared with a bundle of it are one."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Makes a bundle from a spec: the manifest's fields, and files whose digests are filled in."""
-    made = bundle.build_bundle(
+    if encrypt and content_key is not None:
+        raise Usage("wanted --encrypt, which makes a content key, or --content-key with one that is there")
+    key = None if content_key is None else sealing.read_key(content_key)
+    if encrypt:
+        key = sealing.make_key(sealing.key_file(out))
+    try:
+        made = _build(spec, out, key)
+    except BaseException:
+        if encrypt:
+            # Nothing was encrypted with it.
+            sealing.key_file(out).unlink(missing_ok=True)
+        raise
+    if as_json:
+        output.show_json(summary(made))
+        return
+    output.say(f"{made.manifest.model} {made.manifest.version} is in {out}, digest {made.digest}.")
+    if encrypt:
+        output.say(
+            f"Its content key is {sealing.key_file(out)}: whoever has it can read the model; keep it, and keep it apart."
+        )
+
+
+def _build(spec: Path, out: Path, content_key: bytes | None) -> bundle.Bundle:
+    return bundle.build_bundle(
         bundle.read_spec(spec),
         source=spec.parent,
         out=out,
         created=now().strftime("%Y-%m-%dT%H:%M:%SZ"),
         what=str(spec),
+        content_key=content_key,
     )
-    if as_json:
-        output.show_json(summary(made))
-    else:
-        output.say(f"{made.manifest.model} {made.manifest.version} is in {out}, digest {made.digest}.")
 
 
 @app.command()
@@ -145,6 +173,7 @@ def summary(made: bundle.Bundle) -> dict[str, Any]:
         "reference_rows": manifest.reference.n,
         "accuracy": manifest.reference.accuracy,
         "signed": made.signature is not None,
+        "encrypted": manifest.encryption is not None,
         "size_bytes": sum(file.size for file in manifest.files()),
         "variants": [
             {

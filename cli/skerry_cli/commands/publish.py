@@ -36,11 +36,15 @@ ProposalOut = Annotated[
 def push(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    content_key: Annotated[
+        Path | None,
+        typer.Option("--content-key", help="Of an encrypted bundle, when it does not lie beside the folder."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Sends a bundle to the server's register, which validates it."""
     made = bundle.read_bundle(folder)
-    pushed = publishing.push(session(context).api, made, say=output.note)
+    pushed = publishing.push(session(context).api, made, content_key=content_key, say=output.note)
     if as_json:
         output.show_json(
             {"digest": pushed.digest, "state": pushed.state, "reason": pushed.reason, "sent_bytes": pushed.sent_bytes}
