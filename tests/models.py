@@ -23,16 +23,19 @@ row drawn there is predicted right, and every expectation is worked out in numpy
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from onnx import TensorProto as T
 from onnx import helper as h
 from onnx import numpy_helper
-from skerry_contract import canonical
+from skerry_contract import canonical, sealed
 from skerry_contract import manifest as mf
 
 CRASH_VALUE = 666
@@ -91,6 +94,7 @@ def build_bundle(
     padding: int = 0,
     further: Mapping[str, bytes] | None = None,
     changes: dict[str, Any] | None = None,
+    content_key: bytes | None = None,
 ) -> str:
     """Writes a bundle into ``folder`` (made when missing).
 
@@ -103,6 +107,7 @@ def build_bundle(
         padding: a further file of that many pseudo-random bytes, to give a download something to do.
         further: more files by path, with what is in them.
         changes: fields of the manifest to replace, as builtins, e.g. ``{"min_agent": "9.9.9"}``.
+        content_key: the manifest is of an encrypted bundle; the folder holds its files in the clear.
 
     Returns:
         The bundle's digest.
@@ -141,9 +146,7 @@ def build_bundle(
     written |= further or {}
     for name, data in written.items():
         (folder / name).write_bytes(data)
-    files = tuple(
-        mf.File(path=n, sha256=hashlib.sha256(d).hexdigest(), size=len(d)) for n, d in sorted(written.items())
-    )
+    files = tuple(_file(n, d, content_key) for n, d in sorted(written.items()))
 
     quantized = kind in ("int8", "float-as-int8", "dynamic-as-int8")
     outputs_spec = [mf.Tensor(name=output_name, datatype="FP32", shape=(-1, classes if classifies else n_features),
@@ -189,12 +192,28 @@ def build_bundle(
         slo=mf.Slo(latency_p95_ms=50.0, success=0.99),
         provenance=mf.Provenance(commit="0" * 40, trainer="tests/models.py"),
     )
+    if content_key is not None:
+        encryption = mf.Encryption(scheme=sealed.SCHEME, key_id=sealed.key_id(content_key))
+        manifest = msgspec.structs.replace(manifest, encryption=encryption, requires=("encrypted",))
     data = mf.encode(manifest)
     if changes:
         data = canonical.encode({**json.loads(data), **changes})
         mf.parse(data)
     (folder / mf.MANIFEST_FILE).write_bytes(data)
     return mf.digest(data)
+
+
+def seal(data: bytes, content_key: bytes) -> bytes:
+    """A file as it leaves the machine where its bundle is built."""
+    return b"".join(sealed.seal(io.BytesIO(data), content_key, hashlib.sha256(data).hexdigest(), AESGCM))
+
+
+def _file(path: str, data: bytes, content_key: bytes | None) -> mf.File:
+    plain = mf.Plain(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    if content_key is None:
+        return mf.File(path=path, sha256=plain.sha256, size=plain.size)
+    stored = seal(data, content_key)
+    return mf.File(path=path, sha256=hashlib.sha256(stored).hexdigest(), size=len(stored), plain=plain)
 
 
 def onnx_bytes(kind: str, n_features: int = 4, classes: int = 3, seed: int = 0) -> bytes:

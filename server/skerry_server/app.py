@@ -20,7 +20,18 @@ from pathlib import Path
 import uvicorn
 from sqlalchemy import Connection
 
-from skerry_server import ca, clock, collector, device_auth, durable, listener, online_keys, ports, renewal
+from skerry_server import (
+    ca,
+    clock,
+    collector,
+    content_keys,
+    device_auth,
+    durable,
+    listener,
+    online_keys,
+    ports,
+    renewal,
+)
 from skerry_server.api.context import Context
 from skerry_server.application import create_app
 from skerry_server.broker.embedded import EmbeddedBroker
@@ -247,6 +258,7 @@ class Server:
                     settings.validation,
                     self._model_signers,
                 ),
+                release_key=content_keys.ReleaseKey(data / "keys"),
                 nonces=device_auth.Nonces(life_s=settings.devices.nonce_s, most=settings.limits.nonces),
                 telemetry=self._telemetry,
                 url=self.url,

@@ -10,6 +10,7 @@ from skerry_server.api import (
 )
 from skerry_server.api import (
     bundles,
+    content_keys,
     deltas,
     device,
     devices,
@@ -40,6 +41,7 @@ TAGS = [
     {"name": "audit", "description": "The hash-chained record of every change."},
     {"name": "repository", "description": "The TUF repository that devices verify."},
     {"name": "bundles", "description": "Model packages: draft, validated, approved, deprecated, retired, rejected."},
+    {"name": "content keys", "description": "What opens encrypted bundles, and who was given it."},
     {"name": "devices", "description": "Enrolment, pins, membership, revocation."},
     {"name": "groups", "description": "Devices that share one signed document."},
     {"name": "rollouts", "description": "Candidates on their way through stages, on recorded evidence."},
@@ -68,6 +70,7 @@ def create_app(context: Context) -> FastAPI:
         access_routes,
         repository,
         bundles,
+        content_keys,
         deltas,
         devices,
         logs,

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 import msgspec
 from anyio import CapacityLimiter, to_thread
-from skerry_contract import layout
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from skerry_contract import layout, sealed
 from skerry_contract import manifest as m
 from skerry_runtime.validation import validate_bundle
 
@@ -102,8 +103,10 @@ class Validator:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(mode=0o700, parents=True)
 
-    def validate(self, digest: str, manifest: bytes, signature: bytes | None) -> Outcome:
-        """Lays the bundle out and lets the child prove it.
+    def validate(
+        self, digest: str, manifest: bytes, signature: bytes | None, content_key: bytes | None = None
+    ) -> Outcome:
+        """Lays the bundle out, an encrypted one with its content key in the clear, and lets the child prove it.
 
         Raises:
             Unavailable: this server lacks the bundle's runtime; nothing is said about the bundle.
@@ -113,9 +116,11 @@ class Validator:
             return Outcome(code=refused, reason=said, report={})
         folder = Path(tempfile.mkdtemp(dir=self._scratch))
         try:
-            self._lay_out(folder, manifest, signature)
+            self._lay_out(folder, manifest, signature, content_key)
             limits = self._limits
             found = validate_bundle(folder, timeout_s=limits.timeout_s, memory_mb=limits.memory_mb, digest=digest)
+        except sealed.CannotOpen as error:
+            return Outcome(code="cannot_decrypt", reason=str(error), report={})
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if found.code in LACKING_HERE:
@@ -126,12 +131,18 @@ class Validator:
         report = msgspec.to_builtins(found)
         return Outcome(code=code, reason=reason, report=report | ({"signed_by": said} if said else {}))
 
-    def _lay_out(self, folder: Path, manifest: bytes, signature: bytes | None) -> None:
+    def _lay_out(self, folder: Path, manifest: bytes, signature: bytes | None, content_key: bytes | None) -> None:
         (folder / m.MANIFEST_FILE).write_bytes(manifest)
         if signature is not None:
             (folder / m.SIGNATURE_FILE).write_bytes(signature)
         for file in m.parse(manifest).files():
             place = folder / file.path
             place.parent.mkdir(parents=True, exist_ok=True)
+            if file.plain is not None:
+                if content_key is None:
+                    raise sealed.CannotOpen(f"{file.path}: there is no content key")
+                with open(self._repository / layout.blob(file.sha256), "rb") as source, open(place, "wb") as target:
+                    target.writelines(sealed.opened(source, content_key, file.plain.sha256, AESGCM))
+                continue
             # A copy and no link: the child may not reach the file that devices will download.
             shutil.copyfile(self._repository / layout.blob(file.sha256), place)

@@ -13,12 +13,12 @@ from skerry_contract import ids
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, select, tuple_
 
-from skerry_server import registry
+from skerry_server import content_keys, registry
 from skerry_server.api.context import After, Ctx, Engineer, Limit, Operator, RawBody, Viewer, page, read_cursor
 from skerry_server.core.bundles import Action
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading, writing
-from skerry_server.errors import Conflict, Invalid, NotFound, TooLarge
+from skerry_server.errors import Conflict, Invalid, NotFound, TooLarge, Unavailable
 from skerry_server.validation import Outcome
 
 router = APIRouter(prefix="/api/v1", tags=["bundles"])
@@ -46,7 +46,8 @@ def push(
     body: RawBody,
     x_skerry_signature: Annotated[str | None, Header(description="base64 of model.sig")] = None,
 ) -> dict[str, Any]:
-    """The body is the manifest's bytes. The answer names the files that are not here yet. The same manifest again is fine;
+    """The body is the manifest's bytes. The answer names the files that are not here yet, and of an encrypted bundle whether its
+    content key is here. The same manifest again is fine;
     another bundle under the same model and version is refused with 409.
     """
     try:
@@ -62,7 +63,20 @@ def push(
             submitter=caller.name,
             now_ms=context.now_ms(),
         )
-        return pushed | {"missing": _missing(context, conn, m.parse(body))}
+        manifest = m.parse(body)
+        pushed |= {"missing": _missing(context, conn, manifest)}
+        if manifest.encryption is not None:
+            pushed |= {"content_key": _readable(context, conn, pushed["digest"])}
+        return pushed
+
+
+def _readable(context: Ctx, conn: Connection, digest: str) -> bool:
+    """Whether the content key of an encrypted bundle is here, and not sealed with a release key that was lost."""
+    try:
+        content_keys.find(conn, context.release_key, digest)
+    except (NotFound, Unavailable):
+        return False
+    return True
 
 
 def _missing(context: Ctx, conn: Connection, manifest: m.Manifest) -> list[str]:
@@ -122,11 +136,17 @@ async def validate(context: Ctx, caller: Engineer, digest: str, again: Again = F
 def _validate(context: Ctx, actor: str, digest: str, again: bool) -> dict[str, Any]:
     with reading(context.engine) as conn:
         row = registry.require(conn, digest)
-        lacking = _missing(context, conn, m.parse(row["manifest"]))
+        manifest = m.parse(row["manifest"])
+        lacking = _missing(context, conn, manifest)
+        key = None
+        if manifest.encryption is not None and not lacking:
+            if not content_keys.has(conn, digest):
+                raise Conflict("content_key_missing", "the bundle is encrypted, and its content key is not here yet")
+            key = content_keys.find(conn, context.release_key, digest)
     if row["state"] == "draft" or (again and row["state"] == "rejected"):
         if lacking:
             raise Conflict("incomplete", f"{len(lacking)} files of the bundle are not here yet", missing=lacking)
-        outcome = context.validator.validate(digest, row["manifest"], row["signature"])
+        outcome = context.validator.validate(digest, row["manifest"], row["signature"], key)
         if outcome.code in _OF_THE_DISK:
             files = {file.sha256: file.size for file in m.parse(row["manifest"]).files()}
             damaged = context.repository.drop_damaged_blobs(files)

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from skerry_server import access, device_auth
 from skerry_server.ca import FleetCA
 from skerry_server.config import Settings
+from skerry_server.content_keys import ReleaseKey
 from skerry_server.db.engine import can_write, reading, writing
 from skerry_server.errors import Forbidden, Invalid, Unauthenticated
 from skerry_server.publication import Publication
@@ -47,6 +48,7 @@ class Context:
     publication: Publication
     repository: Repository
     validator: Validator
+    release_key: ReleaseKey
     nonces: device_auth.Nonces
     telemetry: Telemetry
     url: str

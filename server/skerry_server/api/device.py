@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from skerry_server import device_orders, devices, requested_logs
+from skerry_server import content_keys, device_orders, devices, requested_logs
 from skerry_server.api.context import Ctx, RawBody, SignedByDevice
 from skerry_server.db.engine import reading, writing
 
@@ -19,6 +19,11 @@ class Enrolment(BaseModel):
 
     token: str = Field(max_length=200)
     csr: str = Field(description="PEM of a PKCS#10 request with a P-256 or Ed25519 key")
+    encryption_key: str | None = Field(
+        default=None,
+        max_length=content_keys.MAX_PEM_CHARS,
+        description="PEM of a P-256 public key that content keys of encrypted bundles are wrapped for",
+    )
     device_id: str | None = Field(
         default=None, description="For a token with a prefix; else the CSR's CN, or the token's id"
     )
@@ -41,6 +46,11 @@ def enrol(context: Ctx, wanted: Enrolment) -> dict[str, Any]:
             asked_id=wanted.device_id,
             now_ms=context.now_ms(),
         )
+        if wanted.encryption_key is not None:
+            # A token that was used up already brings the same device its answer once more, and no other key.
+            content_keys.note_device_key(
+                conn, enrolled.device, wanted.encryption_key, now_ms=context.now_ms(), replace=not enrolled.renewed
+            )
     context.refresh_broker_users()
     return {
         "device_id": enrolled.device,

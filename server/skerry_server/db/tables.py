@@ -229,6 +229,36 @@ roles = Table(
     Column("bytes", LargeBinary, nullable=False),
 )
 
+content_keys = Table(
+    "content_keys",
+    metadata,
+    Column("digest", String(64), primary_key=True),  # of the bundle
+    Column("box", LargeBinary, nullable=False),  # sealed with the release key, which is not in the database
+    Column("set_by", String(100), nullable=False),
+    Column("set_ms", BigInteger, nullable=False),
+)
+
+encryption_keys = Table(
+    "encryption_keys",
+    metadata,
+    # Devices' keys that content keys are wrapped for: the first that a device names stays.
+    Column("device", String(63), primary_key=True),
+    Column("point", LargeBinary, nullable=False),  # of P-256, uncompressed
+    Column("sha256", String(64), nullable=False),  # of the point
+    Column("set_ms", BigInteger, nullable=False),
+)
+
+key_releases = Table(
+    "key_releases",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("device", String(63), primary_key=True),
+    Column("encryption_key", String(64), nullable=False),  # sha256 of the one it was last wrapped for
+    Column("times", Integer, nullable=False),
+    Column("first_ms", BigInteger, nullable=False),
+    Column("last_ms", BigInteger, nullable=False),
+)
+
 proposals = Table(
     "proposals",
     metadata,
