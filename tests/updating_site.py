@@ -6,9 +6,10 @@ import datetime as dt
 from pathlib import Path
 from typing import Any
 
-from skerry_cli import bundle, catalog, publishing
+from skerry_cli import bundle, catalog, publishing, sealing
 from skerry_cli.demo.fleet import GROUP, SETTINGS, Fleet
 from skerry_cli.demo.processes import Processes
+from skerry_contract import sealed
 
 from tests import models
 from tests.relay import Relay
@@ -50,10 +51,12 @@ class Site:
         for relay in self._relays:
             relay.mend()
 
-    def publish(self, number: int, further: dict[str, bytes]) -> str:
-        """Builds, pushes and approves version ``number``; its digest."""
+    def publish(self, number: int, further: dict[str, bytes], content_key: bytes | None = None) -> str:
+        """Builds, pushes and approves version ``number``, encrypted with the content key; its digest."""
         folder = self.folder / f"bundle-{number}"
-        digest = models.build_bundle(folder, version=f"{number}.0.0", further=further)
+        digest = models.build_bundle(folder, version=f"{number}.0.0", further=further, content_key=content_key)
+        if content_key is not None:
+            sealing.key_file(folder).write_bytes(sealed.encode_key_file(content_key))
         publishing.push(self.fleet.api, bundle.read_bundle(folder))
         addition = catalog.Addition(model="gas", version=f"{number}.0.0", digest=digest, submitter="test")
         self.fleet.approver.change(catalog.Change(add=(addition,)), now=dt.datetime.now(dt.UTC), folder=folder)

@@ -278,7 +278,7 @@ class Client:
         self.rings[model] = ring
         self._told.pop(model, None)
         served = ww.Served(
-            name=model, version=slot.version, digest=slot.digest, variant=slot.variant, path=str(house.slots.path(slot.digest)),
+            name=model, version=slot.version, digest=slot.digest, variant=slot.variant, path=str(house.slots.load_path(slot.digest)),
             ring=ring, arm=slot.arm, rollout=slot.rollout, stage=slot.stage,
         )  # fmt: skip
         self._send(appwire.Grant(served=served, book=book), fds)
@@ -339,7 +339,7 @@ class Client:
         fds: tuple[int, ...] = ()
         if path in listed:
             with contextlib.suppress(OSError):
-                fds = (os.open(house.slots.path(digest) / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC),)
+                fds = (os.open(house.slots.load_path(digest) / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC),)
         self._send(appwire.File(digest=digest, path=path), fds)
 
     def _window(self, cut: ww.WindowCut) -> None:

@@ -294,6 +294,7 @@ def _enrol(options: argparse.Namespace) -> int:
         "repository_url": config.repository.url,
         "lower_bound_s": 0.0,
         "now_s": time.time(),
+        "encryption_key": config.encryption.key,
         "token": token,
         "csr_subject": options.device,
     }

@@ -47,6 +47,7 @@ _SECTIONS = (
     "timing",
     "updates",
     "telemetry",
+    "encryption",
     "log",
 )
 LEAST_OUTBOX_MB = 8.0
@@ -168,7 +169,9 @@ def _own_fault(key: str, value: Any) -> str | None:
         return f"wanted at most {MOST_UPLOAD_KIB}: the server takes no larger batch, got {value}"
     if key.endswith(".port") and value != "none" and not 0 <= value <= 65535:
         return f"wanted a port from 0 to 65535, got {value}"
-    if key == "telemetry.memory_dir" and not value.startswith("/"):
+    if key == "encryption.key" and value != "file" and not value.startswith("pkcs11:"):
+        return f'wanted "file" or a pkcs11: URI, got {value!r}'
+    if key in ("telemetry.memory_dir", "encryption.memory_dir") and not value.startswith("/"):
         return f"wanted an absolute path, got {value!r}"
     if key.endswith(".url") and value and not value.startswith("https://"):
         return f"wanted an https:// address, got {value!r}"

@@ -291,6 +291,19 @@ class Telemetry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Encryption:
+    """How this device opens encrypted models.
+
+    Attributes:
+        key: where its encryption key lies: ``file``, or a PKCS#11 URI (``pkcs11:token=...;object=...?module-path=...&pin-source=...``).
+        memory_dir: a tmpfs; models lie in the clear in a folder of ours below it, and nowhere else.
+    """
+
+    key: str = "file"
+    memory_dir: str = "/dev/shm"  # noqa: S108  (only a folder of our own below it is used, its owner and mode are checked)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Log:
     """``level``: debug, info, warning or error."""
 
@@ -318,6 +331,7 @@ class Config:
     timing: Timing = field(default_factory=Timing)
     updates: Updates = field(default_factory=Updates)
     telemetry: Telemetry = field(default_factory=Telemetry)
+    encryption: Encryption = field(default_factory=Encryption)
     log: Log = field(default_factory=Log)
 
     @property

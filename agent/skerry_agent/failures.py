@@ -17,7 +17,10 @@ _OF_THIS_DEVICE = frozenset(
     {
         "agent_too_old",
         "below_floor",
+        "encryption_key_differs",
+        "encryption_key_unusable",
         "must_pass_first",
+        "no_memory_folder",
         "no_variant",
         "not_enough_disk",
         "not_enough_memory",

@@ -291,6 +291,7 @@ class Shadowing:
         shadow.ring = f"{SHADOW_RING}{secrets.token_hex(8)}-{shadow.model}"
         shadow.ready = asyncio.get_running_loop().create_future()
         shadow.fed = 0
+        await self._serving.site.open_bundles([(shadow.target.digest, variant.id)])
         shadow.worker = await spawn((), lambda message, fd: self._take(shadow, message, fd), command=SHADOW)
         worker = shadow.worker
         care = shadow.care = Care(needs_mb=variant.needs.rss_mb, slack_mb=self._config.limits.leak_slack_mb)
@@ -300,7 +301,7 @@ class Shadowing:
             ww.StartShadow(
                 candidate=ww.Served(
                     name=shadow.model, version=target.version, digest=target.digest, variant=variant.id,
-                    path=str(self._slots.path(target.digest)), ring=shadow.ring,
+                    path=str(self._slots.load_path(target.digest)), ring=shadow.ring,
                 ),
                 cpu=cpu, max_c=max_c, boot_id=self._clock.boot_id,
                 fold_interval_s=self._config.timing.fold_interval_s or self._serving.site.window_s,

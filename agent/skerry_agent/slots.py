@@ -26,6 +26,8 @@ from skerry_agent.errors import Degraded, Rejected
 _POINTERS = "pointers.json"
 PARTS = ".parts"
 """The courier's folder of files that came in part, by their sha256."""
+KEYS = ".keys"
+"""The courier's folder of wrapped content keys, by digest."""
 STAGED_MANIFEST = ".manifest.json"
 """The manifest of a bundle whose files are still coming."""
 _CHUNK = 1 << 20
@@ -68,12 +70,14 @@ class Slots:
     """The folder ``slots``. Every change of the pointer file is on disk when the method returns.
 
     Attributes:
+        opened: where encrypted bundles lie in the clear, one folder each, in memory; None: nowhere.
         kept: digests that no pointer names and that stay: bundles in shadow.
         forbidden: whether a version of a model must not serve any more; asked with both names.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, opened: Path | None = None) -> None:
         self.root = root
+        self.opened = opened
         self.staging = root / ".staging"
         if not self.staging.exists():
             self.staging.mkdir(parents=True, mode=0o700, exist_ok=True)
@@ -196,6 +200,26 @@ class Slots:
     def path(self, digest: str) -> Path:
         """The folder of a bundle that is here."""
         return self.root / digest
+
+    def load_path(self, digest: str) -> Path:
+        """The folder that a bundle is loaded from: its slot, or where it was opened."""
+        return self.opened / digest if self.opened is not None and self.encrypted(digest) else self.path(digest)
+
+    def encrypted(self, digest: str) -> bool:
+        """Whether the bundle that is here is encrypted."""
+        manifest = self.manifest(digest)
+        return manifest is not None and manifest.encryption is not None
+
+    def is_open(self, digest: str, variant: str) -> bool:
+        """Whether an encrypted bundle lies in the clear, every file in the right size. Hashes are read at load."""
+        manifest = self.manifest(digest)
+        if manifest is None or self.opened is None or not (self.opened / digest / m.MANIFEST_FILE).is_file():
+            return False
+        try:
+            files = manifest.variant(variant).files
+            return all((self.opened / digest / file.path).stat().st_size == file.content.size for file in files)
+        except (KeyError, OSError):
+            return False
 
     def staging_path(self, digest: str) -> Path:
         """The folder of a bundle that is coming."""
@@ -378,7 +402,20 @@ class Slots:
             if entry.name.removesuffix(".old") not in named or entry.name.endswith(".old"):
                 shutil.rmtree(entry, ignore_errors=True)
         self._drop_other_variants()
+        self._drop_secrets(named)
         return gone
+
+    def _drop_secrets(self, named: Collection[str]) -> None:
+        """Wrapped keys, and bundles in the clear, that belong to nothing here any more."""
+        with contextlib.suppress(OSError):
+            for path in (self.root / KEYS).iterdir():
+                if path.stem not in named:
+                    path.unlink(missing_ok=True)
+        if self.opened is not None:
+            with contextlib.suppress(OSError):
+                for path in self.opened.iterdir():
+                    if path.name not in named and not path.name.startswith("."):
+                        shutil.rmtree(path, ignore_errors=True)
 
     def _drop_other_variants(self) -> None:
         """Files of variants that no pointer names any more: a worker reads every file that is there, and one that rots stops it."""

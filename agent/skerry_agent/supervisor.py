@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import psutil  # type: ignore[import-untyped]  # ships no types
 
-from skerry_agent import at_rest, facts, hold, logs, reloading, reporting, wear
+from skerry_agent import at_rest, facts, hold, logs, opening, reloading, reporting, wear
 from skerry_agent import workerwire as ww
 from skerry_agent.applications import Applications
 from skerry_agent.asked_logs import AskedLogs
@@ -119,7 +119,7 @@ class Supervisor:
         self._note_boot()
         self._restarts = Restarts(self._store, self._clock, scale=config.timing.backoff_scale)
         self._remembered = Remembered(self._store, self._clock, config.state_dir)
-        self._slots = Slots(config.state_dir / "slots")
+        self._slots = Slots(config.state_dir / "slots", opening.folder_of(config))
         self._runtimes = Runtimes(config, self._clock, self._draw)
         self._stratum = facts.stratum(config, self._runtimes.usable)
         self._orders = Orders(self._store, self._identity.group)
@@ -154,6 +154,9 @@ class Supervisor:
             config, self._store, self._slots, self._clock, listeners, roll, on_health=self._health, on_crash=self._crash,
             on_unruly=self._unruly, on_start=self._started, on_records=self._uplink.pump_soon, on_fault=self._fault, draw=self._draw, worker_command=worker_command,
         )  # fmt: skip
+        self._serving.site.open_bundles = opening.Opening(
+            config, self._slots, self._errands, errand_input=self._errand_input
+        ).ensure
         self._throttle = Throttle(self._store, self._clock, self._serving.throttle)
         self._holding = Holding(
             config,
@@ -471,6 +474,7 @@ class Supervisor:
             "lower_bound_s": self._clock.lower_bound_s,
             "lower_bound_keys": list(self._remembered.bound_keys),
             "now_s": self._clock.wall_s(),
+            "encryption_key": self._config.encryption.key,
         }
 
     def _update_input(self) -> dict[str, Any]:

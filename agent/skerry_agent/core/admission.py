@@ -135,9 +135,13 @@ def _admit_variant(variant: Variant, device: Device, memory: Memory) -> Admit | 
             code="runtime_missing", detail=f"{variant.id} wants {variant.runtime} {variant.min}, here is {version}"
         )
     free_mb = device.memory_free_mb - device.memory_reserve_mb
-    if variant.needs.rss_mb > free_mb:
+    # What was encrypted lies in memory in the clear for as long as it may be loaded, beside what the worker makes of it.
+    opened_mb = sum(file.plain.size for file in variant.files if file.plain is not None) / 1e6
+    if variant.needs.rss_mb + opened_mb > free_mb:
+        also = f" and {opened_mb:.1f} MB to be opened in" if opened_mb else ""
         return Refuse(
-            code="not_enough_memory", detail=f"{variant.id} wants {variant.needs.rss_mb} MB, {free_mb:.0f} MB are free"
+            code="not_enough_memory",
+            detail=f"{variant.id} wants {variant.needs.rss_mb} MB{also}, {free_mb:.0f} MB are free",
         )
     fetch_bytes = max(0, sum(file.size for file in variant.files) - memory.present_bytes)
     wanted_mb = max(float(variant.needs.disk_mb), fetch_bytes / 1e6) if fetch_bytes else 0.0

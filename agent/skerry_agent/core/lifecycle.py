@@ -48,7 +48,7 @@ cut: they wait, they do not go in circles. A person's pardon starts anew.
 """
 
 ATTEMPTS: dict[str, int] = {
-    "bad_signature": 3, "hash_mismatch": 3, "size_mismatch": 3, "malformed_manifest": 1, "download_wasted": 3,
+    "bad_signature": 3, "hash_mismatch": 3, "size_mismatch": 3, "malformed_manifest": 1, "download_wasted": 3, "cannot_decrypt": 3,
     "model_damaged": 2, "operator_unknown": 1, "golden_failed": 1, "runtime_crashed": 2, "start_timeout": 2,
     "trial_crashed": 1, "trial_errors": 1, "trial_slow": 1, "reverted_by_operator": 1, "crash_loop": 1,
     "worker_leaked": 1, "worker_spun": 1, "trial_silent": 2, "cancelled": 1, "too_many_moves": 1,

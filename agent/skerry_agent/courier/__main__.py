@@ -1,7 +1,7 @@
 """``python -m skerry_agent.courier <verb>``: one JSON object in, JSON lines out.
 
 Any number of ``{"progress": {...}}``, then one ``{"ok": {...}}`` or ``{"error": {"kind", "code", "detail"}}``; exit code 0 for
-both. Another exit code is a crash, with its trace on stderr. The verbs are ``enrol sync manifest fetch renew logs``.
+both. Another exit code is a crash, with its trace on stderr. The verbs are ``enrol sync manifest fetch unseal renew logs``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from skerry_agent.courier import requests, watch
 from skerry_agent.errors import AgentError, Degraded, Rejected
 
-VERBS = ("enrol", "sync", "manifest", "fetch", "renew", "logs")
+VERBS = ("enrol", "sync", "manifest", "fetch", "unseal", "renew", "logs")
 
 
 def run(verb: str, data: bytes) -> dict[str, Any]:
@@ -27,6 +27,10 @@ def run(verb: str, data: bytes) -> dict[str, Any]:
         from skerry_agent.courier import download
 
         return download.fetch(requests.parse(requests.Fetch, data), lambda progress: emit({"progress": progress}))
+    if verb == "unseal":
+        from skerry_agent.courier import unsealing
+
+        return unsealing.unseal(requests.parse(requests.Unseal, data))
     if verb == "sync":
         from skerry_agent.courier import lookup
 

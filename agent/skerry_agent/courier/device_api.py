@@ -32,14 +32,15 @@ class DeviceApi:
         self._url = server_url.rstrip("/")
         self._now_s = now_s
 
-    def enrol(self, token: str, csr_pem: str, asked_id: str) -> dict[str, Any]:
-        """Trades the enrolment token and a certificate request for an identity.
+    def enrol(self, token: str, csr_pem: str, asked_id: str, encryption_key: str = "") -> dict[str, Any]:
+        """Trades the enrolment token and a certificate request for an identity. ``encryption_key``: PEM of the public part.
 
         Raises:
             Rejected: the server's own code, e.g. ``bad_enrolment_token``.
             Transient: unreachable, or the server cannot now.
         """
         wish = {"token": token, "csr": csr_pem, **({"device_id": asked_id} if asked_id else {})}
+        wish |= {"encryption_key": encryption_key} if encryption_key else {}
         return self._ask("POST", f"{BASE}/enrol", json.dumps(wish).encode(), {})
 
     def membership(self, key: ec.EllipticCurvePrivateKey, device: str) -> dict[str, Any]:
@@ -49,6 +50,13 @@ class DeviceApi:
     def renew(self, key: ec.EllipticCurvePrivateKey, device: str, csr_pem: str) -> dict[str, Any]:
         """A new certificate for the same key. Raises as ``enrol``."""
         return self._signed(key, device, "POST", f"{BASE}/renew", json.dumps({"csr": csr_pem}).encode())
+
+    def content_key(
+        self, key: ec.EllipticCurvePrivateKey, device: str, digest: str, encryption_key: str
+    ) -> dict[str, Any]:
+        """A bundle's content key, wrapped for the encryption key (PEM). Raises as ``enrol``."""
+        body = json.dumps({"encryption_key": encryption_key}).encode()
+        return self._signed(key, device, "POST", f"{BASE}/keys/{digest}", body)
 
     def send_logs(self, key: ec.EllipticCurvePrivateKey, device: str, number: int, packed: bytes) -> dict[str, Any]:
         """The answer to a request for the log: lines, gzip. Raises as ``enrol``."""
@@ -112,13 +120,21 @@ def enrolled(request: requests.Common) -> Enrolled:
     """Who this device is, of its state folder. Raises ``Degraded`` (``not_enrolled``)."""
     identity = request.identity
     key = keys.load_key(identity)
+    device = device_id(request)
     try:
         ca_pem = (identity / "fleet-ca.pem").read_text()
-        device = str(json.loads((identity / "enrolled.json").read_bytes())["device_id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise Degraded("not_enrolled", f"{identity}: {error}", advice="enrol the device") from None
     web = transport.Web(server_url=request.server_url, ca_pem=ca_pem, now_s=request.now_s, gap_s=request.limits.gap_s)
     return Enrolled(DeviceApi(web, request.server_url, request.now_s), key, device, ca_pem)
+
+
+def device_id(request: requests.Common) -> str:
+    """The id alone, for what needs no server. Raises as ``enrolled``."""
+    try:
+        return str(json.loads((request.identity / "enrolled.json").read_bytes())["device_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Degraded("not_enrolled", f"{request.identity}: {error}", advice="enrol the device") from None
 
 
 def _text(answer: dict[str, Any], field: str) -> str:

@@ -50,7 +50,7 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
     Raises:
         Rejected: ``hash_mismatch``, ``size_mismatch``, ``malformed_manifest``, ``bad_request``.
         Transient: ``unreachable``, ``timeout``, ``busy``, ``blob_missing``, ``download_wasted``, with what came so far kept.
-        Degraded: ``not_enough_disk``, ``storage_failed``, ``not_enrolled``.
+        Degraded: ``not_enough_disk``, ``storage_failed``, ``not_enrolled``. Of an encrypted bundle as ``content_keys.obtain``.
     """
     manifest = _checked(request)
     slots = Path(request.state_dir) / "slots"
@@ -76,6 +76,12 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
             near: list[acquiring.Source] = [acquiring.Here(meter), others]
             sources = [*near, *([carried] if request.folder else []), deltas, whole]
             durable.make_folder(staging)
+            parsed = manifests.parse(manifest)
+            if parsed.encryption is not None:
+                # First: what this device cannot open it need not fetch.
+                from skerry_agent.courier import content_keys
+
+                content_keys.obtain(request, parsed, request.digest)
             parts.tidy(slots / ".parts", [one.key for one in wanted.values()])
             _check_room(request, staging, slots / ".parts", wanted, others)
             durable.write(staging / shared.STAGED_MANIFEST, manifest, mode=0o644)

@@ -1,7 +1,7 @@
 """The verbs ``enrol`` and ``renew``: how a device comes to its identity and keeps it.
 
 Owns ``identity/``. The token says whom to believe: the fleet's CA by its fingerprint and the operator's root by its digest.
-Nothing that the server answers can widen that. The order on disk is root, key, certificates, and ``enrolled.json`` last: with it
+Nothing that the server answers can widen that. The order on disk is root, keys, certificates, and ``enrolled.json`` last: with it
 the device counts as enrolled, without it the same errand may run again with the same key.
 
 A root that is here stays: another enrolment may move the device to another server of the same operator, never to another
@@ -26,7 +26,7 @@ from cryptography.x509.oid import NameOID
 from skerry_contract import enrolment, ids, layout
 from skerry_contract.errors import ContractError
 
-from skerry_agent.courier import device_api, durable, keys, requests, transport
+from skerry_agent.courier import device_api, durable, encryption_key, keys, requests, transport
 from skerry_agent.errors import Rejected, Transient
 
 ROOT_MAX_BYTES = 512_000
@@ -65,7 +65,8 @@ def enrol(request: requests.Enrol) -> dict[str, Any]:
                 durable.write(identity / "root.json", _find_root(token, web), mode=0o644)
             key = keys.make_key(identity)
             api = device_api.DeviceApi(web, token.server_url, request.now_s)
-            answer = api.enrol(token.token, keys.request_certificate(key, asked), asked)
+            other = encryption_key.public_pem(encryption_key.holder(identity, request.encryption_key))
+            answer = api.enrol(token.token, keys.request_certificate(key, asked), asked, other)
             enrolled = _checked(answer, token, key, ca_pem)
             durable.write(identity / "fleet-ca.pem", ca_pem.encode(), mode=0o644)
             durable.write(identity / keys.CERTIFICATE_FILE, answer["certificate"].encode(), mode=0o644)

@@ -45,6 +45,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
             that a stolen online key cannot set devices' clocks ahead for ever.
         folder: a signed folder to take from, empty for none: ``sync`` then asks nobody else, ``manifest`` and ``fetch`` ask it first.
         age_s: so long after their date the timestamp, snapshot and fleet role of the folder still count, seconds.
+        encryption_key: where the key lies that content keys are wrapped for: ``file``, or a PKCS#11 URI.
     """
 
     state_dir: str
@@ -55,6 +56,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     lower_bound_keys: tuple[str, ...] = ()
     folder: str = ""
     age_s: float = 0.0
+    encryption_key: str = "file"
     limits: Limits = Limits()
 
     @property
@@ -122,6 +124,14 @@ class Fetch(Common, frozen=True, kw_only=True):
     max_kib_s: int = 0
     reserve_bytes: int = 0
     reserve_files: int = 0
+
+
+class Unseal(Common, frozen=True, kw_only=True):
+    """A variant of an encrypted bundle in a slot. ``folder``: on a tmpfs; its files are opened into a folder of the digest there."""
+
+    digest: str
+    variant: str
+    folder: str
 
 
 class Logs(Common, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from skerry_agent import facts
+from skerry_agent import facts, opening
 from skerry_agent.doctor.finding import NET_S, Finding, Patient
 from skerry_agent.slots import Slots, read_pointers
 
@@ -35,7 +35,7 @@ def check_slots(patient: Patient) -> Iterator[Finding]:
         yield Finding(check="slots", verdict="ok", detail="no bundle yet")
         return
     # Reads only: the folder is there, and its pointer file was just read.
-    slots = Slots(root)
+    slots = Slots(root, opening.folder_of(patient.config))
     wrong: list[str] = []
     right: list[str] = []
     for model, pointers in sorted(named.items()):

@@ -123,7 +123,7 @@ def start_message(
                 version=slot.version,
                 digest=slot.digest,
                 variant=slot.variant,
-                path=str(slots.path(slot.digest)),
+                path=str(slots.load_path(slot.digest)),
                 ring=generation.rings[name],
                 arm=slot.arm,
                 rollout=slot.rollout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,10 @@ def _nothing(*_: object) -> None:
     pass
 
 
+async def _all_open(_: Iterable[tuple[str, str]]) -> None:
+    pass
+
+
 @dataclass(kw_only=True, slots=True)
 class Site:
     """See the module.
@@ -40,6 +44,7 @@ class Site:
         on_took: a worker has a connection that was passed to it.
         on_change: a cell has another serving worker, or none; or a worker is gone.
         on_flushed: a worker has sent all it had when it was asked.
+        open_bundles: has encrypted bundles, (digest, variant), lie in the clear before a worker is told to load them.
         elsewhere: models that other cells serve, and their versions.
         apart: digests that get a cell of their own although they do not ask for it; set_apart: makes it so.
         sample_rate: share of answers that are kept whole; 0: none, whatever they are.
@@ -65,6 +70,7 @@ class Site:
     on_took: Callable[[int], None] = _nothing
     on_change: Callable[[], None] = _nothing
     on_flushed: Callable[[int], None] = _nothing
+    open_bundles: Callable[[Iterable[tuple[str, str]]], Awaitable[None]] = _all_open
     elsewhere: Callable[[Generation], dict[str, str]] = lambda _: {}
     window_s: float = 300.0
     throttle: float = 0.0

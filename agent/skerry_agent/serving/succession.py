@@ -119,11 +119,17 @@ class Cell:
         """Starts the next generation and waits until it has loaded and proved its models. It does not listen yet.
 
         Raises:
+            AgentError: an encrypted bundle could not be opened.
             Rejected: with the code that the worker gave, ``runtime_crashed`` when it died, ``start_timeout``.
             Degraded: ``process_not_started`` when this device has no process, memory or descriptor left for it.
         """
         site = self._site
         began_s = site.clock.boot_s()
+        try:
+            await site.open_bundles([(slot.digest, slot.variant) for slot in models.values()])
+        except AgentError as error:
+            site.on_start(models, error, {})
+            raise
         number = site.next_number()
         rings = {name: site.rings.path(number, name) for name in models}
         ready: asyncio.Future[ww.Ready] = asyncio.get_running_loop().create_future()

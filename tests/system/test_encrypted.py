@@ -1,0 +1,131 @@
+"""An encrypted bundle from the engineer's machine to an answer, everything real, and what thieves find on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from skerry_agent import config, opening
+from skerry_cli.errors import Failed
+
+from tests.updating_site import DEVICE, Site
+
+KEYS = [secrets.token_bytes(32), secrets.token_bytes(32)]
+WEIGHTS = [os.urandom(200_000), os.urandom(200_000)]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    found = Site(tmp_path)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.close()
+        for state in tmp_path.rglob("agent.toml"):
+            shutil.rmtree(opening.folder_of(config.load(state, {})), ignore_errors=True)
+
+
+def found_in(folder: Path, needles: list[bytes]) -> list[str]:
+    wrong, looked = [], 0
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            data, looked = path.read_bytes(), looked + 1
+            wrong += [str(path) for needle in needles if needle in data]
+    assert looked > 5
+    return wrong
+
+
+def needles(site: Site, number: int) -> list[bytes]:
+    """Pieces of each file of the bundle, from all over it, that do not stand in its public manifest."""
+    folder = site.folder / f"bundle-{number}"
+    manifest = (folder / "manifest.json").read_bytes()
+    found = []
+    for name in ("model.onnx", "golden.jsonl", "weights.bin"):
+        data = (folder / name).read_bytes()
+        found += [data[at : at + 32] for at in range(0, len(data) - 32, max(32, len(data) // 20))]
+    return [needle for needle in found if needle not in manifest] + [KEYS[number - 1]]
+
+
+def ask_itself(site: Site) -> dict[str, Any]:
+    with contextlib.suppress(Failed):
+        return dict(site.fleet.status(DEVICE)["running"].get("gas", {}))
+    return {}
+
+
+def courier(verb: str, message: dict[str, Any]) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "skerry_agent.courier", verb], input=json.dumps(message).encode(),
+        capture_output=True, check=True, timeout=60,
+    )  # fmt: skip
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_an_encrypted_bundle_is_served_and_lies_in_the_clear_in_memory_alone(site: Site, tmp_path: Path) -> None:
+    first = site.publish(1, {"weights.bin": WEIGHTS[0]}, KEYS[0])
+    site.assign(first)
+    state = site.fleet.device_folder(DEVICE) / "state"
+    opened = opening.folder_of(config.load(state.parent / "agent.toml", {}))
+    assert (opened / first / "weights.bin").read_bytes() == WEIGHTS[0]
+    assert opened.stat().st_mode & 0o777 == 0o700
+    # A stolen repository, and a stolen card as it lies: no piece of a file, no content key.
+    assert found_in(site.fleet.server.data / "repository", needles(site, 1)) == []
+    assert found_in(state, needles(site, 1)) == []
+
+    # The next version has another content key; the one before it stays open for the way back.
+    second = site.publish(2, {"weights.bin": WEIGHTS[1]}, KEYS[1])
+    _, told = site.update(second)
+    assert told["delta_bytes"] == 0
+    assert told["refused"] == {}, "no delta is asked for between ciphertexts"
+    assert (opened / second / "weights.bin").read_bytes() == WEIGHTS[1]
+    assert found_in(state, needles(site, 1) + needles(site, 2)) == []
+
+    # Power is lost: memory is empty, and so is the network. The card and its key bring the model back.
+    site.fleet.processes.stop([DEVICE, "server"])
+    shutil.rmtree(opened)
+    site.fleet.start_agent(DEVICE)
+    site.fleet.wait("the model to answer without a network", lambda: ask_itself(site).get("digest") == second, 60.0)
+    assert (opened / second / "weights.bin").read_bytes() == WEIGHTS[1]
+    site.fleet.processes.stop([DEVICE])
+
+    # A thief of the card. With the key in a file on it, he opens the model: that is what a token is for.
+    card = tmp_path / "card"
+    shutil.copytree(state, card, ignore=shutil.ignore_patterns("*.sock", "run"))
+    loot = tmp_path / "loot"
+    loot.mkdir()
+    message = {
+        "state_dir": str(card), "server_url": site.fleet.server.url, "now_s": time.time(), "digest": second,
+        "variant": "onnx-fp32", "folder": str(loot),
+    }  # fmt: skip
+    assert courier("unseal", message)["ok"]["bytes"] > 200_000
+    shutil.rmtree(loot / second)
+    # Without it: nothing, and the server is not even asked for what it would not give.
+    (card / "identity" / "encryption.key").unlink()
+    refused = courier("unseal", message)["error"]
+    assert refused["code"] == "unreachable", "a new key would have to be told to the server, which is off"
+    assert found_in_nothing(loot, WEIGHTS[1])
+
+    # Nor does the server, once it is there, give anything to a key that the thief made beside the stolen signing key.
+    site.fleet.processes.start(
+        "server", [sys.executable, "-m", "skerry_server", "run", "--data", str(site.fleet.server.data)]
+    )
+    deadline = time.monotonic() + 40
+    while refused["code"] == "unreachable" and time.monotonic() < deadline:
+        time.sleep(0.5)
+        refused = courier("unseal", message)["error"]
+    assert refused["code"] == "encryption_key_differs"
+    assert found_in_nothing(loot, WEIGHTS[1])
+
+
+def found_in_nothing(folder: Path, data: bytes) -> bool:
+    return not any(data[:32] in path.read_bytes() for path in folder.rglob("*") if path.is_file())
