@@ -228,6 +228,18 @@ def cancel(context: typer.Context, device: Device, reason: Reason, as_json: AsJs
     _order(context, device, "cancel", reason, as_json, "ends its update and goes back to what it confirmed")
 
 
+@app.command("forget-key")
+def forget_key(context: typer.Context, device: Device, reason: Reason, as_json: AsJson = False) -> None:
+    """Lets the server take the next encryption key that a device names: after its board or its token was replaced."""
+    found = session(context).api.post(f"/api/v1/devices/{quote(device)}/forget-key", {"reason": reason})
+    if as_json:
+        output.show_json(found)
+    else:
+        output.say(
+            f"Content keys go to whichever encryption key {device} names next. If it was stolen, revoke it instead."
+        )
+
+
 def _order(context: typer.Context, device: str, kind: str, reason: str, as_json: bool, words: str) -> None:
     found = session(context).api.post(f"/api/v1/devices/{quote(device)}/{kind}", {"reason": reason})
     if as_json:
