@@ -32,7 +32,11 @@ class OnToken:
         try:
             pin = Path(asked["pin-source"].removeprefix("file:")).read_text().strip() if "pin-source" in asked else None
             token = pkcs11.lib(asked["module-path"]).get_token(token_label=named["token"])
-            self._session = token.open(user_pin=pin)
+            try:
+                self._session = token.open(user_pin=pin)
+            except pkcs11.UserAlreadyLoggedIn:
+                # Of this process, in another session: a log-in holds for all of them.
+                self._session = token.open()
             key = self._session.get_key(
                 object_class=pkcs11.ObjectClass.PRIVATE_KEY, key_type=pkcs11.KeyType.EC, label=self._label
             )
