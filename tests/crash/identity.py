@@ -20,7 +20,8 @@ from tests.crash.world import GROUP, ROOT, recorder, tree_of
 from tests.integration.tuf.conftest import Device as Courier
 from tests.integration.tuf.conftest import Fleet
 
-NAMES = ("root.json", "device.key", "fleet-ca.pem", "device.pem", "enrolled.json")
+KEYS = ("device.key", "encryption.key")
+NAMES = ("root.json", "device.key", "encryption.key", "fleet-ca.pem", "device.pem", "enrolled.json")
 
 
 class Errand:
@@ -91,16 +92,17 @@ class Errand:
             except Degraded as error:
                 if error.code != "not_enrolled" or self.verb == "renew" or point == len(self.disk.operations):
                     return [f"no identity: {error}"]
-            held = files.get("identity/device.key")
+            held = {name: files.get(f"identity/{name}") for name in KEYS}
             if self.verb == "renew":
                 pem = files["identity/device.pem"]
                 if pem not in (self.before["identity/device.pem"], self.after["identity/device.pem"]):
                     faults.append("neither the old certificate nor the new one")
             run(self.verb, device.request(**self.fields))
             run("sync", device.request(group=str(GROUP)))
-            if self.verb == "renew" or "identity/device.key" in strict:
-                if (state_dir / "identity" / "device.key").read_bytes() != held:
-                    faults.append("another key than before")
+            for name in KEYS:
+                if self.verb == "renew" or f"identity/{name}" in strict:
+                    if (state_dir / "identity" / name).read_bytes() != held[name]:
+                        faults.append(f"another {name} than before")
             more = {path.name for path in (state_dir / "identity").iterdir()} - set(NAMES)
             if more:
                 faults.append(f"left behind: {sorted(more)}")
