@@ -183,6 +183,7 @@ class Slots:
         """
         found: dict[str, Slot] = {}
         complaints: list[str] = []
+        self._drop_scraps()
         for model in self.models():
             pointers = self.pointers(model)
             for slot in (pointers.confirmed, pointers.previous):
@@ -416,6 +417,11 @@ class Slots:
                 for path in self.opened.iterdir():
                     if path.name not in named and not path.name.startswith("."):
                         shutil.rmtree(path, ignore_errors=True)
+
+    def _drop_scraps(self) -> None:
+        """What couriers of an earlier life left half opened; none runs yet."""
+        for path in self.opened.glob(".*") if self.opened is not None else ():
+            shutil.rmtree(path, ignore_errors=True)
 
     def _drop_other_variants(self) -> None:
         """Files of variants that no pointer names any more: a worker reads every file that is there, and one that rots stops it."""

@@ -15,18 +15,16 @@ LEAST_BYTES = 4096
 def base_of(file: File, target: Variant, held: Variant) -> File | None:
     """The file of ``held`` that ``file`` of ``target`` is patched from: of the same path, else model from model of one runtime.
 
-    None where there is nothing to patch from, where the same bytes lie there already, and for files below ``LEAST_BYTES``; nor is
-    there anything to save between ciphertexts.
+    None where there is nothing to patch from, where the same bytes lie there already, and for files below ``LEAST_BYTES``. Of encrypted
+    files it is what is in them that is patched; what is secret is never the base of what is not.
     """
-    if file.plain is not None:
-        return None
     if file.size < LEAST_BYTES or any(own.sha256 == file.sha256 for own in held.files):
         return None
     by_path = {own.path: own for own in held.files}
     found = by_path.get(file.path)
     if found is None and file.path == target.model and target.runtime == held.runtime:
         found = by_path.get(held.model)
-    return found if found is not None and found.size > 0 and found.plain is None else None
+    return found if found is not None and found.size > 0 and (found.plain is None or file.plain is not None) else None
 
 
 def variant_after(manifest: Manifest, held: Variant) -> Variant | None:

@@ -30,6 +30,7 @@ TAG_BYTES = 16
 CHUNK_BYTES = 1 << 16
 """Plaintext of each chunk but the last, which has 0 to so many."""
 MAGIC = b"SKRYENC1"
+DELTA_MAGIC = b"SKRYDLT1"
 WRAPPED_MAX_BYTES = 2048
 POINT_BYTES = 65
 """An uncompressed point of P-256."""
@@ -76,15 +77,8 @@ def key_id(content_key: bytes) -> str:
 
 def seal(source: BinaryIO, content_key: bytes, plain_sha256: str, new_cipher: NewCipher) -> Iterator[bytes]:
     """The encrypted file in pieces. The caller vouches for ``plain_sha256``: under another, files would share a nonce."""
-    cipher = new_cipher(_file_key(content_key, plain_sha256))
     yield MAGIC
-    number, piece = 0, _read(source, CHUNK_BYTES)
-    while True:
-        following = _read(source, CHUNK_BYTES) if len(piece) == CHUNK_BYTES else b""
-        yield cipher.encrypt(_nonce(number, last=not following), piece, MAGIC)
-        if not following:
-            return
-        number, piece = number + 1, following
+    yield from _seal(source, new_cipher(_file_key(content_key, plain_sha256)), MAGIC)
 
 
 def opened(source: BinaryIO, content_key: bytes, plain_sha256: str, new_cipher: NewCipher) -> Iterator[bytes]:
@@ -95,15 +89,54 @@ def opened(source: BinaryIO, content_key: bytes, plain_sha256: str, new_cipher: 
     Raises:
         CannotOpen: see there.
     """
-    cipher = new_cipher(_file_key(content_key, plain_sha256))
     if _read(source, len(MAGIC)) != MAGIC:
         raise CannotOpen("it does not begin as an encrypted file")
+    yield from _opened(source, new_cipher(_file_key(content_key, plain_sha256)), MAGIC)
+
+
+def seal_delta(
+    source: BinaryIO, content_key: bytes, *, base: str, target: str, salt: bytes, new_cipher: NewCipher
+) -> Iterator[bytes]:
+    """The encrypted delta in pieces, under the content key of the target.
+
+    Args:
+        base, target: sha256 that the delta is named by: of the ciphertext where a file has one.
+        salt: 32 random bytes, new ones each time: a delta may be made anew with other bytes under its name.
+    """
+    if len(salt) != KEY_BYTES:
+        raise Malformed("delta's salt", f"wanted {KEY_BYTES} bytes, got {len(salt)}")
+    yield DELTA_MAGIC + salt
+    yield from _seal(source, new_cipher(_delta_key(content_key, base, target, salt)), DELTA_MAGIC)
+
+
+def opened_delta(
+    source: BinaryIO, content_key: bytes, *, base: str, target: str, new_cipher: NewCipher
+) -> Iterator[bytes]:
+    """The delta in pieces, as ``opened``. Raises ``CannotOpen``."""
+    head = _read(source, len(DELTA_MAGIC) + KEY_BYTES)
+    if len(head) != len(DELTA_MAGIC) + KEY_BYTES or not head.startswith(DELTA_MAGIC):
+        raise CannotOpen("it does not begin as an encrypted delta")
+    cipher = new_cipher(_delta_key(content_key, base, target, head[len(DELTA_MAGIC) :]))
+    yield from _opened(source, cipher, DELTA_MAGIC)
+
+
+def _seal(source: BinaryIO, cipher: Cipher, about: bytes) -> Iterator[bytes]:
+    number, piece = 0, _read(source, CHUNK_BYTES)
+    while True:
+        following = _read(source, CHUNK_BYTES) if len(piece) == CHUNK_BYTES else b""
+        yield cipher.encrypt(_nonce(number, last=not following), piece, about)
+        if not following:
+            return
+        number, piece = number + 1, following
+
+
+def _opened(source: BinaryIO, cipher: Cipher, about: bytes) -> Iterator[bytes]:
     size = CHUNK_BYTES + TAG_BYTES
     number, piece = 0, _read(source, size)
     while True:
         following = _read(source, size) if len(piece) == size else b""
         try:
-            plain = cipher.decrypt(_nonce(number, last=not following), piece, MAGIC)
+            plain = cipher.decrypt(_nonce(number, last=not following), piece, about)
         except Exception:
             raise CannotOpen(f"chunk {number} was made with another key, or changed since") from None
         if number and not plain:
@@ -205,6 +238,12 @@ def decode_key_file(data: bytes) -> bytes:
 def _file_key(content_key: bytes, plain_sha256: str) -> bytes:
     key_id(content_key)
     return _hkdf(content_key, salt=b"", info=b"skerry file 1\0" + bytes.fromhex(ids.sha256_hex(plain_sha256)))
+
+
+def _delta_key(content_key: bytes, base: str, target: str, salt: bytes) -> bytes:
+    key_id(content_key)
+    names = bytes.fromhex(ids.sha256_hex(base)) + bytes.fromhex(ids.sha256_hex(target))
+    return _hkdf(content_key, salt=salt, info=b"skerry delta 1\0" + names)
 
 
 def _hkdf(secret: bytes, *, salt: bytes, info: bytes) -> bytes:

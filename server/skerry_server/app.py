@@ -42,6 +42,7 @@ from skerry_server.db import queries
 from skerry_server.db.engine import BUSY_TIMEOUT_MS, can_write, open_engine, reading
 from skerry_server.db.migrations import migrate
 from skerry_server.delta_maker import DeltaMaker
+from skerry_server.errors import NotFound, Unavailable
 from skerry_server.folder import only_server, require_initialised
 from skerry_server.ingest import Ingest, IngestSettings
 from skerry_server.mqtt import Endpoint, ServerLink
@@ -106,6 +107,7 @@ class Server:
         self._stack.callback(self._engine.dispose)
         migrate(self._engine)
         self._repository = Repository(data / "repository", online_keys.open_all(data / "keys"), clock.utc_now)
+        self._release_key = content_keys.ReleaseKey(data / "keys")
         self._publication = Publication(self._engine, self._repository, clock.now_ms)
         self._socket = ports.listen(settings.server.host, settings.server.port, last.get("port", 0))
         self._stack.callback(self._socket.close)
@@ -242,6 +244,7 @@ class Server:
                 settings.deltas,
                 clock.now_ms,
                 self._telemetry.observe_delta,
+                self._content_key,
             )
             maker.start()
             self._stack.callback(_stop_part, "deltas", maker.stop)
@@ -258,7 +261,7 @@ class Server:
                     settings.validation,
                     self._model_signers,
                 ),
-                release_key=content_keys.ReleaseKey(data / "keys"),
+                release_key=self._release_key,
                 nonces=device_auth.Nonces(life_s=settings.devices.nonce_s, most=settings.limits.nonces),
                 telemetry=self._telemetry,
                 url=self.url,
@@ -270,6 +273,14 @@ class Server:
                 now_ms=clock.now_ms,
             )
         )
+
+    def _content_key(self, digest: str) -> bytes | None:
+        """For deltas of encrypted bundles; None when it is not here, or cannot be read."""
+        try:
+            with reading(self._engine) as conn:
+                return content_keys.find(conn, self._release_key, digest)
+        except (NotFound, Unavailable):
+            return None
 
     def _use_certificates(self) -> None:
         """The listener, the broker and the link's next session show the certificates that lie on disk now."""

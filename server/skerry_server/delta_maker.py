@@ -17,7 +17,7 @@ from skerry_contract import manifest as m
 from skerry_runtime import patching
 from sqlalchemy import Connection, Engine
 
-from skerry_server import __version__, deltas
+from skerry_server import __version__, deltas, sealed_deltas
 from skerry_server.config import Deltas as Settings
 from skerry_server.core import deltas as core
 from skerry_server.core.deltas import Pair
@@ -40,6 +40,7 @@ class DeltaMaker:
         scratch: where deltas are made; emptied here.
         now_ms: the server's clock.
         observe: gets the state that a delta came to, and seconds.
+        content_key: of encrypted bundles, by digest.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class DeltaMaker:
         settings: Settings,
         now_ms: Callable[[], int],
         observe: Callable[[str, float], None] = lambda _state, _seconds: None,
+        content_key: sealed_deltas.ContentKey = lambda _digest: None,
     ) -> None:
         self._engine = engine
         self._files = deltas.Files(repository)
@@ -57,6 +59,7 @@ class DeltaMaker:
         self._settings = settings
         self._now_ms = now_ms
         self._observe = observe
+        self._content_key = content_key
         self._manifests: dict[str, m.Manifest] = {}
         self._wanted_now: set[deltas.Key] = set()
         self._said: dict[deltas.Key, str] = {}
@@ -137,7 +140,7 @@ class DeltaMaker:
     def make(self, pair: Pair) -> bool:
         """Makes one delta, and serves it when it is worth it. Returns whether that was tried."""
         key = (pair.base, pair.target)
-        lack = self._lack(pair)
+        lack = self._lack(pair) or sealed_deltas.lack(pair, self._content_key)
         if lack:
             self._say(pair, lack)
             return False
@@ -146,17 +149,7 @@ class DeltaMaker:
             deltas.note(conn, key, "making", now_ms=self._now_ms(), attempts=attempts, maker=__version__)
         patch = self._scratch / "patch"
         try:
-            outcome = patching.make_patch(
-                self._files.blob(pair.base),
-                self._files.blob(pair.target),
-                patch,
-                base_sha256=pair.base,
-                sha256=pair.target,
-                size=pair.target_size,
-                timeout_s=self._settings.timeout_s,
-                memory_mb=self._settings.memory_mb,
-                unwanted=self._stopping.is_set,
-            )
+            outcome = self._make(pair, patch)
             if self._stopping.is_set():
                 # The child was killed for that, and nothing is said about the files.
                 with writing(self._engine) as conn:
@@ -167,6 +160,32 @@ class DeltaMaker:
             for leftover in self._scratch.iterdir():
                 leftover.unlink(missing_ok=True)
         return True
+
+    def _make(self, pair: Pair, patch: Path) -> patching.Outcome:
+        """Of an encrypted pair's files what is in them is compared, and the delta is encrypted."""
+        about = pair.sealed
+        base, target = self._files.blob(pair.base), self._files.blob(pair.target)
+        wanted = (pair.base, pair.target, pair.target_size)
+        if about is not None:
+            try:
+                base, target = sealed_deltas.clear(about, pair, self._files.blob, self._scratch, self._content_key)
+            except sealed_deltas.CannotRead as error:
+                return patching.Outcome(code="wrong_base", detail=str(error))
+            wanted = (about.base_plain, about.target_plain, about.target_size)
+        outcome = patching.make_patch(
+            base,
+            target,
+            patch,
+            base_sha256=wanted[0],
+            sha256=wanted[1],
+            size=wanted[2],
+            timeout_s=self._settings.timeout_s,
+            memory_mb=self._settings.memory_mb,
+            unwanted=self._stopping.is_set,
+        )
+        if about is None or outcome.code or self._stopping.is_set():
+            return outcome
+        return sealed_deltas.seal(about, pair, patch, outcome, self._content_key)
 
     def _say(self, pair: Pair, lack: str) -> None:
         if self._said.get((pair.base, pair.target)) == lack:
@@ -186,7 +205,7 @@ class DeltaMaker:
             if held != size:
                 return f"file {sha256} has {held} bytes here, wanted {size}"
         free = min(shutil.disk_usage(path).free for path in (self._scratch, self._files.blob(pair.target)))
-        needed = _FREE_BYTES + 3 * pair.target_size
+        needed = _FREE_BYTES + 3 * pair.target_size + (pair.base_size + pair.target_size if pair.sealed else 0)
         if free < needed:
             return f"the disk has {free} bytes free, wanted {needed}"
         return ""

@@ -58,7 +58,7 @@ LAYERS = {
         (
             (
                 "anchors publication judging looks recomputing rollouts devices groups registry intake presence quarantine evidence ledger access "
-                "versions profiles attributions rollups reports shadowing requested_logs online_keys upkeep deltas device_orders content_keys"
+                "versions profiles attributions rollups reports shadowing requested_logs online_keys upkeep deltas device_orders content_keys sealed_deltas"
             ),
             True,
         ),

@@ -21,7 +21,8 @@ from skerry_cli.errors import Failed
 from tests.updating_site import DEVICE, Site
 
 KEYS = [secrets.token_bytes(32), secrets.token_bytes(32)]
-WEIGHTS = [os.urandom(200_000), os.urandom(200_000)]
+WEIGHTS = [os.urandom(200_000)]
+WEIGHTS.append(WEIGHTS[0][:150_000] + os.urandom(5_000) + WEIGHTS[0][155_000:])
 
 
 @pytest.fixture
@@ -82,11 +83,17 @@ def test_an_encrypted_bundle_is_served_and_lies_in_the_clear_in_memory_alone(sit
     assert found_in(site.fleet.server.data / "repository", needles(site, 1)) == []
     assert found_in(state, needles(site, 1)) == []
 
-    # The next version has another content key; the one before it stays open for the way back.
+    # The next version has another content key, and all the same comes as a delta: of what is in both, encrypted itself.
     second = site.publish(2, {"weights.bin": WEIGHTS[1]}, KEYS[1])
-    _, told = site.update(second)
-    assert told["delta_bytes"] == 0
-    assert told["refused"] == {}, "no delta is asked for between ciphertexts"
+    row = site.delta_to(2)
+    assert (row["state"], row["path"]) == ("ready", "weights.bin")
+    assert 5_000 < row["bytes"] < 10_000
+    assert found_in(site.fleet.server.data / "repository", needles(site, 1) + needles(site, 2)) == []
+    assert not list((site.fleet.server.data / "deltas").iterdir()), "nothing in the clear is left there"
+    came, told = site.update(second)
+    assert told["refused"] == {}
+    assert told["delta_bytes"] == row["bytes"]
+    assert told["patched_bytes"] > 200_000 > came
     assert (opened / second / "weights.bin").read_bytes() == WEIGHTS[1]
     assert found_in(state, needles(site, 1) + needles(site, 2)) == []
 

@@ -68,7 +68,14 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
             meter.begin(wanted.values())
             others = shared.OtherBundles(slots, request.digest, meter)
             web, url = _web(request), request.repository_url.rstrip("/")
-            deltas = patched.Patched(web, url, slots, request, meter, _lack_for(request, staging))
+            parsed = manifests.parse(manifest)
+            key = b""
+            if parsed.encryption is not None:
+                # First: what this device cannot open it need not fetch.
+                from skerry_agent.courier import content_keys
+
+                key = content_keys.obtain(request, parsed, request.digest)
+            deltas = patched.Patched(web, url, slots, request, meter, _lack_for(request, staging), key)
             whole = resuming.Resuming(
                 web, lambda one: f"{url}/{layout.blob(one.hashes['sha256'])}", slots / ".parts", meter, request.limits
             )
@@ -76,12 +83,6 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
             near: list[acquiring.Source] = [acquiring.Here(meter), others]
             sources = [*near, *([carried] if request.folder else []), deltas, whole]
             durable.make_folder(staging)
-            parsed = manifests.parse(manifest)
-            if parsed.encryption is not None:
-                # First: what this device cannot open it need not fetch.
-                from skerry_agent.courier import content_keys
-
-                content_keys.obtain(request, parsed, request.digest)
             parts.tidy(slots / ".parts", [one.key for one in wanted.values()])
             _check_room(request, staging, slots / ".parts", wanted, others)
             durable.write(staging / shared.STAGED_MANIFEST, manifest, mode=0o644)

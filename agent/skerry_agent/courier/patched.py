@@ -51,11 +51,17 @@ class _State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Base(NamedTuple):
-    """A file of this device that a delta may lead from."""
+    """A file of this device that a delta may lead from.
+
+    Attributes:
+        path: of its content, in the clear; plain: what that must be.
+        sha256, size: by which it is named: of the ciphertext where it has one.
+    """
 
     path: Path
     sha256: str
     size: int
+    plain: manifests.Plain
 
 
 class _Useless(Rejected):
@@ -69,6 +75,7 @@ class Patched:
         web: to the repository.
         url: the repository's root.
         slots: the folder of slots; parts lie in it.
+        content_key: of the bundle that is fetched, when that is encrypted.
         lack: what is missing for so many more files of so many bytes on the disk; empty when they fit.
 
     Attributes:
@@ -85,6 +92,7 @@ class Patched:
         request: requests.Fetch,
         meter: Meter,
         lack: Callable[[int, int], str],
+        content_key: bytes = b"",
     ) -> None:
         self._web = web
         self._url = url
@@ -93,6 +101,11 @@ class Patched:
         self._limits = request.limits
         self._lack = lack
         self._bases = _bases(slots, request)
+        self._sealed = None
+        if content_key:
+            from skerry_agent.courier import sealed_delta
+
+            self._sealed = sealed_delta.Sealed(request, content_key)
         self._keys = {_key(base, target) for target, found in self._bases.items() for base in found}
         self.bytes = 0
         self.whole_bytes = 0
@@ -155,7 +168,9 @@ class Patched:
         if state.bad:
             return False
         with self._meter.own_work():
-            held = is_whole(base.path, Wanted(name=wanted.name, size=base.size, hashes={"sha256": base.sha256}))
+            held = is_whole(
+                base.path, Wanted(name=wanted.name, size=base.plain.size, hashes={"sha256": base.plain.sha256})
+            )
         if not held:
             # A slot that rots is another's matter; no delta fits it.
             return False
@@ -272,7 +287,11 @@ class Patched:
         made = self._folder / f"{key}.patched"
         try:
             with self._meter.own_work(_LEAST_S + wanted.size / _BYTES_S):
-                delta.apply(base.path, self._folder / key, made, sha256=wanted.hashes["sha256"], size=wanted.size)
+                patch, sha256 = self._folder / key, wanted.hashes["sha256"]
+                if self._sealed is not None:
+                    self._sealed.apply(base.path, patch, made, base=base.sha256, target=sha256)
+                else:
+                    delta.apply(base.path, patch, made, sha256=sha256, size=wanted.size)
                 if not is_whole(made, wanted):
                     raise _Useless("delta_wrong", f"{wanted.name}: what its delta gives is another file")
                 _sync(made)
@@ -313,7 +332,9 @@ def _bases(slots: Path, request: requests.Fetch) -> dict[str, Sequence[_Base]]:
                 continue
             listed = found.setdefault(file.sha256, [])
             if len(listed) < MOST_BASES and all(base.sha256 != known.sha256 for known in listed):
-                listed.append(_Base(slots / one.digest / base.path, base.sha256, base.size))
+                # What is in an encrypted file lies in memory, if anywhere.
+                folder = slots if base.plain is None else Path(request.opened or "/nowhere")
+                listed.append(_Base(folder / one.digest / base.path, base.sha256, base.size, base.content))
     return {sha256: tuple(listed) for sha256, listed in found.items()}
 
 

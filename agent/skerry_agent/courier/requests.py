@@ -114,6 +114,7 @@ class Fetch(Common, frozen=True, kw_only=True):
         variant: its name; held: what this device has of the model, the likeliest base of a delta first. Both may be left out.
         max_kib_s: rate limit in KiB/s, 0 for none.
         reserve_bytes, reserve_files: what must stay free on the disk for others.
+        opened: where encrypted bundles lie in the clear; empty: nowhere, and no delta is taken between them.
     """
 
     digest: str
@@ -124,6 +125,7 @@ class Fetch(Common, frozen=True, kw_only=True):
     max_kib_s: int = 0
     reserve_bytes: int = 0
     reserve_files: int = 0
+    opened: str = ""
 
 
 class Unseal(Common, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 from skerry_contract import bases
-from skerry_contract.manifest import Manifest
+from skerry_contract.manifest import File, Manifest
 
 State = Literal["waiting", "making", "ready", "useless", "failed"]
 STATES: tuple[State, ...] = ("waiting", "making", "ready", "useless", "failed")
@@ -38,8 +38,23 @@ class Runs(msgspec.Struct, frozen=True, kw_only=True):
     devices: int
 
 
+class Sealed(msgspec.Struct, frozen=True, kw_only=True):
+    """What opens a pair of encrypted files, and what must then be in them.
+
+    Attributes:
+        base_bundle, target_bundle: digests of bundles whose content keys open them; the base's is empty where that is in the clear.
+        base_plain, target_plain: sha256 of what is in them; target_size: bytes.
+    """
+
+    base_bundle: str
+    base_plain: str
+    target_bundle: str
+    target_plain: str
+    target_size: int
+
+
 class Pair(msgspec.Struct, frozen=True, kw_only=True):
-    """A delta that is wanted: from a file to a file, by sha256, with the names that people know them by."""
+    """A delta that is wanted: from a file to a file, by sha256, with the names that people know them by. ``sealed``: of an encrypted target."""
 
     base: str
     target: str
@@ -50,6 +65,7 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True):
     base_version: str
     target_version: str
     devices: int
+    sealed: Sealed | None = None
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,8 +113,21 @@ def wanted(runs: Iterable[Runs], manifests: Mapping[str, Manifest], *, most: int
                     base_version=held_in.version,
                     target_version=goal.version,
                     devices=run.devices + (known.devices if known is not None else 0),
+                    sealed=_sealed(run.digest, base, digest, file),
                 )
     return sorted(found.values(), key=lambda pair: (-pair.devices, pair.base, pair.target))[:most]
+
+
+def _sealed(base_bundle: str, base: File, target_bundle: str, target: File) -> Sealed | None:
+    if target.plain is None:
+        return None
+    return Sealed(
+        base_bundle=base_bundle if base.plain is not None else "",
+        base_plain=base.content.sha256,
+        target_bundle=target_bundle,
+        target_plain=target.plain.sha256,
+        target_size=target.plain.size,
+    )
 
 
 def is_due(held: Held, *, now_ms: int, program: str) -> bool:

@@ -141,3 +141,38 @@ def test_a_key_file_is_read_back_and_a_damaged_one_is_not() -> None:
         with pytest.raises(ContractError) as refused:
             sealed.decode_key_file(harm)
         assert "AAEC" not in str(refused.value)
+
+
+NAMES = {"base": "ab" * 32, "target": "cd" * 32}
+
+
+def seal_delta(data: bytes, salt: bytes = bytes(32)) -> bytes:
+    return b"".join(sealed.seal_delta(io.BytesIO(data), KEY, **NAMES, salt=salt, new_cipher=AESGCM))
+
+
+def opened_delta(data: bytes, key: bytes = KEY, **names: str) -> bytes:
+    return b"".join(sealed.opened_delta(io.BytesIO(data), key, **{**NAMES, **names}, new_cipher=AESGCM))
+
+
+def test_a_delta_opens_between_its_two_files_alone_and_is_never_the_same_twice() -> None:
+    data = b"patch" * 30_000
+    stored = seal_delta(data)
+    assert opened_delta(stored) == data
+    other = seal_delta(data, salt=b"\x01" * 32)
+    assert opened_delta(other) == data
+    assert sum(a == b for a, b in zip(stored[40:1040], other[40:1040], strict=True)) < 40
+    for change in ({"base": "ef" * 32}, {"target": "ef" * 32}, {"key": bytes(32)}):
+        with pytest.raises(sealed.CannotOpen):
+            opened_delta(stored, **change)
+    for harmed in (
+        stored[:-1],
+        stored + b"x",
+        stored[:39],
+        b"",
+        b"SKRYENC1" + stored[8:],
+        stored[:8] + b"\x01" + stored[9:],
+    ):
+        with pytest.raises(sealed.CannotOpen):
+            opened_delta(harmed)
+    with pytest.raises(Malformed):
+        seal_delta(data, salt=b"short")
