@@ -83,6 +83,9 @@ def test_an_encrypted_bundle_is_served_and_lies_in_the_clear_in_memory_alone(sit
     assert found_in(site.fleet.server.data / "repository", needles(site, 1)) == []
     assert found_in(state, needles(site, 1)) == []
 
+    said = {one["check"]: one for one in doctor(site)["findings"]}
+    assert said["runtime"]["verdict"] == "ok", said["runtime"]
+
     # The next version has another content key, and all the same comes as a delta: of what is in both, encrypted itself.
     second = site.publish(2, {"weights.bin": WEIGHTS[1]}, KEYS[1])
     row = site.delta_to(2)
@@ -132,6 +135,13 @@ def test_an_encrypted_bundle_is_served_and_lies_in_the_clear_in_memory_alone(sit
         refused = courier("unseal", message)["error"]
     assert refused["code"] == "encryption_key_differs"
     assert found_in_nothing(loot, WEIGHTS[1])
+
+
+def doctor(site: Site) -> dict[str, Any]:
+    config_file = site.fleet.device_folder(DEVICE) / "agent.toml"
+    command = [sys.executable, "-m", "skerry_agent", "doctor", "--config", str(config_file), "--json"]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=120)
+    return dict(json.loads(done.stdout))
 
 
 def found_in_nothing(folder: Path, data: bytes) -> bool:

@@ -190,10 +190,20 @@ def check_runtime(patient: Patient) -> Iterator[Finding]:
     chosen = [(name, p.active or p.confirmed) for name, p in sorted(named.items())]
     if said and not any(slot for _, slot in chosen):
         yield Finding(check="runtime", verdict="ok", detail=f"{said}; no bundle here to build an interpreter from")
+    slots = Slots(patient.config.state_dir / "slots", opening.folder_of(patient.config))
     for name, slot in chosen:
-        if slot is not None:
-            path = patient.config.state_dir / "slots" / slot.digest
-            yield _built(f"{name} {slot.version}", (str(path), slot.digest, slot.variant))
+        if slot is None:
+            continue
+        if slots.encrypted(slot.digest) and not slots.is_open(slot.digest, slot.variant):
+            yield Finding(
+                check="runtime",
+                verdict="warn",
+                detail=f"{name} {slot.version} is encrypted, and not open in memory: nothing is built from it",
+                advice="the agent opens it when it starts; its log says why it could not",
+            )
+            continue
+        path = slots.load_path(slot.digest)
+        yield _built(f"{name} {slot.version}", (str(path), slot.digest, slot.variant))
 
 
 _OF_THE_FILES = ("hash_mismatch", "size_mismatch", "malformed_manifest", "model_damaged")

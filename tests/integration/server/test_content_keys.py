@@ -212,6 +212,7 @@ def test_people_who_had_the_key_stand_in_the_audit_and_a_viewer_never_does(
     assert base64.b64encode(KEY).decode() not in json.dumps(rows)
 
 
+@pytest.mark.slow
 def test_a_database_without_its_release_key_says_so_and_a_push_mends_it(tmp_path: Path) -> None:
     rig = ServerRig(tmp_path / "server").start()
     try:

@@ -93,6 +93,21 @@ def test_the_devices_preferred_runtime_beats_the_order_of_the_manifest(prefer: t
     assert answer.variant == wins
 
 
+def test_an_encrypted_bundle_wants_memory_to_be_opened_in_as_well() -> None:
+    size = 30_000_000
+    files = tuple(
+        m.File(path=path, sha256="0" * 64, size=size + 99, plain=m.Plain(sha256="1" * 64, size=size))
+        for path in ("model.onnx", "golden.jsonl")
+    )
+    found = manifest(variant(files=files))
+    refusal = a.admit(found, dataclasses.replace(GOOD, memory_free_mb=109), a.Memory())
+    assert isinstance(refusal, a.Refuse)
+    assert (refusal.code, refusal.detail) == (
+        "not_enough_memory", "v wants 50 MB and 60.0 MB to be opened in, 109 MB are free",
+    )  # fmt: skip
+    assert isinstance(a.admit(found, dataclasses.replace(GOOD, memory_free_mb=110), a.Memory()), a.Admit)
+
+
 def test_a_preferred_variant_that_does_not_fit_leaves_the_place_to_the_next() -> None:
     big = variant("b", runtime="tflite", needs=m.Needs(rss_mb=900, disk_mb=1))
     answer = a.admit(manifest(variant("a"), big), dataclasses.replace(BOTH, prefer=("tflite", "onnx")), a.Memory())

@@ -1,6 +1,7 @@
 """Model signatures: what is signed is what lies there, by this key, whole."""
 
 import base64
+import hashlib
 import json
 
 import pytest
@@ -48,6 +49,16 @@ def refusal(folder, sig_bytes, pem):
     with pytest.raises(Rejected) as caught:
         signature.verify_signature(folder, sig_bytes, pem)
     return caught.value
+
+
+def test_an_encrypted_bundle_is_signed_for_what_is_in_its_files(models, tmp_path, key):
+    models.build_bundle(tmp_path / "b", content_key=bytes(32))
+    made = signature.sign_bundle(tmp_path / "b", private_pem(key))
+    signature.verify_signature(tmp_path / "b", made, public_pem(key))
+    manifest = (tmp_path / "b" / "manifest.json").read_bytes()
+    signature.covers_manifest(made, public_pem(key), manifest)
+    covered = signature.verify_statement(made, public_pem(key))
+    assert covered["model.onnx"] == hashlib.sha256((tmp_path / "b" / "model.onnx").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("password", [None, b"secret"])
