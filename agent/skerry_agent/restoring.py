@@ -48,6 +48,7 @@ class Restoring:
         models = dict(wanted)
         failed: dict[str, set[str]] = {model: set() for model in models}
         while True:
+            await self._open(models, failed, without_substitute)
             try:
                 launch = await self._serving.start(models, timeout_s=timeout_s, awake=without_substitute)
                 await self._serving.switch(launch)
@@ -64,6 +65,36 @@ class Restoring:
                         models[model] = substitute
                 if not models:
                     raise
+
+    async def _open(self, models: dict[str, Slot], failed: dict[str, set[str]], without_substitute: str) -> None:
+        """Opens what is encrypted, one by one: a model that cannot be opened is replaced or left out, and keeps no other down.
+
+        Raises:
+            AgentError: nothing is left, or ``without_substitute`` is what cannot be opened.
+        """
+        for model in list(models):
+            while model in models:
+                slot = models[model]
+                try:
+                    await self._serving.site.open_bundles([(slot.digest, slot.variant)])
+                    break
+                except AgentError as error:
+                    log.error(
+                        "encrypted bundle not opened", extra=kv(model=model, code=error.code, detail=error.detail)
+                    )
+                    fault = await asyncio.to_thread(self._slots.fault, slot)
+                    if fault:
+                        self._slots.set_aside(slot.digest)
+                        self._on_damage(model, slot, fault)
+                    if model == without_substitute or (len(models) == 1 and not fault):
+                        raise
+                    failed[model].add(slot.digest)
+                    del models[model]
+                    substitute = self._slots.runnable(model, unless=failed[model])
+                    if substitute is not None:
+                        models[model] = substitute
+                    elif not models:
+                        raise
 
     def look_at_files(self, models: Mapping[str, Slot]) -> None:
         """Sets aside, in a while, what of it is here and damaged."""

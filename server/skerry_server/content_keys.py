@@ -139,8 +139,8 @@ def note_device_key(conn: Connection, device: str, pem: str, *, now_ms: int, rep
     if held is not None and not replace:
         raise Forbidden(
             "encryption_key_differs",
-            f"device {device!r} has another encryption key; content keys go to that one alone until it is enrolled anew, "
-            f"or an operator says so: skerry device forget-key {device} --reason WHY",
+            f"device {device!r} has another encryption key; content keys go to that one alone until its state is erased and it is "
+            f"enrolled anew, or an operator says so: skerry device forget-key {device} --reason WHY",
         )
     conn.execute(delete(t.encryption_keys).where(c.device == device))
     conn.execute(insert(t.encryption_keys).values(device=device, point=point, sha256=sha256, set_ms=now_ms))

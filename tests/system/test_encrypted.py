@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import os
 import secrets
@@ -16,8 +17,11 @@ from typing import Any
 
 import pytest
 from skerry_agent import config, opening
+from skerry_cli import bundle, catalog, publishing
+from skerry_cli.demo.fleet import GROUP
 from skerry_cli.errors import Failed
 
+from tests import models
 from tests.updating_site import DEVICE, Site
 
 KEYS = [secrets.token_bytes(32), secrets.token_bytes(32)]
@@ -58,10 +62,21 @@ def needles(site: Site, number: int) -> list[bytes]:
     return [needle for needle in found if needle not in manifest] + [KEYS[number - 1]]
 
 
-def ask_itself(site: Site) -> dict[str, Any]:
+def ask_itself(site: Site, model: str = "gas") -> dict[str, Any]:
     with contextlib.suppress(Failed):
-        return dict(site.fleet.status(DEVICE)["running"].get("gas", {}))
+        return dict(site.fleet.status(DEVICE)["running"].get(model, {}))
     return {}
+
+
+def beside_it(site: Site) -> None:
+    """A second model on the device, in the clear."""
+    folder = site.folder / "hum"
+    digest = models.build_bundle(folder, "hum", "1.0.0")
+    publishing.push(site.fleet.api, bundle.read_bundle(folder))
+    addition = catalog.Addition(model="hum", version="1.0.0", digest=digest, submitter="test")
+    site.fleet.approver.change(catalog.Change(add=(addition,)), now=dt.datetime.now(dt.UTC), folder=folder)
+    site.fleet.api.put(f"/api/v1/groups/{GROUP}/models/hum", {"stable": digest})
+    site.fleet.wait("the other model", lambda: ask_itself(site, "hum").get("state") == "confirmed_on_golden", 90.0)
 
 
 def courier(verb: str, message: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +115,21 @@ def test_an_encrypted_bundle_is_served_and_lies_in_the_clear_in_memory_alone(sit
     assert (opened / second / "weights.bin").read_bytes() == WEIGHTS[1]
     assert found_in(state, needles(site, 1) + needles(site, 2)) == []
 
-    # Power is lost: memory is empty, and so is the network. The card and its key bring the model back.
+    # Power is lost: memory is empty, and so is the network. A key that cannot be used keeps down what it opens, and nothing else.
+    beside_it(site)
     site.fleet.processes.stop([DEVICE, "server"])
     shutil.rmtree(opened)
+    key = state / "identity" / "encryption.key"
+    kept = key.read_bytes()
+    key.write_bytes(b"rotten")
+    site.fleet.start_agent(DEVICE)
+    site.fleet.wait("the other model", lambda: ask_itself(site, "hum").get("state") == "confirmed_on_golden", 60.0)
+    assert "encryption_key_unusable" in site.fleet.processes.log(DEVICE).read_text()
+    assert not any(opened.glob("*/weights.bin"))
+    site.fleet.processes.stop([DEVICE])
+
+    # The card and its key bring the model back.
+    key.write_bytes(kept)
     site.fleet.start_agent(DEVICE)
     site.fleet.wait("the model to answer without a network", lambda: ask_itself(site).get("digest") == second, 60.0)
     assert (opened / second / "weights.bin").read_bytes() == WEIGHTS[1]

@@ -81,6 +81,6 @@ def _of_server(error: Rejected) -> Transient | Degraded | Rejected:
     if error.code in ("key_not_allowed", "not_found"):
         return Transient("key_not_given", error.detail)
     if error.code == "encryption_key_differs":
-        advice = "an operator may say: skerry device forget-key; or enrol the device anew"
+        advice = "an operator may say: skerry device forget-key; or erase the state and enrol anew"
         return Degraded("encryption_key_differs", error.detail, advice=advice)
     return error
