@@ -35,7 +35,7 @@ PURE = {
 # Each package from top to bottom. A module imports from lower rows; from its own row only where that row is "joined".
 LAYERS = {
     "skerry_agent": [
-        ("cli bringing __main__", True),
+        ("cli commands bringing __main__", True),
         ("supervisor doctor", False),
         (
             "applications appclient lending chronicle operating pulse exposition probe reloading serving following orders syncing updating fetching turnover failures restoring shadowing runtimes reporting uplink upload facts hold readings at_rest throttle wear accelerators unstarted holding diversity asked_logs progress standby obeying restarts forcing fetched remembered importing network opening",

@@ -1,0 +1,1 @@
+"""The commands of ``skerry-agent``, by what they are about: each takes its parsed arguments and returns the exit code."""
