@@ -84,14 +84,19 @@ class Failures:
         """Penalty -> how often the bundle failed so."""
         return dict(self._store.get("failures", {}).get(digest, {}))
 
+    def spent(self) -> set[str]:
+        """Digests that are not tried again before a person clears it."""
+        moved = {digest for digest, moves in self._store.get("moves", {}).items() if moves > MOST_MOVES}
+        return moved | {
+            digest for digest, mine in self._store.get("failures", {}).items() if admission.exhausted(mine) is not None
+        }
+
     def refused(self) -> tuple[set[str], set[str]]:
-        """Digests not to try now: (for good or until a person clears it, until their wait is over)."""
-        failures, waits = self._store.get("failures", {}), self._store.get("waits", {})
-        spent = {digest for digest, mine in failures.items() if admission.exhausted(mine) is not None}
+        """Digests not to try now: (in whose stead another is taken, until their wait is over)."""
+        spent = self.spent()
         held: set[str] = set()
         waiting: set[str] = set()
-        spent |= {digest for digest, moves in self._store.get("moves", {}).items() if moves > MOST_MOVES}
-        for digest, wait in waits.items():
+        for digest, wait in self._store.get("waits", {}).items():
             if digest in spent or self._left_s(wait) <= 0:
                 continue
             (held if wait["code"] in _OF_THIS_DEVICE else waiting).add(digest)

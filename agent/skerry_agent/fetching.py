@@ -191,9 +191,8 @@ class Fetching:
         """How much of the update's bundle has come, files in part included."""
         return self._slots.coming_bytes(self._update().digest)
 
-    def has_another_variant(self) -> bool:
-        """Whether the variant failed for a runtime that does not work here, and another of the bundle may run."""
-        update = self._update()
+    def has_another_variant(self, update: Update) -> bool:
+        """Whether the update failed for a runtime that does not work here, and another variant of the bundle may run."""
         if update.failed_in != "prove" or self.manifest is None:
             return False
         if not self._runtimes.lacks(self.manifest.variant(update.variant)):

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from skerry_agent.errors import Rejected
+from skerry_agent.errors import Degraded, Rejected
 from skerry_agent.logs import kv
 from skerry_agent.store import Store
 from skerry_agent.updating import Updating
@@ -33,6 +33,9 @@ class Obeying:
 
         Returns:
             Whether one was obeyed now.
+
+        Raises:
+            Degraded: the store takes nothing.
         """
         if not isinstance(orders, dict):
             return False
@@ -44,17 +47,24 @@ class Obeying:
         for kind, number in sorted(known.items(), key=lambda item: item[1]):
             if obeyed.get(kind) == number:
                 continue
-            obeyed[kind] = number
+            last, obeyed = obeyed, {**obeyed, kind: number}
             # Noted first: a power cut in between loses an order, which a person can repeat, and never obeys one twice.
             self._store.put("obeyed", obeyed)
-            code, done = _ACTS[kind](self._updating)
+            try:
+                code, done = _ACTS[kind](self._updating)
+            except Degraded as error:
+                # It was not obeyed, and those behind it wait for it: all are heard again at the next look.
+                log.error("order not obeyed", extra=kv(kind=kind, number=number, code=error.code, detail=error.detail))
+                self._store.put("obeyed", last)
+                obeyed = last
+                break
             log.info("order obeyed", extra=kv(kind=kind, number=number, code=code, **done))
             self._on_event("order", code, {"kind": kind, "number": number, **done})
         return bool(obeyed != before)
 
 
 def _retry(updating: Updating) -> tuple[str, dict[str, Any]]:
-    return "", {"pardoned": updating.failures.pardon()}
+    return "", {"pardoned": updating.pardon()}
 
 
 def _cancel(updating: Updating) -> tuple[str, dict[str, Any]]:

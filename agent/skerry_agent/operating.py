@@ -121,7 +121,7 @@ class Operating:
         return Answer(200, exposition.metrics(self._snapshot()))
 
     async def _sync(self, body: dict[str, Any]) -> Answer:
-        pardoned = self._updating.failures.pardon() if body.get("pardon") is True else 0
+        pardoned = self._updating.pardon() if body.get("pardon") is True else 0
         self._ask_sync()
         return Answer(200, {"ok": True, "pardoned": pardoned})
 
@@ -138,7 +138,7 @@ class Operating:
     async def _cancel(self, _body: dict[str, Any]) -> Answer:
         try:
             update = self._updating.cancel("a person at the device")
-        except Rejected as error:
+        except AgentError as error:
             return Answer(409, {"error": str(error), "code": error.code})
         told = {"model": update.model, "version": update.version, "digest": update.digest, "state": update.state}
         return Answer(200, {"ok": True, **told})
@@ -158,6 +158,6 @@ class Operating:
             if wanted is None:
                 raise Rejected("which_model", f"name one of: {', '.join(models) or 'nothing runs'}")
             back = self._updating.order_revert(ids.model_name(wanted))
-        except (Rejected, ContractError) as error:
+        except (AgentError, ContractError) as error:
             return Answer(409, {"error": str(error), "code": error.code})
         return Answer(200, {"ok": True, "model": wanted, "version": back.version, "digest": back.digest})

@@ -42,7 +42,6 @@ from skerry_agent.turnover import Turnover
 
 log = logging.getLogger(__name__)
 
-_NOTES = frozenset({Effect.RECORD, Effect.PENALISE})
 _LAST_LOOK_S = 5.0
 
 
@@ -137,6 +136,19 @@ class Updating:
         if error is not None:
             log.error("update not stored", extra=kv(code=error.code, detail=error.detail, advice=error.advice))
 
+    def _order(self, event: e.Event) -> None:
+        """Takes a person's order now, or not at all.
+
+        Raises:
+            Degraded: why it could not be stored; then it is not obeyed later, when nobody expects it any more.
+        """
+        self._owed.append(event)
+        error = self._catch_up()
+        if error is not None:
+            with contextlib.suppress(ValueError):
+                self._owed.remove(event)
+            raise error
+
     def tick(self) -> None:
         """Takes the events that could not be stored when they came; looks at the trial's time."""
         self._catch_up()
@@ -170,8 +182,13 @@ class Updating:
         after, effects = lifecycle.step(before, event, self._clock.instant())
         if after == before and not effects:
             return
+        penalise = Effect.PENALISE in effects and self._counts(after)
+        effects = tuple(effect for effect in effects if effect is not Effect.PENALISE)
         with self._store.transaction():
             self._store.put("update", after)
+            if penalise:
+                # With the state: power that fails behind it must not forget a person's word or a bad bundle's only attempt.
+                self.failures.penalise(after)
             self.failures.rested(after)
         self.update = after
         moved = after.state != before.state or isinstance(event, e.Deadline)
@@ -202,7 +219,7 @@ class Updating:
             try:
                 event = await self._do(effect)
             except AgentError as error:
-                if effect in _NOTES:
+                if effect is Effect.RECORD:
                     # What is only noted must not hold back what brings the device home.
                     log.error("effect not noted", extra=kv(effect=effect.name, code=error.code, detail=error.detail))
                     continue
@@ -259,8 +276,6 @@ class Updating:
         match effect:
             case Effect.RECORD:
                 self._record()
-            case Effect.PENALISE:
-                self._penalise()
             case Effect.FETCH_MANIFEST:
                 return await self.fetching.fetch_manifest()
             case Effect.ADMIT:
@@ -324,14 +339,13 @@ class Updating:
                 # Without room for the note it is said once more.
                 self._store.put("said", {**self._word(), "code": self.update.code, "since": self.update.since})
 
-    def _penalise(self) -> None:
-        if self.fetching.has_another_variant():
-            # It is taken at once, without a wait.
-            return
-        if self.update.code == "crash_loop" and not self._slots.whole(self.update.digest, self.update.variant):
+    def _counts(self, failed: Update) -> bool:
+        """Whether the failure is held against the bundle."""
+        if failed.code == "crash_loop" and not self._slots.whole(failed.digest, failed.variant):
             # This device's own copy rotted: it is fetched again.
-            return
-        self.failures.penalise(self.update)
+            return False
+        # Another variant is taken at once, without a wait.
+        return not self.fetching.has_another_variant(failed)
 
     def judge(self) -> None:
         """Looks at the trial's counts; called with every health report and at the end of its time."""
@@ -469,9 +483,10 @@ class Updating:
         given_up, _ = lifecycle.step(update, looped, self._clock.instant())
         # A power cut is likelier than the bundle's fault.
         given_up = msgspec.structs.replace(given_up, at_boot=True)
-        self._store.put("update", given_up)
+        with self._store.transaction():
+            self._store.put("update", given_up)
+            self.failures.penalise(given_up)
         self.update = given_up
-        self.failures.penalise(given_up)
         self._record()
         return True
 
@@ -488,7 +503,7 @@ class Updating:
             since_s=boot_s - update.since.boot_ns / 1e9 if same_boot else None,
             left_s=self._deadline.when() - asyncio.get_running_loop().time() if self._deadline is not None and not update.resting else None,
             wait_s=self.failures.wait_s(update.digest),
-            spent=update.digest in self.failures.refused()[0],
+            spent=update.digest in self.failures.spent(),
             trial=(counts.answered, self.rules.inferences, max(0.0, self.rules.duration_s - (boot_s - began_s))),
         )  # fmt: skip
 
@@ -515,15 +530,26 @@ class Updating:
 
         Raises:
             Rejected: ``nothing_to_cancel``.
+            Degraded: it could not be stored.
         """
         update = self.update
         if not update.resting:
-            self.feed(e.Cancelled(detail=f"cancelled by {who}"))
+            self._order(e.Cancelled(detail=f"cancelled by {who}"))
             return self.update
         if update.code and self.failures.wait_s(update.digest) > 0:
             self.failures.hold(update.digest, "cancelled")
             return update
         raise Rejected("nothing_to_cancel", "no update is under way, and none waits for its next try")
+
+    def pardon(self) -> int:
+        """A person clears all failures, those of the attempt under way too. Returns how many bundles had some."""
+        with self._store.transaction():
+            cleared = self.failures.pardon()
+            update = msgspec.structs.replace(self.update, moves=0)
+            if update != self.update:
+                self._store.put("update", update)
+        self.update = update
+        return cleared
 
     def activate(self, *, despite_locks: bool) -> tuple[Update, str]:
         """A person wants the staged update to begin now, whatever the hour.
@@ -546,6 +572,7 @@ class Updating:
 
         Raises:
             Rejected: ``no_previous`` or ``busy``.
+            Degraded: it could not be stored.
         """
         pointers = self._slots.pointers(model)
         if self.update.state == "trial" and self.update.model == model:
@@ -559,5 +586,5 @@ class Updating:
         going = pointers.active or pointers.confirmed
         if back is None or going is None or not self._slots.may_serve(model, back):
             raise Rejected("no_previous", f"there is no bundle of {model} to go back to")
-        self.feed(e.RevertOrdered(model=model, digest=going.digest, version=going.version, variant=going.variant))
+        self._order(e.RevertOrdered(model=model, digest=going.digest, version=going.version, variant=going.variant))
         return back

@@ -43,8 +43,8 @@ MOST_OVERDUE = 3
 MOST_MOVES = 28
 """So often an update may move from state to state, all its attempts together, as Mender counts them. It is counted on disk with the state.
 
-Attempts that ended for want of a network, before anything was fetched, do not count, nor does a fetch that got further before power was
-cut: they wait, they do not go in circles. A person's pardon starts anew.
+Attempts that ended for want of a network, of room, or of power before anything was started do not count: they wait, longer each time, and
+do not go in circles. A person's pardon starts anew, also in the middle of an attempt.
 """
 
 ATTEMPTS: dict[str, int] = {
@@ -56,9 +56,17 @@ ATTEMPTS: dict[str, int] = {
 }  # fmt: skip
 """How often a bundle may fail for a reason before it is refused with ``attempts_exhausted``, until a person clears it.
 
-Codes that are not here never exhaust: they speak of the network or of this device's room, which change. ``@boot`` marks
-an update that ended with the supervisor's own process: a power cut is likelier than the bundle's fault.
+Codes that are not here never exhaust: they speak of the network, of who served the bytes, or of this device's room, which change.
+``@boot`` marks an update that ended with the supervisor's own process: a power cut is likelier than the bundle's fault.
 """
+
+MOMENTARY: frozenset[str] = frozenset(
+    {
+        "process_not_started", "not_enough_memory", "not_enough_disk", "storage_failed", "store_full", "store_busy", "store_failed",
+        "timeout", "mirror_wrong", "interrupted",
+    }
+)  # fmt: skip
+"""Codes of a moment's pressure or of others' doing, in whatever state: the bundle waits longer each time, and is never given up for them."""
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +102,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     def waits(self) -> bool:
         """Whether it ended for want of something outside, or of a wish: no circle, however often that happens."""
         outside = self.failed_in == "fetch" and not self.at_boot and self.code not in ATTEMPTS
-        return outside or self.code in ("withdrawn", "yielded", "activation_overdue")
+        return outside or self.code in MOMENTARY or self.code in ("withdrawn", "yielded", "activation_overdue")
 
     @property
     def resting(self) -> bool:
@@ -156,7 +164,7 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         table[state, e.Deadline] = Move(to="revert", effects=(penalise, record, discard), code="timeout")
         table[state, e.Withdrawn] = Move(to="revert", effects=(record, discard), code="withdrawn")
         table[state, e.Cancelled] = Move(to="revert", effects=(penalise, record, discard), code="cancelled")
-        table.setdefault((state, e.Booted), Move(to="idle", effects=(record,), code="interrupted"))
+        table.setdefault((state, e.Booted), Move(to="idle", effects=(penalise, record), code="interrupted"))
     table["ready", e.Yielded] = Move(to="revert", effects=(record, discard), code="yielded")
     table["ready", e.Deadline] = Move(to="revert", effects=(penalise, record, discard), code="activation_overdue")
     table["prove", e.Failed] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW))
@@ -206,7 +214,9 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
         return update, ()
     moves = update.moves + (move.to != update.state or isinstance(event, e.Deadline))
     if isinstance(event, e.Booted) and event.further:
+        # It gets somewhere: no reason to wait.
         moves = 0
+        move = msgspec.structs.replace(move, effects=tuple(e for e in move.effects if e is not Effect.PENALISE))
     overdue = update.overdue + 1 if update.state == "revert" and isinstance(event, e.Deadline) else 0
     if overdue >= MOST_OVERDUE:
         move = GIVE_UP

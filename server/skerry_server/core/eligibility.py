@@ -11,6 +11,7 @@ UNABLE = frozenset(
     {
         "no_variant", "agent_too_old", "runtime_missing", "not_enough_disk", "not_enough_memory", "storage_failed",
         "not_enrolled", "identity_damaged", "cancelled", "must_pass_first",
+        "encryption_key_differs", "encryption_key_unusable", "no_memory_folder",
     }
 )  # fmt: skip
 """Codes by which a device says that it cannot run the bundle, or must not by a person's word: nothing about the bundle itself."""
@@ -18,7 +19,7 @@ ELSEWHERE = frozenset(
     {
         "unreachable", "timeout", "expired", "rollback", "withdrawn", "interrupted", "busy", "courier_crashed",
         "process_not_started", "blob_missing", "download_wasted", "activation_overdue", "network_not_allowed",
-        "yielded",
+        "yielded", "mirror_wrong", "key_not_given",
     }
 )  # fmt: skip
 """Codes about the way to the repository, about the agent's own helpers on that way, or about a change of plan: nothing is said about

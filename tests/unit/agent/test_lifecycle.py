@@ -135,15 +135,18 @@ def test_every_state_under_way_ends_by_its_deadlines_alone(state: lc.State) -> N
     assert Effect.GIVE_UP in effects
 
 
-def test_an_agent_that_dies_again_and_again_while_it_fetches_stops_trying() -> None:
-    update, attempts = lc.Update(), 0
-    while update.code != "too_many_moves":
-        assigned = e.Assigned(model="gas", digest=DIGEST, version="1.0.0", moves=update.moves)
-        update, effects = run(assigned, e.Booted(), update=update)
-        attempts += 1
-        assert attempts < lc.MOST_MOVES
-    assert (update.state, update.penalty) == ("idle", "too_many_moves@boot")
+@pytest.mark.parametrize("state", ["fetch", "verify", "stage"])
+def test_an_agent_that_dies_before_anything_is_started_waits_and_gives_nothing_up(state: lc.State) -> None:
+    update, effects = run(e.Booted(), update=to(state))
+    assert (update.state, update.code, update.waits) == ("idle", "interrupted", True)
     assert Effect.PENALISE in effects
+    assert update.penalty not in lc.ATTEMPTS
+
+
+@pytest.mark.parametrize("state", ["prove", "trial"])
+def test_an_agent_that_dies_again_and_again_with_a_new_worker_stops_trying(state: lc.State) -> None:
+    update, _ = run(e.Booted(), update=msgspec.structs.replace(to(state), moves=lc.MOST_MOVES))
+    assert (update.state, update.penalty) == ("idle", "too_many_moves@boot")
     assert lc.ATTEMPTS[update.penalty] == 1
 
 
@@ -151,8 +154,9 @@ def test_a_fetch_that_gets_further_between_power_cuts_is_no_circle() -> None:
     update = lc.Update()
     for _ in range(100):
         assigned = e.Assigned(model="gas", digest=DIGEST, version="1.0.0", moves=update.moves)
-        update, _ = run(assigned, e.Booted(further=True), update=update)
+        update, effects = run(assigned, e.Booted(further=True), update=update)
     assert update.code == "interrupted"
+    assert Effect.PENALISE not in effects
 
 
 def test_an_update_with_too_many_moves_goes_home_and_nowhere_else() -> None:
@@ -173,8 +177,15 @@ def test_an_update_with_too_many_moves_goes_home_and_nowhere_else() -> None:
         ("fetch", "not_enough_disk", False, True),
         ("trial", "withdrawn", False, True),
         ("fetch", "hash_mismatch", False, False),
-        ("verify", "timeout", False, False),
-        ("fetch", "interrupted", True, False),
+        ("verify", "hash_mismatch", False, False),
+        ("verify", "timeout", False, True),
+        ("stage", "not_enough_disk", False, True),
+        ("prove", "process_not_started", False, True),
+        ("prove", "not_enough_memory", False, True),
+        ("prove", "golden_failed", False, False),
+        ("prove", "runtime_crashed", True, False),
+        ("fetch", "mirror_wrong", False, True),
+        ("fetch", "interrupted", True, True),
     ],
 )
 def test_only_what_waits_for_something_outside_may_go_on_for_ever(

@@ -1,0 +1,183 @@
+"""What a device holds against a bundle: with the state that says so, and no longer than a person wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from skerry_agent import config
+from skerry_agent.clock import Clock
+from skerry_agent.core import effects as e
+from skerry_agent.core import lifecycle as lc
+from skerry_agent.errand import Errands
+from skerry_agent.errors import Degraded
+from skerry_agent.holding import Holding
+from skerry_agent.leftovers import Roll
+from skerry_agent.network import Networks
+from skerry_agent.obeying import Obeying
+from skerry_agent.restoring import Restoring
+from skerry_agent.runtimes import Runtimes
+from skerry_agent.serving import Serving
+from skerry_agent.slots import Slots
+from skerry_agent.store import open_store
+from skerry_agent.updating import Updating
+from skerry_contract import ids
+
+DEVICE = ids.device_id("d-1")
+DIGEST = "a" * 64
+PATH = (e.ManifestFetched(), e.Admitted(variant="v"), e.FilesFetched(), e.Verified(), e.Staged(), e.Proved())
+
+
+class Life:
+    """The updates of one agent with a real store; no courier and no worker. ``begin`` is a start after a power cut."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = config.build({"state_dir": str(folder)}, {})
+        (folder / "run").mkdir()
+        self.clock, self.slots = Clock(), Slots(folder / "slots")
+        self.store, _ = open_store(
+            folder / "state.db", binding="m", device=DEVICE, new_epoch=lambda: "e" * 32, wall_s=0.0, bound_bytes=100_000
+        )
+        self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self.changes: list[tuple[str, dict[str, Any]]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        roll = Roll(self.config.run_dir / "workers.json", self.clock.boot_id)
+        serving = Serving(
+            self.config, self.store, self.slots, self.clock, [], roll, on_health=lambda _: None, on_crash=lambda *_: False,
+            on_unruly=lambda *_: False, on_start=lambda *_: None, on_records=lambda: None, on_fault=lambda _: None, draw=lambda: 0.5,
+        )  # fmt: skip
+        self.updating = Updating(
+            self.config, self.store, self.slots, serving, Errands(("sleep", "60")), self.clock,
+            Runtimes(self.config, self.clock, lambda: 0.5), Restoring(self.slots, serving, on_damage=lambda *_: None),
+            Holding(self.config, self.store, self.slots, self.clock, windows=lambda: (), opens_at=lambda _model, _digest: 0),
+            Networks(self.config, self.clock, wanted=lambda: (), carried=lambda: False), errand_input=dict,
+            on_change=lambda code, data: self.changes.append((code, data)), on_progress=lambda: None, on_rest=lambda: None,
+            on_fault=lambda _: None, draw=lambda: 0.5,
+        )  # fmt: skip
+        self.obeying = Obeying(self.store, self.updating, on_event=lambda *told: self.events.append(told))
+
+    def cut(self) -> None:
+        """Power fails: what was to be done after the stored state is not done."""
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        self.begin()
+
+    def until(self, state: lc.State, **more: Any) -> None:
+        """An update in the state, as it is stored; its effects are never carried out."""
+        update, _ = lc.step(
+            lc.Update(), e.Assigned(model="gas", digest=DIGEST, version="2.0.0", **more), self.clock.instant()
+        )
+        for event in PATH:
+            if update.state != state:
+                update, _ = lc.step(update, event, self.clock.instant())
+        assert update.state == state
+        self.store.put("update", update)
+        self.updating.update = update
+
+    @property
+    def refused(self) -> bool:
+        """Whether only a person's word lets the bundle try again."""
+        return self.updating.why().spent
+
+    async def rest(self) -> None:
+        async with asyncio.timeout(30):
+            while not self.updating.update.resting:
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def life(tmp_path: Path) -> Iterator[Life]:
+    one = Life(tmp_path)
+    yield one
+    one.store.close()
+
+
+@pytest.mark.parametrize(
+    "event", [e.Cancelled(detail="a person"), e.Failed(code="golden_failed")], ids=["cancelled", "failed"]
+)
+def test_power_that_fails_right_behind_the_stored_state_forgets_no_attempt(life: Life, event: e.Event) -> None:
+    async def main() -> None:
+        life.until("prove")
+        life.updating.feed(event)
+        assert life.updating.update.state == "revert"
+        life.cut()
+        assert life.updating.update.state == "revert"
+        life.updating.booted()
+        assert life.refused
+
+    asyncio.run(main())
+
+
+def test_of_two_orders_heard_together_the_later_one_stands(life: Life) -> None:
+    async def main() -> None:
+        life.until("fetch", moves=20)
+        assert life.obeying.told({"cancel": 1, "retry": 2})
+        assert [code for _, code, _ in life.events] == ["", ""]
+        await life.rest()
+        assert not life.refused
+        assert life.updating.failures.moves_of(DIGEST) < 10
+        assert life.obeying.told({"retry": 3, "cancel": 4})
+        assert life.events[-1][1] == "nothing_to_cancel"
+
+    asyncio.run(main())
+
+
+def test_a_pardon_in_the_middle_of_an_attempt_stands(life: Life) -> None:
+    async def main() -> None:
+        life.until("prove", moves=lc.MOST_MOVES - 8)
+        life.updating.pardon()
+        life.cut()
+        life.updating.feed(e.Failed(code="start_timeout"))
+        await life.rest()
+        assert 0 < life.updating.failures.moves_of(DIGEST) < 4
+        assert not life.refused
+
+    asyncio.run(main())
+
+
+def test_an_order_that_could_not_be_stored_is_not_called_obeyed_and_is_heard_again(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        life.until("fetch")
+        put: Callable[..., None] = life.store.put
+
+        def full(key: str, value: object) -> None:
+            if key == "update":
+                raise Degraded("store_full", "no room")
+            put(key, value)
+
+        monkeypatch.setattr(life.store, "put", full)
+        with pytest.raises(Degraded, match="no room"):
+            life.updating.cancel("a person")
+        assert not life.obeying.told({"cancel": 5})
+        assert life.events == []
+        # What was refused is not done behind anybody's back once there is room again.
+        monkeypatch.undo()
+        life.updating.tick()
+        assert life.updating.update.state == "fetch"
+        assert life.obeying.told({"cancel": 5})
+        assert (life.updating.update.code, life.events[-1][1]) == ("cancelled", "")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("code", ["process_not_started", "not_enough_memory", "mirror_wrong"])
+def test_pressure_of_a_moment_makes_a_bundle_wait_longer_and_never_gives_it_up(life: Life, code: str) -> None:
+    async def main() -> None:
+        waits = []
+        for _ in range(20):
+            life.until("prove", moves=life.updating.failures.moves_of(DIGEST))
+            life.updating.feed(e.Failed(code=code))
+            await life.rest()
+            waits.append(life.updating.failures.wait_s(DIGEST))
+        assert not life.refused
+        assert waits[0] < 5
+        assert 440 < waits[-1] <= 900
+
+    asyncio.run(main())
