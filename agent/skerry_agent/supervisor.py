@@ -253,7 +253,7 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(stopped, *tasks, return_exceptions=True)
         await self._importing.stop()
-        await self._updating.stop()
+        await self._updating.stop(in_order=self._stop.is_set() and self._ended is None)
         await self._shadowing.stop()
         await self._asked_logs.stop()
         if self._applications is not None:

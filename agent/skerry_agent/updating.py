@@ -261,11 +261,19 @@ class Updating:
                 return
         self.feed(e.Deadline())
 
-    async def stop(self) -> None:
-        """Leaves the update where it is: the next start finds its stored state."""
+    async def stop(self, *, in_order: bool = False) -> None:
+        """Leaves the update where it is: the next start finds its stored state. What was with a worker, and is ended in order, says so."""
         if self._deadline is not None:
             self._deadline.cancel()
-        tasks = [task for task in (self._task, *self._others) if task is not None]
+        before = self._task
+        if in_order:
+            self.feed(e.Stopped())
+            if self._task is not None and self._task is not before:
+                # It only says so.
+                await asyncio.gather(self._task, return_exceptions=True)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        tasks = [task for task in (before, self._task, *self._others) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -320,6 +328,8 @@ class Updating:
         took = self.fetching.fetched.of(self.update.digest)
         if took and self.update.state != "fetch":
             data = {**data, "fetched": took, **({"source": "import"} if "carried_files" in took else {})}
+        if self.update.at_boot:
+            data = {**data, "at_boot": True}
         self._on_change("" if quiet else self.update.code, {} if quiet else data)
         # Behind the event: power that fails between the two has it said twice, and never not at all.
         self._store.put("said", said)

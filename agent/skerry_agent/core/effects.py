@@ -165,9 +165,13 @@ class Booted(Event, frozen=True, kw_only=True):
     further: bool = False
 
 
+class Stopped(Event, frozen=True, kw_only=True):
+    """The supervisor ends in order: its service is restarted, the machine shuts down."""
+
+
 EVENTS: tuple[type[Event], ...] = (
     Assigned, ManifestFetched, Admitted, FilesFetched, Verified, Staged, Held, Opened, Proved, HandedOver, Rekeyed, TrialKept, TrialQuiet,
-    Failed, Deadline, Withdrawn, Yielded, Cancelled, RevertOrdered, CrashLooped, ForcedOut, Reverted, Booted,
+    Failed, Deadline, Withdrawn, Yielded, Cancelled, RevertOrdered, CrashLooped, ForcedOut, Reverted, Booted, Stopped,
 )  # fmt: skip
 
 

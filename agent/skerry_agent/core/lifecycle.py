@@ -153,6 +153,9 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         ("prove", e.Booted): Move(to="idle", effects=(penalise, record), code="runtime_crashed"),
         ("trial", e.Booted): Move(to="idle", effects=(penalise, record), code="trial_crashed"),
         ("revert", e.Booted): Move(to="idle", effects=(record,)),
+        # Who ends in order says so: it was not the bundle. It begins again after the start.
+        ("prove", e.Stopped): Move(to="idle", effects=(record,), code="interrupted"),
+        ("trial", e.Stopped): Move(to="idle", effects=(record,), code="interrupted"),
         # Recorded again: power may have failed between the stored state and the word of it. What was said is not said twice.
         ("idle", e.Booted): Move(to="idle", effects=(record,)),
         ("confirmed", e.Booted): Move(to="confirmed", effects=(Effect.CONFIRM, record)),
@@ -220,7 +223,7 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
     overdue = update.overdue + 1 if update.state == "revert" and isinstance(event, e.Deadline) else 0
     if overdue >= MOST_OVERDUE:
         move = GIVE_UP
-    elif moves > MOST_MOVES:
+    elif moves > MOST_MOVES and not isinstance(event, e.Stopped):
         move = _stopped(update.state, move)
     changed: dict[str, object] = {"state": move.to, "moves": moves, "overdue": overdue}
     if move.to != update.state:
@@ -251,7 +254,7 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
         changed["code"] = move.code
     if move.code == "too_many_moves":
         changed["detail"] = f"it moved {moves} times from state to state and was never confirmed"
-    if failing or (isinstance(event, e.Booted) and move.code):
+    if failing or (isinstance(event, e.Booted | e.Stopped) and move.code):
         changed["failed_in"] = update.failed_in or update.state
         changed["at_boot"] = isinstance(event, e.Booted)
     return msgspec.structs.replace(update, **changed), move.effects

@@ -17,7 +17,7 @@ from tests.integration.agent import held
 from tests.integration.agent.rig import Broker, Device, Server, wait_for
 
 STATES = ("fetch", "verify", "stage", "ready", "prove", "trial", "revert")
-CAUSES = ("cancel", "deadline", "kill", "withdrawn", "silent")
+CAUSES = ("cancel", "deadline", "kill", "stop", "withdrawn", "silent")
 SHORT_S = 0.5
 
 ENDS: dict[tuple[str, str], tuple[str, str]] = {
@@ -27,10 +27,12 @@ ENDS: dict[tuple[str, str], tuple[str, str]] = {
     **{(state, "silent"): ("confirmed", "") for state in STATES},
     **{(state, "deadline"): ("idle", "timeout") for state in STATES},
     **{(state, "kill"): ("idle", "interrupted") for state in STATES},
+    **{(state, "stop"): ("idle", "interrupted") for state in STATES},
     ("fetch", "silent"): ("idle", "unreachable"),
     ("ready", "deadline"): ("idle", "activation_overdue"),
     # What is held lies ready over restarts and without a server, until nothing holds it any more.
     ("ready", "kill"): ("confirmed", ""),
+    ("ready", "stop"): ("confirmed", ""),
     ("prove", "deadline"): ("idle", "start_timeout"),
     ("prove", "kill"): ("idle", "runtime_crashed"),
     # A trial without traffic ends by its time: neither success nor failure.
@@ -94,8 +96,11 @@ class Bench:
         device = self.device
         if cause == "cancel":
             assert device.call("POST", "/skerry/v1/cancel", {}).status == 200
-        elif cause == "kill":
-            device.kill()
+        elif cause in ("kill", "stop"):
+            if cause == "kill":
+                device.kill()
+            else:
+                assert device.stop() == 0
             if state == "ready":
                 self.hold()
                 device.start()
@@ -177,7 +182,7 @@ def comes_to_rest(bench: Bench, state: str, cause: str) -> None:
     bench.release()
 
 
-DEFAULT = (("fetch", "deadline"), ("verify", "cancel"), ("stage", "withdrawn"), ("prove", "kill"), ("revert", "cancel"))
+DEFAULT = (("fetch", "deadline"), ("verify", "cancel"), ("stage", "withdrawn"), ("trial", "stop"), ("revert", "cancel"))
 
 
 def test_an_update_that_is_cancelled_overdue_withdrawn_or_killed_comes_to_rest(bench: Bench) -> None:

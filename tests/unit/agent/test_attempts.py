@@ -167,6 +167,41 @@ def test_an_order_that_could_not_be_stored_is_not_called_obeyed_and_is_heard_aga
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("state", ["prove", "trial"])
+def test_a_stop_in_order_is_told_as_such_before_the_agent_is_gone_and_costs_no_attempt(
+    life: Life, state: lc.State
+) -> None:
+    async def main() -> None:
+        for _ in range(10):
+            life.until(state)
+            await life.updating.stop(in_order=True)
+            assert life.changes[-1][0] == "interrupted"
+            assert "at_boot" not in life.changes[-1][1]
+            life.begin()
+            life.updating.booted()
+            await asyncio.sleep(0.02)
+            assert (life.updating.update.code, life.updating.update.failed_in) == ("interrupted", state)
+            assert life.updating.failures.wait_s(DIGEST) == 0
+        assert not life.refused
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("state", ["prove", "trial"])
+def test_an_end_without_order_says_that_the_agent_went_with_it(life: Life, state: lc.State) -> None:
+    async def main() -> None:
+        life.until(state)
+        await life.updating.stop()
+        life.begin()
+        life.updating.booted()
+        await asyncio.sleep(0.05)
+        code, data = life.changes[-1]
+        assert code == ("trial_crashed" if state == "trial" else "runtime_crashed")
+        assert data["at_boot"] is True
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("code", ["process_not_started", "not_enough_memory", "mirror_wrong"])
 def test_pressure_of_a_moment_makes_a_bundle_wait_longer_and_never_gives_it_up(life: Life, code: str) -> None:
     async def main() -> None:

@@ -35,6 +35,7 @@ EVENTS = st.one_of(
     st.just(e.Reverted()),
     st.just(e.Booted()),
     st.just(e.Booted(further=True)),
+    st.just(e.Stopped()),
     st.just(e.Cancelled(detail="by a person")),
 )
 
@@ -232,6 +233,19 @@ def test_a_boot_in_the_trial_counts_less_than_a_crash_in_the_trial() -> None:
     crashed, _ = run(e.Failed(code="trial_crashed"), update=to("trial"))
     assert booted.code == crashed.code == "trial_crashed"
     assert lc.ATTEMPTS[booted.penalty] > lc.ATTEMPTS[crashed.penalty]
+
+
+@pytest.mark.parametrize("state", lc.STATES)
+def test_an_agent_that_ends_in_order_holds_nothing_against_the_bundle(state: lc.State) -> None:
+    before = reverting() if state == "revert" else lc.Update(state=state, digest=DIGEST, moves=lc.MOST_MOVES)
+    update, effects = run(e.Stopped(), update=before)
+    if state not in ("prove", "trial"):
+        # What the next start finds in these says nothing against a bundle anyway.
+        assert (update, effects) == (before, [])
+        return
+    assert (update.state, update.code, update.failed_in, update.at_boot) == ("idle", "interrupted", state, False)
+    assert update.waits
+    assert effects == [Effect.RECORD]
 
 
 @pytest.mark.parametrize("state", lc.STATES)
