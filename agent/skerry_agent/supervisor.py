@@ -423,11 +423,12 @@ class Supervisor:
 
     def _apply_settings(self) -> None:
         timing, settings = self._config.timing, self._orders.settings
-        self._updating.rules = TrialRules(
+        rules = TrialRules(
             duration_s=timing.trial_s if timing.trial_s >= 0 else settings.trial_s,
             inferences=timing.trial_inferences if timing.trial_inferences >= 0 else settings.trial_inferences,
             max_kib_s=settings.max_kib_s,
         )
+        self._updating.apply(rules)
         self._serving.site.window_s = settings.window_s
         if self._serving.sample(settings.sample_rate):
             self._shadowing.sample()

@@ -264,7 +264,7 @@ class Turnover:
     async def _bring_back(self, wanted: dict[str, Slot], ordered: str) -> AgentError | None:
         for failures in range(1, _RESTORE_TRIES + 1):
             try:
-                limit_s = lifecycle.DEADLINES_S["revert"]
+                limit_s = lifecycle.DEADLINES_S["prove"]
                 await self._restoring.bring_up(wanted, timeout_s=limit_s, without_substitute=ordered)
                 return None
             except AgentError as error:
@@ -300,7 +300,7 @@ class Turnover:
             if not self._update().resting:
                 continue
             try:
-                limit_s = lifecycle.DEADLINES_S["revert"]
+                limit_s = lifecycle.DEADLINES_S["prove"]
                 wanted = {**self._serving.models(), model: slot}
                 await self._restoring.bring_up(wanted, timeout_s=limit_s, without_substitute=model)
                 return

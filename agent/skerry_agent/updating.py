@@ -33,6 +33,7 @@ from skerry_agent.holding import Holding
 from skerry_agent.logs import kv
 from skerry_agent.network import Networks
 from skerry_agent.progress import FetchProgress
+from skerry_agent.readiness import Readiness
 from skerry_agent.restoring import Restoring
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
@@ -107,6 +108,7 @@ class Updating:
         self._drain_s = config.timing.drain_s
         self._extended = False
         self.failures = Failures(store, clock, draw, config.timing.backoff_scale)
+        self._readiness = Readiness(store, clock)
         self._watching = False
         self.crashes: list[culprits.Crash] = []
         self.rules = TrialRules()
@@ -126,6 +128,12 @@ class Updating:
         self._drain_s = config.timing.drain_s
         self.fetching.configure(config)
         self.turnover.configure(config)
+
+    def apply(self, rules: TrialRules) -> None:
+        """Goes by other rules, in a trial that runs already too."""
+        before, self.rules = self.rules, rules
+        if self.update.state == "trial" and rules.duration_s != before.duration_s:
+            self._arm()
 
     # --- the table ---------------------------------------------------------------------------------------------------
 
@@ -153,6 +161,7 @@ class Updating:
         """Takes the events that could not be stored when they came; looks at the trial's time."""
         self._catch_up()
         self._look_at_holds()
+        self._readiness.tick(self.update)
         self.judge()
         self.turnover.standby.tick()
 
@@ -243,11 +252,14 @@ class Updating:
             self._deadline.cancel()
             self._deadline = None
         self._extended = False
-        limit_s = lifecycle.DEADLINES_S.get(self.update.state)
-        if self.update.state == "trial":
-            limit_s = self.rules.duration_s + self._drain_s + lifecycle.TRIAL_OVER_S
-        if limit_s is not None:
-            self._deadline = asyncio.get_running_loop().call_later(limit_s, self._overdue)
+        update, in_it_s = self.update, 0.0
+        if update.state == "ready":
+            in_it_s = self._readiness.lain_s(update)
+        elif update.state == "trial" and update.since.boot_id == self._clock.boot_id:
+            in_it_s = self._clock.boot_s() - update.since.boot_ns / 1e9
+        left_s = lifecycle.left_s(update.state, in_it_s, trial_s=self.rules.duration_s, drain_s=self._drain_s)
+        if left_s is not None:
+            self._deadline = asyncio.get_running_loop().call_later(left_s, self._overdue)
 
     def _overdue(self) -> None:
         if self.update.state == "trial":
@@ -266,6 +278,7 @@ class Updating:
         if self._deadline is not None:
             self._deadline.cancel()
         before = self._task
+        self._readiness.note(self.update)
         if in_order:
             self.feed(e.Stopped())
             if self._task is not None and self._task is not before:
@@ -530,6 +543,7 @@ class Updating:
                 log.warning("progress not noted", extra=kv(code=error.code, detail=error.detail))
         self.feed(e.Booted(further=further))
         if self.update.state == "ready":
+            self._readiness.note(self.update)
             self._arm()
 
     def cancel(self, who: str) -> Update:

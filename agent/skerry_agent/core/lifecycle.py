@@ -33,9 +33,10 @@ STATES: tuple[State, ...] = (
 RESTING: frozenset[State] = frozenset({"idle", "confirmed", "confirmed_on_golden"})
 
 DEADLINES_S: dict[State, float] = {
-    "fetch": 3600.0, "verify": 600.0, "stage": 120.0, "ready": 31 * 86_400.0, "prove": 180.0, "revert": 120.0,
+    "fetch": 3600.0, "verify": 600.0, "stage": 120.0, "ready": 31 * 86_400.0, "prove": 180.0, "revert": 240.0,
 }  # fmt: skip
-"""How long a state may last, seconds. The trial's time comes from the group's settings; ``TRIAL_OVER_S`` and the drain's time come on top."""
+"""How long a state may last, seconds. A way back has more time than the way in: what came up within that has to come back. ``ready`` counts
+over restarts. The trial's time comes from the group's settings; ``TRIAL_OVER_S`` and the drain's time come on top."""
 TRIAL_OVER_S = 120.0
 """A trial that is over for so long and could not be judged goes back: its worker says nothing, or the hand-over never ended."""
 MOST_OVERDUE = 3
@@ -67,6 +68,29 @@ MOMENTARY: frozenset[str] = frozenset(
     }
 )  # fmt: skip
 """Codes of a moment's pressure or of others' doing, in whatever state: the bundle waits longer each time, and is never given up for them."""
+
+
+def left_s(state: State, in_it_s: float, *, trial_s: float = 0.0, drain_s: float = 0.0) -> float | None:
+    """What is left of the state's time; None where it has none.
+
+    Args:
+        in_it_s: since it was entered, former lives of the agent included where it is kept over them (``ready``).
+        trial_s, drain_s: of a trial, by the settings that hold now.
+    """
+    limit_s = trial_s + drain_s + TRIAL_OVER_S if state == "trial" else DEADLINES_S.get(state)
+    return None if limit_s is None else max(0.0, limit_s - in_it_s)
+
+
+def lain_s(noted_s: float, since: Instant, now: Instant) -> float:
+    """How long an update has lain in its state, over boots: by what was noted while the agent ran, or by the clock where it can be trusted.
+
+    Args:
+        noted_s: what the boots before this one add up to, as far as it was noted.
+        since: when it came into the state.
+    """
+    here_s = (now.boot_ns - (since.boot_ns if since.boot_id == now.boot_id else 0)) / 1e9
+    by_clock_s = (now.wall_ms - since.wall_ms) / 1e3 if since.synced and now.synced else 0.0
+    return max(0.0, noted_s + here_s, by_clock_s)
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):

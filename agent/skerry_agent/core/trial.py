@@ -86,7 +86,9 @@ def judge_trial(
     if worse:
         return Verdict(answer="revert", code="trial_errors", detail=f"failed requests: {worse}")
     seen, seen_before = new.answered + new.invalid, before.answered + before.invalid
-    worse = _more(new.invalid, seen, before.invalid, seen_before, TOLERATED_INVALID) if seen_before else None
+    # A first bundle has nothing to go back to: what an application asks wrong is its own. Where another answered, that one's silence of
+    # late is no excuse.
+    worse = _more(new.invalid, seen, before.invalid, seen_before, TOLERATED_INVALID) if old is not None else None
     if worse:
         return Verdict(answer="revert", code="trial_errors", detail=f"requests called invalid: {worse}")
     # None is never success, whatever the settings want.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from skerry_agent import config
 from skerry_agent.clock import Clock
@@ -23,8 +24,9 @@ from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Serving
 from skerry_agent.slots import Slots
 from skerry_agent.store import open_store
-from skerry_agent.updating import Updating
+from skerry_agent.updating import TrialRules, Updating
 from skerry_contract import ids
+from skerry_contract.window import Instant
 
 DEVICE = ids.device_id("d-1")
 DIGEST = "a" * 64
@@ -73,6 +75,8 @@ class Life:
             lc.Update(), e.Assigned(model="gas", digest=DIGEST, version="2.0.0", **more), self.clock.instant()
         )
         for event in PATH:
+            if state == "ready" and isinstance(event, e.Staged):
+                event = e.Held(detail="a lock")
             if update.state != state:
                 update, _ = lc.step(update, event, self.clock.instant())
         assert update.state == state
@@ -83,6 +87,12 @@ class Life:
     def refused(self) -> bool:
         """Whether only a person's word lets the bundle try again."""
         return self.updating.why().spent
+
+    def left_s(self) -> float:
+        """Until the state's deadline."""
+        left_s = self.updating.why().left_s
+        assert left_s is not None
+        return max(0.0, round(left_s))
 
     async def rest(self) -> None:
         async with asyncio.timeout(30):
@@ -198,6 +208,58 @@ def test_an_end_without_order_says_that_the_agent_went_with_it(life: Life, state
         code, data = life.changes[-1]
         assert code == ("trial_crashed" if state == "trial" else "runtime_crashed")
         assert data["at_boot"] is True
+
+    asyncio.run(main())
+
+
+def test_the_month_of_what_lies_ready_does_not_begin_anew_with_every_boot(life: Life) -> None:
+    async def main() -> None:
+        here = life.clock.instant()
+        # Nine days of this boot, of which nobody trusts the wall clock.
+        since = Instant(here.boot_id, here.boot_ns - 9 * 86_400 * 10**9, here.wall_ms, False)
+        life.until("ready")
+        life.updating.update = msgspec.structs.replace(life.updating.update, since=since)
+        life.store.put("update", life.updating.update)
+        life.updating.booted()
+        for boot in "abcd":
+            left_s = life.left_s()
+            await life.updating.stop()
+            life.clock.boot_id = boot * 32
+            life.begin()
+            life.updating.booted()
+            # Each of them lasts as long as this machine is up.
+            assert life.left_s() < left_s - 0.9 * life.clock.boot_s()
+        assert life.left_s() < 22 * 86_400
+
+    asyncio.run(main())
+
+
+def test_an_update_that_has_lain_ready_for_a_month_ends_at_the_next_start(life: Life) -> None:
+    async def main() -> None:
+        here = life.clock.instant()
+        life.until("ready")
+        since = Instant(here.boot_id, here.boot_ns - 32 * 86_400 * 10**9, here.wall_ms, False)
+        life.updating.update = msgspec.structs.replace(life.updating.update, since=since)
+        life.updating.booted()
+        await life.rest()
+        assert life.updating.update.code == "activation_overdue"
+
+    asyncio.run(main())
+
+
+def test_longer_trials_hold_for_the_one_that_runs(life: Life) -> None:
+    async def main() -> None:
+        life.until("trial")
+        life.updating.apply(TrialRules(duration_s=30.0))
+        before_s = life.left_s()
+        life.updating.apply(TrialRules(duration_s=600.0))
+        assert life.left_s() - before_s == pytest.approx(570, abs=1)
+        # What has passed of it has passed.
+        here = life.clock.instant()
+        since = Instant(here.boot_id, here.boot_ns - 500 * 10**9, here.wall_ms, False)
+        life.updating.update = msgspec.structs.replace(life.updating.update, since=since)
+        life.updating.apply(TrialRules(duration_s=60.0))
+        assert life.left_s() == 0
 
     asyncio.run(main())
 

@@ -472,6 +472,14 @@ def test_requests_that_suddenly_are_invalid_go_back() -> None:
     assert trial.judge_trial(RULES, trial.Counts(invalid=20), None, 5).answer == "wait"
 
 
+def test_requests_that_are_invalid_are_no_evidence_for_a_bundle_after_one_that_was_not_asked_of_late() -> None:
+    quiet = trial.Counts()
+    assert trial.judge_trial(RULES, trial.Counts(invalid=500), quiet, 61).code == "trial_errors"
+    assert trial.judge_trial(RULES, trial.Counts(ok=120, invalid=5000), quiet, 5).code == "trial_errors"
+    # A few of them are taken for granted.
+    assert trial.judge_trial(RULES, trial.Counts(ok=120, invalid=12), quiet, 5).answer == "keep"
+
+
 def test_a_version_far_slower_than_the_old_one_goes_back() -> None:
     old = trial.Counts(ok=1000, p95_ms=5.0)
     assert trial.judge_trial(RULES, trial.Counts(ok=100, p95_ms=31.0), old, 5).code == "trial_slow"

@@ -223,6 +223,26 @@ def test_a_boot_in_any_state_leaves_an_update_at_rest_or_ready(events: list[e.Ev
     assert again == booted
 
 
+def test_what_lies_ready_has_its_month_once_over_all_boots() -> None:
+    day_ns, day_ms = 86_400 * 10**9, 86_400_000
+    since = Instant("a" * 32, 2 * day_ns, 1000, False)
+    assert lc.lain_s(0.0, since, Instant("a" * 32, 5 * day_ns, 0, False)) == 3 * 86_400
+    # Another boot: what was noted, and how long this one lasts.
+    assert lc.lain_s(3 * 86_400, since, Instant("b" * 32, 4 * day_ns, 0, False)) == 7 * 86_400
+    # The wall clock counts where both moments trust it, also for the time switched off; and never takes back what was noted.
+    trusted = Instant("a" * 32, 0, 0, True)
+    assert lc.lain_s(0.0, trusted, Instant("b" * 32, day_ns, 30 * day_ms, True)) == 30 * 86_400
+    assert lc.lain_s(0.0, trusted, Instant("b" * 32, day_ns, 30 * day_ms, False)) == 86_400
+    assert lc.lain_s(86_400, trusted, Instant("b" * 32, day_ns, 0, True)) == 2 * 86_400
+    assert lc.left_s("ready", 7 * 86_400) == 24 * 86_400
+    assert lc.left_s("ready", 40 * 86_400) == 0
+    assert lc.left_s("confirmed", 1) is None
+
+
+def test_a_way_back_has_no_less_time_than_the_way_in() -> None:
+    assert lc.DEADLINES_S["revert"] > lc.DEADLINES_S["prove"]
+
+
 def test_a_stored_update_reads_back_as_it_was() -> None:
     update = to("trial")
     assert msgspec.convert(msgspec.json.decode(msgspec.json.encode(update)), lc.Update) == update
