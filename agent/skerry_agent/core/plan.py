@@ -2,7 +2,8 @@
 
 ``skerry_contract.group.assign`` says what should run; this module compares it with what does run and with what the device
 had to refuse. A device that cannot run the candidate goes to stable, one that cannot run stable to the fallback, and it
-counts under no arm then: it is neither candidate nor control. A model that the document no longer names keeps serving.
+counts under no arm then: it is neither candidate nor control. One that came as far as a version to pass through stays there.
+A model that the document no longer names keeps serving. Whatever is refused and when, a device comes to rest.
 """
 
 from __future__ import annotations
@@ -93,17 +94,21 @@ def _step(
     if assigned is None:
         return Keep(model=model, why="not_assigned")
     group_plan = document.models.get(model)
-    first = _first(group_plan, now, assigned.version, refused)
-    if first is not None:
-        return _toward(model, now, first.digest, first.version, "none", "", 0)
     if assigned.digest not in refused:
+        first = _first(group_plan, now, assigned.version, refused)
+        if first is not None:
+            return _toward(model, now, first.digest, first.version, "none", "", 0)
         return _toward(model, now, assigned.digest, assigned.version, assigned.arm, assigned.rollout, assigned.stage)
     others: list[g.Target] = []
     if group_plan is not None:
         others = [target for target in (group_plan.stable, group_plan.fallback) if target is not None]
     for target in others:
-        if target.digest not in refused:
-            return _toward(model, now, target.digest, target.version, "none", "", 0)
+        if target.digest in refused:
+            continue
+        if _is_on_the_way(group_plan, now, assigned.version, target.version, refused):
+            break
+        wanted = _first(group_plan, now, target.version, refused) or target
+        return _toward(model, now, wanted.digest, wanted.version, "none", "", 0)
     if now is not None and (now.arm, now.rollout, now.stage) != ("none", "", 0):
         return Rekey(model=model, arm="none", rollout="", stage=0)
     return Keep(model=model, why="refused")
@@ -118,6 +123,20 @@ def _first(
     low, high = ids.version_key(now.confirmed), ids.version_key(version)
     between = [one for one in group_plan.via if low < ids.version_key(one.version) < high and one.digest not in refused]
     return min(between, key=lambda one: ids.version_key(one.version), default=None)
+
+
+def _is_on_the_way(
+    group_plan: g.ModelPlan | None, now: Running | None, up_to: str, version: str, refused: Collection[str]
+) -> bool:
+    """Whether what runs is a step up to a bundle that is refused now, and ``version`` would lead down from it again.
+
+    It stays: a bundle that is refused for want of room is tried again later, and the way up to it would be gone each time.
+    """
+    if group_plan is None or now is None or now.digest in refused:
+        return False
+    high, low = ids.version_key(up_to), ids.version_key(version)
+    steps = (ids.version_key(one.version) for one in group_plan.via if one.digest == now.digest)
+    return any(low < step < high for step in steps)
 
 
 def _toward(model: str, now: Running | None, digest: str, version: str, arm: Arm, rollout: str, stage: int) -> Step:
