@@ -199,7 +199,7 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True):
         clock_skew_s: by how much a device's clock may differ in signed requests.
         nonce_s: how long a nonce lives.
         renewal_grace_s: how long after its end a device's certificate may still be renewed by who has its key. Later it takes
-            an operator's word, `skerry device retry`.
+            an operator's word, `skerry device renew`.
     """
 
     clock_skew_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 60.0

@@ -180,7 +180,7 @@ def renew(
     """A new certificate for a device whose request was signed with its old key. The new key replaces the old one.
 
     Args:
-        grace_s: how long after the end of the old certificate; an operator's standing ``retry`` opens it beyond that.
+        grace_s: how long after the end of the old certificate; an operator's standing order ``renew`` opens it beyond that.
 
     Raises:
         Invalid: a request that cannot be read. Conflict: another device has the key. NotFound: no such device.
@@ -190,11 +190,11 @@ def renew(
     held = require(conn, device)
     ended_ms = max(0, now_ms - int(held["certificate_expires_ms"]))
     by_order = ended_ms > grace_s * 1000
-    if by_order and "retry" not in device_orders.standing(conn, device, now_ms):
+    if by_order and not device_orders.may_renew(conn, device, now_ms):
         raise Forbidden(
             "certificate_expired",
             f"the certificate ended {ended_ms / 86_400_000:.1f} days ago, and is renewed for {grace_s / 86_400:g} days after its end; "
-            f"an operator may allow it: skerry device retry {device} --reason WHY",
+            f"an operator may allow it: skerry device renew {device} --reason WHY",
         )
     issued = authority.issue_device(device, public_key, clock.utc(now_ms))
     query = select(t.devices.c.id).where(

@@ -62,8 +62,10 @@ def explain(
         lacks_certificate=_certificate(row, now_ms, grace_s),
     )
     events = _events(conn, device)
+    forgiven = device_orders.forgiven_by(conn, device)
     models = [
-        _model(conn, row, known, document, name, events, now_ms=now_ms, seen_s=seen_s) for name in _names(document, row)
+        _model(conn, row, known, document, name, events, forgiven, now_ms=now_ms, seen_s=seen_s)
+        for name in _names(document, row)
     ]
     if revoked:
         for one in models:
@@ -71,7 +73,7 @@ def explain(
     return {
         "device": device,
         "at_ms": now_ms,
-        "orders": device_orders.listed(conn, device),
+        "orders": device_orders.listed(conn, device, row["group"]),
         "group": row["group"],
         "stratum": row["stratum"],
         "status": row["status"],
@@ -99,6 +101,7 @@ def _model(
     document: g.GroupDocument | None,
     name: str,
     events: Sequence[Mapping[str, Any]],
+    forgiven: int,
     *,
     now_ms: int,
     seen_s: float,
@@ -114,7 +117,7 @@ def _model(
     manifest = _manifest(conn, assigned.digest) if assigned is not None else None
     pin = _pin(conn, row["id"], name) if assigned is not None and assigned.reason == "pin" else []
     course = _course(conn, row, name, now_ms=now_ms, seen_s=seen_s)
-    failure = _failure(events, assigned.digest) if assigned is not None else None
+    failure = _failure(events, assigned.digest, forgiven) if assigned is not None else None
     told = core.explain(
         device,
         core.Model(
@@ -217,8 +220,12 @@ def _told(failure: core.Failure) -> dict[str, Any]:
     }
 
 
-def _failure(events: Sequence[Mapping[str, Any]], digest: str) -> core.Failure | None:
-    """The newest thing said against the bundle, unless it was confirmed since. ``events``: newest first."""
+def _failure(events: Sequence[Mapping[str, Any]], digest: str, forgiven: int) -> core.Failure | None:
+    """The newest thing said against the bundle, unless it was confirmed since.
+
+    Args:
+        events: newest first; forgiven: the event by which the device said that it obeyed a ``retry``.
+    """
     for event in events:
         data = event["data"] or {}
         if data.get("digest") != digest:
@@ -232,6 +239,7 @@ def _failure(events: Sequence[Mapping[str, Any]], digest: str) -> core.Failure |
                 code=event["code"],
                 detail=str(data.get("detail") or ""),
                 failed_in=str(data.get("failed_in") or ""),
+                forgiven=event["id"] < forgiven,
             )
     return None
 
@@ -385,7 +393,7 @@ def _certificate(row: Mapping[str, Any], now_ms: int, grace_s: float) -> str:
         return ""
     return (
         f"its certificate ended {_when(ended_ms, now_ms)}, longer ago than the {grace_s / 86_400:g} days of grace: "
-        f"`skerry device retry {row['id']}` lets it renew it within the next week"
+        f"`skerry device renew {row['id']}` lets it renew it within the next week"
     )
 
 

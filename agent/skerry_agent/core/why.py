@@ -27,7 +27,7 @@ _NEEDS: Mapping[str, str] = {
     "expired": "metadata that has not ended: whoever runs the fleet publishes it anew",
     "rollback": "whoever runs the fleet publishes above what this device has seen",
     "bad_signature": "whoever runs the fleet: metadata is not signed by whom this device trusts",
-    "certificate_expired": "an operator's word, `skerry device retry`: this device then renews its certificate by itself",
+    "certificate_expired": "an operator's word, `skerry device renew`: this device then renews its certificate by itself",
     "unknown_device": "a person: this device is not known, or was revoked; enrol it anew",
     "not_enrolled": "a person: `skerry-agent enrol`",
     "identity_damaged": "a person: `skerry-agent doctor` says which file; enrol it anew",

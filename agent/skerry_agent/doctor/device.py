@@ -199,7 +199,7 @@ def check_identity(patient: Patient) -> Iterator[Finding]:
             detail=f"the certificate of {found.device} expired {-left_s / _DAY_S:.1f} days ago",
             advice=(
                 "the agent renews it by itself when the server answers, within the server's days of grace; later an operator "
-                f"allows it: skerry device retry {found.device}"
+                f"allows it: skerry device renew {found.device}"
             ),
         )
     elif left_s < (ends - begins) / 6:

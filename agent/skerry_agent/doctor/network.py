@@ -38,7 +38,7 @@ def check_fleet(patient: Patient) -> Iterator[Finding]:
     refused = sync.get("certificate", {}).get("code", "")
     if refused not in ("", "unreachable", "timeout"):
         detail = f"the server does not renew this device's certificate: {refused}"
-        said.append((True, detail, f"an operator allows it: skerry device retry {status['device']}"))
+        said.append((True, detail, f"an operator allows it: skerry device renew {status['device']}"))
     if not link["connected"]:
         said.append((not young, "the agent has no session with the broker", "see the agent's log: link down"))
     elif not link["server_online"]:

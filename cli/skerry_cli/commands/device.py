@@ -97,7 +97,11 @@ def why(context: typer.Context, device: Device, as_json: AsJson = False) -> None
 
 
 def _order_words(order: dict[str, Any], now_ms: int) -> str:
-    told = f"ordered to {order['kind']} by {order['actor']} {output.when(order['at_ms'])} ({order['reason']}): "
+    whole, _, name = str(order.get("of", "")).partition(":")
+    where = f", with all of group {name}," if whole == "group" else ""
+    told = f"ordered to {order['kind']}{where} by {order['actor']} {output.when(order['at_ms'])} ({order['reason']}): "
+    if order["kind"] == "renew":
+        return told + f"it may renew its certificate until {output.when(order['expires_ms'])}"
     if order["obeyed_ms"] is not None:
         return told + f"obeyed {output.when(order['obeyed_ms'])}" + (f", {order['code']}" if order["code"] else "")
     return told + ("not taken within its life" if order["expires_ms"] <= now_ms else "not obeyed yet")
@@ -220,6 +224,23 @@ Reason = Annotated[str, typer.Option("--reason", help="Why, for the record.")]
 def retry(context: typer.Context, device: Device, reason: Reason, as_json: AsJson = False) -> None:
     """Lets a device try again what it gave up: it forgets what it holds against bundles that failed."""
     _order(context, device, "retry", reason, as_json, "forgets what it holds against bundles and tries them again")
+
+
+@app.command()
+def renew(
+    context: typer.Context,
+    device: Device,
+    reason: Reason,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Lets a device renew a certificate that ended longer ago than the server's days of grace. It says nothing about bundles."""
+    if not yes:
+        asked = (
+            f"Let {device} back in? Whoever holds its key comes in with it; revoke a device that may be in other hands."
+        )
+        typer.confirm(asked, abort=True, err=True)
+    _order(context, device, "renew", reason, as_json, "may renew its certificate")
 
 
 @app.command()

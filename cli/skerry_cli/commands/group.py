@@ -57,6 +57,31 @@ def show(context: typer.Context, group: Group, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def retry(
+    context: typer.Context,
+    group: Group,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the record.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Lets every device of a group try again what it gave up: one order, which each reads when it asks next."""
+    api, path = session(context).api, f"/api/v1/groups/{quote(group)}"
+    if not yes:
+        count = api.get(path)["devices"]
+        asked = f"Have {count} devices of {group} forget what they hold against bundles, and try them again?"
+        typer.confirm(asked, abort=True, err=True)
+    found = api.post(f"{path}/retry", {"reason": reason})
+    if as_json:
+        output.show_json(found)
+        return
+    until = output.when(found["expires_ms"])
+    output.say(
+        f"Order {found['number']}: {found['devices']} devices of {group} try again when they ask next, until {until}."
+    )
+    output.say("skerry device why ID says of each when it was obeyed.")
+
+
+@app.command()
 def shadow(
     context: typer.Context,
     group: Group,

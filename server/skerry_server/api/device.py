@@ -81,7 +81,7 @@ def own(context: Ctx, device: SignedByDevice) -> dict[str, Any]:
     with reading(context.engine) as conn:
         row = devices.require(conn, device)
         logs = requested_logs.waiting(conn, device, context.now_ms())
-        orders = device_orders.standing(conn, device, context.now_ms())
+        orders = device_orders.standing(conn, device, row["group"], context.now_ms())
         alone = devices.is_alone(conn)
     return {
         "device_id": device,

@@ -196,6 +196,14 @@ def retry(context: Ctx, caller: Operator, device: str, wish: Order) -> dict[str,
     return _order(context, caller.actor, device, "retry", wish)
 
 
+@router.post(
+    "/devices/{device}/renew", summary="Let a device renew a certificate that ended too long ago", status_code=202
+)
+def allow_renewal(context: Ctx, caller: Operator, device: str, wish: Order) -> dict[str, Any]:
+    """Within a week, by itself, with the key that it enrolled with. Not for a device that may be in other hands: revoke that one."""
+    return _order(context, caller.actor, device, "renew", wish)
+
+
 @router.post("/devices/{device}/cancel", summary="End the update that is under way on a device", status_code=202)
 def cancel(context: Ctx, caller: Operator, device: str, wish: Order) -> dict[str, Any]:
     """It goes back to what it confirmed, and does not try the bundle again before a retry is ordered."""

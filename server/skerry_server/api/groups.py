@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from skerry_contract import canonical, ids
 from sqlalchemy import Connection, func, select
 
-from skerry_server import groups
+from skerry_server import device_orders, groups
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, page, read_cursor
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading, writing
@@ -38,6 +38,13 @@ class InShadow(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     digest: str
+
+
+class Retry(BaseModel):
+    """Why a group's devices are let try again."""
+
+    model_config = ConfigDict(extra="forbid")
+    reason: Annotated[str, Field(min_length=1, max_length=2000)]
 
 
 def _shape(conn: Connection, row: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +86,17 @@ def put_group(context: Ctx, caller: Operator, name: str, wanted: GroupSettings |
         shaped = _shape(conn, groups.require(conn, name))
     context.wake()
     return shaped
+
+
+@router.post("/{name}/retry", summary="Let every device of a group try again what it gave up", status_code=202)
+def retry(context: Ctx, caller: Operator, name: str, wish: Retry) -> dict[str, Any]:
+    """One order that each device of the group reads when it asks next, within a week. `devices`: how many are enrolled in it now."""
+    with writing(context.engine) as conn:
+        given = device_orders.give_group(
+            conn, group=name, reason=wish.reason, actor=caller.actor, now_ms=context.now_ms()
+        )
+    context.wake()
+    return {"group": name, **given}
 
 
 @router.get("", summary="List groups")

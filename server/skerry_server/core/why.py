@@ -104,6 +104,7 @@ class Failure:
     Attributes:
         event: id of its row; at_ms: when the server received it.
         failed_in: the state of the device's lifecycle in which it failed; empty when it did not say.
+        forgiven: the device obeyed a person's ``retry`` since, and has not failed again.
     """
 
     event: int
@@ -111,6 +112,7 @@ class Failure:
     code: str
     detail: str
     failed_in: str
+    forgiven: bool = False
 
     @property
     def went_back(self) -> bool:
@@ -263,6 +265,12 @@ def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Call
     if device.lacks:
         because = f"agent_too_old: {MEANINGS['agent_too_old']} ({', '.join(device.lacks)}); {runs}"
         return answer("unfit", because, "a newer agent on the device")
+    trying = _is_trying(model, assigned)
+    if trying and device.online:
+        return _trying(device, model, answer, runs)
+    if trying or (failure is not None and failure.forgiven):
+        # What it said before is over: it tries again, or will when it is heard again.
+        failure = None
     if failure is not None and failure.code == "cancelled":
         return answer("refused", f"its update was ended: {_said(failure)}; {runs}", _after(failure))
     if failure is not None and failure.code in eligibility.UNABLE:
@@ -280,15 +288,13 @@ def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Call
             f"it is offline {device.since}; {runs}",
             f"the device to connect: it then takes {model.name} {assigned.version} by itself",
         )
-    update = model.update
-    if update.get("digest") == assigned.digest and update.get("state") in UNDER_WAY:
-        state, attempt = str(update["state"]), int(update.get("attempt") or 1)
-        waits = _trial(device) if state == "trial" else f"the update to leave {state!r}"
-        if state == "ready":
-            waits = str(update.get("detail") or "what holds it on the device")
-        return answer(
-            "updating", f"an update is under way, in {state!r}, attempt {attempt}{_fetched(model)}; {runs}", waits
+    if failure is None and (model.failure is not None and model.failure.forgiven):
+        because = (
+            f"it obeyed a person's retry and has not reported a new try yet; before: {_said(model.failure)}; {runs}"
         )
+        return answer("retrying", because, _next_look(device))
+    if model.update.get("digest") == assigned.digest and model.update.get("state") in UNDER_WAY:
+        return _trying(device, model, answer, runs)
     if failure is not None:
         return answer(
             "retrying",
@@ -300,6 +306,22 @@ def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Call
     else:
         because = f"it has read the group's document and has not reported a try yet; {runs}"
     return answer("due", because, _next_look(device))
+
+
+def _is_trying(model: Model, assigned: g.Assignment) -> bool:
+    """Whether the assigned bundle is on its way in by the device's own word: an older failure says nothing any more."""
+    update = model.update
+    return update.get("digest") == assigned.digest and update.get("state") in UNDER_WAY - {"revert"}
+
+
+def _trying(device: Device, model: Model, answer: Callable[..., Answer], runs: str) -> Answer:
+    state, attempt = str(model.update["state"]), int(model.update.get("attempt") or 1)
+    waits = _trial(device) if state == "trial" else f"the update to leave {state!r}"
+    if state == "ready":
+        waits = str(model.update.get("detail") or "what holds it on the device")
+    before = "" if model.failure is None else f"; the try before ended with {_said(model.failure)}"
+    because = f"an update is under way, in {state!r}, attempt {attempt}{_fetched(model)}{before}; {runs}"
+    return answer("updating", because, waits)
 
 
 def _fetched(model: Model) -> str:
@@ -344,7 +366,9 @@ def _said(failure: Failure) -> str:
 
 
 def _after(failure: Failure) -> str:
-    if failure.code in ("not_in_catalog", "below_floor", "below_forced_floor"):
+    if failure.code == "below_forced_floor":
+        return "a bundle at or above that floor: a device never takes a forced floor back"
+    if failure.code in ("not_in_catalog", "below_floor"):
         return "another bundle, or a catalog that lists this one and a floor that admits it; it looks again by itself"
     if failure.code == "cancelled":
         return "another bundle, or a person's word that it may try this one again"
@@ -360,13 +384,18 @@ def _do(state: State, device: Device, model: Model) -> str:
     course, code = model.course, model.failure.code if model.failure is not None else ""
     if state == "waiting_for_stage" and course is not None and course.state == "paused":
         return f"`skerry rollout resume {course.id}`, or abort it"
-    if state == "retrying":
+    if state == "retrying" and (model.failure is None or not model.failure.forgiven):
         return _outside(code) or end
+    if state in ("refused", "reverted") and code in _MENDED_BY:
+        return _MENDED_BY[code]
+    if state == "unfit" and code == "encryption_key_differs":
+        return f"`skerry device forget-key {device.id}`, if its board or token was replaced"
     if state == "unfit":
         return "install a newer agent on the device" if code == "agent_too_old" or device.lacks else again
     return {
         "on_trial": end,
         "updating": end,
+        "retrying": end,
         "refused": f"{again}; if the bundle is wrong, publish another version",
         "reverted": f"{again}; if the bundle is wrong, publish another version",
         "due": f"nothing; if it stays so, `skerry device logs {device.id}` says why",
@@ -380,6 +409,8 @@ def _outside(code: str) -> str:
     """What keeps every device from its repository, and who can change it."""
     if code == "expired":
         return "publish metadata anew: `skerry server status` says which role has ended"
+    if code == "key_not_given":
+        return "push the bundle again with its content key: `skerry push`"
     return "let the device reach its repository" if code in ("unreachable", "timeout") else ""
 
 
@@ -388,8 +419,19 @@ _UNFIT = {
     "agent_too_old": "a newer agent on the device",
     "not_enough_disk": "room on the device's disk",
     "not_enough_memory": "free memory on the device",
+    "encryption_key_differs": "the server to take the encryption key that the device has now",
+    "encryption_key_unusable": "the device's encryption key, its token or its PIN to be mended",
+    "no_memory_folder": "a tmpfs at the device's `encryption.memory_dir`",
 }
 """By code, what a device that cannot run its bundle waits for."""
+
+
+_MENDED_BY = {
+    "below_forced_floor": "publish a version at or above the forced floor, approve it, and roll it out to the group; no retry helps",
+    "below_floor": "publish a version at or above the floor, or have the approvers lower it: `skerry floor set --lower`",
+    "not_in_catalog": "have the approvers approve it: `skerry approve`",
+}
+"""By code, what lets a bundle in that the signed catalog keeps out: no word to the device does."""
 
 
 def _unfit(model: Model) -> str:

@@ -232,17 +232,17 @@ def test_beyond_the_days_of_grace_the_device_says_what_it_needs_and_an_operators
     agent.wait_runs("1.0.0")
     told = wait_for(lambda: agent.why().get("server"), why=lambda: f"{agent.why()} {agent.log()[-4000:]}")
     assert told["code"] == "certificate_expired"
-    assert "skerry device retry" in told["do"]
+    assert "skerry device renew" in told["do"]
     assert renewals(server) == []
     whole = server.good("GET", f"/api/v1/devices/{NAME}/why")
     (model,) = whole["models"]
-    assert f"skerry device retry {NAME}" in model["do"], model
+    assert f"skerry device renew {NAME}" in model["do"], model
     # What it may run it takes all the same; it is only not heard.
     pin(server, operator.publish("gas", "2.0.0", seed=1))
     agent.call("POST", "/skerry/v1/sync", {})
     agent.wait_runs("2.0.0")
     assert not online(server)
-    server.good("POST", f"/api/v1/devices/{NAME}/retry", {"reason": "found in a drawer"})
+    server.good("POST", f"/api/v1/devices/{NAME}/renew", {"reason": "found in a drawer"})
     agent.call("POST", "/skerry/v1/sync", {})
     wait_for(lambda: agent.status()["link"]["connected"], why=lambda: f"the link: {agent.log()[-4000:]}")
     server.wait("its word", lambda: online(server))

@@ -42,6 +42,8 @@ COMMANDS: list[tuple[str, str, object, set[str]]] = [
     ("PUT", "/api/v1/devices/nobody/membership", {}, {"operator", "admin"}),
     ("POST", "/api/v1/devices/nobody/revoke", {"reason": "x"}, {"operator", "admin"}),
     ("POST", "/api/v1/devices/nobody/retry", {"reason": "x"}, {"operator", "admin"}),
+    ("POST", "/api/v1/devices/nobody/renew", {"reason": "x"}, {"operator", "admin"}),
+    ("POST", "/api/v1/groups/nobody/retry", {"reason": "x"}, {"operator", "admin"}),
     ("POST", "/api/v1/devices/nobody/cancel", {"reason": "x"}, {"operator", "admin"}),
     ("POST", "/api/v1/devices/nobody/logs", None, {"operator", "admin"}),
     ("GET", "/api/v1/devices/nobody/logs", None, {"operator", "admin"}),

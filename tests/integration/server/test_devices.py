@@ -323,10 +323,14 @@ def test_a_certificate_that_ended_is_renewed_within_the_days_of_grace_and_later_
     ended(731)
     found = renew(device.key)
     assert (found.status, found.code) == (403, "certificate_expired")
-    assert f"skerry device retry {device.id}" in found.json()["error"]["message"]
+    assert f"skerry device renew {device.id}" in found.json()["error"]["message"]
     assert len(audited()) == 1
     # Another key signs for nobody, whatever an operator allows.
-    server.good("POST", f"/api/v1/devices/{device.id}/retry", {"reason": "found"})
+    # A word about bundles opens nothing, to this device or to its group.
+    server.good("POST", f"/api/v1/devices/{device.id}/retry", {"reason": "try again"})
+    server.good("POST", f"/api/v1/groups/{device.group}/retry", {"reason": "try again"})
+    assert renew(device.key).status == 403
+    server.good("POST", f"/api/v1/devices/{device.id}/renew", {"reason": "found"})
     thief = device.signed(device.claims("POST", "/device/v1/renew"), key=p256())
     assert device.ask("POST", "/device/v1/renew", {"csr": csr(p256())}, authorization=thief).status == 401
     assert renew(device.key).status == 200
@@ -335,6 +339,7 @@ def test_a_certificate_that_ended_is_renewed_within_the_days_of_grace_and_later_
     server.good("POST", f"/api/v1/devices/{device.id}/revoke", {"reason": "lost"})
     assert renew(device.key).code == "unknown_device"
     assert server.ask("POST", f"/api/v1/devices/{device.id}/retry", {"reason": "x"}).status == 409
+    assert server.ask("POST", f"/api/v1/devices/{device.id}/renew", {"reason": "x"}).status == 409
 
 
 def connects(device: DeviceRig) -> bool:

@@ -196,10 +196,54 @@ def test_an_update_that_a_person_ended_waits_for_a_persons_word(server: ServerRi
     assert device.ask("GET", "/device/v1/self").json()["orders"] == {"cancel": given["number"], "retry": second}
     orders = {one["kind"]: one for one in bench.why(device)["orders"]}
     assert (orders["retry"]["reason"], orders["retry"]["obeyed_ms"]) == ("mended again", None)
-    row = audit(server)[second]
+    row = next(row for row in audit(server).values() if (row["after"] or {}).get("number") == second)
     assert (row["action"], row["actor"], row["reason"]) == ("device.retry", "token:admin", "mended again")
     assert server.ask("POST", f"{path}/retry", {"reason": ""}).status == 422
     assert server.ask("POST", "/api/v1/devices/nobody/cancel", {"reason": "x"}).status == 404
+
+
+def obeys(device: DeviceRig, kind: str, number: int) -> None:
+    told = wire.Event(at=w.Instant("b" * 32, 1, 1, True), name="order", data={"kind": kind, "number": number})
+    device.send(("event", wire.encode(told)))
+
+
+def test_what_a_persons_retry_forgave_is_no_refusal_any_more_and_a_new_failure_is(
+    server: ServerRig, bench: Bench
+) -> None:
+    device = bench.group("a", stable="2.0.0")["a"]
+    bench.runs(device, "1.0.0")
+    bench.update(device, "2.0.0", "idle", "cancelled", failed_in="ready")
+    bench.until(device, "refused")
+    number = server.good("POST", f"/api/v1/groups/{device.group}/retry", {"reason": "the mirror is mended"})
+    assert number["devices"] == 1
+    obeys(device, "retry", number["number"])
+    found = bench.until(device, "retrying")
+    assert "obeyed a person's retry" in found["because"] and "cancelled" in found["because"]
+    assert "retry" not in found["do"]
+    # The device holds it ready, then fails anew.
+    bench.runs(device, "1.0.0", update=bench.under_way("2.0.0", "ready"))
+    assert "in 'ready'" in bench.until(device, "updating")["because"]
+    bench.update(device, "2.0.0", "idle", "golden_failed", failed_in="prove")
+    bench.runs(device, "1.0.0")
+    assert "skerry device retry" in bench.until(device, "refused")["do"]
+
+
+def test_a_groups_order_reaches_each_of_its_devices_and_no_other(server: ServerRig, bench: Bench) -> None:
+    mine, other = bench.group("a")["a"], bench.group("a")["a"]
+
+    def told(device: DeviceRig) -> dict[str, int]:
+        return dict(device.ask("GET", "/device/v1/self").json()["orders"])
+
+    path = f"/api/v1/groups/{mine.group}/retry"
+    first = server.good("POST", path, {"reason": "mended"})["number"]
+    assert (told(mine), told(other)) == ({"retry": first}, {})
+    own = server.good("POST", f"/api/v1/devices/{mine.id}/retry", {"reason": "this one above all"})["number"]
+    assert own > first and told(mine) == {"retry": own}
+    again = server.good("POST", path, {"reason": "again"})["number"]
+    assert again > own and told(mine) == {"retry": again}
+    (order,) = bench.why(mine)["orders"]
+    assert (order["of"], order["reason"]) == (f"group:{mine.group}", "again")
+    assert server.ask("POST", path, {"reason": ""}).status == 422
 
 
 def test_a_device_that_went_back_says_why(bench: Bench) -> None:

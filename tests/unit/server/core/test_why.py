@@ -114,6 +114,35 @@ def test_what_the_device_said_goes_before_that_it_is_offline_and_the_network_aft
     assert explain(device(), model(failure=failure("unreachable", "fetch"))).state == "retrying"
 
 
+def test_what_the_device_does_now_goes_before_what_it_refused_before() -> None:
+    trying = {"digest": NEW, "state": "ready", "attempt": 2, "detail": "the lock of welder to end"}
+    for code in ("cancelled", "golden_failed", "not_enough_memory", "unreachable"):
+        found = explain(device(), model(failure=failure(code, "prove"), update=trying))
+        assert (found.state, found.waits_for) == ("updating", "the lock of welder to end"), code
+        assert code in found.because and "retry" not in found.do
+        going_back = trying | {"state": "revert"}
+        assert (
+            explain(device(), model(failure=failure(code), update=going_back)).state != "updating"
+            or code == "unreachable"
+        )
+    away = device(online=False, since="since yesterday")
+    assert explain(away, model(failure=failure("golden_failed", "prove"), update=trying)).state == "offline"
+
+
+def test_what_a_persons_word_forgave_is_told_as_over() -> None:
+    over = Failure(event=7, at_ms=1, code="golden_failed", detail="", failed_in="prove", forgiven=True)
+    found = explain(device(), model(failure=over))
+    assert found.state == "retrying" and "obeyed a person's retry" in found.because and "device retry" not in found.do
+
+
+def test_no_retry_is_named_where_only_the_approvers_can_help() -> None:
+    for code, wanted in (("below_forced_floor", "publish a version"), ("not_in_catalog", "skerry approve")):
+        found = explain(device(), model(failure=failure(code, "confirmed")))
+        assert wanted in found.do and "device retry" not in found.do
+    forced = explain(device(), model(failure=failure("below_forced_floor", "confirmed")))
+    assert "never takes a forced floor back" in forced.waits_for
+
+
 def test_an_update_of_another_bundle_or_at_rest_is_not_under_way() -> None:
     assert explain(device(), model(update={"digest": NEW, "state": "verify"})).state == "updating"
     assert explain(device(), model(update={"digest": OLD, "state": "verify"})).state == "due"
