@@ -15,20 +15,19 @@ from typing import Any
 
 import numpy as np
 
-LOW_RATE = ("tenth-rate-sgd", "hundredth-rate-sgd", "hundredth-rate-adam")
-"""The pairs that ``delta_finetune`` is about: further training whose steps are small beside the weights. A step of Adam is as
-large as its rate whatever the gradient, and at a tenth of it the weights move by some per cent: that pair is told beside them."""
+LOW_RATE = ("tenth-rate-adam", "tenth-rate-sgd", "hundredth-rate-sgd", "hundredth-rate-adam")
+"""All weights trained further at a low rate: what ``delta_finetune`` is about, the worst of them its figure."""
+NAMES = ("last-layer", *LOW_RATE, "int8-recalibrated", "int8-per-channel", "trees-grown")
 
 
 def pairs(folder: Path) -> Iterator[tuple[str, Path, Path]]:
     """Name, base and target of each fine-tune; made when they are not there."""
-    names = ("last-layer", "tenth-rate-adam", *LOW_RATE, "int8-recalibrated", "int8-per-channel", "trees-grown")
-    if not all((folder / f"{name}-new.onnx").is_file() for name in names):
+    if not all((folder / f"{name}-new.onnx").is_file() for name in NAMES):
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _train(folder)
-    for name in names:
+    for name in NAMES:
         yield name, folder / f"{name}-old.onnx", folder / f"{name}-new.onnx"
 
 
