@@ -108,6 +108,9 @@ class Following:
                     self._rekey(step)
                 case Change():
                     self._change(step, waiting)
+                case Keep(why="not_assigned") if step.model == update.model and not update.resting:
+                    # What nobody gives any more is not taken up; what answers goes on.
+                    self._updating.feed(e.Withdrawn())
                 case _:
                     pass
         if group.missing_abilities(document):

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from skerry_agent.core.lifecycle import Update
 from skerry_agent.errors import Degraded, Rejected
 from skerry_agent.logs import kv
 from skerry_agent.store import Store
@@ -69,10 +70,15 @@ def _retry(updating: Updating) -> tuple[str, dict[str, Any]]:
 
 def _cancel(updating: Updating) -> tuple[str, dict[str, Any]]:
     try:
-        update = updating.cancel("an operator")
+        cancelled = updating.cancel("an operator")
     except Rejected as error:
         return error.code, {}
-    return "", {"model": update.model, "digest": update.digest, "version": update.version}
+    first = cancelled[0]
+    return "", {"model": first.model, "digest": first.digest, "version": first.version, **_further(cancelled)}
+
+
+def _further(cancelled: tuple[Update, ...]) -> dict[str, Any]:
+    return {"also": [f"{one.model} {one.version}" for one in cancelled[1:]]} if len(cancelled) > 1 else {}
 
 
 _ACTS: dict[str, Callable[[Updating], tuple[str, dict[str, Any]]]] = {"retry": _retry, "cancel": _cancel}

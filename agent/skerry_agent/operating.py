@@ -135,13 +135,16 @@ class Operating:
     async def _reload_now(self, _body: dict[str, Any]) -> Answer:
         return self._reload()
 
-    async def _cancel(self, _body: dict[str, Any]) -> Answer:
+    async def _cancel(self, body: dict[str, Any]) -> Answer:
         try:
-            update = self._updating.cancel("a person at the device")
+            cancelled = self._updating.cancel("a person at the device", str(body.get("model") or ""))
         except AgentError as error:
             return Answer(409, {"error": str(error), "code": error.code})
-        told = {"model": update.model, "version": update.version, "digest": update.digest, "state": update.state}
-        return Answer(200, {"ok": True, **told})
+        told = [
+            {"model": one.model, "version": one.version, "digest": one.digest, "state": one.state} for one in cancelled
+        ]
+        names = ", ".join(f"{one.model} {one.version}" for one in cancelled)
+        return Answer(200, {"ok": True, **told[0], "names": names, "also": told[1:]})
 
     async def _activate(self, body: dict[str, Any]) -> Answer:
         try:

@@ -25,6 +25,7 @@ from skerry_agent.core import culprits, lifecycle, liveness, trial, why
 from skerry_agent.core import effects as e
 from skerry_agent.core.effects import Effect
 from skerry_agent.core.lifecycle import Update
+from skerry_agent.endings import Endings
 from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Degraded, Rejected
 from skerry_agent.failures import Failures
@@ -109,6 +110,7 @@ class Updating:
         self._extended = False
         self.failures = Failures(store, clock, draw, config.timing.backoff_scale)
         self._readiness = Readiness(store, clock)
+        self._endings = Endings(store)
         self._watching = False
         self.crashes: list[culprits.Crash] = []
         self.rules = TrialRules()
@@ -199,6 +201,7 @@ class Updating:
                 # With the state: power that fails behind it must not forget a person's word or a bad bundle's only attempt.
                 self.failures.penalise(after)
             self.failures.rested(after)
+            self._endings.note(after)
         self.update = after
         moved = after.state != before.state or isinstance(event, e.Deadline)
         current = asyncio.current_task()
@@ -515,18 +518,24 @@ class Updating:
 
     def why(self) -> why.Facts:
         """What is known here of the update, for ``core.why``."""
-        update, now = self.update, self._clock
-        boot_s = now.boot_s()
-        same_boot = bool(update.since.boot_id) and update.since.boot_id == now.boot_id
+        update, now = self.update, self._clock.instant()
+        boot_s = self._clock.boot_s()
         generation = self._serving.generation_of(update.model)
         began_s = generation.listening_s if generation is not None and generation.listening_s is not None else boot_s
         counts = self._serving.counts(update.model)
+        spent = self.failures.spent()
         return why.Facts(
             update=update,
-            since_s=boot_s - update.since.boot_ns / 1e9 if same_boot else None,
+            since_s=why.ago_s(update.since, now),
             left_s=self._deadline.when() - asyncio.get_running_loop().time() if self._deadline is not None and not update.resting else None,
             wait_s=self.failures.wait_s(update.digest),
-            spent=update.digest in self.failures.spent(),
+            spent=update.digest in spent,
+            beside=tuple(
+                why.Ended(
+                    update=one, since_s=why.ago_s(one.since, now), wait_s=self.failures.wait_s(one.digest), spent=one.digest in spent
+                )
+                for one in self._endings.beside(update.model)
+            ),
             trial=(counts.answered, self.rules.inferences, max(0.0, self.rules.duration_s - (boot_s - began_s))),
         )  # fmt: skip
 
@@ -546,24 +555,34 @@ class Updating:
             self._readiness.note(self.update)
             self._arm()
 
-    def cancel(self, who: str) -> Update:
-        """A person ends the update under way, or what waits for its next try; it is not tried again before a pardon.
+    def cancel(self, who: str, model: str = "") -> tuple[Update, ...]:
+        """A person ends the update under way, or else what waits for its next try; it is not tried again before a pardon.
+
+        Args:
+            who: in words.
+            model: whose, of several; empty for any.
 
         Returns:
-            The update as it stands then.
+            The updates as they stand then; more than one where several models wait.
 
         Raises:
             Rejected: ``nothing_to_cancel``.
             Degraded: it could not be stored.
         """
         update = self.update
-        if not update.resting:
+        if not update.resting and model in ("", update.model):
             self._order(e.Cancelled(detail=f"cancelled by {who}"))
-            return self.update
-        if update.code and self.failures.wait_s(update.digest) > 0:
-            self.failures.hold(update.digest, "cancelled")
-            return update
-        raise Rejected("nothing_to_cancel", "no update is under way, and none waits for its next try")
+            return (self.update,)
+        ended = (update, *self._endings.beside(update.model))
+        waits = [one for one in ended if one.resting and one.code and self.failures.wait_s(one.digest) > 0]
+        waits = [one for one in waits if model in ("", one.model)]
+        if not waits:
+            of_it = f" of {model}" if model else ""
+            raise Rejected("nothing_to_cancel", f"no update{of_it} is under way, and none waits for its next try")
+        with self._store.transaction():
+            for one in waits:
+                self.failures.hold(one.digest, "cancelled")
+        return tuple(waits)
 
     def pardon(self) -> int:
         """A person clears all failures, those of the attempt under way too. Returns how many bundles had some."""

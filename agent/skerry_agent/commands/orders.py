@@ -19,6 +19,9 @@ def add_parsers(command: Any) -> None:
     revert = command("revert", _revert, "go back to the previous bundle; the present one is not taken again")
     revert.add_argument("--model", default="")
     cancel = command("cancel", _cancel, "end the update under way; its bundle is not tried again before a pardon")
+    cancel.add_argument(
+        "--model", default="", help="this one's; without: what is under way, else all that wait for their next try"
+    )
     activate = command("activate", _activate, "start an update that lies ready and is held back, whatever the hour")
     activate.add_argument("--despite-locks", action="store_true", help="even while an application has locked updates")
     lock = command(
@@ -51,9 +54,9 @@ def _revert(options: argparse.Namespace) -> int:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    return conversation.ordered(
-        options, "/skerry/v1/cancel", {}, "cancelled: {model} {version}; to try it again: skerry-agent sync --pardon"
-    )
+    body = {"model": options.model} if options.model else {}
+    words = "cancelled: {names}; to try it again: skerry-agent sync --pardon"
+    return conversation.ordered(options, "/skerry/v1/cancel", body, words)
 
 
 def _activate(options: argparse.Namespace) -> int:

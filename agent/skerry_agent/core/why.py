@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from skerry_contract.window import Instant
+
 from skerry_agent.core.lifecycle import Update
 
 _DOES: Mapping[str, str] = {
@@ -44,8 +46,27 @@ _NEEDS: Mapping[str, str] = {
     "must_pass_first": "the bundle that goes before it, approved and in the group's document",
     "below_floor": "a bundle at or above the signed floor",
     "not_in_catalog": "an approval of the bundle",
+    "below_forced_floor": "a bundle at or above the floor that the approvers forced",
+    "blob_missing": "the file in the repository: whoever runs the fleet pushes the bundle again",
+    "mirror_wrong": "the bytes that were signed from whoever serves the repository: a proxy or a cache on the way gives others",
+    "download_wasted": "a connection that lasts, or a server that resumes",
+    "process_not_started": "free memory, processes and descriptors",
+    "storage_failed": "a disk that can be written",
+    "store_full": "room on the disk",
+    "courier_crashed": "its next try; `skerry-agent logs` says what happened",
+    "start_timeout": "a less busy machine, or a smaller bundle",
 }
 """By code, what has to come from outside."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """How an update of another model ended; fields as in ``Facts``."""
+
+    update: Update
+    since_s: float | None
+    wait_s: float
+    spent: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +75,11 @@ class Facts:
 
     Attributes:
         running: model -> version and standing, of what answers.
-        since_s: how long the update has been in its state; None where the device started since.
+        since_s: how long the update has been in its state; None where the device started since and no clock says it.
         left_s: until its state's deadline; None without one.
         wait_s: until its bundle may be tried again; 0: at the next look.
         spent: the bundle's attempts are used up, or a person ended it.
+        beside: how the last updates of the other models ended.
         sync_code, sync_detail, sync_age_s: how the last look ended, and how long ago; age None before the first.
         membership: the code by which the server refuses this device; empty while it does not.
         linked: whether the broker hears it.
@@ -72,6 +94,7 @@ class Facts:
     left_s: float | None = None
     wait_s: float = 0.0
     spent: bool = False
+    beside: tuple[Ended, ...] = ()
     sync_code: str = ""
     sync_detail: str = ""
     sync_age_s: float | None = None
@@ -101,12 +124,17 @@ def explain(facts: Facts) -> tuple[Told, ...]:
         for model, (version, standing) in sorted(facts.running.items())
     ]
     if not found:
-        found.append(Told(about="models", says="nothing answers", waits_for="a first bundle", do=""))
+        stopped = facts.update.code == "below_forced_floor"
+        waits_for = _NEEDS["below_forced_floor"] if stopped else "a first bundle"
+        found.append(Told(about="models", says="nothing answers", waits_for=waits_for, do=""))
     update = facts.update
     if update.model and not update.resting:
         found.append(_under_way(facts))
     elif update.code and update.state == "idle":
-        found.append(_ended(facts))
+        found.append(_ended(update, facts.since_s, facts.wait_s, facts.spent))
+    for one in facts.beside:
+        if one.spent or one.wait_s > 0:
+            found.append(_ended(one.update, one.since_s, one.wait_s, one.spent))
     found += _outside(facts)
     return tuple(found)
 
@@ -127,14 +155,13 @@ def _under_way(facts: Facts) -> Told:
     return Told(about=what, says=says, since_s=facts.since_s, waits_for=waits, do=do, code=update.code)
 
 
-def _ended(facts: Facts) -> Told:
-    update = facts.update
+def _ended(update: Update, since_s: float | None, wait_s: float, spent: bool) -> Told:
     says = f"gave it up in {update.failed_in or 'fetch'}: {_reason(update.code, update.detail)}"
     needs = _NEEDS.get(update.code, "")
-    if facts.spent:
+    if spent:
         waits, do = "another bundle, or a person's word", _PARDON
-    elif facts.wait_s > 0:
-        waits = f"its next try, in {_time(facts.wait_s)}" + (f"; it needs {needs}" if needs else "")
+    elif wait_s > 0:
+        waits = f"its next try, in {_time(wait_s)}" + (f"; it needs {needs}" if needs else "")
         do = f"nothing; `skerry-agent sync --pardon` tries at once, {_CANCEL.partition('; ')[2]}"
     else:
         waits, do = needs or "its next look", needs and f"see to it: {needs}"
@@ -143,7 +170,7 @@ def _ended(facts: Facts) -> Told:
     if update.code == "withdrawn":
         waits, do = "what its group offers next", ""
     return Told(
-        about=f"update to {update.model} {update.version}", says=says, since_s=facts.since_s, waits_for=waits, do=do,
+        about=f"update to {update.model} {update.version}", says=says, since_s=since_s, waits_for=waits, do=do,
         code=update.code,
     )  # fmt: skip
 
@@ -182,6 +209,20 @@ def _outside(facts: Facts) -> list[Told]:
             )
         )
     return found
+
+
+def ago_s(since: Instant, now: Instant) -> float | None:
+    """How long ago that was; None where neither this boot nor a clock that both moments trust can say.
+
+    >>> ago_s(Instant("a", 5 * 10**9, 0, False), Instant("a", 7 * 10**9, 0, False))
+    2.0
+    >>> ago_s(Instant("a", 5 * 10**9, 1000, True), Instant("b", 10**9, 61_000, True))
+    60.0
+    """
+    if since.boot_id and since.boot_id == now.boot_id:
+        return (now.boot_ns - since.boot_ns) / 1e9
+    by_clock_s = (now.wall_ms - since.wall_ms) / 1e3
+    return by_clock_s if since.synced and now.synced and by_clock_s >= 0 else None
 
 
 def _reason(code: str, detail: str) -> str:

@@ -286,6 +286,12 @@ def test_an_aborted_rollout_ends_the_trial(serving: Device, server: Server) -> N
     serving.publish(first, candidate=second)
     serving.sync()
     serving.wait_running("1.1.0", "trial")
+    # A model that no document names any more is not updated either; what was confirmed goes on.
+    serving.publish_models()
+    serving.sync()
+    serving.wait_update("idle", "withdrawn")
+    serving.wait_running("1.0.0", "confirmed")
+    assert serving.infer(1) == ["1.0.0"]
 
 
 def test_a_person_reverts_and_the_bundle_is_not_taken_again(serving: Device, server: Server) -> None:

@@ -13,8 +13,9 @@ from skerry_agent import config
 from skerry_agent.clock import Clock
 from skerry_agent.core import effects as e
 from skerry_agent.core import lifecycle as lc
+from skerry_agent.core import why
 from skerry_agent.errand import Errands
-from skerry_agent.errors import Degraded
+from skerry_agent.errors import Degraded, Rejected
 from skerry_agent.holding import Holding
 from skerry_agent.leftovers import Roll
 from skerry_agent.network import Networks
@@ -133,6 +134,34 @@ def test_of_two_orders_heard_together_the_later_one_stands(life: Life) -> None:
         assert life.updating.failures.moves_of(DIGEST) < 10
         assert life.obeying.told({"retry": 3, "cancel": 4})
         assert life.events[-1][1] == "nothing_to_cancel"
+
+    asyncio.run(main())
+
+
+def test_a_model_that_waits_is_told_and_can_be_cancelled_whatever_others_did_since(life: Life) -> None:
+    async def main() -> None:
+        life.until("fetch")
+        life.updating.feed(e.Failed(code="unreachable"))
+        await life.rest()
+        other = "b" * 64
+        assigned = e.Assigned(model="pump", digest=other, version="7.0.0")
+        for event in (assigned, *PATH, e.HandedOver(), e.TrialKept()):
+            update, _ = lc.step(life.updating.update, event, life.clock.instant())
+            life.updating.update = update
+        life.store.put("update", update)
+        life.begin()
+        told = {one.about: one for one in why.explain(life.updating.why())}
+        assert "unreachable" in told["update to gas 2.0.0"].says
+        with pytest.raises(Rejected, match="pump"):
+            life.updating.cancel("a person", "pump")
+        assert [one.model for one in life.updating.cancel("a person")] == ["gas"]
+        assert DIGEST in life.updating.failures.spent()
+        told = {one.about: one for one in why.explain(life.updating.why())}
+        assert told["update to gas 2.0.0"].waits_for == "another bundle, or a person's word"
+        # Once it is confirmed, nothing of that is told any more.
+        life.until("trial")
+        life.updating.feed(e.TrialKept())
+        assert not [one for one in why.explain(life.updating.why()) if "gas" in one.about]
 
     asyncio.run(main())
 
