@@ -49,7 +49,8 @@ class Failures:
         mine[update.penalty] = mine.get(update.penalty, 0) + 1
         waits = self._store.get("waits", {})
         tries = sum(mine.values())
-        delay_s = backoff.delay_s("update", tries, self._draw(), scale=self._scale)
+        cause = "mirror" if update.code == "mirror_wrong" else "update"
+        delay_s = backoff.delay_s(cause, tries, self._draw(), scale=self._scale)
         waits[update.digest] = {
             "code": update.code, "boot_id": self._clock.boot_id, "until_s": self._clock.boot_s() + delay_s, "delay_s": delay_s,
         }  # fmt: skip

@@ -137,6 +137,7 @@ class Fetching:
                 confirmed=confirmed,
                 failures=self._failures.of(digest),
                 present_bytes=self._slots.present_bytes(digest, manifest.files()),
+                idle_bytes=self._slots.idle_bytes(manifest.files()),
             ),
         )
 
@@ -200,13 +201,13 @@ class Fetching:
         return isinstance(self.admission(self.manifest, update.digest), admission.Admit)
 
     def discard(self) -> None:
-        """Drops what was fetched wrong."""
-        # What was fetched right stays for the next try; what was wrong must not be taken up again.
+        """Drops what was found wrong on this disk. What was fetched right stays for the next try."""
         update = self._update()
-        if update.code in ("hash_mismatch", "size_mismatch", "malformed_manifest"):
-            if self._slots.discard(update.digest):
-                # It was this device's own copy that rotted: nothing is said about the bundle.
-                self._failures.forgive(update.digest)
+        wrong = update.code in ("hash_mismatch", "size_mismatch", "malformed_manifest")
+        # What could not be fetched is not here; a slot was not even looked at.
+        if wrong and update.failed_in != "fetch" and self._slots.discard(update.digest):
+            # It was this device's own copy that rotted: nothing is said about the bundle.
+            self._failures.forgive(update.digest)
 
 
 def held(slots: Slots, model: str) -> list[dict[str, str]]:

@@ -278,6 +278,17 @@ class Slots:
                     continue
         return total
 
+    def idle_bytes(self, files: Iterable[m.File]) -> int:
+        """What lies in part and belongs to none of the files: a courier that lacks room drops it."""
+        wanted = {file.sha256 for file in files}
+        total = 0
+        with contextlib.suppress(OSError):
+            for path in (self.root / PARTS).iterdir():
+                if path.name.partition(".")[0] not in wanted:
+                    with contextlib.suppress(OSError):
+                        total += path.stat().st_blocks * 512
+        return total
+
     def coming_bytes(self, digest: str) -> int:
         """How much has come of a bundle that is not a slot yet: its staged files, and what its staged manifest's files are in part."""
         folder = self.staging_path(digest or "none")
@@ -293,13 +304,16 @@ class Slots:
     def verify(self, digest: str, files: Iterable[m.File], *, staged: bool = True) -> None:
         """Reads every file of the staged (or present) bundle against the manifest's size and sha256. Slow: not for the loop.
 
+        A staged file that is wrong is removed, so that the next try brings that one again and no other.
+
         Args:
             staged: look at what was staged, when there is any; else at the slot.
 
         Raises:
             Rejected: ``size_mismatch``, ``hash_mismatch`` or ``malformed_manifest``, naming the file.
         """
-        folder = self.staging_path(digest) if staged and self.staging_path(digest).exists() else self.path(digest)
+        fresh = staged and self.staging_path(digest).exists()
+        folder = self.staging_path(digest) if fresh else self.path(digest)
         try:
             data = (folder / m.MANIFEST_FILE).read_bytes()
         except OSError as error:
@@ -307,16 +321,11 @@ class Slots:
         if m.digest(data) != digest:
             raise Rejected("hash_mismatch", f"manifest.json: wanted {digest}, got {m.digest(data)}")
         for file in files:
-            path = folder / file.path
-            try:
-                size = path.stat().st_size
-                if size != file.size:
-                    raise Rejected("size_mismatch", f"{file.path}: wanted {file.size} bytes, got {size}")
-                got = _sha256(path)
-            except OSError as error:
-                raise Rejected("size_mismatch", f"{file.path}: {error.strerror}") from None
-            if got != file.sha256:
-                raise Rejected("hash_mismatch", f"{file.path}: wanted sha256 {file.sha256}, got {got}")
+            fault = _fault(folder / file.path, file)
+            if fault is not None:
+                if fresh:
+                    (folder / file.path).unlink(missing_ok=True)
+                raise fault
 
     def fault(self, slot: Slot) -> str:
         """What is wrong with a slot's files, hashes included; empty when nothing is. Slow: not for the loop."""
@@ -329,14 +338,17 @@ class Slots:
             return str(error)
         return ""
 
-    def set_aside(self, digest: str) -> None:
-        """A slot was found damaged: it is no slot any more, and what is fetched next starts anew."""
+    def set_aside(self, digest: str) -> bool:
+        """A slot was found damaged: it is no slot any more, and what is fetched next starts anew. Returns whether there was one."""
+        found = False
         doomed = self.staging / f"{digest}.old"
         shutil.rmtree(doomed, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             self.path(digest).rename(doomed)
+            found = True
             _sync_folder(self.root)
         shutil.rmtree(doomed, ignore_errors=True)
+        return found
 
     def stage(self, digest: str) -> None:
         """Makes the staged folder the bundle's slot: sync, rename, sync. Doing it twice is doing it once.
@@ -379,12 +391,11 @@ class Slots:
             _sync_folder(folder)
 
     def discard(self, digest: str) -> bool:
-        """Removes what was wrong of a bundle: what was staged, else the slot itself. Returns whether it was the slot."""
-        if self.staging_path(digest).exists():
-            shutil.rmtree(self.staging_path(digest), ignore_errors=True)
-            return False
-        self.set_aside(digest)
-        return True
+        """Drops what ``verify`` found wrong: where nothing is staged, the slot itself. Returns whether that was taken away.
+
+        Of what is staged the wrong file is gone already, and the others stay for the next try.
+        """
+        return not self.staging_path(digest).exists() and self.set_aside(digest)
 
     def collect(self, keep: Collection[str]) -> tuple[str, ...]:
         """Removes bundles that no pointer names and ``keep`` does not either. Returns their digests."""
@@ -451,6 +462,20 @@ def read_pointers(root: Path) -> dict[str, Pointers]:
         return dict(msgspec.json.decode((root / _POINTERS).read_bytes(), type=_File).models)
     except FileNotFoundError:
         return {}
+
+
+def _fault(path: Path, file: m.File) -> Rejected | None:
+    """What is wrong with a file; None when it is the manifest's."""
+    try:
+        size = path.stat().st_size
+        if size != file.size:
+            return Rejected("size_mismatch", f"{file.path}: wanted {file.size} bytes, got {size}")
+        got = _sha256(path)
+    except OSError as error:
+        return Rejected("size_mismatch", f"{file.path}: {error.strerror}")
+    if got != file.sha256:
+        return Rejected("hash_mismatch", f"{file.path}: wanted sha256 {file.sha256}, got {got}")
+    return None
 
 
 def _sha256(path: Path) -> str:

@@ -58,7 +58,7 @@ def test_the_demo_loses_nothing_refuses_what_it_must_and_cleans_up(tmp_path: Pat
     for candidates in (summary["first_stage"], summary["bad_version"]["candidates"]):
         assert (len(candidates), len(on_tflite & set(candidates))) == (4, 1)
     assert [refusal["code"] for refusal in summary["refusals"]] == [
-        "hash_mismatch",
+        "mirror_wrong",
         "bad_signature",
         "below_floor",
         "trial_crashed",

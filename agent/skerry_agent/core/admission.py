@@ -53,12 +53,14 @@ class Memory:
         confirmed: version of the model that this device confirmed; empty for none.
         failures: entries of ``ATTEMPTS`` -> how often this bundle failed so.
         present_bytes: of its files, already on this disk.
+        idle_bytes: of files in part that the bundle does not want: they make way for it.
     """
 
     floor: str = ""
     confirmed: str = ""
     failures: dict[str, int] = field(default_factory=dict)
     present_bytes: int = 0
+    idle_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,8 +146,9 @@ def _admit_variant(variant: Variant, device: Device, memory: Memory) -> Admit | 
             detail=f"{variant.id} wants {variant.needs.rss_mb} MB{also}, {free_mb:.0f} MB are free",
         )
     fetch_bytes = max(0, sum(file.size for file in variant.files) - memory.present_bytes)
-    wanted_mb = max(float(variant.needs.disk_mb), fetch_bytes / 1e6) if fetch_bytes else 0.0
-    room_mb = device.disk_free_mb - device.disk_reserve_mb
+    # What is here already, whole or in part, is off the free room, so it is off what is wanted, too.
+    wanted_mb = max(variant.needs.disk_mb - memory.present_bytes / 1e6, fetch_bytes / 1e6) if fetch_bytes else 0.0
+    room_mb = device.disk_free_mb + memory.idle_bytes / 1e6 - device.disk_reserve_mb
     # What is here already wants no room: the way back to it must not depend on a disk that others filled.
     if fetch_bytes and device.files_free < len(variant.files) + _OTHER_FILES + device.file_reserve:
         return Refuse(code="not_enough_disk", detail=f"{variant.id}: {device.files_free} more files fit on the disk")

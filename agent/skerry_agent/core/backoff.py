@@ -21,6 +21,7 @@ class Policy:
 
 POLICIES: dict[str, Policy] = {
     "broker": Policy(base_s=1.0, cap_s=120.0, floor_s=0.2),
+    "mirror": Policy(base_s=5.0, cap_s=21600.0, floor_s=1.0),
     "refused": Policy(base_s=30.0, cap_s=900.0, floor_s=5.0),
     "runtime": Policy(base_s=3600.0, cap_s=86400.0, floor_s=600.0),
     "sync": Policy(base_s=2.0, cap_s=600.0, floor_s=0.5),
@@ -28,7 +29,7 @@ POLICIES: dict[str, Policy] = {
     "update": Policy(base_s=5.0, cap_s=900.0, floor_s=1.0),
     "worker": Policy(base_s=0.25, cap_s=60.0, floor_s=0.05),
 }
-"""By cause: the broker is away, the broker refuses us, a runtime does not load, a sync failed, a worker leaked or spun again, an update
+"""By cause: the broker is away, a mirror sends wrong bytes (each try may cost some files), the broker refuses us, a runtime does not load, a sync failed, a worker leaked or spun again, an update
 failed for want of a network, a worker died."""
 
 

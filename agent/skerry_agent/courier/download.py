@@ -48,8 +48,8 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
         ``bytes`` that came over the network in this run; ``files`` {source: how many files it had}; and what ``Patched.told`` says.
 
     Raises:
-        Rejected: ``hash_mismatch``, ``size_mismatch``, ``malformed_manifest``, ``bad_request``.
-        Transient: ``unreachable``, ``timeout``, ``busy``, ``blob_missing``, ``download_wasted``, with what came so far kept.
+        Rejected: ``hash_mismatch`` and ``malformed_manifest`` of the manifest that was given, ``bad_request``.
+        Transient: ``unreachable``, ``timeout``, ``busy``, ``blob_missing``, ``download_wasted``, ``mirror_wrong``, with what came so far kept.
         Degraded: ``not_enough_disk``, ``storage_failed``, ``not_enrolled``. Of an encrypted bundle as ``content_keys.obtain``.
     """
     manifest = _checked(request)

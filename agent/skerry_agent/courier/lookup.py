@@ -7,6 +7,8 @@ bundle fits this device are the supervisor's.
 from __future__ import annotations
 
 import json
+import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,9 @@ from skerry_agent.courier import durable, folder, folder_fetcher, requests, safe
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 
 _LOCK_WAIT_S = 20.0
+_OF_THE_MIRROR = frozenset({"hash_mismatch", "size_mismatch", "malformed_metadata"})
+"""What says nothing of the bundle whose manifest is wanted: signed is what it must be, and another came."""
+_MAX_PAUSE_S = 30.0
 
 
 def sync(request: requests.Sync) -> dict[str, Any]:
@@ -78,7 +83,8 @@ def manifest(request: requests.Manifest) -> dict[str, Any]:
 
     Raises:
         AgentError: ``not_in_catalog`` when the catalog does not list this version, or lists it as another digest;
-            ``malformed_manifest``; and every code of ``safe_updater.explain``.
+            ``malformed_manifest``; ``mirror_wrong`` for what is not as it was signed, after a few tries with pauses; and every other
+            code of ``safe_updater.explain``.
     """
     try:
         digest = ids.bundle_digest(request.digest)
@@ -86,16 +92,32 @@ def manifest(request: requests.Manifest) -> dict[str, Any]:
     except ContractError as error:
         raise Rejected("bad_request", str(error)) from None
     if not request.folder:
-        return _manifest(request, digest, target, lambda: _open(request, _web(request)))
+        return _manifest_of_mirror(request, digest, target)
     try:
         return _manifest(request, digest, target, lambda: _open_folder(request))
     except AgentError as refused:
         # The repository may be further on than what was carried here.
         try:
-            return _manifest(request, digest, target, lambda: _open(request, _web(request)))
+            return _manifest_of_mirror(request, digest, target)
         except AgentError as error:
             error.detail += f"; {request.folder}: {refused.code}: {refused.detail}"
             raise
+
+
+def _manifest_of_mirror(request: requests.Manifest, digest: str, target: str) -> dict[str, Any]:
+    """From the repository. An error page with status 200 is gone a moment later: asked again with pauses before anything is said of it."""
+    for attempt in range(1, request.limits.idle_attempts + 1):
+        try:
+            return _manifest(request, digest, target, lambda: _open(request, _web(request)))
+        except transport.MirrorWrong as error:
+            wrong = error
+        except Rejected as error:
+            if error.code not in _OF_THE_MIRROR:
+                raise
+            wrong = transport.MirrorWrong(f"{error.code}: {error.detail}")
+        if attempt < request.limits.idle_attempts:
+            time.sleep(random.uniform(0, min(_MAX_PAUSE_S, request.limits.pause_s * 2**attempt)))
+    raise wrong
 
 
 def _manifest(

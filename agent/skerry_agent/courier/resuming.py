@@ -1,5 +1,8 @@
 """A file over HTTP, resumable at any byte: the last source, which has every file that a catalog promises, or says why not.
 
+What a file must be is signed. So another length, another hash and a redirect to plain HTTP speak of who served them (an error page with
+status 200, a proxy, a mirror that lies): they are asked again after a pause, a few times, and end in ``mirror_wrong``.
+
 Bounds, so that it always ends in something that is reported: connections in a row that bring nothing, connections in all,
 and bytes that were fetched and thrown away again (a server that does not resume and breaks off, a file that is another one
 each time). The last bound holds over restarts of the agent.
@@ -16,7 +19,7 @@ from pathlib import Path
 from skerry_agent.courier import parts, requests, transport
 from skerry_agent.courier.acquiring import Wanted
 from skerry_agent.courier.meter import Meter
-from skerry_agent.errors import Rejected, Transient
+from skerry_agent.errors import Transient
 
 _MAX_PAUSE_S = 30.0
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
@@ -25,10 +28,16 @@ WASTE = 3
 _LEAST_WASTE = 256 * 1024
 _MISSING = (404, 410)
 _MISSING_ATTEMPTS = 2
+_WRONG_BODIES = 2
+"""So many whole files that are another one are read in a run; what is told by its length alone costs nothing, and is asked for oftener."""
 
 
 class Missing(Transient):
     """The repository does not have it, though it was promised."""
+
+
+class _WrongBody(transport.MirrorWrong):
+    """A whole file came, and it is another one."""
 
 
 class Resuming:
@@ -60,39 +69,44 @@ class Resuming:
             False when another courier was fetching it, and is done.
 
         Raises:
-            Rejected: ``hash_mismatch``, ``size_mismatch``.
-            Transient: ``unreachable``, ``timeout``, ``busy``, with what came so far kept; ``blob_missing``; ``download_wasted``.
+            Transient: ``unreachable``, ``timeout``, ``busy``, with what came so far kept; ``blob_missing``; ``download_wasted``; ``mirror_wrong``.
         """
         with parts.held(self._folder, wanted) as part:
             if part.waited and part.size == 0:
                 # Whoever had it has it whole by now, and it may be taken from there.
                 return False
-            idle = 0
-            anew = False
+            idle = bodies = 0
             for attempt in range(self._limits.attempts):
                 before = self._meter.received
                 self._meter.wind()
                 try:
                     resumed = self._one_connection(part, wanted)
+                    if self._judge(part, wanted, path, resumed=resumed):
+                        return True
                 except Transient as error:
-                    # A connection that brought something does not count as idle.
-                    idle = 0 if self._meter.received > before else idle + 1
+                    wrong = isinstance(error, transport.MirrorWrong)
+                    # A connection that brought something of the file does not count as idle.
+                    idle = 0 if self._meter.received > before and not wrong else idle + 1
+                    bodies += isinstance(error, _WrongBody)
                     most = _MISSING_ATTEMPTS if isinstance(error, Missing) else self._limits.idle_attempts
-                    if idle >= most or attempt + 1 == self._limits.attempts or error.code == "download_wasted":
+                    last = idle >= most or bodies >= _WRONG_BODIES or attempt + 1 == self._limits.attempts
+                    if last or error.code == "download_wasted":
                         raise
                     self._meter.pause(_pause_s(self._limits.pause_s, idle))
-                    continue
-                with self._meter.own_work():
-                    wrong = part.fault()
-                    if not wrong:
-                        part.become(path)
-                        return True
-                    self._drop(part, wanted)
-                # Bytes of another day may be torn or of another file: once more from the start before anyone is blamed.
-                if not resumed or anew:
-                    raise Rejected("hash_mismatch", f"{wanted.name}: {wrong}")
-                anew = True
         raise Transient("unreachable", f"{wanted.name}: not here after {self._limits.attempts} connections")
+
+    def _judge(self, part: parts.Part, wanted: Wanted, path: Path, *, resumed: bool) -> bool:
+        """Gives the part its name when it is whole. False: what was here before was no beginning of it, and it begins anew."""
+        with self._meter.own_work():
+            fault = part.fault()
+            if not fault:
+                part.become(path)
+                return True
+        self._drop(part, wanted, wrong=not resumed)
+        if not resumed:
+            raise _WrongBody(f"{wanted.name}: {fault}")
+        # Bytes of another day may be torn or of another file: once more from the start before anyone is blamed.
+        return False
 
     def _one_connection(self, part: parts.Part, wanted: Wanted) -> bool:
         """Reads until the part is complete. Returns whether it began with bytes that were here before."""
@@ -114,13 +128,11 @@ class Resuming:
                 if match is None or int(match[1]) != offset:
                     raise Transient("unreachable", f"{url}: another range than bytes {offset}- came back")
                 if match[3] not in ("*", str(wanted.size)):
-                    raise Rejected(
-                        "size_mismatch", f"{wanted.name}: wanted {wanted.size} bytes, the server has {match[3]}"
-                    )
+                    raise transport.MirrorWrong(f"{wanted.name}: wanted {wanted.size} bytes, {url} has {match[3]}")
             elif response.status == 200:
                 if response.length is not None and response.length != wanted.size:
-                    raise Rejected(
-                        "size_mismatch", f"{wanted.name}: wanted {wanted.size} bytes, offered {response.length}"
+                    raise transport.MirrorWrong(
+                        f"{wanted.name}: wanted {wanted.size} bytes, {url} offers {response.length}"
                     )
                 if offset:
                     self._drop(part, wanted)
@@ -140,19 +152,22 @@ class Resuming:
                 for piece in transport.pieces(response, url):
                     done += len(piece)
                     if done > wanted.size:
-                        self._drop(part, wanted)
-                        raise Rejected("size_mismatch", f"{wanted.name}: more than {wanted.size} bytes came")
+                        self._drop(part, wanted, wrong=True)
+                        raise _WrongBody(f"{wanted.name}: more than {wanted.size} bytes came of {url}")
                     _write(descriptor, piece)
                     self._meter.came(wanted, done, len(piece))
             if done < wanted.size:
                 raise Transient("unreachable", f"{url}: ended after {done} of {wanted.size} bytes")
         return offset > 0
 
-    def _drop(self, part: parts.Part, wanted: Wanted) -> None:
+    def _drop(self, part: parts.Part, wanted: Wanted, *, wrong: bool = False) -> None:
+        """Throws away what is here. ``wrong``: all of it came in this run and is another file, which ``_WRONG_BODIES`` bounds."""
         lost = part.drop()
         if lost > max(_LEAST_WASTE, WASTE * wanted.size):
             # Whoever tries again, later, has the whole allowance again.
             part.count_lost(0)
+            if wrong:
+                return
             raise Transient(
                 "download_wasted",
                 f"{wanted.name}: {lost} bytes came in vain for a file of {wanted.size}: it cannot be resumed",

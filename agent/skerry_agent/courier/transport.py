@@ -27,6 +27,13 @@ _NO_CHECK_TIME = 0x200000
 USER_AGENT = "skerry-agent"
 
 
+class MirrorWrong(Transient):
+    """What came is not what was signed, or leads astray: a word about whoever served it, and none about the bundle."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("mirror_wrong", detail)
+
+
 class Connections(abc.ABC):
     """Requests over kept connections, one per host. Whom they go to and whom they trust is a subclass's.
 
@@ -62,15 +69,15 @@ class Connections(abc.ABC):
         """One request; the response's body is still to be read, with ``pieces`` or ``read``.
 
         Raises:
-            Transient: ``unreachable`` or ``timeout``.
-            Rejected: ``bad_url`` for anything but https, and for a redirect of our server's API.
+            Transient: ``unreachable`` or ``timeout``; ``mirror_wrong`` for a redirect to anything but https.
+            Rejected: ``bad_url`` for anything but https.
         """
         for _ in range(redirects + 1):
             response, connection = self._ask(method, url, dict(headers or {}), body)
             if response.status in _REDIRECTS and method == "GET" and redirects:
                 location = response.headers.get("Location", "")
                 connection.close()
-                url = urljoin(url, location)
+                url = self._redirected(url, location)
                 continue
             break
         else:
@@ -84,6 +91,14 @@ class Connections(abc.ABC):
             if not response.isclosed():
                 # Something is left unread: the next request needs a clean connection.
                 connection.close()
+
+    def _redirected(self, url: str, location: str) -> str:
+        try:
+            found = urljoin(url, location)
+            self._origin(found)
+        except (ValueError, Rejected):
+            raise MirrorWrong(f"{url}: redirects to {location[:200]!r}, wanted https://host[:port]/...") from None
+        return found
 
     def get(self, url: str, *, max_bytes: int) -> tuple[int, bytes]:
         """Status and body of a small document.

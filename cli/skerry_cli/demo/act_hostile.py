@@ -52,7 +52,7 @@ def hostile(run: Run) -> None:
         )
         _pin(run, mirrored, good.bundle.digest)
 
-    _offer(run, Offer(what="one byte flipped on the way", device=mirrored, code="hash_mismatch", make=flipped))
+    _offer(run, Offer(what="one byte flipped on the way", device=mirrored, code="mirror_wrong", make=flipped))
     _unpin(run, mirrored)
     fleet.be_honest()
 

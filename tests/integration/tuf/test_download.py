@@ -56,7 +56,8 @@ def test_flipped_byte_in_a_blob_is_refused_and_nothing_of_it_stays(fleet, device
     data = bytearray(WEIGHTS)
     data[300_000] ^= 1
     path.write_bytes(data)
-    assert device.error("fetch", **fetch(big)) == ("rejected", "hash_mismatch")
+    assert device.error("fetch", **fetch(big)) == ("transient", "mirror_wrong")
+    assert len([path for path in fleet.site.asked if sha256 in path]) == 2
     folder = staging(device, big)
     assert not (folder / "manifest.json").exists()
     assert [path.name for path in folder.iterdir() if path.is_file()] == [".manifest.json"]
@@ -72,13 +73,57 @@ def test_endless_blob_ends_at_its_signed_size(fleet, device, big):
             handler.wfile.write(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
 
     fleet.site.spoils[f"/repository/blobs/sha256/{weights_file(big)['sha256'][:2]}"] = endless
-    assert device.error("fetch", **fetch(big)) == ("rejected", "size_mismatch")
+    assert device.error("fetch", **fetch(big)) == ("transient", "mirror_wrong")
     assert part_of(device, big).stat().st_size == 0
 
 
 def test_blob_announced_with_another_size_is_refused_before_it_is_read(fleet, device, big):
-    fleet.site.spoils["/repository/blobs/"] = lambda handler, _data: head(handler, 1 << 50) or True
-    assert device.error("fetch", **fetch(big)) == ("rejected", "size_mismatch")
+    asked = []
+    fleet.site.spoils["/repository/blobs/"] = lambda handler, _data: asked.append(1) or head(handler, 1 << 50) or True
+    assert device.error("fetch", **fetch(big, limits={"idle_attempts": 3})) == ("transient", "mirror_wrong")
+    assert len(asked) == 3
+
+
+def test_an_error_page_with_status_200_is_gone_a_moment_later_and_what_came_stays(fleet, device, big):
+    """A CDN's maintenance page: it says nothing about the bundle, and the other files are not fetched for it again."""
+    small = next(file for file in big.files if file["path"] != "model.onnx")
+    leave_part(device, big, WEIGHTS[:200_000])
+    pages = []
+
+    def page(handler, _data):
+        if weights_digest() not in handler.path or len(pages) == 2:
+            return False
+        pages.append(handler.path)
+        head(handler, 11)
+        handler.wfile.write(b"maintenance")
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = page
+    answer = device.ok("fetch", **fetch(big))
+    assert (len(pages), answer["bytes"]) == (2, len(WEIGHTS) - 200_000 + small["size"])
+
+
+def test_a_redirect_to_plain_http_speaks_of_the_mirror(fleet, device, big):
+    def redirect(handler, _data):
+        handler.send_response(302)
+        handler.send_header("Location", "http://127.0.0.1:1/blob")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = redirect
+    assert device.error("fetch", **fetch(big, limits={"idle_attempts": 2})) == ("transient", "mirror_wrong")
+
+
+def test_wrong_bytes_in_run_after_run_stay_a_word_about_the_mirror(fleet, device, big):
+    """Not ``download_wasted`` in the end, of which a device has three attempts."""
+    fleet.site.spoils[f"/repository/blobs/sha256/{weights_digest()[:2]}"] = lambda handler, data: (
+        head(handler, len(data)) or handler.wfile.write(bytes(len(data))) or True
+    )
+    said = {device.error("fetch", **fetch(big)) for _ in range(4)}
+    assert said == {("transient", "mirror_wrong")}
+    fleet.site.spoils.clear()
+    assert device.ok("fetch", **fetch(big))["files"] == {"here": 1, "resuming": 1}
 
 
 def test_slow_blob_is_given_up_in_bounded_time_and_what_came_is_kept(fleet, device, big):
@@ -275,7 +320,7 @@ def test_another_range_than_the_wanted_one_is_never_taken(fleet, device, big):
     fleet.site.spoils["/repository/blobs/"] = wrong
     for answer, code in (
         ("bytes 7-599999/600000", "unreachable"),
-        ("bytes 200000-599999/900000", "size_mismatch"),
+        ("bytes 200000-599999/900000", "mirror_wrong"),
         ("lines 200000-599999/600000", "unreachable"),
         ("", "unreachable"),
     ):

@@ -3,13 +3,17 @@
 import hashlib
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from skerry_agent.core import admission
 from skerry_agent.courier import parts
 from skerry_agent.courier.acquiring import Wanted
+from skerry_agent.slots import Slots
+from skerry_contract import manifest as m
 
 WEIGHTS = os.urandom(400_000)
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
@@ -123,6 +127,66 @@ def test_a_disk_without_room_is_said_before_the_first_byte(fleet, device, two, r
     assert fleet.site.asked.count(f"/repository/blobs/sha256/{SHA256[:2]}/{SHA256}") == 0
     # What is of no use now has made way; what is wanted has not.
     assert [path.name for path in folder.iterdir()] == [SHA256]
+
+
+@pytest.fixture
+def room_for_one(device):
+    """Slots on a disk with room for one copy of some weights of 1.2 MB, and hardly more."""
+    if os.geteuid() != 0:
+        if os.environ.get("CI") == "true":
+            pytest.fail("mounting a file system needs root")
+        pytest.skip("mounting a file system needs root")
+    slots(device).mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1260k", "none", str(slots(device))], check=True)
+    yield device
+    subprocess.run(["umount", "-l", str(slots(device))], check=True)
+
+
+def admitted(device, bundle):
+    """What the supervisor would say of it now, by the same books."""
+    held, manifest = Slots(slots(device)), m.parse(bundle.manifest)
+    facts = admission.Device(
+        runtimes={"onnx": "99.0.0"}, arch="x86_64", memory_free_mb=9000, agent="99.0.0",
+        disk_free_mb=shutil.disk_usage(slots(device)).free / 1e6,
+    )  # fmt: skip
+    memory = admission.Memory(
+        present_bytes=held.present_bytes(bundle.digest, manifest.files()),
+        idle_bytes=held.idle_bytes(manifest.files()),
+    )
+    return admission.admit(manifest, facts, memory)
+
+
+def test_a_download_that_was_cut_goes_on_where_there_is_room_for_one_copy(fleet, room_for_one, make_bundle):
+    device, bundle = room_for_one, fleet.push(make_bundle("gas", "1.0.0", weights=WEIGHTS * 3))
+    weights = next(file for file in bundle.files if file["path"] == "model.onnx")["sha256"]
+    assert isinstance(admitted(device, bundle), admission.Admit)
+
+    def cut(handler, data):
+        if weights not in handler.path:
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[:960_000])
+        handler.close_connection = True
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = cut
+    assert device.error("fetch", **fetch(bundle, limits={"attempts": 1})) == ("transient", "unreachable")
+    assert (slots(device) / ".parts" / weights).stat().st_size == 960_000
+    fleet.site.spoils.clear()
+    assert isinstance(admitted(device, bundle), admission.Admit)
+    assert device.ok("fetch", **fetch(bundle))["bytes"] < 300_000
+
+
+def test_what_came_in_part_of_another_bundle_makes_way(fleet, room_for_one, make_bundle):
+    device, bundle = room_for_one, fleet.push(make_bundle("gas", "1.0.0", weights=WEIGHTS * 3))
+    folder = slots(device) / ".parts"
+    folder.mkdir()
+    (folder / ("0" * 64)).write_bytes(bytes(960_000))
+    assert isinstance(admitted(device, bundle), admission.Admit)
+    device.ok("fetch", **fetch(bundle))
+    assert not (folder / ("0" * 64)).exists()
 
 
 def test_the_reserve_does_not_keep_a_device_from_what_it_has(fleet, device, two):

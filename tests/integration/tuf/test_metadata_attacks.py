@@ -59,7 +59,32 @@ def test_flipped_byte_in_a_manifest(fleet, device, gas):
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    assert device.error("manifest", model="gas", version="1.0.0", digest=gas.digest) == ("rejected", "hash_mismatch")
+    answer = device.error("manifest", model="gas", version="1.0.0", digest=gas.digest, limits={"idle_attempts": 2})
+    # What it must be is signed: a word about whoever served it, and none about the bundle.
+    assert answer == ("transient", "mirror_wrong")
+
+
+@pytest.mark.parametrize("name", ["/repository/targets/catalog/gas/", "/repository/metadata/timestamp.json"])
+def test_an_error_page_in_place_of_a_manifest_is_asked_again_after_a_pause(fleet, device, gas, name):
+    asked = []
+
+    def page(handler, _data):
+        asked.append(time.monotonic())
+        if len(asked) == 3:
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", "11")
+        handler.end_headers()
+        handler.wfile.write(b"maintenance")
+        return True
+
+    fleet.site.spoils[name] = page
+    wanted = {"model": "gas", "version": "1.0.0", "digest": gas.digest}
+    assert device.ok("manifest", **wanted)["manifest"] == gas.manifest.decode()
+    assert len(asked) == 3
+    asked.clear()
+    assert device.error("manifest", **wanted, limits={"idle_attempts": 2}) == ("transient", "mirror_wrong")
+    assert len(asked) == 2
 
 
 def test_flipped_byte_in_the_group_document(fleet, device, gas):

@@ -542,6 +542,16 @@ def test_what_is_here_already_needs_no_room_on_a_disk_that_others_filled() -> No
     assert getattr(a.admit(wanted, full, a.Memory()), "code", "") == "not_enough_disk"
 
 
+def test_what_came_in_part_is_off_what_is_wanted_as_it_is_off_the_free_room() -> None:
+    wanted, size = manifest(), 2_000_010
+    for here in range(0, size, 100_000):
+        left = dataclasses.replace(GOOD, disk_free_mb=(5_000_000 - here) / 1e6)
+        assert isinstance(a.admit(wanted, left, a.Memory(present_bytes=here)), a.Admit)
+        less = dataclasses.replace(left, disk_free_mb=left.disk_free_mb - 0.001)
+        assert getattr(a.admit(wanted, less, a.Memory(present_bytes=here)), "code", "") == "not_enough_disk"
+        assert isinstance(a.admit(wanted, less, a.Memory(present_bytes=here, idle_bytes=1000)), a.Admit)
+
+
 def test_a_disk_without_names_for_files_refuses_before_anything_is_fetched() -> None:
     for files_free, refused in ((264, True), (1000, False)):
         answer = a.admit(manifest(), dataclasses.replace(GOOD, files_free=files_free, file_reserve=256), a.Memory())

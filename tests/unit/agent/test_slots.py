@@ -117,6 +117,19 @@ def test_a_file_that_is_not_the_manifests_is_named_and_refused(
     with pytest.raises(Rejected, match=r"model\.onnx") as caught:
         slots.verify(slot.digest, wanted)
     assert caught.value.code == code
+    # The next try brings this one and no other.
+    assert not (slots.staging_path(slot.digest) / "model.onnx").exists()
+    assert (slots.staging_path(slot.digest) / "manifest.json").exists()
+    assert not slots.discard(slot.digest)
+    assert slots.staging_path(slot.digest).exists()
+
+
+def test_only_a_slot_that_was_there_counts_as_taken_away(slots: Slots, tmp_path: Path) -> None:
+    assert not slots.discard("0" * 64)
+    slot = put(slots, tmp_path, "1.0.0")
+    slots.stage(slot.digest)
+    assert slots.discard(slot.digest)
+    assert not slots.path(slot.digest).exists()
 
 
 def test_another_manifest_under_the_digest_is_refused(slots: Slots, tmp_path: Path) -> None:

@@ -55,7 +55,18 @@ def test_what_an_agent_calls_passing_or_its_own_lack_is_no_verdict_on_the_bundle
 
 
 @pytest.mark.parametrize(
-    "code", ["", "unreachable", "timeout", "no_variant", "not_enough_disk", "withdrawn", "interrupted"]
+    "code",
+    [
+        "",
+        "unreachable",
+        "timeout",
+        "no_variant",
+        "not_enough_disk",
+        "withdrawn",
+        "interrupted",
+        "mirror_wrong",
+        "no_memory_folder",
+    ],
 )
 def test_what_speaks_of_the_device_the_network_or_the_plan_does_not(code: str) -> None:
     assert not eligibility.is_verdict_on_bundle(code)
