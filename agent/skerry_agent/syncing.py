@@ -192,9 +192,17 @@ class Syncing:
 
     async def _sync(self) -> None:
         async with self._turn:
-            self._errand = asyncio.get_running_loop().create_task(self._ask_courier({}), name="sync-errand")
+            said: dict[str, Any] = {}
+            self._errand = asyncio.get_running_loop().create_task(
+                self._ask_courier({}, on_progress=said.update), name="sync-errand"
+            )
             try:
                 answer = await self._errand
+            except AgentError:
+                # The metadata cannot be refreshed. What the server says of this device, its orders too, is heard all the same.
+                if said:
+                    self._membership(said.get("membership"), said.get("self_error"))
+                raise
             except asyncio.CancelledError:
                 current = asyncio.current_task()
                 if current is not None and current.cancelling():
@@ -233,7 +241,9 @@ class Syncing:
         self._on_synced()
         self._uplink.report_if_online()
 
-    async def _ask_courier(self, more: dict[str, Any]) -> dict[str, Any]:
+    async def _ask_courier(
+        self, more: dict[str, Any], *, on_progress: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any]:
         named = {model: self._slots.pointers(model) for model in self._slots.models()}
         return await self._errands.run(
             "sync",
@@ -250,6 +260,7 @@ class Syncing:
                 **more,
             },
             timeout_s=self._config.timing.courier_s,
+            on_progress=on_progress,
         )
 
     def _take(self, answer: dict[str, Any], *, server_asked: bool = True) -> None:

@@ -36,7 +36,7 @@ def run(verb: str, data: bytes) -> dict[str, Any]:
 
         sync = requests.parse(requests.Sync, data)
         with watch.Watch(sync.limits.errand_s):
-            return lookup.sync(sync)
+            return lookup.sync(sync, lambda said: emit({"progress": said}))
     if verb == "manifest":
         from skerry_agent.courier import lookup
 

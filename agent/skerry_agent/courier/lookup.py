@@ -27,13 +27,17 @@ _OF_THE_MIRROR = frozenset({"hash_mismatch", "size_mismatch", "malformed_metadat
 _MAX_PAUSE_S = 30.0
 
 
-def sync(request: requests.Sync) -> dict[str, Any]:
+def sync(request: requests.Sync, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Refreshes the metadata and reads the group document and the floors.
 
     With ``folder`` all of it comes from there, and nobody is asked for the membership.
 
     An expired or missing catalog does not fail the errand: the group document may still send the device back to what it has
     confirmed. Then ``floors`` is None and ``catalog_error`` says why.
+
+    Args:
+        report: gets {membership, self_error} before the repository is asked: what the server said counts though the metadata cannot be
+            refreshed, and an operator's order arrives just then.
 
     Returns:
         ``tuf`` {role: version}, ``signed_at`` with ``signed_by`` whose word it is, ``online_keys`` that root names for it, ``group``, ``group_document`` (canonical
@@ -51,6 +55,8 @@ def sync(request: requests.Sync) -> dict[str, Any]:
     web = _web(request)
     with durable.alone(request.tuf / "lock", _LOCK_WAIT_S):
         membership, self_error = (None, None) if request.folder else _membership(request, web)
+        if not request.folder:
+            report({"membership": membership, "self_error": self_error})
         if membership is not None:
             name = membership["group"]
         fresh = _open_folder(request) if request.folder else _open(request, web)

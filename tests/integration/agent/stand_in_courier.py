@@ -30,6 +30,9 @@ def main() -> dict:
     time.sleep(world.get("slow_s", 0))
     if world.get("down"):
         return {"error": {"kind": "transient", "code": "unreachable", "detail": "no route"}}
+    if verb == "sync" and not request.get("folder"):
+        said = {"membership": world.get("membership"), "self_error": world.get("self_error")}
+        print(json.dumps({"progress": said}), flush=True)
     if verb in world.get("errors", {}):
         kind, code, detail = world["errors"][verb]
         return {"error": {"kind": kind, "code": code, "detail": detail}}

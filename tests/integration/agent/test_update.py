@@ -462,6 +462,16 @@ def order(device: Device, **orders: int) -> None:
     device.synced()
 
 
+def test_an_operators_order_arrives_while_the_metadata_cannot_be_refreshed(serving: Device) -> None:
+    offer(serving, "1.1.0", seed=1)
+    serving.wait_running("1.1.0", "trial")
+    serving.world["errors"] = {"sync": ["rejected", "expired", "timestamp expired"]}
+    serving.world["membership"] = {"group": "g", "tags": {}, "version": 1, "orders": {"cancel": 7}}
+    serving.save()
+    serving.sync()
+    assert serving.wait_update("idle", "cancelled")["detail"] == "cancelled by an operator"
+
+
 def test_an_operators_orders_are_obeyed_once_over_restarts(serving: Device, server: Server) -> None:
     offer(serving, "1.1.0", seed=1)
     serving.wait_running("1.1.0", "trial")

@@ -92,7 +92,10 @@ def test_flipped_byte_in_the_group_document(fleet, device, gas):
     data = bytearray(path.read_bytes())
     data[10] ^= 1
     path.write_bytes(data)
+    fleet.site.membership["orders"] = {"cancel": 7}
     assert device.error("sync", group="line-1") == ("rejected", "hash_mismatch")
+    # What the server orders is known all the same.
+    assert [said["membership"]["orders"] for said in device.progress] == [{"cancel": 7}]
 
 
 def test_unlisted_bundle_and_other_digest_are_not_in_the_catalog(device, gas, make_bundle):
