@@ -100,6 +100,14 @@ def server_keys() -> str:
     return "\n".join(lines)
 
 
+def attacks() -> str:
+    """Every attack by name, with the tests that carry it out."""
+    sys.path.append(str(ROOT))
+    from tests import attacks as listed
+
+    return listed.table()
+
+
 def _default(field: Any) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
@@ -119,6 +127,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "http routes": http_routes,
     "agent keys": agent_keys,
     "server keys": server_keys,
+    "attacks by name": attacks,
 }
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from securesystemslib.signer import Key
-from skerry_contract import floors, layout
+from skerry_contract import canonical, floors, layout
+from skerry_contract.errors import Malformed
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Role, Root, Snapshot, TargetFile, Targets, Timestamp
 
@@ -187,6 +188,9 @@ def parse(data: bytes, kind: type[_S], what: str) -> Metadata[_S]:
     """
     try:
         metadata: Metadata[Any] = Metadata.from_bytes(data)
+        canonical.refuse_repeated_keys(data, what=what)
+    except Malformed as error:
+        raise Usage(str(error)) from None
     except (RepositoryError, RecursionError) as error:
         raise Usage(f"{what}: wanted TUF metadata: {error}") from None
     if not isinstance(metadata.signed, kind):

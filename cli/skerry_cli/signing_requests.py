@@ -21,6 +21,7 @@ from typing import Any
 
 from securesystemslib.signer import Key, Signer
 from skerry_contract import canonical, layout
+from skerry_contract.errors import Malformed
 from tuf.api.metadata import Metadata, Root, Targets
 
 from skerry_cli import cosigning, key_files, offline_roles
@@ -100,8 +101,8 @@ def read(path: Path) -> Request:
         Usage: missing, or not such a file.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = canonical.refuse_repeated_keys(path.read_bytes(), what="signing request")
+    except (OSError, ValueError, RecursionError, Malformed) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise Usage(f"{path}: {reason}; wanted a signing request") from None
     try:

@@ -7,6 +7,7 @@ written. So a document has one form, and a duplicate key, a second spelling of a
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import msgspec
@@ -52,3 +53,27 @@ def decode(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
     if not canonical:
         raise Malformed(what, "wanted canonical JSON: sorted unique keys, no space, shortest numbers")
     return value
+
+
+def refuse_repeated_keys(data: bytes, *, what: str) -> Any:
+    """Reads JSON that need not be canonical (TUF metadata, requests of people), in which no object names a key twice.
+
+    Of two values of one key most readers take the last and some the first: a document that two readers understand differently is none.
+
+    >>> refuse_repeated_keys(b'{"a": [{"b": 1}]}', what="x")
+    {'a': [{'b': 1}]}
+
+    Raises:
+        Malformed: a key stands twice.
+        ValueError, RecursionError: not JSON, as ``json.loads``.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise Malformed(what, f"the key {twice[:80]!r} stands twice in one object")
+        return found
+
+    return json.loads(data, object_pairs_hook=once)

@@ -16,8 +16,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from securesystemslib.signer import Key, SSlibKey
-from skerry_contract import ids, layout
-from skerry_contract.errors import ContractError
+from skerry_contract import canonical, ids, layout
+from skerry_contract.errors import ContractError, Malformed
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import DelegatedRole, Metadata, Role, Root, Snapshot, Targets, Timestamp
 
@@ -70,6 +70,9 @@ def parse(data: bytes, kind: type[_S], role: str) -> Metadata[_S]:
         raise RepositoryRefused("malformed_metadata", f"{role}: at most {MAX_METADATA_BYTES} bytes, got {len(data)}")
     try:
         metadata = Metadata[Any].from_bytes(data)
+        canonical.refuse_repeated_keys(data, what=role)
+    except Malformed as error:
+        raise RepositoryRefused("malformed_metadata", str(error)) from None
     except (RepositoryError, RecursionError) as error:
         raise RepositoryRefused("malformed_metadata", f"{role}: wanted TUF metadata: {error}") from None
     if not isinstance(metadata.signed, kind):

@@ -87,6 +87,7 @@ def courier(verb: str, message: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.attack("stolen repository")
 def test_an_encrypted_bundle_is_served_and_lies_in_the_clear_in_memory_alone(site: Site, tmp_path: Path) -> None:
     first = site.publish(1, {"weights.bin": WEIGHTS[0]}, KEYS[0])
     site.assign(first)

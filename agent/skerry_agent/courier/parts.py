@@ -61,7 +61,7 @@ class Part:
     @contextlib.contextmanager
     def growing(self) -> Iterator[int]:
         """A descriptor whose writes go to the end."""
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             yield descriptor
         finally:
@@ -134,8 +134,12 @@ def _locked(path: Path, wanted: Wanted) -> tuple[int, bool]:
     """Opens and locks the file of that name, and not one that another has just renamed. Returns whether it had to wait."""
     waited = False
     deadline = time.monotonic() + _LOCK_WAIT_S
+    # No part is a link: what is written to one would go wherever it leads.
+    for place in (path, *(path.with_name(path.name + side) for side in _SIDES)):
+        if place.is_symlink():
+            place.unlink(missing_ok=True)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):

@@ -11,6 +11,7 @@ Differences from ``tuf.ngclient.Updater`` (a test guards the names and signature
 - Roots are followed to the newest, however many there are: tuf stops at 256 from the anchor, those of the cache included, so a
   device would stay behind for ever once the root has changed oftener than that.
 - A refusal says what is missing: which root, and which time it is taken to be.
+- Metadata in which an object names a key twice is refused: tuf would take the last, another reader the first.
 - The versions of chosen roles may not fall, even when the online key changed and tuf forgets the old snapshot.
 """
 
@@ -23,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from skerry_contract import canonical
+from skerry_contract.errors import Malformed
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
@@ -158,6 +161,16 @@ class SafeUpdater(Updater):
             # tuf asks this of the snapshot it remembers, and forgets that one when the online key changes.
             raise tuf_errors.BadVersionNumberError(f"{role}: version {listed.version} is offered, {held} was seen")
         return super()._load_targets(role, parent_role)
+
+    def _download_metadata(self, rolename: str, length: int, version: int | None = None) -> bytes:
+        data = super()._download_metadata(rolename, length, version)
+        try:
+            canonical.refuse_repeated_keys(data, what=rolename)
+        except Malformed as error:
+            raise tuf_errors.RepositoryError(str(error)) from None
+        except ValueError:
+            pass  # what is no JSON tuf refuses in its own words
+        return data
 
     def _persist_file(self, filename: str, data: bytes) -> None:
         durable.write(Path(filename), data)

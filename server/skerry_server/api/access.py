@@ -8,10 +8,11 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from skerry_server import __version__, access, audit
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import Admin, After, Auditor, Ctx, Limit, Viewer, page, read_cursor
 from skerry_server.db.engine import reading, writing
 
-router = APIRouter(prefix="/api/v1")
+router = APIRouter(prefix="/api/v1", route_class=Route)
 
 
 class NewToken(BaseModel):

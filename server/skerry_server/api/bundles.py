@@ -14,6 +14,7 @@ from skerry_contract import manifest as m
 from sqlalchemy import Connection, select, tuple_
 
 from skerry_server import content_keys, registry
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import After, Ctx, Engineer, Limit, Operator, RawBody, Viewer, page, read_cursor
 from skerry_server.core.bundles import Action
 from skerry_server.db import tables as t
@@ -21,7 +22,7 @@ from skerry_server.db.engine import reading, writing
 from skerry_server.errors import Conflict, Invalid, NotFound, TooLarge, Unavailable
 from skerry_server.validation import Outcome
 
-router = APIRouter(prefix="/api/v1", tags=["bundles"])
+router = APIRouter(prefix="/api/v1", tags=["bundles"], route_class=Route)
 _PIECE_BYTES = 1 << 20
 _OF_THE_DISK = frozenset({"hash_mismatch", "size_mismatch", "file_missing", "model_damaged"})
 Again = Annotated[bool, Query(description="Also a bundle that was rejected")]

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from skerry_server import content_keys, registry
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import (
     After,
     Approver,
@@ -24,7 +25,7 @@ from skerry_server.api.context import (
 from skerry_server.db.engine import reading, writing
 from skerry_server.errors import Invalid
 
-router = APIRouter(tags=["content keys"])
+router = APIRouter(tags=["content keys"], route_class=Route)
 
 
 class ContentKey(BaseModel):

@@ -8,11 +8,12 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from skerry_server import deltas, registry
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, page, read_cursor
 from skerry_server.core.deltas import State
 from skerry_server.db.engine import reading, writing
 
-router = APIRouter(prefix="/api/v1/deltas", tags=["bundles"])
+router = APIRouter(prefix="/api/v1/deltas", tags=["bundles"], route_class=Route)
 
 
 class Again(BaseModel):

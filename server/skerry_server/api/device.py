@@ -8,10 +8,11 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from skerry_server import content_keys, device_orders, devices, requested_logs
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import Ctx, RawBody, SignedByDevice
 from skerry_server.db.engine import reading, writing
 
-router = APIRouter(prefix="/device/v1", tags=["device"])
+router = APIRouter(prefix="/device/v1", tags=["device"], route_class=Route)
 
 
 class Enrolment(BaseModel):

@@ -9,12 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
 from skerry_server import device_orders, devices, why
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, cursor, page, read_cursor
 from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading, writing
 
-router = APIRouter(prefix="/api/v1", tags=["devices"])
+router = APIRouter(prefix="/api/v1", tags=["devices"], route_class=Route)
 
 Version = Annotated[int | None, Field(description="The membership_version that was read; 409 when it has changed")]
 

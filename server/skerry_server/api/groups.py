@@ -10,12 +10,13 @@ from skerry_contract import canonical, ids
 from sqlalchemy import Connection, func, select
 
 from skerry_server import device_orders, groups
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, page, read_cursor
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading, writing
 from skerry_server.errors import Conflict
 
-router = APIRouter(prefix="/api/v1/groups", tags=["groups"])
+router = APIRouter(prefix="/api/v1/groups", tags=["groups"], route_class=Route)
 
 
 class GroupSettings(BaseModel):

@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import Ctx
 from skerry_server.telemetry import CONTENT_TYPE
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=Route)
 
 
 @router.get("/healthz", summary="Whether the process answers")

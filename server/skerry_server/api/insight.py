@@ -9,11 +9,12 @@ from fastapi import APIRouter, Query
 from skerry_contract import ids
 
 from skerry_server import attributions, findings, outcomes, registry, shadowing
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import After, Context, Ctx, Limit, Viewer, page, read_cursor
 from skerry_server.db.engine import reading
 from skerry_server.errors import NotFound
 
-router = APIRouter(prefix="/api/v1", tags=["insight"])
+router = APIRouter(prefix="/api/v1", tags=["insight"], route_class=Route)
 
 Model = Annotated[str | None, Query(max_length=63)]
 Time = Annotated[int | None, Query(ge=0, le=1 << 53, description="Milliseconds since 1970")]

@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import APIRouter
 
 from skerry_server import requested_logs
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import Ctx, Operator
 from skerry_server.db.engine import reading, writing
 
-router = APIRouter(prefix="/api/v1/devices/{device}/logs", tags=["devices"])
+router = APIRouter(prefix="/api/v1/devices/{device}/logs", tags=["devices"], route_class=Route)
 
 
 @router.post("", summary="Ask a device for the last lines of its log", status_code=202)

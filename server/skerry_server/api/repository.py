@@ -8,11 +8,12 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from skerry_server import proposals, upkeep
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import Admin, Approver, Ctx, Limit, Viewer, require_role
 from skerry_server.db.engine import reading
 from skerry_server.errors import Invalid
 
-router = APIRouter(prefix="/api/v1/repository", tags=["repository"])
+router = APIRouter(prefix="/api/v1/repository", tags=["repository"], route_class=Route)
 
 
 class SignedMetadata(BaseModel):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select, tuple_
 
 from skerry_server import looks, recomputing, rollouts, versions
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import After, Ctx, Limit, Operator, Viewer, page, read_cursor
 from skerry_server.core import rollout as core
 from skerry_server.core.plan import BadPlan, read_new_plan
@@ -16,7 +17,7 @@ from skerry_server.db import tables as t
 from skerry_server.db.engine import reading, writing
 from skerry_server.errors import Invalid
 
-router = APIRouter(prefix="/api/v1/rollouts", tags=["rollouts"])
+router = APIRouter(prefix="/api/v1/rollouts", tags=["rollouts"], route_class=Route)
 
 
 class NewRollout(BaseModel):

@@ -10,11 +10,12 @@ from skerry_contract import wire
 from skerry_contract.errors import ContractError
 
 from skerry_server.anchors import Anchors
+from skerry_server.api.bodies import Route
 from skerry_server.api.context import After, Ctx, Engineer, Limit, Viewer, cursor, page, read_cursor
 from skerry_server.db import queries
 from skerry_server.db.engine import reading
 
-router = APIRouter(prefix="/api/v1/telemetry", tags=["telemetry"])
+router = APIRouter(prefix="/api/v1/telemetry", tags=["telemetry"], route_class=Route)
 
 _KINDS = (str, str, str, str, str, str, int)
 _STREAM = ("device", "epoch", "upto", "records", "duplicates", "conflicts", "tombstoned")

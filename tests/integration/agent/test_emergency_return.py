@@ -45,6 +45,7 @@ def assign(server: ServerRig, digest: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.attack("rollback of a model", "signed floors", "emergency return")
 def test_an_expired_catalog_stops_no_return_to_what_the_device_confirmed_and_a_forced_floor_does(
     server: ServerRig, operator: Operator, agent: Agent
 ) -> None:

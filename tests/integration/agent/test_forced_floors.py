@@ -46,6 +46,7 @@ def nothing_answers(device: Device) -> bool:
         connection.close()
 
 
+@pytest.mark.attack("rollback of a model", "signed floors")
 def test_what_serves_stops_and_the_bundle_before_it_comes_back_where_it_may(serving: Device, server: Server) -> None:
     confirm(serving, "2.0.0")
     confirm(serving, "1.1.0")
@@ -94,6 +95,7 @@ def test_an_update_of_a_bundle_that_is_forbidden_meanwhile_ends(serving: Device,
     assert found[0].data["failed_in"] == "trial"
 
 
+@pytest.mark.attack("rollback of a model")
 def test_a_forced_floor_outlives_a_damaged_store(serving: Device, server: Server) -> None:
     force(serving, "2.0.0")
     wait_for(lambda: serving.running() == ("", "") and nothing_answers(serving), why="it stops")

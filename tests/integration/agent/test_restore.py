@@ -220,6 +220,7 @@ def test_the_only_device_of_a_fleet_answers_a_bell_at_once_and_one_of_many_at_it
         assert device.running() == ("1.0.0", "trial")
 
 
+@pytest.mark.attack("replayed bell")
 def test_bells_that_bring_nothing_new_are_answered_ever_less_often(device: Device, server: Server) -> None:
     device.publish(device.bundle("1.0.0"))
     device.start()

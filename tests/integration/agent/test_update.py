@@ -207,6 +207,7 @@ def test_a_person_pardons_a_bundle_that_used_up_its_attempts(serving: Device, se
     serving.wait_running("1.1.0", "trial", "confirmed")
 
 
+@pytest.mark.attack("rollback of a model")
 def test_a_version_below_the_floor_is_refused_before_any_file_is_fetched(serving: Device, server: Server) -> None:
     serving.world["floors"] = {"gas": "1.0.0"}
     digest = offer(serving, "0.9.0")
@@ -215,6 +216,7 @@ def test_a_version_below_the_floor_is_refused_before_any_file_is_fetched(serving
     assert serving.running() == ("1.0.0", "confirmed")
 
 
+@pytest.mark.attack("rollback of a model")
 def test_a_floor_once_seen_does_not_go_down(serving: Device, server: Server) -> None:
     serving.world["floors"] = {"gas": "1.0.0"}
     offer(serving, "0.9.0")

@@ -160,6 +160,7 @@ def test_a_malformed_message_from_the_broker_changes_nothing(serving: Device, se
     wait_for(lambda: server.inferences() == 29, why=f"29 counted, got {server.inferences()}")
 
 
+@pytest.mark.attack("replayed bell")
 def test_the_same_bell_twice_is_one_sync(serving: Device, server: Server) -> None:
     before_ms = serving.status()["sync"]["at_ms"]
     server.ring(3)

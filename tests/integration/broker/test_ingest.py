@@ -9,6 +9,7 @@ import threading
 import time
 import zlib
 
+import pytest
 from skerry_contract import ids, topics, wire
 from skerry_server.db import queries
 from skerry_server.db import tables as t
@@ -42,6 +43,7 @@ def test_what_was_sent_while_the_server_was_away_arrives_after_its_start(fleet, 
     once(fleet, device, sum(range(30)))
 
 
+@pytest.mark.attack("foreign client id")
 def test_taking_another_devices_client_id_costs_no_data(fleet, peers):
     fleet.start_ingest()
     honest = peers(peers.Sender, fleet, "dev-b").open()
@@ -59,6 +61,7 @@ def test_taking_another_devices_client_id_costs_no_data(fleet, peers):
     assert fleet.stream("dev-a") is None
 
 
+@pytest.mark.attack("foreign client id")
 def test_taking_the_servers_client_id_costs_no_data(fleet, peers):
     fleet.start_ingest()
     sessions = fleet.link.sessions
@@ -175,6 +178,7 @@ def test_replayed_messages_are_taken_once(fleet, peers):
     once(fleet, device, 7)
 
 
+@pytest.mark.attack("cross-device publish")
 def test_a_forged_device_id_counts_for_nobody(fleet, peers):
     fleet.start_ingest()
     liar = peers(peers.Sender, fleet, "dev-a").open()

@@ -41,6 +41,7 @@ def test_the_packaged_listeners_want_a_certificate_and_devices_keep_its_name():
 
 
 @pytest.mark.parametrize("identity", ["dev-b", "_server", "", "dev-unknown"])
+@pytest.mark.attack("foreign client id")
 def test_a_foreign_client_id_becomes_ones_own(mosquitto_fleet, peers, identity):
     fleet = mosquitto_fleet
     victims = [peers(peers.Peer, fleet, "dev-b").open(), peers(peers.Peer, fleet, "_server").open()]

@@ -56,6 +56,7 @@ SECRET = [
 
 @pytest.mark.parametrize("qos", [0, 1])
 @pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.attack("cross-device publish")
 def test_a_device_cannot_publish_as_another_nor_into_the_brokers_streams(quiet_fleet, peers, witness, qos, retain):
     device = peers(peers.Peer, quiet_fleet, "dev-a").open()
     other = peers(peers.Peer, quiet_fleet, "dev-b").open()
@@ -103,6 +104,7 @@ def test_a_device_reads_exactly_its_own(quiet_fleet, peers, witness):
     peers.until(lambda: len({topic for topic, _ in device.got}) >= 4, "all four")
 
 
+@pytest.mark.attack("cross-device publish")
 def test_a_will_cannot_speak_for_another(quiet_fleet, peers, witness):
     seen = len(witness.got)
     for victim in ("skerry/1/d/dev-b/state", "$MQTT/msgs/skerry/1/d/dev-b/state", "skerry/1/server/state"):
@@ -126,6 +128,7 @@ def test_a_certificate_of_another_authority_is_refused(quiet_fleet, peers):
     assert stranger.refused()
 
 
+@pytest.mark.attack("cross-device publish")
 def test_a_device_cannot_wipe_or_replace_what_the_server_retained(quiet_fleet, peers, witness):
     device = peers(peers.Peer, quiet_fleet, "dev-a").open()
     kept = {

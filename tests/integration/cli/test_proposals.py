@@ -149,6 +149,7 @@ def test_a_withdrawn_proposal_takes_no_signature(office: Office) -> None:
     assert {"proposal.open", "proposal.sign", "proposal.withdraw"} <= set(actions)
 
 
+@pytest.mark.attack("stolen server slips a bundle in")
 def test_a_stolen_server_that_slips_a_bundle_into_a_proposal_gets_no_signature(office: Office) -> None:
     proposal = office.propose("ada", "floor", "set", "gas", "1.1.0", beside="bea")
     with sqlite3.connect(office.server.data / "server.db", timeout=30) as db:

@@ -39,6 +39,7 @@ def synced(server: ServerRig, root: bytes, cache: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.attack("fast-forwarded versions")
 def test_a_thiefs_versions_are_left_behind_by_a_root_with_another_online_key(
     cli: Cli, server: ServerRig, folder: Path, tmp_path: Path
 ) -> None:

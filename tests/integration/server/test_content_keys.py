@@ -61,6 +61,7 @@ def unwrap(answer: Any, key: ec.EllipticCurvePrivateKey, device: str, digest: st
     return sealed.unwrap(wrapped, wrapping, about, AESGCM)
 
 
+@pytest.mark.attack("stolen repository")
 def test_a_stolen_repository_or_database_shows_no_weights(server: ServerRig, approved: tuple[str, Path]) -> None:
     _, folder = approved
     pieces = [(folder / name).read_bytes() for name in ("model.onnx", "golden.jsonl", "padding.bin")]
@@ -80,6 +81,7 @@ def test_a_stolen_repository_or_database_shows_no_weights(server: ServerRig, app
     assert not list((server.data / "validation").iterdir()), "what was laid out in the clear is gone"
 
 
+@pytest.mark.attack("foreign content key")
 def test_a_device_gets_the_key_of_what_its_group_runs_and_of_nothing_else(
     server: ServerRig, operator: Operator, approved: tuple[str, Path], device: DeviceRig, tmp_path: Path
 ) -> None:
@@ -103,6 +105,7 @@ def test_a_device_gets_the_key_of_what_its_group_runs_and_of_nothing_else(
     assert [(one["device"], one["times"]) for one in given if one["device"] == device.id] == [(device.id, 2)]
 
 
+@pytest.mark.attack("foreign content key")
 def test_a_thief_of_the_signing_key_cannot_put_an_encryption_key_of_his_own_in_its_place(
     server: ServerRig, approved: tuple[str, Path], device: DeviceRig
 ) -> None:

@@ -98,6 +98,7 @@ BOMB = gzip.compress(b"\0" * (MOST_TEXT + 1))
      (gzip.compress(b"x") * 2, "bad_logs"), (b"", "bad_logs")],
     ids=["packed", "unpacked", "plain", "cut", "twice", "empty"],
 )  # fmt: skip
+@pytest.mark.attack("decompression bomb")
 def test_what_cannot_be_taken_ends_the_request_and_nothing_of_it_is_kept(
     server: ServerRig, device: DeviceRig, packed: bytes, code: str
 ) -> None:

@@ -35,6 +35,7 @@ def p256() -> ec.EllipticCurvePrivateKey:
 # --- enrolment -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("foreign names in a CSR")
 def test_the_certificate_carries_the_device_id_and_nothing_that_the_request_asked_for(server: ServerRig) -> None:
     key = p256()
     token = new_token(server, device_id="plain-1")
@@ -58,6 +59,7 @@ def test_the_certificate_carries_the_device_id_and_nothing_that_the_request_aske
 
 
 @pytest.mark.parametrize("name", ["_server", "someone-else", "*", "plain-2.evil", "PLAIN-2"])
+@pytest.mark.attack("foreign names in a CSR")
 def test_a_request_under_another_name_gets_no_certificate(server: ServerRig, name: str) -> None:
     found = enrol(server, new_token(server, device_id="plain-2"), p256(), name)
     assert (found.status, found.code) == (403, "wrong_device")
@@ -210,6 +212,7 @@ def test_an_ed25519_device_signs_with_its_own_algorithm(server: ServerRig) -> No
     ],
     ids="-".join,
 )
+@pytest.mark.attack("replay of a signed request")
 def test_a_token_for_another_request_or_time_is_refused(device: DeviceRig, changes: dict[str, Any]) -> None:
     claims = device.claims("GET", "/device/v1/self", **changes)
     if changes.get("nonce", "") is None:
@@ -219,6 +222,7 @@ def test_a_token_for_another_request_or_time_is_refused(device: DeviceRig, chang
     assert found.code in ("bad_device_token", "bad_nonce")
 
 
+@pytest.mark.attack("replay of a signed request")
 def test_a_replayed_token_is_refused(device: DeviceRig) -> None:
     signed = device.signed(device.claims("GET", "/device/v1/self"))
     assert device.ask("GET", "/device/v1/self", authorization=signed).status == 200

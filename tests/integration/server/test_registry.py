@@ -169,6 +169,7 @@ def _alive(process: psutil.Process) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.attack("arbitrary software")
 def test_a_bundle_that_nobody_approved_runs_nowhere(server: ServerRig, operator: Operator, tmp_path: Path) -> None:
     digest = operator.push("lonely", "1.0.0")
     assert server.good("GET", f"/api/v1/bundles/{digest}")["state"] == "validated"
@@ -257,6 +258,7 @@ def test_an_upload_cut_short_leaves_nothing(server: ServerRig, tmp_path: Path) -
 # --- metadata and static files -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("rollback of metadata")
 def test_forged_or_stale_metadata_is_refused_and_nothing_changes(
     server: ServerRig, operator: Operator, tmp_path: Path
 ) -> None:
@@ -298,6 +300,7 @@ def test_forged_or_stale_metadata_is_refused_and_nothing_changes(
         "blobs/sha256/link/admin.token",
     ],
 )
+@pytest.mark.attack("path traversal")
 def test_nothing_outside_the_repository_is_served(server: ServerRig, operator: Operator, path: str) -> None:
     link = server.data / "repository" / "blobs" / "sha256" / "link"
     if not link.is_symlink():

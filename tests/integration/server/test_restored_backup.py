@@ -45,6 +45,7 @@ def status(server: ServerRig) -> dict[str, int]:
     return {role: one["version"] for role, one in server.good("GET", "/api/v1/repository/status").items()}
 
 
+@pytest.mark.attack("server restored from a backup")
 def test_versions_jump_above_what_devices_report_and_the_catalog_is_handed_in_again(
     lone_rig: ServerRig, lone_maker: Operator, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_a_version_never_gets_a_second_digest(fleet, gas, make_bundle):
         fleet.propose(catalog.Change(add=(gas.addition(),)))
 
 
+@pytest.mark.attack("rollback of a model")
 def test_bundle_below_its_floor_and_a_lowered_floor_are_refused(fleet, gas):
     fleet.install(fleet.propose(catalog.Change(floors={"gas": "2.0.0"})))
     with pytest.raises(RefusedForSafety, match="below the floor"):
@@ -108,6 +109,7 @@ def test_bundle_below_its_floor_and_a_lowered_floor_are_refused(fleet, gas):
     assert "! floor of gas: 2.0.0 -> none" in made.difference.text()
 
 
+@pytest.mark.attack("stolen server slips a bundle in")
 def test_catalog_that_the_server_made_up_is_not_a_base_for_the_next(fleet, gas):
     current = Metadata.from_bytes(fleet.metadata_file("1.catalog.json").read_bytes())
     path = layout.manifest_target("gas", "6.6.6")
@@ -289,6 +291,7 @@ class TestTwoOfThree:
             self.cosign(fleet, made, "bea", metadata=mixed.to_bytes())
 
     @pytest.mark.parametrize("how", ["unsigned", "by the server"])
+    @pytest.mark.attack("stolen server slips a bundle in")
     def test_a_bundle_that_the_server_slips_into_a_proposal_is_not_signed(self, fleet, gas, make_bundle, how):
         """Only an approver's signature makes a change a colleague's: whoever holds the server has none."""
         made = fleet.propose(catalog.Change(add=(gas.addition(),)), others=("bea",))

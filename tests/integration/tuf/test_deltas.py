@@ -273,6 +273,7 @@ def dripping(handler, data):
     [endless, silent, broken_off, refused, failing, elsewhere, unlimited, dripping],
     ids=lambda how: how.__name__,
 )
+@pytest.mark.attack("endless data", "slow retrieval")
 def test_a_server_that_misbehaves_with_deltas_ends_in_the_whole_file_at_a_bounded_price(place, spoil):
     size = place.make()
     place.spoil(spoil)

@@ -50,6 +50,7 @@ def head(handler, length):
     handler.end_headers()
 
 
+@pytest.mark.attack("arbitrary software")
 def test_flipped_byte_in_a_blob_is_refused_and_nothing_of_it_stays(fleet, device, big):
     sha256 = weights_file(big)["sha256"]
     path = fleet.path / "blobs" / "sha256" / sha256[:2] / sha256
@@ -64,6 +65,7 @@ def test_flipped_byte_in_a_blob_is_refused_and_nothing_of_it_stays(fleet, device
     assert part_of(device, big).stat().st_size == 0
 
 
+@pytest.mark.attack("endless data")
 def test_endless_blob_ends_at_its_signed_size(fleet, device, big):
     def endless(handler, _data):
         handler.send_response(200)
@@ -126,6 +128,7 @@ def test_wrong_bytes_in_run_after_run_stay_a_word_about_the_mirror(fleet, device
     assert device.ok("fetch", **fetch(big))["files"] == {"here": 1, "resuming": 1}
 
 
+@pytest.mark.attack("slow retrieval")
 def test_slow_blob_is_given_up_in_bounded_time_and_what_came_is_kept(fleet, device, big):
     def dripping(handler, data):
         head(handler, len(data))
@@ -141,6 +144,7 @@ def test_slow_blob_is_given_up_in_bounded_time_and_what_came_is_kept(fleet, devi
     assert time.monotonic() - began < 15
 
 
+@pytest.mark.attack("slow retrieval")
 def test_silent_connections_are_bounded(fleet, device, big):
     tries = []
     fleet.site.spoils["/repository/blobs/"] = lambda _h, _d: tries.append(1) or fleet.site.over.wait(2) or True
@@ -336,6 +340,7 @@ def test_manifest_of_another_digest_is_refused(device, big, make_bundle):
 
 
 @pytest.mark.parametrize("path", ["../escape", "/etc/escape", "a/../../escape", ".hidden", "", "a//b", "a\\b"])
+@pytest.mark.attack("path traversal")
 def test_paths_that_would_leave_the_slot_are_refused(device, big, path):
     before = device.files()
     wrong = fetch(big, files=[{**weights_file(big), "path": path}])
@@ -343,6 +348,7 @@ def test_paths_that_would_leave_the_slot_are_refused(device, big, path):
     assert device.files() == before
 
 
+@pytest.mark.attack("extraneous dependencies")
 def test_files_that_the_manifest_does_not_name_are_refused(device, big):
     wrong = fetch(big, files=[{**weights_file(big), "sha256": "0" * 64}])
     assert device.error("fetch", **wrong) == ("rejected", "bad_request")

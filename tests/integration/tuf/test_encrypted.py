@@ -143,6 +143,7 @@ def test_a_manifest_that_was_changed_on_the_card_opens_nothing(card: Card) -> No
 
 
 @pytest.mark.parametrize("harm", ["another device's", "another bundle's", "another content key", "rubbish", "gone"])
+@pytest.mark.attack("foreign content key")
 def test_a_wrapped_key_that_is_not_this_ones_is_asked_for_anew_and_opens_nothing(card: Card, harm: str) -> None:
     match harm:
         case "another device's":

@@ -31,6 +31,7 @@ def test_wrong_root_is_refused_before_the_token_is_spent(fleet, blank):
     assert blank.files() == {}
 
 
+@pytest.mark.attack("stolen server enrols a device")
 def test_server_that_swaps_the_root_is_refused(fleet, blank, make_fleet):
     other = make_fleet("other")
     fleet.metadata_file("1.root.json").write_bytes(other.ceremony.root)
@@ -54,6 +55,7 @@ def test_server_that_shows_our_ca_but_holds_another_key_gets_nothing(fleet, blan
     assert blank.files() == {}
 
 
+@pytest.mark.attack("stolen server enrols a device")
 def test_an_existing_root_is_never_replaced(fleet, device, make_fleet):
     before = device.files()
     other = make_fleet("other")

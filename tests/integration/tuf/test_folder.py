@@ -58,6 +58,7 @@ def test_a_folder_brings_a_whole_update_without_any_network(fleet, device, bundl
     assert device.progress[-1]["total_done"] == device.progress[-1]["total_size"]
 
 
+@pytest.mark.attack("rollback of metadata")
 def test_a_folder_older_than_what_the_device_saw_is_a_rollback(fleet, device, bundle, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(fleet.path, old)
@@ -190,6 +191,7 @@ def pipe(path: Path, _elsewhere: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [linked_file, linked_folder, pipe])
+@pytest.mark.attack("symlink")
 def test_links_and_pipes_in_a_folder_are_not_followed(device, bundle, stick, tmp_path, spoil):
     began = time.monotonic()
     metadata = stick / "metadata" / "timestamp.json"
@@ -216,6 +218,7 @@ def test_a_folder_that_lacks_something_or_cannot_be_read_says_what(device, stick
     assert "fleet.json" in answer["detail"]
 
 
+@pytest.mark.attack("endless data")
 def test_an_endless_file_of_a_folder_is_cut_off(device, stick):
     with (stick / "metadata" / "timestamp.json").open("r+b") as file:
         file.truncate(8 << 30)

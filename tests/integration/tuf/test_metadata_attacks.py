@@ -54,6 +54,7 @@ class Thief:
         self.snapshot(lambda s: s.meta.__setitem__(f"{name}.json", meta_of(data, version)))
 
 
+@pytest.mark.attack("arbitrary software")
 def test_flipped_byte_in_a_manifest(fleet, device, gas):
     path = next(fleet.path.glob("targets/catalog/gas/1.0.0/*.manifest.json"))
     data = bytearray(path.read_bytes())
@@ -98,11 +99,13 @@ def test_flipped_byte_in_the_group_document(fleet, device, gas):
     assert [said["membership"]["orders"] for said in device.progress] == [{"cancel": 7}]
 
 
+@pytest.mark.attack("arbitrary software")
 def test_unlisted_bundle_and_other_digest_are_not_in_the_catalog(device, gas, make_bundle):
     assert device.error("manifest", model="gas", version="2.0.0", digest=gas.digest) == ("rejected", "not_in_catalog")
     assert device.error("manifest", model="gas", version="1.0.0", digest="0" * 64) == ("rejected", "not_in_catalog")
 
 
+@pytest.mark.attack("arbitrary software")
 def test_stolen_online_key_cannot_sign_a_catalog(fleet, device, gas, make_bundle):
     device.sync()
     evil = make_bundle("gas", "6.6.6")
@@ -120,6 +123,7 @@ def test_stolen_online_key_cannot_sign_a_catalog(fleet, device, gas, make_bundle
         assert synced["catalog_error"]["code"] == "bad_signature"
 
 
+@pytest.mark.attack("arbitrary software")
 def test_stolen_online_key_cannot_list_a_bundle_in_fleet(fleet, device, gas, make_bundle):
     evil = make_bundle("gas", "6.6.6")
     path = layout.manifest_target("gas", "6.6.6")
@@ -135,6 +139,7 @@ def test_stolen_online_key_cannot_list_a_bundle_in_fleet(fleet, device, gas, mak
     assert device.error("manifest", model="gas", version="6.6.6", digest=evil.digest) == ("rejected", "not_in_catalog")
 
 
+@pytest.mark.attack("wrong-group document")
 def test_stolen_online_key_cannot_give_a_group_the_document_of_another(fleet, device, gas):
     other = fleet.document(7, "line-2")
     path = layout.group_target("line-1")
@@ -153,6 +158,7 @@ def test_stolen_online_key_cannot_give_a_group_the_document_of_another(fleet, de
     assert "the document is of group line-2" in answer["detail"]
 
 
+@pytest.mark.attack("rollback of metadata")
 def test_stolen_online_key_cannot_bring_back_an_old_catalog(fleet, device, gas, make_bundle):
     fleet.approve(make_bundle("gas", "1.1.0"))
     device.sync()
@@ -160,6 +166,7 @@ def test_stolen_online_key_cannot_bring_back_an_old_catalog(fleet, device, gas, 
     assert device.error("manifest", model="gas", version="1.0.0", digest=gas.digest) == ("rejected", "rollback")
 
 
+@pytest.mark.attack("rollback of metadata")
 def test_catalog_below_the_version_seen_is_refused_even_when_tuf_forgot_its_snapshot(fleet, device, gas, make_bundle):
     fleet.approve(make_bundle("gas", "1.1.0"))
     device.sync()
@@ -170,6 +177,7 @@ def test_catalog_below_the_version_seen_is_refused_even_when_tuf_forgot_its_snap
         assert device.error("manifest", model="gas", version="1.0.0", digest=gas.digest) == ("rejected", "rollback")
 
 
+@pytest.mark.attack("rollback of metadata")
 def test_rollback_of_the_timestamp(fleet, device, gas):
     old = fleet.metadata_file("timestamp.json").read_bytes()
     fleet.repository.publish_group("line-1", fleet.document(2))
@@ -178,6 +186,7 @@ def test_rollback_of_the_timestamp(fleet, device, gas):
     assert device.error("sync", group="line-1") == ("rejected", "rollback")
 
 
+@pytest.mark.attack("rollback of metadata")
 def test_rollback_of_the_snapshot(fleet, device, gas):
     fleet.repository.publish_group("line-1", fleet.document(2))
     device.sync()
@@ -187,11 +196,13 @@ def test_rollback_of_the_snapshot(fleet, device, gas):
     assert device.error("sync", group="line-1") == ("rejected", "rollback")
 
 
+@pytest.mark.attack("freeze")
 def test_expired_timestamp(fleet, device, gas):
     late = time.time() + 1.5 * 86400
     assert device.error("sync", group="line-1", now_s=late) == ("rejected", "expired")
 
 
+@pytest.mark.attack("emergency return")
 def test_expired_catalog_stops_new_bundles_but_not_the_group_document(fleet, device, gas):
     later = dt.timedelta(days=200)
     fleet.clock.ahead = later
@@ -205,6 +216,7 @@ def test_expired_catalog_stops_new_bundles_but_not_the_group_document(fleet, dev
     assert synced["catalog_error"]["code"] == "expired"
 
 
+@pytest.mark.attack("freeze", "clock poisoning")
 def test_freeze_is_seen_by_the_signed_lower_bound_when_the_wall_clock_is_wrong(fleet, device, gas):
     frozen = shutil.copytree(fleet.path / "metadata", fleet.folder / "frozen")
     fleet.clock.ahead = dt.timedelta(days=2)
@@ -223,6 +235,7 @@ def test_freeze_is_seen_by_the_signed_lower_bound_when_the_wall_clock_is_wrong(f
     assert device.ask("sync", group="line-1", now_s=0)["ok"]["signed_at"] < fresh["signed_at"]
 
 
+@pytest.mark.attack("clock poisoning")
 def test_lower_bound_is_void_once_root_drops_the_key_that_gave_it(fleet, device, gas):
     far = time.time() + 30 * 86400
     keys = [fleet.online.public_key.keyid]
@@ -231,6 +244,7 @@ def test_lower_bound_is_void_once_root_drops_the_key_that_gave_it(fleet, device,
         assert device.sync(lower_bound_s=poisoned, lower_bound_keys=["0" * 64])["online_keys"] == keys
 
 
+@pytest.mark.attack("endless data")
 def test_endless_metadata_ends_at_its_limit(fleet, device, gas):
     def endless(handler, _data):
         handler.send_response(200)
@@ -244,6 +258,7 @@ def test_endless_metadata_ends_at_its_limit(fleet, device, gas):
     assert device.error("sync", group="line-1") == ("rejected", "size_mismatch")
 
 
+@pytest.mark.attack("slow retrieval")
 def test_slow_metadata_ends_at_the_errands_time(fleet, device, gas):
     def dripping(handler, data):
         handler.send_response(200)
@@ -260,6 +275,7 @@ def test_slow_metadata_ends_at_the_errands_time(fleet, device, gas):
     assert time.monotonic() - began < 8
 
 
+@pytest.mark.attack("slow retrieval")
 def test_silent_peer_ends_at_the_gap(fleet, device, gas):
     fleet.site.spoils["/repository/metadata/timestamp.json"] = lambda _h, _d: fleet.site.over.wait(30) or True
     assert device.error("sync", group="line-1", limits={"gap_s": 0.5}) == ("transient", "timeout")
@@ -271,6 +287,7 @@ def test_garbage_metadata_is_named(fleet, device, gas, text):
     assert device.error("sync", group="line-1") == ("rejected", "malformed_metadata")
 
 
+@pytest.mark.attack("clock poisoning")
 def test_timestamp_without_its_signing_time_is_refused(fleet, device, gas):
     for wrong in (None, "yesterday", True, -1, 1 << 62):
         Thief(fleet).timestamp(lambda t, wrong=wrong: t.unrecognized_fields.__setitem__(layout.SIGNED_AT_FIELD, wrong))
@@ -278,6 +295,7 @@ def test_timestamp_without_its_signing_time_is_refused(fleet, device, gas):
 
 
 @pytest.mark.parametrize("group", ["../../catalog/floors", "line-1/../../x", "%2e%2e", "", "a" * 64])
+@pytest.mark.attack("path traversal")
 def test_group_names_that_would_leave_their_folder_never_become_a_path(fleet, device, gas, group):
     fleet.site.devices.clear()  # so that the request's group counts
     asked = len(fleet.site.asked)
@@ -289,6 +307,7 @@ def test_group_names_that_would_leave_their_folder_never_become_a_path(fleet, de
 @pytest.mark.parametrize(
     ("model", "version"), [("../fleet", "1.0.0"), ("gas", "../../1.0.0"), ("gas", "1.0"), ("", "")]
 )
+@pytest.mark.attack("path traversal")
 def test_bundle_names_that_would_leave_their_folder_never_become_a_path(device, gas, model, version):
     assert device.error("manifest", model=model, version=version, digest=gas.digest) == ("rejected", "bad_request")
 

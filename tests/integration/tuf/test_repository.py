@@ -134,6 +134,7 @@ def test_catalog_versions_go_up_by_one(fleet, gas):
         "catalog/gas/1.0.0/manifest.json/",
     ],
 )
+@pytest.mark.attack("path traversal")
 def test_path_traversal_in_target_names_is_refused(fleet, gas, path):
     made = Metadata.from_bytes(proposal(fleet, gas).metadata)
     made.signed.targets[path] = TargetFile.from_data(path, gas.manifest, ["sha256"])
@@ -216,6 +217,7 @@ def test_approvers_are_replaced_in_two_steps_while_devices_are_served(fleet, gas
     assert refused(fleet.repository.install_catalog, stale.to_bytes(), None, fleet.manifest) == "bad_signature"
 
 
+@pytest.mark.attack("extraneous dependencies")
 def test_targets_with_other_delegations_are_refused(fleet):
     def spoiled(change):
         metadata = Metadata.from_bytes(fleet.ceremony.targets)
@@ -331,6 +333,7 @@ def test_signing_time_never_goes_back_when_the_servers_clock_does(fleet, device)
 
 
 @pytest.mark.parametrize("days", [5, 30, 400])
+@pytest.mark.attack("clock poisoning")
 def test_a_clock_that_ran_ahead_once_stops_no_device(fleet, device, days):
     device.sync()
     fleet.clock.ahead = dt.timedelta(days=days)
@@ -369,6 +372,7 @@ def test_a_server_that_was_off_for_long_catches_up(fleet, tmp_path):
     assert lag_days() == pytest.approx(0, abs=0.1)
 
 
+@pytest.mark.attack("server restored from a backup")
 def test_restored_backup_jumps_above_what_devices_hold(fleet, device, tmp_path):
     import shutil
 

@@ -178,6 +178,7 @@ def test_kill_at_every_write_of_a_rotation_ends_in_one_that_devices_follow(fleet
     assert device.sync()["online_keys"] == [new.public_key.keyid]
 
 
+@pytest.mark.attack("fast-forwarded versions")
 def test_versions_that_a_thief_ran_ahead_are_left_behind_with_his_key(fleet, gas, device):
     fleet.approve(gas)
     fleet.repository.publish_group("line-1", fleet.document(1))
@@ -248,6 +249,7 @@ def test_a_time_from_a_key_that_stood_beside_another_goes_when_root_names_the_ot
     assert device.error("sync", group="line-1", **bound, lower_bound_keys=kept) == ("rejected", "expired")
 
 
+@pytest.mark.attack("fast-forwarded versions", "clock poisoning")
 def test_a_time_that_was_signed_far_ahead_on_this_very_disk_goes_with_its_key(fleet, gas, device):
     fleet.approve(gas)
     fleet.clock.ahead = dt.timedelta(days=400)

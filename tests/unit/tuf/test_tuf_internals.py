@@ -15,6 +15,7 @@ OVERRIDDEN = {
     "_load_root": "(self) -> None",
     "_load_timestamp": "(self) -> None",
     "_load_targets": "(self, role: str, parent_role: str) -> tuf.api._payload.Targets",
+    "_download_metadata": "(self, rolename: str, length: int, version: int | None = None) -> bytes",
     "_persist_file": "(self, filename: str, data: bytes) -> None",
     "_update_root_symlink": "(self) -> None",
 }

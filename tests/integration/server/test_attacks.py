@@ -1,0 +1,310 @@
+"""Attacks by name on a real server and through it: a proxy, a thief of its disk, names and documents that deceive. Couriers and tool are real."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from skerry_cli import key_files, keys
+from skerry_contract import canonical, enrolment, group, layout
+from skerry_contract import manifest as m
+from skerry_server.metadata import load_online_signer
+from skerry_server.repository import Repository
+from tuf.api.metadata import Metadata, TargetFile
+
+from tests import models
+from tests.integration.cli.conftest import CliHere
+from tests.integration.tuf.conftest import Device
+from tests.proxy import Proxy
+from tests.rig_server import DeviceRig, Operator, ServerRig, csr
+
+USAGE, REFUSED = 2, 3
+AS_JSON = {"Content-Type": "application/json"}
+# Cyrillic, Greek, full width, another script's digit, an invisible joiner, the other direction, a combining accent.
+LOOK_ALIKES = ("g\u0430s", "g\u03b1s", "\uff47as", "gas\u0661", "ga\u200ds", "\u202esag", "ga\u0301s", "GAS")
+
+
+def courier(url: str, state_dir: Path) -> Device:
+    return Device(SimpleNamespace(site=SimpleNamespace(url=url), url=f"{url}/repository"), state_dir)  # type: ignore[arg-type]
+
+
+def token_for(server: ServerRig, operator: Operator, device: str, url: str = "") -> str:
+    """What an operator gives to a new device: the server's part, with the root that the operator's own ceremony made."""
+    wish = {"device_id": device, "group": "press", "expires_s": 600}
+    found = enrolment.Enrolment(
+        server_url=url or server.url,
+        token=server.good("POST", "/api/v1/enrolment-tokens", wish)["token"],
+        ca_sha256=server.good("GET", "/api/v1/info")["ca_sha256"],
+        root_sha256=operator.ceremony.root_sha256,
+    )
+    return enrolment.build(found)
+
+
+@pytest.fixture
+def proxy(server: ServerRig) -> Iterator[Proxy]:
+    found = Proxy(server)
+    yield found
+    found.close()
+
+
+@pytest.mark.attack("replay of a signed request")
+def test_what_a_proxy_records_is_of_no_use_to_it(
+    server: ServerRig, operator: Operator, proxy: Proxy, tmp_path: Path
+) -> None:
+    device = courier(proxy.url, tmp_path / "state")
+    device.ok("enrol", token=token_for(server, operator, "proxied-1", proxy.url))
+    assert device.ok("sync", group="press")["self_error"] is None
+    (own,) = [one for one in proxy.seen if one.path == "/device/v1/self"]
+    assert proxy.send(own).status == 401, "the same bytes again"
+
+    # It holds a signed request back, so that its nonce is unused, and changes it on the way: another body, path, method, key.
+    proxy.held = lambda request: request.path == "/device/v1/renew"
+    assert device.error("renew") == ("transient", "unreachable")
+    renewal = [one for one in proxy.seen if one.path == "/device/v1/renew"][-1]
+    thief = ec.generate_private_key(ec.SECP256R1())
+    other = json.dumps({"csr": csr(thief, "proxied-1")}).encode()
+    changes: tuple[dict[str, Any], ...] = (
+        {"body": other},
+        {"body": renewal.body + b" "},
+        {"path": "/device/v1/keys/" + "0" * 64},
+        {"method": "GET", "path": "/device/v1/self"},
+        {"path": "/device/v1/logs/1"},
+        {"Authorization": own.headers["Authorization"]},
+    )
+    for change in changes:
+        assert proxy.send(renewal, **change).status == 401, change
+    # Late, and as it was, it is the device's own word; and that once.
+    assert [proxy.send(renewal).status for _ in range(2)] == [200, 401]
+    # The enrolment, again: of the key that signed it, and of no other.
+    (entry,) = [one for one in proxy.seen if one.path == "/device/v1/enrol"]
+    body = {**json.loads(entry.body), "csr": csr(thief, "proxied-1")}
+    assert proxy.send(entry, body=json.dumps(body).encode()).status == 401
+
+
+def trusted(device: Device) -> dict[str, bytes]:
+    """What a device's trust stands on; versions that the stolen online key ran ahead are left behind with that key (``fast-forwarded versions``)."""
+    return {
+        name: data for name, data in device.files().items() if name not in ("tuf/timestamp.json", "tuf/snapshot.json")
+    }
+
+
+class Thief:
+    """Has the server's disk: its online key, its CA, its repository; and puts a repository of his own in its place."""
+
+    def __init__(self, server: ServerRig, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        self.place = server.data / "repository"
+        now = dt.datetime.now(dt.UTC)
+        online = key_files.read_online_keys(json.dumps(server.good("GET", "/api/v1/repository/online-keys")))
+        self.ceremony = keys.hold_ceremony(folder / "keys", online_keys=online, password=None, now=now)
+        signer = load_online_signer(server.data / "keys" / "online.pem")
+        self.own = Repository(folder / "repository", signer, lambda: dt.datetime.now(dt.UTC))
+        self.own.install(root=self.ceremony.root, targets=self.ceremony.targets)
+        self.evil = folder / "evil"
+        self.digest = models.build_bundle(self.evil, "gas", "6.6.6")
+        manifest = (self.evil / m.MANIFEST_FILE).read_bytes()
+        for file in m.parse(manifest).variants[0].files:
+            self.own.put_blob([(self.evil / file.path).read_bytes()], file.sha256)
+        path = layout.manifest_target("gas", "6.6.6")
+        catalog = Metadata.from_bytes(self.ceremony.catalog)
+        custom = {"custom": {"submitter": "ci", "approvers": ["approver"]}}
+        catalog.signed.targets[path] = TargetFile(len(manifest), {"sha256": self.digest}, path, custom)
+        catalog.sign(key_files.load_signer(self.ceremony.key_path("approver"), None))
+        self.own.install_catalog(catalog.to_bytes(), self.ceremony.floors, lambda _: manifest)
+        stable = group.Target(digest=self.digest, version="6.6.6")
+        document = group.GroupDocument(
+            schema=1, group="press", generation=99, models={"gas": group.ModelPlan(stable=stable)}
+        )
+        self.own.publish_group("press", group.encode(document))
+        self.own.raise_versions({"timestamp": 1000, "snapshot": 1000, "fleet": 1000})
+
+    def __enter__(self) -> Thief:
+        self.honest = self.folder / "honest"
+        self.place.rename(self.honest)
+        shutil.copytree(self.folder / "repository", self.place)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.place)
+        self.honest.rename(self.place)
+
+
+@pytest.mark.attack("stolen server enrols a device", "arbitrary software")
+def test_a_stolen_server_brings_no_device_under_a_root_of_its_own(
+    server: ServerRig, operator: Operator, tmp_path: Path
+) -> None:
+    known, new = courier(server.url, tmp_path / "known"), courier(server.url, tmp_path / "new")
+    known.ok("enrol", token=token_for(server, operator, "known-1"))
+    known.ok("sync", group="press")
+    given = token_for(server, operator, "new-1")
+    with Thief(server, tmp_path / "thief") as thief:
+        # A new device with what its operator gave it: refused before the token is spent, and nothing of it stays.
+        assert new.error("enrol", token=given) == ("rejected", "untrusted_root")
+        assert not [name for name in new.files() if not name.startswith("identity/device.key")]
+        # One that is there, also when it is enrolled again with a token that the thief made.
+        before = trusted(known)
+        assert known.error("sync", group="press") == ("rejected", "bad_signature")
+        wrong = enrolment.parse(token_for(server, operator, "known-1"))
+        changed = enrolment.Enrolment(
+            server_url=wrong.server_url, token=wrong.token, ca_sha256=wrong.ca_sha256, root_sha256=thief.ceremony.root_sha256
+        )  # fmt: skip
+        assert known.error("enrol", token=enrolment.build(changed)) == ("rejected", "untrusted_root")
+        assert trusted(known) == before
+        # A device that the thief brings himself is his own: it runs what he likes, and nobody else's does.
+        his = courier(server.url, tmp_path / "his")
+        mine = enrolment.parse(token_for(server, operator, "his-1"))
+        changed = enrolment.Enrolment(
+            server_url=mine.server_url, token=mine.token, ca_sha256=mine.ca_sha256, root_sha256=thief.ceremony.root_sha256
+        )  # fmt: skip
+        his.ok("enrol", token=enrolment.build(changed))
+        his.ok("sync", group="press")
+        assert his.ok("manifest", model="gas", version="6.6.6", digest=thief.digest)
+    # The thief has the root that the operator made, and everything of the server: he enrols, assigns, and can approve nothing.
+    assert new.ok("enrol", token=given)["device_id"] == "new-1"
+    new.ok("sync", group="press")
+    assert new.error("manifest", model="gas", version="6.6.6", digest=thief.digest) == ("rejected", "not_in_catalog")
+
+
+@pytest.fixture(scope="module")
+def cli(server: ServerRig, operator: Operator, tmp_path_factory: pytest.TempPathFactory) -> CliHere:
+    folder = tmp_path_factory.mktemp("operator-cli")
+    environment = {
+        "SKERRY_SERVER": server.url,
+        "SKERRY_TOKEN": server.token,
+        "SKERRY_CA": str(server.ca_file),
+        "SKERRY_KEYS": str(operator.folder / "keys"),
+    }
+    return CliHere(folder, environment)
+
+
+@pytest.mark.attack("homoglyph name")
+def test_names_that_look_like_others_are_refused_wherever_one_is_made(
+    server: ServerRig, operator: Operator, cli: CliHere, tmp_path: Path
+) -> None:
+    built = tmp_path / "bundle"
+    models.build_bundle(built, "gas", "1.0.0")
+    honest = json.loads((built / m.MANIFEST_FILE).read_bytes())
+    for name in LOOK_ALIKES:
+        value = {**honest, "model": name}
+        refused = [
+            server.ask("POST", "/api/v1/bundles", data=canonical.encode(value)),
+            server.ask("POST", "/api/v1/enrolment-tokens", {"device_id": name, "group": "press"}),
+            server.ask("POST", "/api/v1/enrolment-tokens", {"serial_prefix": name, "group": "press", "uses": 2}),
+            server.ask("POST", "/api/v1/enrolment-tokens", {"device_id": "d-1", "group": name}),
+            server.ask("POST", "/api/v1/tokens", {"name": name, "role": "viewer"}),
+        ]
+        assert [(found.status, name) for found in refused if found.status not in (400, 404, 422)] == []
+        (built / m.MANIFEST_FILE).write_bytes(canonical.encode(value))
+        for command in (
+            ()
+            if name not in LOOK_ALIKES[:2]
+            else (
+                ("push", built),
+                ("approve", f"{name}@1.0.0"),
+                ("floor", "set", name, "1.0.0", "--yes"),
+            )
+        ):
+            done = cli(*command)
+            assert done.code == USAGE, (command, done)
+            assert "[a-z0-9]" in done.err or "name" in done.err, (command, done)
+    for version in ("1.0.\u0661", "\uff11.0.0", "1.0.0\u200b"):
+        found = server.ask("POST", "/api/v1/bundles", data=canonical.encode({**honest, "version": version}))
+        assert (found.status, found.code) == (422, "malformed")
+    listed = json.dumps(
+        [server.good("GET", f"/api/v1/{what}?limit=1000") for what in ("bundles", "groups", "devices", "tokens")],
+        ensure_ascii=False,
+    )
+    assert listed.isascii()
+
+
+@pytest.mark.attack("homoglyph name")
+def test_a_signer_or_submitter_whose_name_looks_like_another_is_not_signed(operator: Operator) -> None:
+    """Of a catalog too: what an approver is shown are names of the grammar alone."""
+    from skerry_cli import catalog
+    from skerry_cli.errors import CliError
+
+    addition = catalog.Addition(model="gas", version="1.0.0", digest="0" * 64, submitter="\u0430da")
+    with pytest.raises(CliError, match="submitter"):
+        operator._approver().change(catalog.Change(add=(addition,)), now=dt.datetime.now(dt.UTC))
+
+
+@pytest.mark.attack("oversized manifest", "duplicate JSON key", "symlink", "decompression bomb")
+def test_what_is_no_plain_bundle_is_refused_by_the_tool_and_by_the_server(
+    server: ServerRig, cli: CliHere, tmp_path: Path
+) -> None:
+    built = tmp_path / "bundle"
+    models.build_bundle(built, "plain", "1.0.0")
+    manifest = (built / m.MANIFEST_FILE).read_bytes()
+    before = server.good("GET", "/api/v1/bundles?limit=1000")["items"]
+
+    large = canonical.encode({**json.loads(manifest), "pad": "x" * m.MAX_BYTES})
+    doubled = manifest.replace(b'"version":"1.0.0"', b'"version":"0.9.0","version":"1.0.0"')
+    deep = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+    wrong = {large: "1048576", doubled: "canonical", deep: "deep"}
+    for data, words in wrong.items():
+        found = server.ask("POST", "/api/v1/bundles", data=data)
+        assert (found.status, found.code) == (422, "malformed"), found.data
+        assert words in found.json()["error"]["message"]
+        (built / m.MANIFEST_FILE).write_bytes(data)
+        done = cli("push", built)
+        assert done.code == USAGE, done
+        assert words in done.err or "recursion" in done.err, done
+    far_too_large = server.ask("POST", "/api/v1/bundles", data=b"[" + b" " * 40_000_000)
+    assert (far_too_large.status, far_too_large.code) == (413, "too_large")
+
+    (built / m.MANIFEST_FILE).write_bytes(manifest)
+    model = built / "model.onnx"
+    outside = tmp_path / "model.onnx"
+    model.rename(outside)
+    model.symlink_to(outside)
+    done = cli("push", built)
+    assert done.code == REFUSED and "model.onnx" in done.err, done
+    model.unlink()
+    outside.rename(model)
+    folder, linked = tmp_path / "bundle", tmp_path / "linked"
+    (folder / "more").symlink_to(tmp_path)
+    done = cli("push", folder)
+    assert done.code == REFUSED and "more" in done.err, done
+    assert not linked.exists()
+    assert server.good("GET", "/api/v1/bundles?limit=1000")["items"] == before
+
+
+@pytest.mark.attack("duplicate JSON key")
+def test_a_request_that_two_readers_would_understand_differently_is_refused(
+    server: ServerRig, operator: Operator, cli: CliHere, device: DeviceRig, tmp_path: Path
+) -> None:
+    wish = b'{"device_id":"a-1","group":"press","device_id":"b-1"}'
+    found = server.ask("POST", "/api/v1/enrolment-tokens", data=wish, headers=AS_JSON)
+    assert (found.status, found.code) == (400, "bad_request")
+    assert "'device_id' stands twice" in found.json()["error"]["message"]
+    nested = b'{"settings":{"window_s":5,"window_s":1}}'
+    assert server.ask("PUT", "/api/v1/groups/press", data=nested, headers=AS_JSON).status == 400
+    # Also from a device, though its signature covers the bytes.
+    body = json.dumps({"csr": csr(device.key, device.id)}).encode()
+    twice = body.replace(b"{", b'{"csr":"x",', 1)
+    headers = {**AS_JSON, "Authorization": device.signed(device.claims("POST", "/device/v1/renew", twice))}
+    found = server.ask("POST", "/device/v1/renew", data=twice, headers=headers, token="")
+    assert (found.status, found.code) == (400, "bad_request")
+    # Metadata that people signed, and what they are asked to sign.
+    catalog = operator.ceremony.catalog.decode().replace('"signed"', '"signed":{},"signed"', 1)
+    posted = {"role": "catalog", "metadata": catalog, "floors": operator.ceremony.floors.decode()}
+    found = server.ask("POST", "/api/v1/repository/metadata", posted)
+    assert (found.status, found.code) == (422, "malformed_metadata")
+    assert "stands twice" in found.json()["error"]["message"]
+    request = tmp_path / "request.json"
+    done = cli("keys", "rotate", "--targets", "--out", request)
+    assert done.code == 0, done
+    text = request.read_text()
+    request.write_text(text.replace('"documents"', '"documents": {}, "documents"', 1))
+    done = cli("keys", "review", request)
+    assert done.code == USAGE and "stands twice" in done.err, done
+    request.write_text(text.replace('"version"', '"version": 9, "version"', 1))
+    done = cli("keys", "review", request)
+    assert done.code == USAGE and "stands twice" in done.err, done
