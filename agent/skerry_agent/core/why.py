@@ -49,7 +49,6 @@ _NEEDS: Mapping[str, str] = {
     "not_in_catalog": "an approval of the bundle",
     "below_forced_floor": "a bundle at or above the floor that the approvers forced",
     "blob_missing": "the file in the repository: whoever runs the fleet pushes the bundle again",
-    "mirror_wrong": "the bytes that were signed from whoever serves the repository: a proxy or a cache on the way gives others",
     "download_wasted": "a connection that lasts, or a server that resumes",
     "process_not_started": "free memory, processes and descriptors",
     "storage_failed": "a disk that can be written",

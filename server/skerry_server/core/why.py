@@ -40,7 +40,6 @@ MEANINGS: dict[str, str] = {
     ),
     "timeout": "a step took longer than it may",
     "interrupted": "the agent was stopped or restarted in the middle of it; it begins again",
-    "mirror_wrong": "a server or mirror gave bytes that are not the signed ones: that speaks of it and not of the bundle; tried on and on, after growing waits",
     "withdrawn": "the group no longer gives this bundle to this device",
     "expired": "metadata is past its date; what serves goes on serving",
     "rollback": "metadata went back to an older version",
