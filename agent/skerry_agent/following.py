@@ -10,11 +10,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from skerry_contract import group
+from skerry_contract import group, ids
 
 from skerry_agent.clock import Clock
 from skerry_agent.core import admission
 from skerry_agent.core import effects as e
+from skerry_agent.core.lifecycle import Update
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, Step, plan
 from skerry_agent.identity import Identity
 from skerry_agent.orders import Orders
@@ -24,6 +25,9 @@ from skerry_agent.shadowing import Shadowing
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Store
 from skerry_agent.updating import Updating
+
+_MAKES_WAY = frozenset({"fetch", "verify", "stage", "prove"})
+"""States in which an update makes way for a way back of another model, beside ``ready``."""
 
 
 class Following:
@@ -70,7 +74,7 @@ class Following:
     def look(self) -> None:
         """Asks what follows from the document now, and does it."""
         document = self._orders.document
-        if document is None or not self._ready():
+        if document is None or not self._ready() or self._updating.returning.owed is not None:
             return
         refused, waiting = self._updating.failures.refused()
         update = self._updating.update
@@ -99,8 +103,8 @@ class Following:
                 confirmed=self._confirmed(update.model),
             )
         steps = plan(document, self._identity.device, self._stratum, running, refused)
-        # What nothing will hold goes before what will lie ready and wait.
-        for step in sorted(steps, key=self._is_held):
+        # What nothing will hold goes before what will lie ready and wait; of each, a way back goes first.
+        for step in sorted(steps, key=lambda step: (self._is_held(step), not self._leads_back(step))):
             match step:
                 case Keep(why="agent_too_old"):
                     self._too_old(document)
@@ -169,14 +173,34 @@ class Following:
     def _is_held(self, step: Step) -> bool:
         return isinstance(step, Change) and bool(self._updating.held_back(step.model, step.digest, step.version))
 
+    def _leads_back(self, step: Step) -> bool:
+        """Whether the group's document orders a lower version than what answers: its operator wants something to end."""
+        answering = self._slots.answering(step.model)
+        if not isinstance(step, Change) or answering is None:
+            return False
+        return ids.version_key(step.version) < ids.version_key(answering.version)
+
+    def _goes_before(self, step: Change, update: Update) -> bool:
+        """Whether the update under way, of another model, makes way.
+
+        Each goes only before what is less urgent, so that no two make way for each other in turn: a way back that nothing holds,
+        whatever else nothing holds, a way back that is held, whatever else is held. A trial is not ended for it.
+        """
+        if update.state == "ready" and not self._is_held(step):
+            return True
+        answering = self._slots.answering(update.model)
+        backwards = answering is not None and ids.version_key(update.version) < ids.version_key(answering.version)
+        if backwards or not self._leads_back(step):
+            return False
+        return update.state == "ready" or (update.state in _MAKES_WAY and not self._is_held(step))
+
     def _change(self, step: Change, waiting: set[str]) -> None:
         update = self._updating.update
         if not update.resting:
             if update.model == step.model and update.digest != step.digest:
                 self._updating.feed(e.Withdrawn())
-            elif update.model != step.model and update.state == "ready":
-                if step.digest not in waiting and not self._is_held(step):
-                    self._updating.give_way()
+            elif update.model != step.model and step.digest not in waiting and self._goes_before(step, update):
+                self._updating.make_way(f"for {step.model} {step.version}")
             return
         if step.digest in waiting:
             return

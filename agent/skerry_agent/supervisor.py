@@ -297,7 +297,9 @@ class Supervisor:
         ordered = self._updating.turnover.ordered_back()
         if ordered is not None:
             models[ordered[0]] = ordered[1]
-        blamed = self._restarts.began(at_rest=self._updating.update.resting)
+        # What lies ready did not begin: it is not to blame, nor does it shield what runs.
+        update = self._updating.update
+        blamed = self._restarts.began(at_rest=update.resting or update.state == "ready")
         if blamed and self._updating.blame(
             f"the agent itself ended {self._restarts.in_a_row} times in a row soon after its start"
         ):

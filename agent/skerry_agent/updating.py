@@ -36,6 +36,7 @@ from skerry_agent.network import Networks
 from skerry_agent.progress import FetchProgress
 from skerry_agent.readiness import Readiness
 from skerry_agent.restoring import Restoring
+from skerry_agent.returning import Returning
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.serving import Generation, Serving
 from skerry_agent.slots import Slot, Slots
@@ -68,6 +69,7 @@ class Updating:
 
     Attributes:
         failures: what is remembered of bundles that failed.
+        returning: ways back that go before what is under way.
         fetching, turnover: the effects of the table, up to a slot and from a worker on.
         update: as it is stored.
         rules: of trials and downloads.
@@ -108,6 +110,8 @@ class Updating:
         self._deadline: asyncio.TimerHandle | None = None
         self._drain_s = config.timing.drain_s
         self._extended = False
+        self._up = False
+        self.returning = Returning(store, slots)
         self.failures = Failures(store, clock, draw, config.timing.backoff_scale)
         self._readiness = Readiness(store, clock)
         self._endings = Endings(store)
@@ -161,7 +165,9 @@ class Updating:
 
     def tick(self) -> None:
         """Takes the events that could not be stored when they came; looks at the trial's time."""
+        self._up = True
         self._catch_up()
+        self._go_back_first()
         self._look_at_holds()
         self._readiness.tick(self.update)
         self.judge()
@@ -202,6 +208,8 @@ class Updating:
                 self.failures.penalise(after)
             self.failures.rested(after)
             self._endings.note(after)
+            self.returning.note(after, event)
+        self.returning.noted(event)
         self.update = after
         moved = after.state != before.state or isinstance(event, e.Deadline)
         current = asyncio.current_task()
@@ -248,7 +256,25 @@ class Updating:
                 self.feed(event)
                 return
         if self.update.resting:
-            self._on_rest()
+            self._go_back_first()
+            if self.update.resting:
+                self._on_rest()
+
+    def _go_back_first(self) -> None:
+        """A way back that is owed: what is under way makes way for it; then it begins. Not before this agent is up."""
+        if self.returning.owed is None or self._owed or not self._up:
+            return
+        try:
+            owed = self.returning.due()
+        except Degraded as error:
+            log.error("way back not forgotten", extra=kv(code=error.code, detail=error.detail))
+            return
+        if owed is None:
+            return
+        if self.update.resting:
+            self.feed(owed)
+        else:
+            self.make_way(f"for the way back of {owed.model}")
 
     def _arm(self) -> None:
         if self._deadline is not None:
@@ -435,24 +461,35 @@ class Updating:
         return self._looped(generation)
 
     def go_back(self, model: str, slot: Slot, why: str) -> bool:
-        """Gives a confirmed bundle up for the one before it. False when it is none, when there is none before it, or not now."""
+        """Gives a confirmed bundle up for the one before it; what is under way makes way first.
+
+        False when it is none, when there is none before it, or not now.
+        """
         pointers = self._slots.pointers(model)
         back, confirmed = pointers.previous, pointers.confirmed
+        if self.update.state == "revert" or self._owed or self.returning.owed is not None:
+            return False
         if (
-            self._owed
-            or not self.update.resting
-            or back is None
+            back is None
             or confirmed is None
             or confirmed.digest != slot.digest
+            or not self._slots.may_serve(model, back)
         ):
             return False
-        if not self._slots.may_serve(model, back):
-            return False
-        self._forget(slot.digest)
         looped = e.CrashLooped(
             model=model, digest=slot.digest, version=slot.version, variant=slot.variant, detail=why[:500]
         )
-        self.feed(looped)
+        if not self.update.resting:
+            try:
+                self.returning.owe(looped)
+            except Degraded as error:
+                log.error("way back not stored", extra=kv(model=model, code=error.code, detail=error.detail))
+                return False
+        self._forget(slot.digest)
+        if self.update.resting:
+            self.feed(looped)
+        else:
+            self._go_back_first()
         return not self._owed
 
     def _looped(self, generation: Generation) -> bool:
@@ -461,11 +498,14 @@ class Updating:
         self.crashes = [*culprits.remembered(self.crashes, now_s), culprits.Crash(at_s=now_s, suspects=suspects)]
         found = culprits.culprit(self.crashes, now_s)
         slot = generation.models.get(found[0]) if found is not None else None
-        if found is None or slot is None or not self.update.resting:
+        if found is None or slot is None or self.update.state == "revert":
             return False
         model, digest = found
         if digest == slot.digest and self.go_back(model, slot, ""):
-            return True
+            # Until what is under way has made way, the worker is started again as after any crash.
+            return self.returning.owed is None
+        if not self.update.resting:
+            return False
         if not self._owed and len(generation.models) > 1:
             # There is nothing to go back to; at least it takes no other model along.
             self._forget(digest)
@@ -481,10 +521,11 @@ class Updating:
         """What would hold an update to this bundle back once it is here; empty for nothing."""
         return self._holding.why(Update(model=model, digest=digest, version=version))
 
-    def give_way(self) -> None:
-        """What lies ready and is held makes way for another model's update. Its files stay for its next turn, while this agent lives."""
-        self.turnover.parked = self.update.digest
-        self.feed(e.Yielded())
+    def make_way(self, why: str) -> None:
+        """What is under way makes way for another model's update, or for a way back. Its files stay for its next turn, while this agent lives."""
+        if self.update.state != "revert":
+            self.turnover.parked = self.update.digest
+            self.feed(e.Yielded(detail=why))
 
     def fetch_anew(self) -> None:
         """There is another source of what is being fetched: the courier under way makes way for one that knows it."""
@@ -497,16 +538,19 @@ class Updating:
 
     def blame(self, why: str) -> bool:
         """At a start: what was confirmed last is taken for the cause of the agent's own deaths. Whether the one before it comes back."""
-        update, pointers = self.update, self._slots.pointers(self.update.model)
+        if not self.update.resting and self.update.state != "ready":
+            return False
+        model = self.returning.last_confirmed(self.update)
+        pointers = self._slots.pointers(model)
         confirmed, back = pointers.confirmed, pointers.previous
-        if not update.resting or update.state == "idle" or confirmed is None or confirmed.digest != update.digest:
+        if confirmed is None or back is None or not self._slots.whole(back.digest, back.variant):
             return False
-        if back is None or not self._slots.whole(back.digest, back.variant):
-            return False
+        # What lies ready is taken up again from its files.
+        self.turnover.parked = self.update.digest
         looped = e.CrashLooped(
-            model=update.model, digest=update.digest, version=update.version, variant=update.variant, detail=why
+            model=model, digest=confirmed.digest, version=confirmed.version, variant=confirmed.variant, detail=why
         )
-        given_up, _ = lifecycle.step(update, looped, self._clock.instant())
+        given_up, _ = lifecycle.step(Update(state="confirmed"), looped, self._clock.instant())
         # A power cut is likelier than the bundle's fault.
         given_up = msgspec.structs.replace(given_up, at_boot=True)
         with self._store.transaction():
@@ -611,23 +655,25 @@ class Updating:
         return update, why_held
 
     def order_revert(self, model: ids.ModelName) -> Slot:
-        """A person wants the previous bundle back. Returns the slot that comes back.
+        """A person wants the previous bundle back; what is under way makes way first. Returns the slot that comes back.
 
         Raises:
             Rejected: ``no_previous`` or ``busy``.
             Degraded: it could not be stored.
         """
         pointers = self._slots.pointers(model)
-        if self.update.state == "trial" and self.update.model == model:
-            back = pointers.confirmed
-        elif not self.update.resting:
-            raise Rejected(
-                "busy", f"an update of {self.update.model} is in {self.update.state}", advice="try again later"
-            )
-        else:
-            back = pointers.previous
-        going = pointers.active or pointers.confirmed
+        on_trial = self.update.state == "trial" and self.update.model == model
+        owed = self.returning.owed
+        if self.update.state == "revert" or (owed is not None and owed.model != model):
+            going_back = self.update.model if owed is None else owed.model
+            raise Rejected("busy", f"{going_back} is on its way back", advice="try again later")
+        back, going = (pointers.confirmed, pointers.active) if on_trial else (pointers.previous, pointers.confirmed)
         if back is None or going is None or not self._slots.may_serve(model, back):
             raise Rejected("no_previous", f"there is no bundle of {model} to go back to")
-        self._order(e.RevertOrdered(model=model, digest=going.digest, version=going.version, variant=going.variant))
+        ordered = e.RevertOrdered(model=model, digest=going.digest, version=going.version, variant=going.variant)
+        if on_trial or self.update.resting:
+            self._order(ordered)
+        else:
+            self.returning.owe(ordered)
+            self._go_back_first()
         return back

@@ -110,7 +110,9 @@ class Withdrawn(Event, frozen=True, kw_only=True):
 
 
 class Yielded(Event, frozen=True, kw_only=True):
-    """The update lies ready and is held, and another model's, which nothing holds, goes first."""
+    """The update makes way: it is held, and another model's, which nothing holds, goes first; or a way back does. ``detail``: for what."""
+
+    detail: str = ""
 
 
 class Cancelled(Event, frozen=True, kw_only=True):

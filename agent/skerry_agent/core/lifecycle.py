@@ -31,6 +31,7 @@ STATES: tuple[State, ...] = (
     "idle", "fetch", "verify", "stage", "ready", "prove", "trial", "confirmed", "confirmed_on_golden", "revert",
 )  # fmt: skip
 RESTING: frozenset[State] = frozenset({"idle", "confirmed", "confirmed_on_golden"})
+CONFIRMED: frozenset[State] = RESTING - {"idle"}
 
 DEADLINES_S: dict[State, float] = {
     "fetch": 3600.0, "verify": 600.0, "stage": 120.0, "ready": 31 * 86_400.0, "prove": 180.0, "revert": 240.0,
@@ -191,17 +192,19 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         table[state, e.Deadline] = Move(to="revert", effects=(penalise, record, discard), code="timeout")
         table[state, e.Withdrawn] = Move(to="revert", effects=(record, discard), code="withdrawn")
         table[state, e.Cancelled] = Move(to="revert", effects=(penalise, record, discard), code="cancelled")
+        table[state, e.Yielded] = Move(to="revert", effects=(record, discard), code="yielded")
         table.setdefault((state, e.Booted), Move(to="idle", effects=(penalise, record), code="interrupted"))
-    table["ready", e.Yielded] = Move(to="revert", effects=(record, discard), code="yielded")
     table["ready", e.Deadline] = Move(to="revert", effects=(penalise, record, discard), code="activation_overdue")
     table["prove", e.Failed] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW))
     table["prove", e.Deadline] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW), code="start_timeout")
     table["prove", e.Withdrawn] = Move(to="revert", effects=(record, Effect.STOP_NEW), code="withdrawn")
+    table["prove", e.Yielded] = Move(to="revert", effects=(record, Effect.STOP_NEW), code="yielded")
     table["prove", e.Cancelled] = Move(to="revert", effects=(penalise, record, Effect.STOP_NEW), code="cancelled")
     table["trial", e.Deadline] = Move(to="revert", effects=(penalise, record, Effect.RESTORE), code="trial_silent")
     table["trial", e.Cancelled] = Move(to="revert", effects=(penalise, record, Effect.RESTORE), code="cancelled")
     table["trial", e.Failed] = Move(to="revert", effects=(penalise, record, Effect.RESTORE))
     table["trial", e.Withdrawn] = Move(to="revert", effects=(record, Effect.RESTORE), code="withdrawn")
+    table["trial", e.Yielded] = Move(to="revert", effects=(record, Effect.RESTORE), code="yielded")
     table["trial", e.RevertOrdered] = Move(
         to="revert", effects=(penalise, record, Effect.RESTORE), code="reverted_by_operator"
     )
@@ -220,6 +223,8 @@ TABLE = _table()
 
 STEPS_BACK: frozenset[str] = frozenset({"reverted_by_operator", "crash_loop"})
 """Codes of a revert from a confirmed bundle to the one before it."""
+STEPS_BACK_EVENTS = (e.RevertOrdered, e.CrashLooped)
+"""What begins one."""
 
 CRASHES, CRASHES_WITHIN_S = 5, 600.0
 """So often a confirmed bundle may bring its worker down within so many seconds; then the one before it is worth more."""
@@ -267,7 +272,7 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
             changed.update(arm=event.arm, rollout=event.rollout, stage=event.stage)
         case e.Opened():
             changed["detail"] = ""
-        case e.TrialKept() | e.TrialQuiet() | e.Cancelled() | e.Held() if move is not GIVE_UP:
+        case e.TrialKept() | e.TrialQuiet() | e.Cancelled() | e.Held() | e.Yielded() if move is not GIVE_UP:
             changed["detail"] = event.detail
         case _:
             pass

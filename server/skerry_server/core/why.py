@@ -78,7 +78,7 @@ MEANINGS: dict[str, str] = {
     "worker_spun": "the worker used a core without work while it served on trial",
     "trial_silent": "the trial was over and could not be judged: its worker said nothing, or the hand-over did not end",
     "reverted_by_operator": "a person ordered it at the device",
-    "yielded": "it lay ready and was held, and another model's update, which nothing held, went first; it is taken up again",
+    "yielded": "it made way for a way back, or lay ready and was held while another model's update went first, which nothing held; it is taken up again",
     "network_not_allowed": "the group's `networks` do not name the network that the device is on; it goes on when it is on another",
     "activation_overdue": "it lay ready for a month and nothing let it begin: a lock, a closed window, or nobody's `activate`; it is taken up again",
     "cancelled": "a person ended the update, at the device or through the server",
