@@ -2,12 +2,14 @@
 
 Applications take locks through the control socket (``skerry-agent lock``) or their own (``sdk.lock_updates``); each has an owner, a reason and an end. A lock delays the
 moment in which another bundle begins to answer, and nothing else: what is fetched is fetched, what must stop stops
-(``core.holds`` says what is never held). Locks outlive the agent; a reboot of the device begins each of them anew.
+(``core.holds`` says what is never held). Locks outlive the agent and a reboot of the device, with what is left of them. A person's order to
+activate counts for what lies ready, and ends with it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +38,9 @@ class Holding:
     Args:
         windows: of the group.
         opens_at: when an update of a model to a digest may begin, by the group's document; seconds since 1970.
+
+    Attributes:
+        begins: what takes over right now, which no lock holds any more; empty for nothing.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class Holding:
         self._clock = clock
         self._windows = windows
         self._opens_at = opens_at
+        self._note_at_s = float("-inf")
+        self.begins: Callable[[], str] = lambda: ""
 
     def configure(self, config: Config) -> None:
         """Goes on with another configuration."""
@@ -91,6 +98,28 @@ class Holding:
         self._store.put(_ORDERED, {"digest": update.digest, "despite_locks": despite_locks})
         return self.why(update)
 
+    def settled(self, update: Update) -> None:
+        """In the transaction that stores an update: a person's order is over with the bundle that it was for, unless that only made way."""
+        if update.state in ("ready", "prove") or (update.state in ("revert", "idle") and update.code == "yielded"):
+            return
+        if self._store.get(_ORDERED, {}).get("digest") == update.digest:
+            self._store.delete(_ORDERED)
+
+    def tick(self) -> None:
+        """Locks that ended are struck out, and of the others it is noted what is left: neither comes back to life at a boot."""
+        now = self._clock
+        if now.boot_s() < self._note_at_s:
+            return
+        try:
+            kept = {one.owner: one for one in self._live()}
+            if kept or self._store.get(_LOCKS, {}):
+                self._put(kept)
+            else:
+                self._note_at_s = math.inf
+        except Degraded as error:
+            self._note_at_s = now.boot_s() + holds.NOTE_S
+            log.warning("locks not noted", extra=kv(code=error.code, detail=error.detail))
+
     def _live(self) -> tuple[holds.Lock, ...]:
         return holds.live(holds.stored(self._store.get(_LOCKS, {})), self._clock.boot_id, self._clock.boot_s())
 
@@ -117,6 +146,11 @@ class Holding:
         if owner not in kept and (len(kept) >= holds.MOST_LOCKS or of_user >= holds.MOST_OF_A_USER):
             error = f"{of_user or len(kept)} owners hold locks, which is the most: one of them unlocks, or ends"
             return Answer(409, {"error": error, "code": "too_many_locks"})
+        begins = self.begins()
+        if begins:
+            # Who is told that it holds must be able to count on it.
+            error = f"{begins} takes over right now: ask again in a moment"
+            return Answer(409, {"error": error, "code": "update_begins"})
         wanted = float(for_s or 0.0)
         kept[str(owner)] = holds.Lock(
             owner=str(owner), reason=str(reason), for_s=wanted, boot_id=self._clock.boot_id,
@@ -125,7 +159,6 @@ class Holding:
         try:
             self._put(kept)
         except Degraded as error:
-            # Who is told that it holds must be able to count on it.
             return Answer(409, {"error": f"not locked: {error.detail}", "code": error.code})
         log.info("updates locked", extra=kv(owner=owner, reason=reason, for_s=for_s))
         return Answer(200, {"ok": True, "owner": owner, "locks": self.status()})
@@ -153,4 +186,7 @@ class Holding:
         return Answer(200, {"locks": self.status()})
 
     def _put(self, locks: dict[str, holds.Lock]) -> None:
-        self._store.put(_LOCKS, {owner: msgspec.to_builtins(lock) for owner, lock in locks.items()})
+        boot_id, boot_s = self._clock.boot_id, self._clock.boot_s()
+        noted = {owner: lock.noted(boot_id, boot_s) for owner, lock in locks.items()}
+        self._store.put(_LOCKS, {owner: msgspec.to_builtins(lock) for owner, lock in noted.items()})
+        self._note_at_s = boot_s + holds.note_in_s(noted.values(), boot_id, boot_s)

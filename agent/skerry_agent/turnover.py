@@ -180,7 +180,8 @@ class Turnover:
         """Ends a worker that was not handed over to."""
         new, self._new = self._new, None
         if new is not None:
-            await self._serving.retire(new)
+            # Whatever comes next, no worker is left behind.
+            await asyncio.shield(self._serving.site.background(self._serving.retire(new)))
 
     def ordered_back(self) -> tuple[str, Slot] | None:
         """The model and the bundle that a way back leads to which has not been gone to its end; None without any."""

@@ -46,6 +46,8 @@ from skerry_agent.turnover import Turnover
 log = logging.getLogger(__name__)
 
 _LAST_LOOK_S = 5.0
+_WARM_S, _WARM_POLL_S = 30.0, 0.1
+"""So long a worker that proved itself is kept for what came to hold it meanwhile, a short lock say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +103,7 @@ class Updating:
         self._serving = serving
         self._clock = clock
         self._holding = holding
+        holding.begins = self._begins
         self._on_change = on_change
         self._on_rest = on_rest
         self._on_fault = on_fault
@@ -109,6 +112,7 @@ class Updating:
         self._others: set[asyncio.Task[None]] = set()
         self._deadline: asyncio.TimerHandle | None = None
         self._drain_s = config.timing.drain_s
+        self._scale = config.timing.backoff_scale
         self._extended = False
         self._up = False
         self.returning = Returning(store, slots)
@@ -168,6 +172,7 @@ class Updating:
         self._up = True
         self._catch_up()
         self._go_back_first()
+        self._holding.tick()
         self._look_at_holds()
         self._readiness.tick(self.update)
         self.judge()
@@ -209,6 +214,7 @@ class Updating:
             self.failures.rested(after)
             self._endings.note(after)
             self.returning.note(after, event)
+            self._holding.settled(after)
         self.returning.noted(event)
         self.update = after
         moved = after.state != before.state or isinstance(event, e.Deadline)
@@ -339,7 +345,11 @@ class Updating:
                 why_held = self._holding.why(self.update)
                 return e.Held(detail=why_held) if why_held else staged
             case Effect.START_WORKER:
-                return await self.turnover.prove()
+                proved = await self.turnover.prove()
+                why_held = await self._free_to_begin()
+                if why_held:
+                    await self.turnover.stop_new()
+                return e.Held(detail=why_held) if why_held else proved
             case Effect.HAND_OVER:
                 return await self.turnover.hand_over()
             case Effect.WATCH_TRIAL:
@@ -358,6 +368,21 @@ class Updating:
             case Effect.GIVE_UP:
                 await self.turnover.give_up()
         return None
+
+    async def _free_to_begin(self) -> str:
+        """What holds the update after its proof, where it was taken in the middle of that; its worker waits for the end of it, for a while."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + _WARM_S * self._scale
+        if self._deadline is not None:
+            end_s = min(end_s, self._deadline.when() - _WARM_S / 3)
+        while (why_held := self._holding.why(self.update)) and loop.time() < end_s:
+            await asyncio.sleep(_WARM_POLL_S)
+        return why_held
+
+    def _begins(self) -> str:
+        """What takes over right now: too late for a lock."""
+        update = self.update
+        return f"{update.model} {update.version}" if update.state == "trial" and not self._watching else ""
 
     def _record(self) -> None:
         """Says what became of the update; of a start after it was said already, only how things stand."""

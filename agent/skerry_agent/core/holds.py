@@ -17,6 +17,9 @@ from skerry_contract import opening
 
 MOST_LOCKS = 64
 MOST_CHARS = 200
+NOTE_S = 60.0
+"""What is left of a lock is stored so often: a reboot gives it back no more than this."""
+_NAMED = 3
 MOST_OF_A_USER = 16
 """So many locks of applications of one user: who may lock cannot keep all others from it."""
 
@@ -27,6 +30,7 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         owner: who took it; each has one. reason: in the words of its owner.
         for_s: how long it was taken for; until_s: its end in seconds since the boot with the id ``boot_id``.
+        noted_s: when in that boot this was stored; None: when it was taken.
     """
 
     owner: str
@@ -34,16 +38,30 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
     for_s: float
     boot_id: str
     until_s: float
+    noted_s: float | None = None
 
     def left_s(self, boot_id: str, boot_s: float) -> float:
-        """Seconds until it ends; 0 and below: it has. A reboot of the device does not end it: it begins anew, once."""
-        return (self.until_s if boot_id == self.boot_id else self.for_s) - boot_s
+        """Seconds until it ends; 0 and below: it has. A reboot of the device leaves it what it had left when it was noted last."""
+        if boot_id == self.boot_id:
+            return self.until_s - boot_s
+        return (self.for_s if self.noted_s is None else self.until_s - self.noted_s) - boot_s
+
+    def noted(self, boot_id: str, boot_s: float) -> Lock:
+        """The same lock, as it is to be stored now."""
+        until_s = boot_s + self.left_s(boot_id, boot_s)
+        return msgspec.structs.replace(self, boot_id=boot_id, until_s=until_s, noted_s=boot_s)
 
 
 def live(locks: Iterable[Lock], boot_id: str, boot_s: float) -> tuple[Lock, ...]:
-    """Those that have not ended, the longest first."""
+    """Those that have not ended, by owner: renewing one changes no word of what holds an update."""
     found = [lock for lock in locks if lock.left_s(boot_id, boot_s) > 0]
-    return tuple(sorted(found, key=lambda lock: (-lock.left_s(boot_id, boot_s), lock.owner)))
+    return tuple(sorted(found, key=lambda lock: lock.owner))
+
+
+def note_in_s(locks: Iterable[Lock], boot_id: str, boot_s: float) -> float:
+    """In how many seconds live locks are to be noted again: when the first ends, or would be worth more after a reboot than it may be."""
+    steps = (min(lock.left_s(boot_id, boot_s), max(1.0, min(NOTE_S, lock.for_s / 10))) for lock in locks)
+    return min(steps, default=math.inf)
 
 
 def of_user(uid: int) -> str:
@@ -100,7 +118,9 @@ def held(holders: Holders) -> str:
     if not holders.answers:
         return ""
     if holders.locks and not (holders.ordered and holders.despite_locks):
-        return "; ".join(f"the lock of {lock.owner} to end ({lock.reason})" for lock in holders.locks)
+        named = [f"the lock of {lock.owner} to end ({lock.reason})" for lock in holders.locks[:_NAMED]]
+        more = len(holders.locks) - len(named)
+        return "; ".join([*named, f"{more} more locks"] if more > 0 else named)
     if holders.ordered:
         return ""
     if holders.by_command:

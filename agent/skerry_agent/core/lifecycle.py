@@ -7,7 +7,8 @@ is not decided here: the slots' pointer file says so, and only ``CONFIRM`` and t
 person, or after a crash loop) change it, once the bundle that comes back has proved itself.
 
 Whoever may hold an update back (a lock of an application, a maintenance window, a wish to activate it by hand) holds it between
-``stage`` and ``prove``, in ``ready``: all of it is here and checked, and what serves goes on. It waits there over restarts, too.
+``stage`` and ``prove``, in ``ready``: all of it is here and checked, and what serves goes on. It waits there over restarts, too. Who comes
+while it proves itself is asked before it answers, and it goes back to ``ready``.
 
 ``idle``, ``confirmed`` and ``confirmed_on_golden`` rest: the next ``Assigned`` starts from them. Every failure passes through
 ``revert`` to ``idle`` and keeps its reason code. A pair that the table lacks is an answer that came too late: ``step``
@@ -163,6 +164,7 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         ("stage", e.Held): Move(to="ready", effects=(record,)),
         ("ready", e.Held): Move(to="ready", effects=(record,)),
         ("ready", e.Opened): Move(to="prove", effects=(record, Effect.START_WORKER)),
+        ("prove", e.Held): Move(to="ready", effects=(record,)),
         ("prove", e.Proved): Move(to="trial", effects=(record, Effect.HAND_OVER)),
         ("trial", e.HandedOver): Move(to="trial", effects=(Effect.WATCH_TRIAL,)),
         ("trial", e.Rekeyed): Move(to="trial", effects=(record,)),
@@ -244,7 +246,9 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
     move = TABLE.get((update.state, type(event)))
     if move is None:
         return update, ()
-    moves = update.moves + (move.to != update.state or isinstance(event, e.Deadline))
+    # Who waits for a lock or a window goes in no circle, however often one comes.
+    waits = isinstance(event, (e.Held, e.Opened))
+    moves = update.moves + ((move.to != update.state and not waits) or isinstance(event, e.Deadline))
     if isinstance(event, e.Booted) and event.further:
         # It gets somewhere: no reason to wait.
         moves = 0

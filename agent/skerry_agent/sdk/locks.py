@@ -32,7 +32,7 @@ def lock_updates(reason: str, *, for_s: float, owner: str = "application", socke
     Raises:
         Rejected: ``bad_lock`` or ``too_many_locks``.
         Degraded: ``not_running``, ``not_allowed``, ``agent_too_old``, or it could not be stored.
-        Transient: ``agent_silent``.
+        Transient: ``agent_silent``, or ``update_begins``: another bundle takes over right now; ask again in a moment.
     """
     _ask(appwire.Lock(owner=owner, reason=reason, for_s=for_s), socket)
 
@@ -65,6 +65,8 @@ def _ask(wanted: ww.Message, where: str | Path | None) -> None:
     if not isinstance(answer, appwire.Locked):
         raise Degraded("malformed", f"{path}: an unexpected {type(answer).__name__}")
     if not answer.ok:
+        if answer.code == "update_begins":
+            raise Transient(answer.code, answer.detail)
         kind = Rejected if answer.code in ("bad_lock", "too_many_locks", "not_locked") else Degraded
         raise kind(answer.code, answer.detail)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from skerry_agent import sdk
 from skerry_agent.core import holds
 from skerry_contract import group, opening
 
+from tests.integration.agent import held as held_back
 from tests.integration.agent.rig import Device, Server, wait_for
 
 
@@ -74,6 +76,28 @@ def test_a_lock_ends_by_itself_and_a_new_bundle_takes_the_place_of_the_held_one(
     held(serving, "3.0.0")
     lock(serving, for_s=0.5)
     serving.wait_running("3.0.0", "trial")
+
+
+def test_a_lock_that_is_taken_while_a_bundle_is_proved_holds_it(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = make_device()
+    hold = device.folder / "hold.json"
+    held_back.write(hold, held=[], deadlines={})
+    device.publish(device.bundle("1.0.0"))
+    device.start()
+    device.wait_running("1.0.0", "trial")
+    device.infer(20)
+    device.wait_running("1.0.0", "confirmed")
+    held_back.write(hold, held=["worker"], deadlines={})
+    offer(device, "2.0.0")
+    device.wait_update("prove", version="2.0.0")
+    assert lock(device).status == 200
+    held_back.write(hold, held=[], deadlines={})
+    assert held(device, "2.0.0")["detail"] == "the lock of welder to end (a seam)"
+    assert device.infer(3) == ["1.0.0"] * 3
+    assert device.call("POST", "/skerry/v1/unlock", {"owner": "welder"}).status == 200
+    device.wait_running("2.0.0", "trial")
 
 
 def test_a_held_update_is_cancelled_as_any_other(serving: Device) -> None:

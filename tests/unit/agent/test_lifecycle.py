@@ -90,6 +90,25 @@ def test_what_is_held_waits_over_boots_and_begins_once_nothing_holds_it() -> Non
     assert (update.state, update.detail, effects) == ("prove", "", [Effect.RECORD, Effect.START_WORKER])
 
 
+def test_a_lock_in_the_middle_of_a_proof_sends_it_back_to_ready_and_that_is_no_circle() -> None:
+    update = to("prove")
+    moves = update.moves
+    for _ in range(100):
+        update, _ = run(e.Held(detail="the lock of a to end (b)"), update=update)
+        assert (update.state, update.detail, update.code) == ("ready", "the lock of a to end (b)", "")
+        update, effects = run(e.Opened(), update=update)
+        assert effects == [Effect.RECORD, Effect.START_WORKER]
+    assert (update.state, update.moves) == ("prove", moves)
+
+
+@pytest.mark.parametrize("state", ["fetch", "verify", "stage", "ready", "prove", "trial"])
+def test_what_is_under_way_makes_way_without_a_word_against_it(state: lc.State) -> None:
+    update, effects = run(e.Yielded(detail="for the way back of oil"), update=to(state))
+    assert (update.state, update.code, update.detail) == ("revert", "yielded", "for the way back of oil")
+    assert Effect.PENALISE not in effects
+    assert run(e.Reverted(), update=update)[0].waits
+
+
 def test_what_lay_ready_for_too_long_is_no_circle() -> None:
     update, _ = run(e.Deadline(), e.Reverted(), update=to("ready"))
     assert (update.state, update.code, update.waits) == ("idle", "activation_overdue", True)
