@@ -118,7 +118,12 @@ class Fetching:
             Rejected: with the reason for which it may not run here.
         """
         assert self.manifest is not None
-        answer = self.admission(self.manifest, self._update().digest)
+        digest = self._update().digest
+        answer = self.admission(self.manifest, digest)
+        if isinstance(answer, admission.Refuse) and answer.code == "not_enough_disk":
+            # What waits for another try gives its room to what comes now.
+            self._slots.collect({digest})
+            answer = self.admission(self.manifest, digest)
         if isinstance(answer, admission.Refuse):
             raise Rejected(answer.code, answer.detail)
         return e.Admitted(variant=answer.variant)

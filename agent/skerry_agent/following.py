@@ -123,6 +123,10 @@ class Following:
         shadows = {model: group.shadow_of(document, device, model, stratum) for model in answering}
         followed = {model: found for model, found in shadows.items() if found is not None}
         self._shadowing.follow(followed, self._orders.settings)
+        if self._updating.update.resting:
+            # Once the shadows are known. What was refused for good, or is wanted no more, makes room; nothing may ever be confirmed again.
+            wanted = {step.digest for step in steps if isinstance(step, Change)}
+            self._slots.collect({*wanted, *self._updating.failures.may_come(), self._updating.turnover.parked})
 
     def _confirmed(self, model: str) -> str:
         slot = self._slots.pointers(model).confirmed

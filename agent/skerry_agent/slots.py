@@ -72,6 +72,7 @@ class Slots:
     Attributes:
         opened: where encrypted bundles lie in the clear, one folder each, in memory; None: nowhere.
         kept: digests that no pointer names and that stay: bundles in shadow.
+        in_use: digests that workers serve or load, whatever the pointers name.
         forbidden: whether a version of a model must not serve any more; asked with both names.
     """
 
@@ -87,6 +88,7 @@ class Slots:
             _sync_folder(root.parent)
         self.damage = ""
         self.kept: set[str] = set()
+        self.in_use: Callable[[], Collection[str]] = tuple
         self.forbidden: Callable[[str, str], bool] = lambda _model, _version: False
         self._models = self._read()
 
@@ -399,7 +401,7 @@ class Slots:
 
     def collect(self, keep: Collection[str]) -> tuple[str, ...]:
         """Removes bundles that no pointer names and ``keep`` does not either. Returns their digests."""
-        named = {*keep, *self.kept}
+        named = {*keep, *self.kept, *self.in_use()}
         for pointers in self._models.values():
             named |= {
                 slot.digest for slot in (pointers.confirmed, pointers.previous, pointers.active) if slot is not None

@@ -174,7 +174,6 @@ class Turnover:
             slot = generation.models[model]
             generation.models[model] = msgspec.structs.replace(slot, standing=self._update().state)
         self._failures.forgive(self._update().digest)
-        self._slots.collect({self._update().digest, self.parked})
 
     async def stop_new(self) -> None:
         """Ends a worker that was not handed over to."""

@@ -104,6 +104,9 @@ class Updating:
         self._clock = clock
         self._holding = holding
         holding.begins = self._begins
+        slots.in_use = lambda: {
+            slot.digest for found in (serving.trying(), serving.models()) for slot in found.values()
+        }
         self._on_change = on_change
         self._on_rest = on_rest
         self._on_fault = on_fault

@@ -145,6 +145,13 @@ def test_a_shadow_that_is_killed_comes_back_and_no_request_notices(device: Devic
     assert load.failed == []
     assert {event.code for event in server.events("shadow")} == {"runtime_crashed"}
     assert server.events("worker") == []
+    # A start finds its bundle where it was: nobody has to bring it again.
+    device.kill()
+    device.world["bundles"] = {}
+    device.save()
+    device.start()
+    device.infer(1)
+    in_shadow(device, other)
 
 
 def test_a_shadow_follows_the_next_generation_and_a_promotion_puts_the_old_version_behind_it(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from skerry_agent.core import lifecycle
 from skerry_cli.demo import models as demo
 from skerry_contract import group
 
@@ -116,6 +117,9 @@ def test_a_bundle_that_does_not_prove_itself_never_serves(
     assert (load.failed, load.versions) == ([], {"1.0.0"})
     assert serving.running() == ("1.0.0", "confirmed")
     wait_for(lambda: any(e.code == code and e.data["digest"] == bad for e in server.events()), why="the event")
+    if lifecycle.ATTEMPTS[code] == 1:
+        # It will not be tried again: it makes room, whether or not anything is ever confirmed again.
+        wait_for(lambda: not (serving.state_dir / "slots" / bad).exists(), why="its slot goes")
 
 
 def test_a_flipped_byte_is_refused_and_given_up_after_three_tries(serving: Device, server: Server) -> None:

@@ -205,6 +205,17 @@ def test_collecting_keeps_what_a_pointer_names(slots: Slots, tmp_path: Path) -> 
     assert not slots.staging_path(coming.digest).exists()
 
 
+def test_what_a_worker_serves_is_not_collected_whatever_the_pointers_name(slots: Slots, tmp_path: Path) -> None:
+    going = put(slots, tmp_path, "0.9.0")
+    slots.stage(going.digest)
+    now = confirmed(slots, tmp_path, "1.0.0")
+    slots.in_use = lambda: {going.digest}
+    assert slots.collect(()) == ()
+    slots.in_use = tuple
+    assert slots.collect(()) == (going.digest,)
+    assert slots.digests() == (now.digest,)
+
+
 def test_confirming_twice_keeps_the_previous_one(slots: Slots, tmp_path: Path) -> None:
     first, second = confirmed(slots, tmp_path, "1.0.0"), confirmed(slots, tmp_path, "1.1.0")
     slots.confirm("gas", second)

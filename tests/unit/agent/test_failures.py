@@ -1,0 +1,37 @@
+"""What is remembered of bundles that failed: which of them may come again, and so are worth their room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from skerry_agent.clock import BootSeconds, Clock
+from skerry_agent.core.lifecycle import Update
+from skerry_agent.failures import Failures
+from skerry_agent.store import open_store
+from skerry_contract import ids
+
+
+class Turned(Clock):
+    """A clock that a test moves on."""
+
+    now = 1000.0
+
+    def boot_s(self) -> BootSeconds:
+        return BootSeconds(self.now)
+
+
+def test_what_is_tried_again_keeps_its_room_until_it_is_spent_or_its_wait_is_over(tmp_path: Path) -> None:
+    store, _ = open_store(
+        tmp_path / "state.db", binding="m", device=ids.device_id("d-1"), new_epoch=lambda: "e" * 32, wall_s=0.0,
+        bound_bytes=1_000_000,
+    )  # fmt: skip
+    clock = Turned()
+    failures = Failures(store, clock, lambda: 0.5, 1.0)
+    again, spent = "1" * 64, "2" * 64
+    failures.penalise(Update(state="revert", digest=again, code="timeout", failed_in="fetch"))
+    failures.penalise(Update(state="revert", digest=spent, code="golden_failed", failed_in="prove"))
+    assert failures.may_come() == {again}
+    # Whether it is still wanted is the plan's to say then.
+    clock.now += 3600.0
+    assert failures.may_come() == set()
+    store.close()
