@@ -424,8 +424,12 @@ class Updating:
         if failed.code == "crash_loop" and not self._slots.whole(failed.digest, failed.variant):
             # This device's own copy rotted: it is fetched again.
             return False
-        # Another variant is taken at once, without a wait.
-        return not self.fetching.has_another_variant(failed)
+        try:
+            # Another variant is taken at once, without a wait.
+            return not self.fetching.has_another_variant(failed)
+        except (AgentError, ContractError, OSError) as error:
+            log.warning("no look at other variants", extra=kv(model=failed.model, detail=str(error)))
+            return True
 
     def judge(self) -> None:
         """Looks at the trial's counts; called with every health report and at the end of its time."""
