@@ -132,9 +132,11 @@ class Failures:
         if update.state != "idle" or not update.digest or update.waits:
             return
         moves = self._store.get("moves", {})
-        if moves.pop(update.digest, None) != update.moves:
+        if moves.pop(update.digest, 0) != update.moves:
             newest = list(moves.items())[-_MOST_KEPT:]
-            self._store.put("moves", {**dict(newest), update.digest: update.moves})
+            # Of what was pardoned since, nothing is kept.
+            now = {update.digest: update.moves} if update.moves else {}
+            self._store.put("moves", {**dict(newest), **now})
 
     def moves_of(self, digest: str) -> int:
         """How often it moved in all its attempts so far."""

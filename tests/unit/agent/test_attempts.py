@@ -138,6 +138,21 @@ def test_of_two_orders_heard_together_the_later_one_stands(life: Life) -> None:
     asyncio.run(main())
 
 
+def test_a_pardon_at_rest_stands_over_a_start_and_is_counted_once(life: Life) -> None:
+    async def main() -> None:
+        life.until("prove", moves=20)
+        life.updating.feed(e.Failed(code="golden_failed"))
+        await life.rest()
+        assert life.updating.pardon() == 1
+        life.cut()
+        life.updating.booted()
+        await asyncio.sleep(0.02)
+        assert life.updating.failures.moves_of(DIGEST) == 0
+        assert life.updating.pardon() == 0
+
+    asyncio.run(main())
+
+
 def test_a_model_that_waits_is_told_and_can_be_cancelled_whatever_others_did_since(life: Life) -> None:
     async def main() -> None:
         life.until("fetch")
