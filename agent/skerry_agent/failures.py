@@ -29,6 +29,7 @@ _OF_THIS_DEVICE = frozenset(
 )
 """Refusals that speak of this device: while they hold, it takes what the group document offers instead."""
 
+_AFTER_BOOT_S = 300.0
 _MOST_KEPT = 100
 """Bundles of which it is remembered how often they moved, the latest."""
 
@@ -121,11 +122,14 @@ class Failures:
         return 0.0 if wait is None else max(0.0, self._left_s(wait))
 
     def _left_s(self, wait: dict[str, Any]) -> float:
-        """What is left of a wait. A restart of the device does not cut it short: it begins anew, by a clock that nobody turns."""
+        """What is left of a wait. A restart of the device does not end it: it begins anew, by a clock that nobody turns.
+
+        But no longer than ``_AFTER_BOOT_S``: a device that is never on for as long as a long wait would not try again at all.
+        """
         now_s = self._clock.boot_s()
         if wait["boot_id"] == self._clock.boot_id:
             return float(wait["until_s"]) - now_s
-        return float(wait.get("delay_s", 0.0)) - now_s
+        return min(float(wait.get("delay_s", 0.0)), _AFTER_BOOT_S * self._scale) - now_s
 
     def rested(self, update: Update) -> None:
         """Keeps how often a bundle moved, for its next attempt; see ``lifecycle.MOST_MOVES``."""
