@@ -39,12 +39,18 @@ class TakenEvent(NamedTuple):
     data: dict[str, Any]
 
 
+_WENT_WITH = frozenset({"runtime_crashed", "trial_crashed"})
+_AT_BOOT = "@boot"
+"""Behind such a code as it is stored: the agent itself went with it, for the first time on that device."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reports:
     """What is known of a rollout.
 
     Attributes:
-        went_back: candidate -> code with which it last went back from the bundle or refused it.
+        went_back: candidate -> code with which it last went back from the bundle or refused it. A single device whose agent went
+            without a word once is not among them.
         unable: candidates that said that they cannot run it.
         disbelieved: devices of the group that say they went back from it, and are no candidates.
         crashed: device of either arm -> when its worker last crashed or hung with the model, by the server's clock.
@@ -88,7 +94,9 @@ def _news(event: TakenEvent, rollout: Any) -> dict[str, Any]:
     if (event.data.get("rollout"), event.data.get("digest")) != (rollout.id, rollout.candidate):
         return {}
     if eligibility.is_verdict_on_bundle(event.code):
-        return {"went_back": event.code}
+        # An agent that went without a word the first time: one power cut, or the bundle. ``of_rollout`` asks whether others say it.
+        once = event.data.get("at_boot") is True and event.data.get("attempt") == 1 and event.code in _WENT_WITH
+        return {"went_back": event.code + (_AT_BOOT if once else "")}
     return {"unable": event.code} if event.code in eligibility.UNABLE else {}
 
 
@@ -127,6 +135,11 @@ def of_rollout(connection: Connection, row: Mapping[str, Any]) -> Reports:
             went_back[one.device] = one.went_back
         if one.unable:
             unable.add(one.device)
+    alone = [device for device, code in went_back.items() if code.endswith(_AT_BOOT)]
+    if len(alone) == 1:
+        # Nobody can tell a power cut from a bundle that brings its device down; two devices, or the same one twice, can.
+        del went_back[alone[0]]
+    went_back = {device: code.removesuffix(_AT_BOOT) for device, code in went_back.items()}
     return Reports(went_back=went_back, unable=frozenset(unable), disbelieved=disbelieved, crashed=crashed)
 
 

@@ -73,6 +73,27 @@ def test_a_candidate_that_refuses_sends_the_rollout_back(fleet):
     assert fleet.decision().action == "roll_back"
 
 
+@pytest.mark.parametrize("code", ["trial_crashed", "runtime_crashed"])
+def test_one_power_cut_in_a_trial_sends_no_rollout_back_and_two_devices_or_the_same_one_twice_do(fleet, code):
+    fleet.change(stage=1, cuts={"*": str(g.EVERYONE)})
+    said = {"model": "gas", "digest": fleet.make.CANDIDATE, "rollout": "r-1", "at_boot": True}
+    fleet.says(fleet.candidate, code, **said, attempt=1)
+    assert (fleet.gather().reverted, fleet.decision().action) == ({}, "hold")
+    fleet.says(fleet.candidate, code, **said, attempt=2)
+    assert (fleet.gather().reverted, fleet.decision().action) == ({code: 1}, "roll_back")
+
+
+def test_agents_of_two_devices_that_go_without_a_word_speak_of_the_bundle(fleet):
+    fleet.change(stage=1, cuts={"*": str(g.EVERYONE)})
+    said = {"model": "gas", "digest": fleet.make.CANDIDATE, "rollout": "r-1", "at_boot": True, "attempt": 1}
+    fleet.says(fleet.candidate, "trial_crashed", **said)
+    fleet.says(fleet.control, "runtime_crashed", **said)
+    assert fleet.gather().reverted == {"trial_crashed": 1, "runtime_crashed": 1}
+    # What an agent saw itself is a verdict at once, whatever it says beside.
+    fleet.says(fleet.control, "golden_failed", **said)
+    assert fleet.gather().reverted == {"golden_failed": 1}
+
+
 def test_a_candidate_that_was_away_and_refuses_after_the_stage_has_grown_is_believed(fleet):
     fleet.change(stage=1, cuts={"*": str(g.EVERYONE)})
     fleet.says(fleet.candidate)
