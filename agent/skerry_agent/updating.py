@@ -146,7 +146,8 @@ class Updating:
         """Goes by other rules, in a trial that runs already too."""
         before, self.rules = self.rules, rules
         if self.update.state == "trial" and rules.duration_s != before.duration_s:
-            self._arm()
+            # One that is over by the new rules alone has not been silent for that.
+            self._arm(at_least_s=lifecycle.TRIAL_OVER_S)
 
     # --- the table ---------------------------------------------------------------------------------------------------
 
@@ -285,7 +286,7 @@ class Updating:
         else:
             self.make_way(f"for the way back of {owed.model}")
 
-    def _arm(self) -> None:
+    def _arm(self, *, at_least_s: float = 0.0) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -297,7 +298,7 @@ class Updating:
             in_it_s = self._clock.boot_s() - update.since.boot_ns / 1e9
         left_s = lifecycle.left_s(update.state, in_it_s, trial_s=self.rules.duration_s, drain_s=self._drain_s)
         if left_s is not None:
-            self._deadline = asyncio.get_running_loop().call_later(left_s, self._overdue)
+            self._deadline = asyncio.get_running_loop().call_later(max(left_s, at_least_s), self._overdue)
 
     def _overdue(self) -> None:
         if self.update.state == "trial":
