@@ -138,7 +138,7 @@ class Operating:
     async def _cancel(self, body: dict[str, Any]) -> Answer:
         try:
             cancelled = self._updating.cancel("a person at the device", str(body.get("model") or ""))
-        except AgentError as error:
+        except Rejected as error:
             return Answer(409, {"error": str(error), "code": error.code})
         told = [
             {"model": one.model, "version": one.version, "digest": one.digest, "state": one.state} for one in cancelled
@@ -161,6 +161,6 @@ class Operating:
             if wanted is None:
                 raise Rejected("which_model", f"name one of: {', '.join(models) or 'nothing runs'}")
             back = self._updating.order_revert(ids.model_name(wanted))
-        except (AgentError, ContractError) as error:
+        except (Rejected, ContractError) as error:
             return Answer(409, {"error": str(error), "code": error.code})
         return Answer(200, {"ok": True, "model": wanted, "version": back.version, "digest": back.digest})
