@@ -1,7 +1,7 @@
 """Runs a courier: a short-lived process with one JSON object in and JSON lines out.
 
 ``python -m skerry_agent.courier <verb>`` answers ``{"progress": ...}`` any number of times, then one ``{"ok": ...}`` or
-``{"error": {"kind", "code", "detail"}}``. What is heavy (TUF, cryptography, downloads) lives there, so that the supervisor
+``{"error": {"kind", "code", "detail", "after_s"}}``. What is heavy (TUF, cryptography, downloads) lives there, so that the supervisor
 stays small. A courier that dies or says nothing is a transient failure.
 """
 
@@ -81,7 +81,7 @@ class Errands:
         if "ok" in answer:
             return dict(answer["ok"])
         said = answer["error"]
-        raise by_kind(str(said.get("kind")), str(said.get("code")), str(said.get("detail", "")))
+        raise by_kind(str(said.get("kind")), str(said.get("code")), str(said.get("detail", "")), said.get("after_s"))
 
 
 async def _converse(

@@ -15,7 +15,10 @@ class AgentError(Exception):
         detail: what was seen.
         advice: what a person can do.
         model: the model it is about, where somebody said so.
+        after_s: the peer asks not to be asked again before so many seconds; 0 where it said nothing.
     """
+
+    after_s = 0.0
 
     def __init__(self, code: str, detail: str, *, advice: str = "", model: str = "") -> None:
         self.code = code
@@ -45,6 +48,8 @@ class BadConfig(Exception):
         super().__init__("\n".join(faults))
 
 
-def by_kind(kind: str, code: str, detail: str) -> AgentError:
-    """The error that a courier reported as ``{"kind", "code", "detail"}``; an unknown kind counts as transient."""
-    return {"rejected": Rejected, "degraded": Degraded}.get(kind, Transient)(code, detail)
+def by_kind(kind: str, code: str, detail: str, after_s: object = 0.0) -> AgentError:
+    """The error that a courier reported as ``{"kind", "code", "detail", "after_s"}``; an unknown kind counts as transient."""
+    error = {"rejected": Rejected, "degraded": Degraded}.get(kind, Transient)(code, detail)
+    error.after_s = float(after_s) if isinstance(after_s, (int, float)) and after_s > 0 else 0.0
+    return error

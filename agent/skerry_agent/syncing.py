@@ -139,19 +139,20 @@ class Syncing:
 
     async def run(self) -> None:
         """Syncs now, and again whenever it is due."""
-        failures = 0
+        failures, asked_s = 0, 0.0
         while True:
             rung, self._due_s, self._rung = self._rung, None, False
             heard = dict(self._heard)
             before = self._known()
             try:
                 await self._sync()
-                failures = 0
+                failures, asked_s = 0, 0.0
                 self._bells.update(heard)
                 self._store.put("bells", self._bells)
                 self._uplink.link.hurry()
             except (AgentError, ContractError) as error:
                 failures += 1
+                asked_s = error.after_s if isinstance(error, AgentError) else 0.0
                 if error.code == "store_damaged" and isinstance(error, Degraded):
                     self._on_fault(error)
                 self._failed(error, failures)
@@ -167,9 +168,9 @@ class Syncing:
             wait_s = self._config.timing.sync_s if self._config.timing.sync_s > 0 else self._orders.settings.sync_s
             wait_s += self._draw() * self._jitter_s()
             if failures:
-                wait_s = min(
-                    wait_s, backoff.delay_s("sync", failures, self._draw(), scale=self._config.timing.backoff_scale)
-                )
+                scale = self._config.timing.backoff_scale
+                # Whoever is overloaded says when to come again; a bell, or a person, may call for it before.
+                wait_s = max(asked_s, min(wait_s, backoff.delay_s("sync", failures, self._draw(), scale=scale)))
             await self._until_due(self._synced_s + wait_s)
 
     def _known(self) -> tuple[Any, ...]:

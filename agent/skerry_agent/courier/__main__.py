@@ -1,6 +1,6 @@
 """``python -m skerry_agent.courier <verb>``: one JSON object in, JSON lines out.
 
-Any number of ``{"progress": {...}}``, then one ``{"ok": {...}}`` or ``{"error": {"kind", "code", "detail"}}``; exit code 0 for
+Any number of ``{"progress": {...}}``, then one ``{"ok": {...}}`` or ``{"error": {"kind", "code", "detail", "after_s"}}``; exit code 0 for
 both. Another exit code is a crash, with its trace on stderr. The verbs are ``enrol sync manifest fetch unseal renew logs``.
 """
 
@@ -79,6 +79,8 @@ def main() -> None:
     except AgentError as error:
         kind = "rejected" if isinstance(error, Rejected) else "degraded" if isinstance(error, Degraded) else "transient"
         answer = {"error": {"kind": kind, "code": error.code, "detail": error.detail}}
+        if error.after_s:
+            answer["error"]["after_s"] = error.after_s
     emit(answer)
 
 

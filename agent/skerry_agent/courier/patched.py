@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from skerry_contract import bases, layout
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
-from skerry_agent.courier import durable, parts, requests, transport, watch
+from skerry_agent.courier import durable, parts, requests, resuming, transport, watch
 from skerry_agent.courier.acquiring import Wanted, is_whole
 from skerry_agent.courier.meter import Meter
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
@@ -36,7 +35,6 @@ _ATTEMPTS = 10
 _IDLE_ATTEMPTS = 2
 _LEAST_S, _BYTES_S = 60.0, 64 * 1024
 """Applying may take so long, and a second more for so many bytes of the file."""
-_MOST_PAUSE_S = 30.0
 _SMALL_BYTES = 4096
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 _OWN = re.compile(r"\.?([0-9a-f]{64})\.(?:delta|delta\.new|patched|patched\.patching)")
@@ -210,12 +208,13 @@ class Patched:
             except watch.Overdue:
                 # The whole file may come from a cache that is nearer.
                 raise
-            except Transient:
+            except Transient as error:
                 idle = 0 if self._meter.received > before else idle + 1
-                if idle >= min(_IDLE_ATTEMPTS, self._limits.idle_attempts) or attempt + 1 == _ATTEMPTS:
+                patience = _ATTEMPTS if isinstance(error, transport.Overloaded) else _IDLE_ATTEMPTS
+                if idle >= min(patience, self._limits.idle_attempts) or attempt + 1 == _ATTEMPTS:
                     raise
                 state = self._load(key)
-                self._meter.pause(random.uniform(0, min(_MOST_PAUSE_S, self._limits.pause_s * 2**idle)))
+                self._meter.pause(resuming.pause_s(self._limits.pause_s, idle, error))
         raise Transient("unreachable", f"{wanted.name}: no delta after {_ATTEMPTS} connections")
 
     def _one_connection(self, part: parts.Part, key: str, base: _Base, wanted: Wanted) -> _State:
@@ -239,6 +238,9 @@ class Patched:
                 if offset:
                     self._drop(part, wanted)
                     offset = 0
+            elif transport.is_overloaded(response.status):
+                # A short overload must not have a whole fleet fetch whole files in its place.
+                raise transport.Overloaded(url, response)
             else:
                 self._count("delta_missing")
                 if response.length is not None and response.length <= _SMALL_BYTES:

@@ -22,6 +22,7 @@ from skerry_agent.courier.meter import Meter
 from skerry_agent.errors import Transient
 
 _MAX_PAUSE_S = 30.0
+_MOST_ASKED_S = 60.0
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 WASTE = 3
 """So many times its size a file may be fetched in vain before it is given up."""
@@ -92,7 +93,7 @@ class Resuming:
                     last = idle >= most or bodies >= _WRONG_BODIES or attempt + 1 == self._limits.attempts
                     if last or error.code == "download_wasted":
                         raise
-                    self._meter.pause(_pause_s(self._limits.pause_s, idle))
+                    self._meter.pause(pause_s(self._limits.pause_s, idle, error))
         raise Transient("unreachable", f"{wanted.name}: not here after {self._limits.attempts} connections")
 
     def _judge(self, part: parts.Part, wanted: Wanted, path: Path, *, resumed: bool) -> bool:
@@ -144,6 +145,8 @@ class Resuming:
                 raise Missing(
                     "blob_missing", f"{url}: HTTP {response.status}: the repository does not have {wanted.name}"
                 )
+            elif transport.is_overloaded(response.status):
+                raise transport.Overloaded(url, response)
             else:
                 raise Transient("unreachable", f"{url}: HTTP {response.status}")
             part.came_under(response.headers.get("ETag", ""))
@@ -180,6 +183,6 @@ def _write(descriptor: int, piece: bytes) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def _pause_s(base_s: float, idle: int) -> float:
-    """Full jitter (0 to the cap) over a doubling cap, in seconds."""
-    return random.uniform(0, min(_MAX_PAUSE_S, base_s * 2**idle))
+def pause_s(base_s: float, idle: int, error: Transient) -> float:
+    """Full jitter (0 to the cap) over a doubling cap, in seconds; beyond what a peer that is overloaded asks for, within bounds."""
+    return min(_MOST_ASKED_S, error.after_s) + random.uniform(0, min(_MAX_PAUSE_S, base_s * 2**idle))

@@ -42,6 +42,8 @@ class Fetcher(FetcherInterface):
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         with self._web.open("GET", url) as response:
+            if transport.is_overloaded(response.status):
+                raise transport.Overloaded(url, response)
             if response.status != 200:
                 transport.read(
                     response, 1 << 20, url

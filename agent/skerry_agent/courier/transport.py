@@ -34,6 +34,18 @@ class MirrorWrong(Transient):
         super().__init__("mirror_wrong", detail)
 
 
+MOST_ASKED_S = 600.0
+"""A peer that asks for a longer pause than this is asked again after it all the same."""
+
+
+class Overloaded(Transient):
+    """It is there, and cannot answer now (429, 5xx)."""
+
+    def __init__(self, url: str, response: http.client.HTTPResponse) -> None:
+        super().__init__("unreachable", f"{url}: HTTP {response.status}")
+        self.after_s = _asked_s(response.headers.get("Retry-After", ""))
+
+
 class Connections(abc.ABC):
     """Requests over kept connections, one per host. Whom they go to and whom they trust is a subclass's.
 
@@ -221,6 +233,16 @@ def fleet_context(ca_pem: str) -> ssl.SSLContext:
         raise Rejected("bad_ca", f"the fleet's CA is no certificate in PEM: {error}") from None
     context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
     return context
+
+
+def is_overloaded(status: int) -> bool:
+    """Whether the status says that the peer cannot answer now: nothing about what was asked for."""
+    return status == 429 or 500 <= status < 600
+
+
+def _asked_s(value: str) -> float:
+    """Seconds of a ``Retry-After``, at most ``MOST_ASKED_S``. Of the form with a date: this device's clock may be anywhere."""
+    return min(MOST_ASKED_S, float(value)) if value.isascii() and value.isdigit() and len(value) <= 9 else 0.0
 
 
 @contextlib.contextmanager

@@ -285,6 +285,26 @@ def test_a_server_that_misbehaves_with_deltas_ends_in_the_whole_file_at_a_bounde
     assert sum(answer["refused"].values()) <= 1
 
 
+def test_a_server_that_is_overloaded_for_a_moment_costs_no_whole_file(place):
+    """A fleet that took whole files for it would keep the overload up."""
+    size = place.make()
+    asked = []
+
+    def overloaded(handler, _data):
+        asked.append(time.monotonic())
+        if len(asked) > 2:
+            return False
+        head(handler, 0, 503 if len(asked) == 1 else 429, **({"Retry-After": "1"} if len(asked) == 1 else {}))
+        return True
+
+    place.spoil(overloaded)
+    answer = place.fetch(limits={"pause_s": 0.01})
+    assert (answer["files"]["patched"], answer["patched_bytes"]) == (1, len(NEW))
+    assert answer["bytes"] < size + 1000
+    assert len(asked) == 3
+    assert asked[1] - asked[0] >= 1.0
+
+
 def test_a_delta_that_was_cut_is_resumed_where_it_broke(place):
     size = place.make()
     cuts = []

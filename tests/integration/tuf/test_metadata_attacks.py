@@ -99,6 +99,22 @@ def test_flipped_byte_in_the_group_document(fleet, device, gas):
     assert [said["membership"]["orders"] for said in device.progress] == [{"cancel": 7}]
 
 
+@pytest.mark.parametrize(
+    ("said", "after_s"), [("120", 120.0), ("86400", 600.0), ("Thu, 01 Jan 1970 00:00:00 GMT", None)]
+)
+def test_a_repository_that_is_overloaded_says_when_to_come_again(fleet, device, gas, said, after_s):
+    def overloaded(handler, _data):
+        handler.send_response(503)
+        handler.send_header("Retry-After", said)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    fleet.site.spoils["/repository/metadata/timestamp.json"] = overloaded
+    answer = device.ask("sync", group="line-1")["error"]
+    assert (answer["kind"], answer["code"], answer.get("after_s")) == ("transient", "unreachable", after_s)
+
+
 @pytest.mark.attack("arbitrary software")
 def test_unlisted_bundle_and_other_digest_are_not_in_the_catalog(device, gas, make_bundle):
     assert device.error("manifest", model="gas", version="2.0.0", digest=gas.digest) == ("rejected", "not_in_catalog")
