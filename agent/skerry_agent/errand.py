@@ -37,9 +37,12 @@ class Errands:
         message: dict[str, Any],
         *,
         timeout_s: float,
-        on_progress: Callable[[dict[str, Any]], None] | None = None,
+        on_progress: Callable[[dict[str, Any]], bool | None] | None = None,
     ) -> dict[str, Any]:
         """One errand.
+
+        Args:
+            timeout_s: how long it may take. on_progress: hears each line of progress; who returns True lets it have its whole time again.
 
         Returns:
             The object under ``ok``.
@@ -61,9 +64,14 @@ class Errands:
             # RuntimeError: asyncio may need a thread to wait for the process.
             raise Transient("process_not_started", f"courier {verb}: {type(error).__name__}: {error}") from error
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) as limit:
+
+                def take(said: dict[str, Any]) -> None:
+                    if on_progress is not None and on_progress(said):
+                        limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+
                 answer, complaint = await asyncio.gather(
-                    _converse(process, msgspec.json.encode(message), on_progress), _tail(process)
+                    _converse(process, msgspec.json.encode(message), take), _tail(process)
                 )
                 await process.wait()
         except TimeoutError:
@@ -85,7 +93,7 @@ class Errands:
 
 
 async def _converse(
-    process: asyncio.subprocess.Process, message: bytes, on_progress: Callable[[dict[str, Any]], None] | None
+    process: asyncio.subprocess.Process, message: bytes, on_progress: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any] | None:
     assert process.stdin is not None
     assert process.stdout is not None
@@ -102,8 +110,7 @@ async def _converse(
         except msgspec.DecodeError:
             continue
         if isinstance(value, dict) and isinstance(value.get("progress"), dict):
-            if on_progress is not None:
-                on_progress(value["progress"])
+            on_progress(value["progress"])
         elif isinstance(value, dict) and (isinstance(value.get("ok"), dict) or isinstance(value.get("error"), dict)):
             answer = value
     return answer

@@ -17,17 +17,15 @@ from skerry_agent.config import Config
 from skerry_agent.core import admission
 from skerry_agent.core import effects as e
 from skerry_agent.core.lifecycle import Update
+from skerry_agent.downloads import Downloads
 from skerry_agent.errand import Errands
 from skerry_agent.errors import Rejected
 from skerry_agent.failures import Failures
 from skerry_agent.fetched import Fetched
-from skerry_agent.network import Networks
 from skerry_agent.progress import FetchProgress
 from skerry_agent.runtimes import Runtimes
 from skerry_agent.slots import Slots
 from skerry_agent.store import Store
-
-_FETCH_S = 3600.0
 
 
 class Fetching:
@@ -36,7 +34,7 @@ class Fetching:
     Args:
         update: the one under way, as it is stored.
         errand_input: fields that every courier gets.
-        max_kib_s: of downloads, 0 for any. networks: over which they may come.
+        downloads: how files come.
         progress: hears how far a download is.
 
     Attributes:
@@ -55,9 +53,8 @@ class Fetching:
         *,
         update: Callable[[], Update],
         errand_input: Callable[[], dict[str, Any]],
-        max_kib_s: Callable[[], int],
         progress: FetchProgress,
-        networks: Networks,
+        downloads: Downloads,
     ) -> None:
         self._config = config
         self._store = store
@@ -67,8 +64,7 @@ class Fetching:
         self._failures = failures
         self._update = update
         self._errand_input = errand_input
-        self._max_kib_s = max_kib_s
-        self._networks = networks
+        self.downloads = downloads
         self.progress = progress
         self.fetched = Fetched(store)
         self._text = ""
@@ -158,8 +154,7 @@ class Fetching:
             self.fetched.begin()
             answer: dict[str, Any] | None = None
             try:
-                download = self._errands.run(
-                    "fetch",
+                answer = await self.downloads.run(
                     {
                         **self._errand_input(),
                         **facts.reserves(self._config),
@@ -168,12 +163,9 @@ class Fetching:
                         "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in self._files()],
                         "variant": self._update().variant,
                         "held": held(self._slots, self._update().model),
-                        "max_kib_s": self._max_kib_s(),
                     },
-                    timeout_s=_FETCH_S,
                     on_progress=self._take_progress,
                 )
-                answer = await self._networks.while_allowed(download)
             finally:
                 self.progress.end()
                 self.fetched.end(digest, sum(file.size for file in self._files()), answer)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from skerry_contract import ids, opening
 
+from skerry_agent import localtime
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
 from skerry_agent.control import Answer
@@ -70,28 +70,23 @@ class Holding:
         """What holds the update, in words; empty when nothing does."""
         ordered = self._store.get(_ORDERED, {})
         answering = self._slots.answering(update.model)
+        local = localtime.now(self._config, self._clock)
         mine = ordered if ordered.get("digest") == update.digest else {}
         return holds.held(
             holds.Holders(
                 answers=answering is not None,
                 locks=self._live(),
                 windows=self._windows(),
-                local=self._local(),
+                local=local,
                 opens_at=self._opens_at(update.model, update.digest),
                 # What was signed is past, whatever this clock says.
-                now_s=self._clock.lower_bound_s if self._local() is None else self._clock.now_s(),
+                now_s=self._clock.lower_bound_s if local is None else self._clock.now_s(),
                 lower=answering is not None and ids.version_key(update.version) < ids.version_key(answering.version),
                 by_command=self._config.updates.activate == "command",
                 ordered=bool(mine),
                 despite_locks=bool(mine.get("despite_locks")),
             )
         )
-
-    def _local(self) -> tuple[int, int] | None:
-        if self._config.updates.clock == "synced" and not self._clock.synced():
-            return None
-        now = time.localtime(self._clock.wall_s())
-        return now.tm_wday, now.tm_hour * 60 + now.tm_min
 
     def order(self, update: Update, *, despite_locks: bool) -> str:
         """A person wants this update now. Returns what still holds it; empty when nothing does."""

@@ -1,4 +1,4 @@
-"""Which network this device is on, and downloads that keep to the group's rules about it.
+"""Which network this device is on, and downloads that keep to the group's rules about it, and about the hours.
 
 Read from the kernel: the default route's interface in ``/proc/net``, its kind in ``/sys/class/net``. That a network is paid by volume the
 kernel does not know: cellular is taken for it, anything else only where the configuration says so (``network.metered``).
@@ -11,15 +11,22 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TypeVar
 
+from skerry_contract import opening
+
+from skerry_agent import localtime
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
 from skerry_agent.core import networks
 from skerry_agent.errors import Transient
 
-CODE = "network_not_allowed"
+CODES = ("network_not_allowed", "fetch_window_closed")
 _LOOK_S = 5.0
 
 _T = TypeVar("_T")
+
+
+class Overtaken(Exception):
+    """The download was ended: it is to begin anew, by rules that changed."""
 
 
 class Networks:
@@ -27,6 +34,7 @@ class Networks:
 
     Args:
         wanted: the group's ``networks``; empty for any.
+        windows: the group's ``fetch_windows``; empty for any hour.
         carried: whether updates come from a folder that a person carried here: who does that pays for nothing.
         proc, sys: where the kernel tells.
     """
@@ -38,6 +46,7 @@ class Networks:
         *,
         wanted: Callable[[], tuple[str, ...]],
         carried: Callable[[], bool],
+        windows: Callable[[], tuple[opening.Window, ...]] = lambda: (),
         proc: Path = Path("/proc/net"),
         sys: Path = Path("/sys/class/net"),
     ) -> None:
@@ -45,6 +54,7 @@ class Networks:
         self._clock = clock
         self._wanted = wanted
         self._carried = carried
+        self._windows = windows
         self._proc = proc
         self._sys = sys
         self._hindered = False
@@ -75,11 +85,28 @@ class Networks:
 
     def hindrance(self) -> str:
         """Why nothing may be downloaded now, in words; empty when it may."""
-        if not self._wanted() or self._carried():
+        found = self._refusal()
+        return found.detail if found is not None else ""
+
+    def _refusal(self) -> Transient | None:
+        if self._carried():
+            return None
+        for code, found in zip(CODES, (self._off_network(), self._out_of_hours()), strict=True):
+            if found:
+                self._hindered = True
+                return Transient(code, found)
+        return None
+
+    def _off_network(self) -> str:
+        return networks.hindrance(self._wanted(), self.now()) if self._wanted() else ""
+
+    def _out_of_hours(self) -> str:
+        windows = self._windows()
+        here = localtime.now(self._config, self._clock)
+        if not windows or (here is not None and opening.is_open(windows, *here)):
             return ""
-        found = networks.hindrance(self._wanted(), self.now())
-        self._hindered = self._hindered or bool(found)
-        return found
+        unsure = ", and this device does not know the time" if here is None else ""
+        return f"its group downloads by local time {opening.words(windows)}{unsure}"
 
     def opened(self) -> bool:
         """Whether downloads may go on that could not. True once; looks every few seconds only."""
@@ -90,21 +117,30 @@ class Networks:
         self._hindered = bool(self.hindrance())
         return not self._hindered
 
-    async def while_allowed(self, download: Coroutine[None, None, _T]) -> _T:
-        """What the download gives. It ends as soon as the network is another one that may not be used; what came stays.
+    async def while_allowed(
+        self, download: Coroutine[None, None, _T], *, overtaken: Callable[[], bool] = lambda: False
+    ) -> _T:
+        """What the download gives. It ends as soon as the network is another one that may not be used, or the hours are over; what came
+        stays.
+
+        Args:
+            overtaken: whether the rules that it was begun by are others now.
 
         Raises:
-            Transient: ``network_not_allowed``; what the download raises.
+            Transient: one of ``CODES``; what the download raises.
+            Overtaken: see there.
         """
-        if found := self.hindrance():
+        if found := self._refusal():
             download.close()
-            raise Transient(CODE, found)
+            raise found
         task = asyncio.get_running_loop().create_task(download)
         try:
             while not task.done():
                 await asyncio.wait([task], timeout=_LOOK_S)
-                if not task.done() and (found := self.hindrance()):
-                    raise Transient(CODE, found)
+                if not task.done() and (found := self._refusal()):
+                    raise found
+                if not task.done() and overtaken():
+                    raise Overtaken
             return task.result()
         finally:
             if not task.done():

@@ -29,11 +29,11 @@ from skerry_agent.clock import Clock
 from skerry_agent.config import Config
 from skerry_agent.core import admission, backoff, liveness
 from skerry_agent.core.care import Care
+from skerry_agent.downloads import Downloads
 from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Rejected, Transient
 from skerry_agent.fetching import held
 from skerry_agent.logs import kv
-from skerry_agent.network import Networks
 from skerry_agent.serving import SHADOW_RING, Serving
 from skerry_agent.slots import Slots
 from skerry_agent.workers import Worker, spawn
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 
 SHADOW: tuple[str, ...] = (sys.executable, "-P", "-m", "skerry_agent.worker.shadow")
 _START_S = 180.0
-_FETCH_S = 3600.0
 _MOST_FAILURES = 5
 """In a row; a shadow that lived ``_STEADY_S`` begins anew."""
 _STEADY_S = 600.0
@@ -87,7 +86,7 @@ class Shadowing:
     Args:
         admission: may a bundle run here, now, and as which variant?
         errand_input: fields that every courier gets.
-        max_kib_s: of downloads, 0 for any.
+        downloads: how files come.
         on_event: takes (code, data) of the event ``shadow``.
     """
 
@@ -100,9 +99,8 @@ class Shadowing:
         clock: Clock,
         *,
         admission: Admission,
-        networks: Networks,
+        downloads: Downloads,
         errand_input: Callable[[], dict[str, Any]],
-        max_kib_s: Callable[[], int],
         on_event: Callable[[str, dict[str, Any]], None],
         draw: Callable[[], float],
     ) -> None:
@@ -112,9 +110,8 @@ class Shadowing:
         self._errands = errands
         self._clock = clock
         self._admission = admission
-        self._networks = networks
+        self._downloads = downloads
         self._errand_input = errand_input
-        self._max_kib_s = max_kib_s
         self._on_event = on_event
         self._draw = draw
         self._shadows: dict[str, _Shadow] = {}
@@ -267,8 +264,7 @@ class Shadowing:
             raise Transient(found.code, found.detail) if passing else Rejected(found.code, found.detail)
         variant = manifest.variant(found.variant)
         if not self._slots.whole(target.digest, variant.id):
-            download = self._errands.run(
-                "fetch",
+            await self._downloads.run(
                 {
                     **self._errand_input(),
                     **facts.reserves(self._config),
@@ -277,11 +273,8 @@ class Shadowing:
                     "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in variant.files],
                     "variant": variant.id,
                     "held": held(self._slots, shadow.model),
-                    "max_kib_s": self._max_kib_s(),
-                },
-                timeout_s=_FETCH_S,
+                }
             )
-            await self._networks.while_allowed(download)
             await asyncio.to_thread(self._slots.verify, target.digest, variant.files)
             await asyncio.to_thread(self._slots.stage, target.digest)
         return variant

@@ -32,6 +32,7 @@ from skerry_agent.config import Config
 from skerry_agent.control import Answer, ControlServer
 from skerry_agent.core import culprits, liveness
 from skerry_agent.diversity import Diversity
+from skerry_agent.downloads import Downloads
 from skerry_agent.errand import COURIER, Errands
 from skerry_agent.errors import AgentError, BadConfig, Degraded
 from skerry_agent.following import Following
@@ -43,7 +44,7 @@ from skerry_agent.leftovers import Roll
 from skerry_agent.link import Rang
 from skerry_agent.logring import LogRing
 from skerry_agent.logs import kv
-from skerry_agent.network import CODE as NETWORK_NOT_ALLOWED
+from skerry_agent.network import CODES as DOWNLOADS_WAIT
 from skerry_agent.network import Networks
 from skerry_agent.notify import Notify
 from skerry_agent.obeying import Obeying
@@ -175,8 +176,9 @@ class Supervisor:
             )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._networks = Networks(
-            config, self._clock, wanted=lambda: self._orders.settings.networks, carried=lambda: self._importing.active
-        )
+            config, self._clock, wanted=lambda: self._orders.settings.networks, carried=lambda: self._importing.active,
+            windows=lambda: self._orders.settings.fetch_windows,
+        )  # fmt: skip
         self._updating = Updating(
             config, self._store, self._slots, self._serving, self._errands, self._clock, self._runtimes,
             self._restoring, self._holding, self._networks, errand_input=self._update_input, on_change=self._uplink.changed,
@@ -196,8 +198,8 @@ class Supervisor:
         )
         self._serving.site.on_not_started = self._unstarted.failed
         self._shadowing = Shadowing(
-            config, self._slots, self._serving, self._errands, self._clock, admission=self._updating.fetching.admission, networks=self._networks,
-            errand_input=self._update_input, max_kib_s=lambda: self._updating.rules.max_kib_s,
+            config, self._slots, self._serving, self._errands, self._clock, admission=self._updating.fetching.admission, errand_input=self._update_input,
+            downloads=Downloads(self._errands, self._clock, self._networks, max_kib_s=lambda: self._updating.rules.max_kib_s),
             on_event=lambda code, data: self._uplink.event("shadow", code, data), draw=self._draw,
         )  # fmt: skip
         self._following = Following(
@@ -335,7 +337,8 @@ class Supervisor:
             self._serving.tick()
             self._updating.tick()
             if self._networks.opened():
-                self._updating.failures.hurry(NETWORK_NOT_ALLOWED)
+                for code in DOWNLOADS_WAIT:
+                    self._updating.failures.hurry(code)
                 self._follow_plan()
             self._forcing.tick()
             self._restarts.tick()

@@ -25,6 +25,7 @@ from skerry_agent.core import culprits, lifecycle, liveness, trial, why
 from skerry_agent.core import effects as e
 from skerry_agent.core.effects import Effect
 from skerry_agent.core.lifecycle import Update
+from skerry_agent.downloads import Downloads
 from skerry_agent.endings import Endings
 from skerry_agent.errand import Errands
 from skerry_agent.errors import AgentError, Degraded, Rejected
@@ -129,8 +130,8 @@ class Updating:
         self._take_for_said()
         self.fetching = Fetching(
             config, store, slots, errands, runtimes, self.failures, update=lambda: self.update,
-            errand_input=errand_input, max_kib_s=lambda: self.rules.max_kib_s,
-            progress=FetchProgress(clock, on_progress, config.timing.backoff_scale), networks=networks,
+            errand_input=errand_input, progress=FetchProgress(clock, on_progress, config.timing.backoff_scale),
+            downloads=Downloads(errands, clock, networks, max_kib_s=lambda: self.rules.max_kib_s),
         )  # fmt: skip
         self.turnover = Turnover(
             config, slots, serving, runtimes, restoring, self.failures, update=lambda: self.update, draw=draw
@@ -310,6 +311,10 @@ class Updating:
                 self._extended = True
                 self._deadline = asyncio.get_running_loop().call_later(_LAST_LOOK_S, self._overdue)
                 return
+        if self.update.state == "fetch" and (left_s := self.fetching.downloads.left_s()) > 0:
+            # It gets further. How long that takes is a matter of its size and of the rate that the group allows.
+            self._deadline = asyncio.get_running_loop().call_later(left_s, self._overdue)
+            return
         self.feed(e.Deadline())
 
     async def stop(self, *, in_order: bool = False) -> None:

@@ -15,10 +15,12 @@ NUMBERS = frozenset(
         "shadow_c",
     }
 )  # fmt: skip
+_HOURS = "hours as 'fri sat 22:00-04:00, daily 12:00-13:00'"
 OTHERS = {
+    "fetch_windows": _HOURS,
     "networks": "kinds as wifi,unmetered",
     "opens_at": "a time as 2027-01-31T22:00Z",
-    "windows": "hours as 'fri sat 22:00-04:00, daily 12:00-13:00'",
+    "windows": _HOURS,
 }
 
 
@@ -68,4 +70,4 @@ def _windows(value: str) -> list[dict[str, Any]]:
     return found
 
 
-_READ = {"networks": _networks, "opens_at": _time, "windows": _windows}
+_READ = {"fetch_windows": _windows, "networks": _networks, "opens_at": _time, "windows": _windows}

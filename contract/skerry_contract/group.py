@@ -20,7 +20,7 @@ MAX_BYTES = 4 << 20
 EVERYONE = 1 << 64
 ANY_STRATUM = "*"
 
-FEATURES: frozenset[str] = frozenset({"pins", "canary", "shadow", "windows", "networks", "opens_at"})
+FEATURES: frozenset[str] = frozenset({"pins", "canary", "shadow", "windows", "networks", "opens_at", "fetch_windows"})
 """What this release understands of a group document's ``requires``."""
 
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -67,7 +67,7 @@ class Rollout(_Part, frozen=True, kw_only=True, omit_defaults=True):
         id: the rollout's id; stage: number of the stage now running, from 0; both key the telemetry windows.
         salt: 32 hex digits (16 bytes).
         cuts: stratum -> cut as decimal string; ``*`` for strata not named. Cuts only grow.
-        windows: maintenance windows, opens_at: seconds since 1970 before which the candidate does not begin to answer (it is fetched); 0 for at once.
+        windows: kept from the first release, read by nobody: hours are those of ``Settings``. opens_at: seconds since 1970 before which the candidate does not begin to answer (it is fetched); 0 for at once.
     """
 
     id: str
@@ -111,6 +111,8 @@ class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
             ``requires``.
         windows: in which hours another bundle may begin to answer, by each device's local time; empty: in any. Who sets some
             names ``windows`` in ``requires``.
+        fetch_windows: in which hours files of bundles may be downloaded, likewise; empty: in any. Who sets some names
+            ``fetch_windows`` in ``requires``.
         shadow_share: of the requests, that a bundle in shadow sees as well.
         shadow_cpu: share of one core that it may take.
         shadow_c: degrees Celsius of the hottest sensor above which it pauses; 0 for any.
@@ -129,6 +131,7 @@ class Settings(_Part, frozen=True, kw_only=True, omit_defaults=True):
     shadow_cpu: float = 0.25
     shadow_c: float = 0.0
     opens_at: int = 0
+    fetch_windows: tuple[opening.Window, ...] = ()
 
 
 class GroupDocument(_Part, frozen=True, kw_only=True, omit_defaults=True):
@@ -313,13 +316,18 @@ def _check_settings(settings: Settings) -> None:
         if not 1 <= len(network) <= MAX_NETWORK_CHARS:
             detail = f"wanted 1 to {MAX_NETWORK_CHARS} characters, got {len(network)}"
             raise Malformed("group document", detail, where=f"$.settings.networks[{i}]")
-    if len(settings.windows) > opening.MOST_WINDOWS:
-        detail = f"wanted at most {opening.MOST_WINDOWS} windows, got {len(settings.windows)}"
-        raise Malformed("group document", detail, where="$.settings.windows")
-    for i, window in enumerate(settings.windows):
+    _check_windows(settings.windows, "$.settings.windows")
+    _check_windows(settings.fetch_windows, "$.settings.fetch_windows")
+
+
+def _check_windows(windows: tuple[opening.Window, ...], where: str) -> None:
+    if len(windows) > opening.MOST_WINDOWS:
+        detail = f"wanted at most {opening.MOST_WINDOWS} windows, got {len(windows)}"
+        raise Malformed("group document", detail, where=where)
+    for i, window in enumerate(windows):
         fault = opening.fault(window)
         if fault is not None:
-            raise Malformed("group document", fault, where=f"$.settings.windows[{i}]")
+            raise Malformed("group document", fault, where=f"{where}[{i}]")
 
 
 def _check_target(target: Target) -> None:

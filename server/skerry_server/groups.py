@@ -254,7 +254,7 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
         pinned.setdefault(g.pin_key(name, ids.DeviceId(pin.device)), {})[pin.model] = targets[pin.digest]
     found = msgspec.convert(settings, g.Settings)
     requires = (("pins",) if pinned else ()) + (("canary",) if rollouts else ())
-    requires += tuple(rule for rule in ("windows", "networks", "opens_at") if getattr(found, rule))
+    requires += tuple(rule for rule in ("windows", "networks", "opens_at", "fetch_windows") if getattr(found, rule))
     return g.GroupDocument(
         schema=g.SCHEMA,
         group=name,

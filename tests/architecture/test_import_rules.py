@@ -38,7 +38,7 @@ LAYERS = {
         ("cli commands bringing __main__", True),
         ("supervisor doctor", False),
         (
-            "applications appclient lending chronicle operating pulse exposition probe reloading serving following orders syncing updating fetching turnover failures restoring shadowing runtimes reporting uplink upload facts hold readings at_rest throttle wear accelerators unstarted holding diversity asked_logs progress standby obeying readiness endings restarts forcing fetched remembered importing network opening returning",
+            "applications appclient lending chronicle operating pulse exposition probe reloading serving following orders syncing updating fetching turnover failures restoring shadowing runtimes reporting uplink upload facts hold readings at_rest throttle wear accelerators unstarted holding diversity asked_logs progress standby obeying readiness endings restarts forcing fetched remembered importing network opening returning downloads localtime",
             True,
         ),
         ("link store slots workers leftovers errand control notify local_socket", False),

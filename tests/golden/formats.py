@@ -42,6 +42,7 @@ FORMATS: dict[str, Format] = {
     "manifest-after.json": Format(values.AFTER_MANIFEST, manifest.encode, manifest.parse),
     "group-windows.json": Format(values.WINDOWS_GROUP, group.encode, group.parse),
     "group-rules.json": Format(values.RULES_GROUP, group.encode, group.parse),
+    "group-hours.json": Format(values.HOURS_GROUP, group.encode, group.parse),
     "group-later.json": Format(values.LATER_GROUP, group.encode, group.parse),
     "group.json": Format(values.GROUP, group.encode, group.parse),
     "floors.json": Format(values.FLOORS, floors.encode, floors.parse),

@@ -246,3 +246,10 @@ RULES_GROUP = msgspec.structs.replace(
         opens_at=1_700_000_000,
     ),
 )
+HOURS_GROUP = msgspec.structs.replace(
+    RULES_GROUP,
+    requires=("canary", "fetch_windows", "networks", "opens_at", "pins", "windows"),
+    settings=msgspec.structs.replace(
+        RULES_GROUP.settings, fetch_windows=(opening.Window(days=("mon",), start="18:00", end="08:00"),)
+    ),
+)

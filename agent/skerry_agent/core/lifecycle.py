@@ -37,7 +37,7 @@ CONFIRMED: frozenset[State] = RESTING - {"idle"}
 DEADLINES_S: dict[State, float] = {
     "fetch": 3600.0, "verify": 600.0, "stage": 120.0, "ready": 31 * 86_400.0, "prove": 180.0, "revert": 240.0,
 }  # fmt: skip
-"""How long a state may last, seconds. A way back has more time than the way in: what came up within that has to come back. ``ready`` counts
+"""How long a state may last, seconds; ``fetch``: while it gets no further. A way back has more time than the way in: what came up within that has to come back. ``ready`` counts
 over restarts. The trial's time comes from the group's settings; ``TRIAL_OVER_S`` and the drain's time come on top."""
 TRIAL_OVER_S = 120.0
 """A trial that is over for so long and could not be judged goes back: its worker says nothing, or the hand-over never ended."""

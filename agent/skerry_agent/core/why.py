@@ -26,7 +26,6 @@ _CANCEL = "nothing; `skerry-agent cancel` ends it"
 _NEEDS: Mapping[str, str] = {
     "unreachable": "a way to the server and the repository: network, name, firewall",
     "timeout": "a better way to the server and the repository, or more time",
-    "mirror_wrong": "the right bytes: whoever serves the repository (a cache, a mirror, a proxy) sends others than were signed",
     "expired": "metadata that has not ended: whoever runs the fleet publishes it anew",
     "rollback": "whoever runs the fleet publishes above what this device has seen",
     "bad_signature": "whoever runs the fleet: metadata is not signed by whom this device trusts",
@@ -34,6 +33,7 @@ _NEEDS: Mapping[str, str] = {
     "unknown_device": "a person: this device is not known, or was revoked; enrol it anew",
     "not_enrolled": "a person: `skerry-agent enrol`",
     "identity_damaged": "a person: `skerry-agent doctor` says which file; enrol it anew",
+    "fetch_window_closed": "the hours in which its group downloads, by a clock that is set",
     "network_not_allowed": "a network that its group's settings name",
     "not_enough_disk": "room on the disk",
     "not_enough_memory": "free memory",

@@ -19,7 +19,7 @@ ELSEWHERE = frozenset(
     {
         "unreachable", "timeout", "expired", "rollback", "withdrawn", "interrupted", "busy", "courier_crashed",
         "process_not_started", "blob_missing", "download_wasted", "activation_overdue", "network_not_allowed",
-        "yielded", "mirror_wrong", "key_not_given",
+        "yielded", "mirror_wrong", "key_not_given", "fetch_window_closed",
     }
 )  # fmt: skip
 """Codes about the way to the repository, about the agent's own helpers on that way, or about a change of plan: nothing is said about

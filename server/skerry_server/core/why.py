@@ -33,7 +33,6 @@ State = Literal[
 
 MEANINGS: dict[str, str] = {
     "unreachable": "server or repository does not answer",
-    "mirror_wrong": "what the repository, or a cache or mirror of it, sent is not what was signed, or led elsewhere; it is asked again",
     "blob_missing": "the repository does not have a file that the catalog promises; push the bundle again",
     "download_wasted": (
         "bytes of a file came in vain, three times its size and more: the connection breaks and the server, or a proxy before it, does not resume"
@@ -79,6 +78,7 @@ MEANINGS: dict[str, str] = {
     "trial_silent": "the trial was over and could not be judged: its worker said nothing, or the hand-over did not end",
     "reverted_by_operator": "a person ordered it at the device",
     "yielded": "it made way for a way back, or lay ready and was held while another model's update went first, which nothing held; it is taken up again",
+    "fetch_window_closed": "the group's `fetch_windows` are closed now, or the device does not know the time; it goes on when they open",
     "network_not_allowed": "the group's `networks` do not name the network that the device is on; it goes on when it is on another",
     "activation_overdue": "it lay ready for a month and nothing let it begin: a lock, a closed window, or nobody's `activate`; it is taken up again",
     "cancelled": "a person ended the update, at the device or through the server",

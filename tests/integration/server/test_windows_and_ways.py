@@ -62,11 +62,13 @@ def test_windows_of_a_group_reach_its_document_and_keep_off_agents_that_do_not_k
 def test_networks_and_a_time_reach_the_document_and_keep_off_agents_that_do_not_know_them(
     rig: ServerRig, group: str
 ) -> None:
-    wanted = {"networks": ["wifi", "unmetered"], "opens_at": 1_900_000_000}
+    hours = [{"start": "18:00", "end": "08:00"}]
+    wanted = {"networks": ["wifi", "unmetered"], "opens_at": 1_900_000_000, "fetch_windows": hours}
     rig.good("PUT", f"/api/v1/groups/{group}", {"settings": wanted})
     found = rig.wait("the settings", lambda: (d := document(rig, group)) and d.settings.opens_at and d)
     assert (found.settings.networks, found.settings.opens_at) == (("wifi", "unmetered"), 1_900_000_000)
-    assert {"networks", "opens_at"} <= set(found.requires)
+    assert found.settings.fetch_windows == (opening.Window(start="18:00", end="08:00"),)
+    assert {"networks", "opens_at", "fetch_windows"} <= set(found.requires)
     wrong = rig.ask("PUT", f"/api/v1/groups/{group}", {"settings": {"networks": ["wfi"]}})
     assert wrong.status == 422, wrong.data
     assert b"settings.networks: wanted some of cellular, ethernet, unmetered, wifi, got wfi" in wrong.data

@@ -11,7 +11,8 @@ from skerry_agent import config
 from skerry_agent.clock import Clock
 from skerry_agent.core import networks
 from skerry_agent.errors import Transient
-from skerry_agent.network import Networks
+from skerry_agent.network import Networks, Overtaken
+from skerry_contract import opening
 
 HEAD = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
 WIFI = networks.Network(interface="wlan0", kind="wifi")
@@ -59,17 +60,25 @@ def test_the_default_route_of_the_least_metric_that_is_up_counts() -> None:
 
 
 def made(
-    folder: Path, interface: str, *, rows: str | None = None, wanted: tuple[str, ...] = (), **keys: str
+    folder: Path,
+    interface: str,
+    *,
+    rows: str | None = None,
+    wanted: tuple[str, ...] = (),
+    windows: list[opening.Window] | None = None,
+    clock: str = "wall",
+    **keys: str,
 ) -> Networks:
     """On a device with one interface; the kernel's files are a folder."""
     (folder / "net").mkdir(exist_ok=True)
     (folder / "net" / "route").write_text(HEAD + (route(interface) if rows is None else rows))
-    tree: dict[str, Any] = {"state_dir": str(folder), "network": keys}
+    tree: dict[str, Any] = {"state_dir": str(folder), "network": keys, "updates": {"clock": clock}}
     return Networks(
         config.build(tree, {}),
         Clock(),
         wanted=lambda: wanted,
         carried=lambda: False,
+        windows=lambda: tuple(windows or ()),
         proc=folder / "net",
         sys=folder / "sys",
     )
@@ -137,3 +146,42 @@ def test_a_download_ends_when_the_network_changes_to_one_that_may_not_be_used(
     found._looked_s = 0.0
     assert found.opened()
     assert not found.opened(), "it is said once"
+
+
+ALWAYS, NEVER = opening.Window(start="00:00", end="24:00"), opening.Window(start="00:00", end="00:01", days=("mon",))
+
+
+def test_a_download_ends_when_its_hours_are_over_and_may_go_on_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skerry_agent.network._LOOK_S", 0.01)
+    monkeypatch.setattr("skerry_agent.localtime.now", lambda *_: (3, 12 * 60))
+    windows = [ALWAYS]
+    found = made(tmp_path, "eth0", windows=windows)
+
+    async def life() -> None:
+        assert found.hindrance() == ""
+        asyncio.get_running_loop().call_later(0.05, windows.__setitem__, 0, NEVER)
+        with pytest.raises(Transient, match="fetch_window_closed") as refused:
+            await found.while_allowed(asyncio.sleep(60.0))
+        assert "mon 00:00-00:01" in refused.value.detail
+
+    asyncio.run(life())
+    assert not found.opened()
+    windows[0] = ALWAYS
+    found._looked_s = 0.0
+    assert found.opened()
+
+
+def test_who_does_not_know_the_time_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = made(tmp_path, "eth0", windows=[ALWAYS], clock="synced")
+    monkeypatch.setattr(found._clock, "synced", lambda: False)
+    assert "does not know the time" in found.hindrance()
+    monkeypatch.setattr(found._clock, "synced", lambda: True)
+    assert found.hindrance() == ""
+
+
+def test_a_download_whose_rules_changed_is_ended_to_begin_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skerry_agent.network._LOOK_S", 0.01)
+    with pytest.raises(Overtaken):
+        asyncio.run(made(tmp_path, "eth0").while_allowed(asyncio.sleep(60.0), overtaken=lambda: True))

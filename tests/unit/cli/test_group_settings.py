@@ -16,12 +16,13 @@ def test_every_kind_of_setting_can_be_written() -> None:
             "shadow_share=0.5",
             "networks=wifi,unmetered",
             "opens_at=2027-01-31T22:00Z",
+            "fetch_windows=daily 18:00-08:00",
             "windows=fri sat 22:00-04:00, daily 12:00-13:00",
             "jitter_s=",
         ]
     )
     assert found == {
-        "sync_s": 60, "shadow_share": 0.5, "networks": ["wifi", "unmetered"], "opens_at": 1801432800, "jitter_s": None,
+        "sync_s": 60, "shadow_share": 0.5, "networks": ["wifi", "unmetered"], "opens_at": 1801432800, "fetch_windows": [{"start": "18:00", "end": "08:00"}], "jitter_s": None,
         "windows": [{"days": ["fri", "sat"], "start": "22:00", "end": "04:00"}, {"start": "12:00", "end": "13:00"}],
     }  # fmt: skip
     msgspec.convert({name: value for name, value in found.items() if value is not None}, group.Settings)

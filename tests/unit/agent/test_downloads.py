@@ -1,0 +1,70 @@
+"""The files of a bundle come at the group's rate, as it is now, and for as long as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from skerry_agent import config, downloads
+from skerry_agent.clock import Clock
+from skerry_agent.downloads import Downloads
+from skerry_agent.errand import Errands
+from skerry_agent.errors import Transient
+from skerry_agent.network import Networks
+
+COURIER = """
+import json, sys, time
+cap = json.loads(sys.stdin.readline())["max_kib_s"]
+steps = {0: 3, 1: 10_000, 5: 12, 7: 0}[cap]
+for step in range(1, steps + 1):
+    print(json.dumps({"progress": {"file": "m", "total_done": step, "total_size": 20_000, "received": step}}), flush=True)
+    time.sleep(0.1)
+if cap == 7:
+    time.sleep(60)
+print(json.dumps({"ok": {"bytes": steps}}), flush=True)
+"""
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Downloads, list[int]]:
+    monkeypatch.setattr("skerry_agent.network._LOOK_S", 0.05)
+    clock, cap = Clock(), [0]
+    rules = Networks(config.build({"state_dir": str(tmp_path)}, {}), clock, wanted=lambda: (), carried=lambda: False)
+    errands = Errands((sys.executable, "-c", COURIER))
+    return Downloads(errands, clock, rules, max_kib_s=lambda: cap[0]), cap
+
+
+def test_another_rate_reaches_a_download_that_is_under_way(made: tuple[Downloads, list[int]]) -> None:
+    found, cap = made
+    said: list[dict[str, Any]] = []
+
+    def hear(line: dict[str, Any]) -> None:
+        said.append(line)
+        if len(said) == 2:
+            cap[0] = 0
+
+    cap[0] = 1
+    answer = asyncio.run(found.run({}, on_progress=hear))
+    # Both couriers' bytes, and one count for whoever follows it.
+    assert answer["bytes"] >= 2 + 3
+    assert said[-1]["received"] == answer["bytes"]
+
+
+def test_a_download_that_gets_further_has_no_end_and_one_that_stands_still_has(
+    made: tuple[Downloads, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, cap = made
+    # Half of what the download takes, and twenty times what passes between two lines.
+    monkeypatch.setattr(downloads, "STILL_S", 2.0)
+    cap[0] = 5
+    slow = COURIER.replace("time.sleep(0.1)", "time.sleep(0.4)")
+    found._errands = Errands((sys.executable, "-c", slow))
+    assert asyncio.run(found.run({})) == {"bytes": 12}
+    assert found.left_s() > 0
+    cap[0] = 7
+    with pytest.raises(Transient, match="timeout"):
+        asyncio.run(found.run({}))
+    assert found.left_s() <= 0
