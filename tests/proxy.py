@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.rig_server import Answer, ServerRig
 
-_NOT_FORWARDED = {"transfer-encoding", "connection", "content-length", "date", "server"}
+_NOT_FORWARDED = {"transfer-encoding", "connection", "content-length", "content-encoding", "date", "server"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +47,17 @@ class Proxy:
                 asked = Recorded(method=self.command, path=self.path, headers=dict(self.headers.items()), body=body)
                 proxy.seen.append(asked)
                 answer = Answer(503, {}, b"{}") if proxy.held(asked) else proxy.send(asked)
+                # It calls itself the server, so that everything else comes through it too.
+                is_device = asked.path.startswith("/device/")
+                data = answer.data.replace(server.url.encode(), proxy.url.encode()) if is_device else answer.data
                 self.send_response_only(answer.status)
                 for name, value in answer.headers.items():
                     if name.lower() not in _NOT_FORWARDED:
                         self.send_header(name, value)
                 self.send_header("Date", proxy.date or answer.headers.get("Date", self.date_time_string()))
-                self.send_header("Content-Length", str(len(answer.data)))
+                self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(answer.data)
+                self.wfile.write(data)
 
             def do_GET(self) -> None:
                 self._forward()
