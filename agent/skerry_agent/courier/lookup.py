@@ -140,6 +140,10 @@ def _manifest(
             if info.hashes.get("sha256") != digest:
                 listed = info.hashes.get("sha256")
                 raise Rejected("not_in_catalog", f"{wanted}: the catalog lists it as {listed}, not as {digest}")
+            if info.length > manifests.MAX_BYTES:
+                # Signed so: no mirror's fault, and not asked for.
+                listed = f"the catalog lists {info.length} bytes, wanted at most {manifests.MAX_BYTES}"
+                raise Rejected("malformed_manifest", f"{wanted}: {listed}")
             data = fresh.fetch_target(info, manifests.MAX_BYTES)
             # What the signed length and hash vouch for is the digest that was asked for. Believing it twice costs nothing.
             if canonical.sha256(data) != digest:

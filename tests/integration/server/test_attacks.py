@@ -21,7 +21,7 @@ from tuf.api.metadata import Metadata, TargetFile
 
 from tests import models
 from tests.integration.cli.conftest import CliHere
-from tests.integration.tuf.conftest import Device
+from tests.integration.tuf.conftest import Device, DeviceHere
 from tests.proxy import Proxy
 from tests.rig_server import DeviceRig, Operator, ServerRig, csr
 
@@ -31,8 +31,8 @@ AS_JSON = {"Content-Type": "application/json"}
 LOOK_ALIKES = ("g\u0430s", "g\u03b1s", "\uff47as", "gas\u0661", "ga\u200ds", "\u202esag", "ga\u0301s", "GAS")
 
 
-def courier(url: str, state_dir: Path) -> Device:
-    return Device(SimpleNamespace(site=SimpleNamespace(url=url), url=f"{url}/repository"), state_dir)  # type: ignore[arg-type]
+def courier(url: str, state_dir: Path, kind: type[Device] = DeviceHere) -> Device:
+    return kind(SimpleNamespace(site=SimpleNamespace(url=url), url=f"{url}/repository"), state_dir)  # type: ignore[arg-type]
 
 
 def token_for(server: ServerRig, operator: Operator, device: str, url: str = "") -> str:
@@ -58,7 +58,7 @@ def proxy(server: ServerRig) -> Iterator[Proxy]:
 def test_what_a_proxy_records_is_of_no_use_to_it(
     server: ServerRig, operator: Operator, proxy: Proxy, tmp_path: Path
 ) -> None:
-    device = courier(proxy.url, tmp_path / "state")
+    device = courier(proxy.url, tmp_path / "state", Device)
     device.ok("enrol", token=token_for(server, operator, "proxied-1", proxy.url))
     assert device.ok("sync", group="press")["self_error"] is None
     (own,) = [one for one in proxy.seen if one.path == "/device/v1/self"]
@@ -204,7 +204,7 @@ def test_names_that_look_like_others_are_refused_wherever_one_is_made(
         (built / m.MANIFEST_FILE).write_bytes(canonical.encode(value))
         for command in (
             ()
-            if name not in LOOK_ALIKES[:2]
+            if name not in LOOK_ALIKES[:1]
             else (
                 ("push", built),
                 ("approve", f"{name}@1.0.0"),
