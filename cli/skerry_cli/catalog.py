@@ -89,7 +89,12 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """What a proposal changes, for a person (``text``) and for programs (``to_json``)."""
+    """What a proposal changes, for a person (``text``) and for programs (``to_json``).
+
+    Attributes:
+        beyond: (model, floor, highest version listed or empty) of every floor that moves here and that no listed bundle reaches.
+        brings: of new targets, and a new root, that appear with the catalog: who comes in and who goes out.
+    """
 
     from_version: int
     to_version: int
@@ -100,6 +105,8 @@ class Difference:
     removed: tuple[Entry, ...]
     floors: tuple[tuple[str, str | None, str | None], ...]
     forced: tuple[tuple[str, str | None, str | None], ...] = ()
+    beyond: tuple[tuple[str, str, str], ...] = ()
+    brings: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The lines as one text."""
@@ -124,6 +131,12 @@ class Difference:
             lines.append(f"{mark} forced floor of {model}: {before or 'none'} -> {after or 'none'}")
             if after is not None and not _goes_down(before, after):
                 lines.append(f"    devices that serve {model} below {after} stop it at once")
+        for model, floor, highest in self.beyond:
+            lists = f"the highest is {highest}" if highest else "none is listed at all"
+            lines.append(
+                f"! no bundle of {model} reaches {floor} ({lists}): no device may begin any, until one that does is approved"
+            )
+        lines += self.brings
         if not (self.added or self.removed or self.floors or self.forced):
             lines.append("  no bundle and no floor changes: this renews the expiry")
         return tuple(output.visible(line) for line in lines)
@@ -150,6 +163,8 @@ class Difference:
             "removed": [entry(e) for e in self.removed],
             "floors": [{"model": model, "before": before, "after": after} for model, before, after in self.floors],
             "forced": [{"model": model, "before": before, "after": after} for model, before, after in self.forced],
+            "beyond": [{"model": model, "floor": floor, "highest": highest} for model, floor, highest in self.beyond],
+            "brings": list(self.brings),
         }
 
 
@@ -373,6 +388,8 @@ def _goes_down(before: str | None, after: str | None) -> bool:
 
 def _difference(verified: VerifiedCatalog, new: Targets, floors: bytes) -> Difference:
     before, after = entries(verified.catalog), entries(new)
+    moved = _steps(verified.floors, floor_rules.parse(floors))
+    forced = _steps(verified.forced, floor_rules.parse_forced(floors))
     return Difference(
         from_version=verified.catalog.version,
         to_version=new.version,
@@ -381,9 +398,22 @@ def _difference(verified: VerifiedCatalog, new: Targets, floors: bytes) -> Diffe
         expires_after=new.expires.isoformat(),
         added=tuple(after[key] for key in sorted(after) if key not in before),
         removed=tuple(before[key] for key in sorted(before) if key not in after),
-        floors=_steps(verified.floors, floor_rules.parse(floors)),
-        forced=_steps(verified.forced, floor_rules.parse_forced(floors)),
+        floors=moved,
+        forced=forced,
+        beyond=_beyond(
+            {m: floor for m, was, floor in (*forced, *moved) if floor is not None and not _goes_down(was, floor)}, after
+        ),
+        brings=verified.brings,
     )
+
+
+def _beyond(raised: Mapping[str, str], listed: Mapping[tuple[str, str], Entry]) -> tuple[tuple[str, str, str], ...]:
+    found = []
+    for model, floor in sorted(raised.items()):
+        highest = max((version for name, version in listed if name == model), key=ids.version_key, default="")
+        if not highest or ids.version_key(highest) < ids.version_key(floor):
+            found.append((model, floor, highest))
+    return tuple(found)
 
 
 def _steps(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[tuple[str, str | None, str | None], ...]:

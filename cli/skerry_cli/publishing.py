@@ -26,6 +26,7 @@ from skerry_cli.bundle_source import open_pool
 from skerry_cli.client import Api, quote
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
 
+_MOST_IN_A_HEADER = 4096
 _MAX_SIGNATURE_BYTES = 4 << 20
 
 
@@ -57,10 +58,14 @@ def push(
     if content_key is not None and not encrypted:
         raise Usage(f"{bundle.folder}: --content-key goes with an encrypted bundle; this one is not")
     key = sealing.key_for(bundle.manifest, bundle.folder, content_key) if encrypted else None
-    headers = {"X-Skerry-Signature": base64.b64encode(bundle.signature).decode()} if bundle.signature else None
+    signature = bundle.signature or b""
+    short = 0 < len(signature) <= _MOST_IN_A_HEADER
+    headers = {"X-Skerry-Signature": base64.b64encode(signature).decode()} if short else None
     answer = api.send("POST", "/api/v1/bundles", bundle.data, headers)
     if answer.get("digest") != bundle.digest:
         raise RefusedForSafety(f"the server calls the bundle {answer.get('digest')}, it is {bundle.digest}")
+    if signature and not short:
+        api.send("PUT", f"/api/v1/bundles/{bundle.digest}/signature", signature)
     missing = set(answer.get("missing", ()))
     sent = [file for file in {f.sha256: f for f in bundle.manifest.files()}.values() if file.sha256 in missing]
     for file in sent:
@@ -131,6 +136,7 @@ class Approver:
         cache_dir: remembers what was seen, against rollback; one per fleet.
         model_signers: name -> public key (PEM); one of them must have signed each added bundle. None asks for nobody's.
         say: told who signed what.
+        names: key id -> who holds it, for what a person is shown.
     """
 
     def __init__(
@@ -144,7 +150,9 @@ class Approver:
         repository_url: str | None = None,
         model_signers: Mapping[str, bytes] | None = None,
         say: Callable[[str], None] = lambda _: None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
+        self._names = dict(names or {})
         self._model_signers = model_signers
         self._say = say
         self._api = api
@@ -173,16 +181,22 @@ class Approver:
     ) -> catalog.Proposal:
         """Signs the next catalog; posts it when this signature completes it, else leaves it on the server where asked.
 
+        Raises:
+            Usage: this approver is not among ``approvers``, who stand in the signed entries. Else as ``catalog.propose``.
+
         Args:
             targets, root: signed, to appear with it; their approvers sign it.
             leave: an incomplete one waits on the server for the next approver.
         """
+        named = tuple(approvers) or (self._name,)
+        if self._name not in named:
+            raise Usage(f"approvers: {', '.join(named)} would stand in what {self._name} signs")
         proposal = catalog.propose(
             self._ground(now, targets, root),
             change,
             source=self._source(folder),
             signer=self._signer,
-            approvers=tuple(approvers) or (self._name,),
+            approvers=named,
             now=now,
             confirm=confirm,
         )
@@ -247,7 +261,7 @@ class Approver:
 
     def _ground(self, now: dt.datetime, targets: bytes | None, root: bytes | None) -> catalog.VerifiedCatalog:
         verified = self._verified(now)
-        return verified if targets is None else catalog.under_targets(verified, targets, root=root)
+        return verified if targets is None else catalog.under_targets(verified, targets, root=root, names=self._names)
 
     def _verified(self, now: dt.datetime) -> catalog.VerifiedCatalog:
         return catalog.read_catalog(

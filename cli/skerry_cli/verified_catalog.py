@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import DelegatedRole, Metadata, Root, Targets
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
+from skerry_cli import offline_roles
 from skerry_cli.bundle_source import open_pool
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
 
@@ -48,6 +49,7 @@ class VerifiedCatalog:
         floors, forced: model -> lowest version that may be activated, that may go on serving.
         keys, threshold: whose signatures the next catalog needs, and how many.
         root, targets: the last ones, which vouch for it.
+        brings: what new ones that appear with the next catalog change, in lines.
     """
 
     catalog: Targets
@@ -58,6 +60,7 @@ class VerifiedCatalog:
     role: DelegatedRole
     root: Root
     targets: Targets
+    brings: tuple[str, ...] = ()
 
     @property
     def threshold(self) -> int:
@@ -125,12 +128,15 @@ def read_catalog(
     )
 
 
-def under_targets(verified: VerifiedCatalog, data: bytes, *, root: bytes | None = None) -> VerifiedCatalog:
+def under_targets(
+    verified: VerifiedCatalog, data: bytes, *, root: bytes | None = None, names: Mapping[str, str] | None = None
+) -> VerifiedCatalog:
     """The same catalog, as the ground of one that is to appear together with new targets: its signers are those that they name.
 
     Args:
         data: the next version of targets, signed by enough of its holders.
         root: the next version of root where it comes with them, else the one being served counts.
+        names: key id -> who holds it, for what a person is shown.
 
     Raises:
         RefusedForSafety: no next version, not signed as root says, or it delegates no catalog.
@@ -162,7 +168,10 @@ def under_targets(verified: VerifiedCatalog, data: bytes, *, root: bytes | None 
     if delegations is None or role is None:
         raise RefusedForSafety("targets: it delegates no catalog")
     named = {keyid: delegations.keys[keyid] for keyid in role.keyids}
-    return replace(verified, keys=named, role=role, root=trusted, targets=new)
+    brings = offline_roles.difference(verified.targets, new, names or {})
+    if root is not None:
+        brings = (*offline_roles.difference(verified.root, trusted, names or {}), *brings)
+    return replace(verified, keys=named, role=role, root=trusted, targets=new, brings=brings)
 
 
 def entries(catalog: Targets) -> dict[tuple[str, str], Entry]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from skerry_contract import manifest as m
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 
 _MOST_BUSY = 0.05
 """Share of the time that looks may take: where there are many devices, they are rarer."""
+_MOST_PAUSE_S = 3600.0
+_REHASH_S = 3600.0
+"""A file is not hashed again sooner, however often devices complain."""
 _FREE_BYTES = 256 << 20
 """Room that is left on the disk, beside what one delta needs while it is made."""
 _JOIN_S = 5.0
@@ -63,6 +68,8 @@ class DeltaMaker:
         self._manifests: dict[str, m.Manifest] = {}
         self._wanted_now: set[deltas.Key] = set()
         self._said: dict[deltas.Key, str] = {}
+        self._heard = 0
+        self._hashed_s: dict[deltas.Key, float] = {}
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         shutil.rmtree(scratch, ignore_errors=True)
@@ -83,16 +90,17 @@ class DeltaMaker:
         while not self._stopping.is_set():
             looked_s = 0.0
             try:
-                began_ms = self._now_ms()
+                # Not the wall clock: a step of it in the middle would make a pause of days.
+                began_s = time.monotonic()
                 due = self.look()
-                looked_s = (self._now_ms() - began_ms) / 1000
+                looked_s = time.monotonic() - began_s
                 if any(self.make(pair) for pair in due):
                     # At once the next: what is wanted most may be another one by now.
-                    self._stopping.wait(looked_s / _MOST_BUSY)
+                    self._stopping.wait(min(looked_s / _MOST_BUSY, _MOST_PAUSE_S))
                     continue
             except Exception:
                 log.exception("delta maker failed")
-            self._stopping.wait(max(self._settings.look_s, looked_s / _MOST_BUSY))
+            self._stopping.wait(max(self._settings.look_s, min(looked_s / _MOST_BUSY, _MOST_PAUSE_S)))
 
     def look(self) -> list[Pair]:
         """Finds out what is wanted, tidies up, and returns what should be made now; what serves most devices comes first."""
@@ -100,23 +108,31 @@ class DeltaMaker:
         with reading(self._engine) as conn:
             pairs = self._wanted(conn)
             known = deltas.held(conn)
+            promised = deltas.promised(conn)
+            self._heard, doubted = deltas.complaints(conn, after=self._heard)
+            doubted_files = self._files_of(conn, doubted)
         self._wanted_now = {(pair.base, pair.target) for pair in pairs}
         present = self._files.present()
         news = [pair for pair in pairs if core.is_news(known.get((pair.base, pair.target)), now_ms=now_ms)]
         over = [key for key, held in known.items() if core.is_over(held, now_ms=now_ms) and key not in self._wanted_now]
         lost = [key for key, held in known.items() if held.state == "ready" and key not in present]
+        rotten = self._rotten(promised, present, doubted_files)
         # A file is whole from the moment it is there: only its row was not written any more.
         found = [key for key, held in known.items() if held.state in ("waiting", "making") and key in present]
         cut = {key: held for key, held in known.items() if held.state == "making" and key not in present}
-        if news or over or lost or found or cut:
+        if news or over or lost or rotten or found or cut:
             with writing(self._engine) as conn:
                 deltas.note_wanted(conn, news, now_ms=now_ms)
                 for key in lost:
                     deltas.note(
                         conn, key, "waiting", now_ms=now_ms, size=None, detail="its file was not there any more"
                     )
+                for key, detail in rotten.items():
+                    log.warning("delta rotted from=%s to=%s %s", *key, detail)
+                    deltas.note(conn, key, "waiting", now_ms=now_ms, size=None, sha256=None, attempts=0, detail=detail)
                 for key in found:
-                    deltas.note(conn, key, "ready", now_ms=now_ms, size=present[key], maker=__version__)
+                    told = {"size": present[key], "sha256": self._files.sha256(key), "maker": __version__}
+                    deltas.note(conn, key, "ready", now_ms=now_ms, **told)
                 for key, held in cut.items():
                     state, detail = core.after_a_crash(held)
                     deltas.note(conn, key, state, now_ms=now_ms, detail=detail)
@@ -126,6 +142,33 @@ class DeltaMaker:
         return [
             pair for pair in pairs if core.is_due(known[pair.base, pair.target], now_ms=now_ms, program=__version__)
         ]
+
+    def _files_of(self, conn: Connection, digests: set[str]) -> set[str]:
+        """sha256 of every file of these bundles."""
+        found = deltas.manifests(conn, digests, {})
+        return {file.sha256 for manifest in found.values() for file in manifest.files()}
+
+    def _rotten(
+        self,
+        promised: dict[deltas.Key, tuple[int, str | None]],
+        present: dict[deltas.Key, int],
+        doubted: set[str],
+    ) -> dict[deltas.Key, str]:
+        """Of what is served, what is not the file any more that was made, and how that shows.
+
+        Sizes are compared at each look; digests where devices say that what came gives another file, which may as well be their cache's.
+        """
+        found: dict[deltas.Key, str] = {}
+        for key, (size, sha256) in promised.items():
+            if key not in present:
+                continue
+            if present[key] != size:
+                found[key] = f"its file had {present[key]} bytes, wanted {size}"
+            elif key[1] in doubted and time.monotonic() - self._hashed_s.get(key, -_REHASH_S) >= _REHASH_S:
+                self._hashed_s[key] = time.monotonic()
+                if sha256 is None or self._files.sha256(key) != sha256:
+                    found[key] = "its file was damaged: a device said that it gives another one"
+        return found
 
     def _wanted(self, conn: Connection) -> list[Pair]:
         listed = deltas.runnable(conn)
@@ -212,7 +255,7 @@ class DeltaMaker:
 
     def _settle(self, pair: Pair, outcome: patching.Outcome, patch: Path) -> None:
         key = (pair.base, pair.target)
-        told = {"took_s": outcome.took_s, "size": outcome.size or None}
+        told: dict[str, Any] = {"took_s": outcome.took_s, "size": outcome.size or None}
         state: core.State = "failed"
         detail = f"{outcome.code}: {outcome.detail}"
         if not outcome.code and not core.is_worth_it(outcome.size, pair.target_size):
@@ -223,7 +266,7 @@ class DeltaMaker:
                 detail = f"no room for {outcome.size} bytes: deltas.quota_mb is {self._settings.quota_mb}"
             else:
                 self._drop(dropped)
-                self._files.take(key, patch)
+                told["sha256"] = self._files.take(key, patch)
                 state, detail = "ready", ""
         with writing(self._engine) as conn:
             deltas.note(conn, key, state, now_ms=self._now_ms(), detail=detail, **told)

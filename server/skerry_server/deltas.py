@@ -7,6 +7,7 @@ word; making them is ``delta_maker``'s.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from skerry_server.db import tables as t
 
 _PIECE_BYTES = 1 << 20
 _RUNNABLE = ("approved", "deprecated")
+_MOST_EVENTS = 10_000
+"""So many events are looked through for what devices say of deltas, the newest."""
 _ENDED = ("completed", "rolled_back", "aborted")
 _c = t.deltas.c
 
@@ -160,6 +163,29 @@ def ready_sizes(conn: Connection) -> dict[Key, tuple[int, int]]:
     return {(row.base, row.target): (int(row.size or 0), row.wanted_ms) for row in conn.execute(query)}
 
 
+def promised(conn: Connection) -> dict[Key, tuple[int, str | None]]:
+    """(base, target) -> bytes and sha256 of what is served, as it was made; no digest of those that an older release made."""
+    query = select(_c.base, _c.target, _c.size, _c.sha256).where(_c.state == "ready")
+    return {(row.base, row.target): (int(row.size or 0), row.sha256) for row in conn.execute(query)}
+
+
+def complaints(conn: Connection, *, after: int) -> tuple[int, set[str]]:
+    """Bundles of which devices said, in events above ``after``, that a delta gave another file; and the newest event."""
+    e = t.events.c
+    newest = int(conn.execute(select(func.max(e.id))).scalar() or 0)
+    text = cast(e.data, Text)
+    query = select(e.data).where(
+        e.id > max(after, newest - _MOST_EVENTS), e.name == "update", text.like("%delta_wrong%")
+    )
+    found = set()
+    for data in conn.execute(query).scalars():
+        fetched = (data or {}).get("fetched")
+        refused = fetched.get("refused") if isinstance(fetched, dict) else None
+        if isinstance(refused, dict) and refused.get("delta_wrong"):
+            found.add(str(data.get("digest", "")))
+    return newest, found
+
+
 def retry(conn: Connection, *, model: str | None, actor: str, now_ms: int) -> int:
     """A person wants what failed or was not worth it tried again; returns how many wait now."""
     change = update(t.deltas).where(_c.state.in_(("failed", "useless")))
@@ -228,12 +254,18 @@ class Files:
         """Where a bundle's file lies."""
         return self._repository / layout.blob(sha256)
 
-    def take(self, key: Key, made: Path) -> None:
-        """Serves what was made: under its name it appears whole and synced, or not at all."""
+    def take(self, key: Key, made: Path) -> str:
+        """Serves what was made: under its name it appears whole and synced, or not at all. Returns its sha256."""
         with durable.CheckedWriter(self._repository / layout.delta(*key)) as writer, made.open("rb") as source:
             while piece := source.read(_PIECE_BYTES):
                 writer.write(piece)
             writer.commit()
+        return writer.sha256()
+
+    def sha256(self, key: Key) -> str:
+        """Of what is served now. Raises ``OSError`` where it cannot be read."""
+        with (self._repository / layout.delta(*key)).open("rb") as source:
+            return hashlib.file_digest(source, "sha256").hexdigest()
 
     def present(self) -> dict[Key, int]:
         """(base, target) -> bytes of what is served."""

@@ -244,6 +244,7 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
                 row["model"],
                 [
                     row["stable"],
+                    *([row["fallback"]] if row["fallback"] else []),
                     *([rollout["candidate"]] if rollout is not None else []),
                     *(pin.digest for pin in pins if pin.model == row["model"]),
                 ],
@@ -267,20 +268,29 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
 
 
 def _via(conn: Connection, model: str, digests: list[str]) -> tuple[g.Target, ...]:
-    """What the bundles want confirmed before them, and what that wants in turn, as far as it is approved."""
+    """What the bundles want confirmed before them, and what that wants in turn, as far as it is approved.
+
+    Where the very version is not to be had (it was retired, say), the lowest later one that lies below the bundle: a device asks for the
+    version or a later one.
+    """
     c = t.bundles.c
+    listed: list[g.Target] | None = None
     found: dict[str, g.Target] = {}
     ahead = list(digests)
     while ahead and len(found) < g.MOST_VIA:
-        data = conn.execute(select(c.manifest).where(c.digest == ahead.pop())).scalar()
-        after = m.parse(bytes(data)).after if data is not None else ""
-        if not after or after in found:
+        row = conn.execute(select(c.manifest, c.version).where(c.digest == ahead.pop())).first()
+        after = m.parse(bytes(row.manifest)).after if row is not None else ""
+        if row is None or not after:
             continue
-        query = select(c.digest).where(c.model == model, c.version == after, c.state.in_(RUNNABLE))
-        digest = conn.execute(query).scalar()
-        if digest is not None:
-            found[after] = g.Target(digest=digest, version=after)
-            ahead.append(digest)
+        if listed is None:
+            query = select(c.digest, c.version).where(c.model == model, c.state.in_(RUNNABLE))
+            rows = sorted(conn.execute(query), key=lambda one: ids.version_key(one.version))
+            listed = [g.Target(digest=one.digest, version=one.version) for one in rows]
+        low, high = ids.version_key(after), ids.version_key(row.version)
+        first = next((one for one in listed if low <= ids.version_key(one.version) < high), None)
+        if first is not None and first.version not in found:
+            found[first.version] = first
+            ahead.append(first.digest)
     return tuple(sorted(found.values(), key=lambda one: ids.version_key(one.version)))
 
 

@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives import serialization
 from securesystemslib.signer import CryptoSigner, Signer
 from skerry_contract import canonical, layout
+from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from skerry_server import clock, durable, trust
 from skerry_server.core.signing_time import plausible, signing_time_s
+from skerry_server.errors import Unavailable
 from skerry_server.trust import RepositoryRefused
 
 log = logging.getLogger(__name__)
@@ -134,10 +136,6 @@ class MetadataFolder:
                     return newer, held
         return targets, catalog
 
-    def store(self, role: str, version: int, data: bytes) -> None:
-        """Writes a version of an offline role. Devices find a root by its number, the others only after ``publish``."""
-        durable.write(self._path(role, version), data)
-
     def publish(
         self,
         state: State,
@@ -145,16 +143,45 @@ class MetadataFolder:
         fleet_targets: Mapping[str, TargetFile] | None = None,
         only_due: bool = False,
         floor: Mapping[str, int] | None = None,
+        fresh: Mapping[str, Held] | None = None,
     ) -> tuple[str, ...]:
-        """Signs what changed or is due, writes it in order, the timestamp last. Returns the roles that were signed."""
+        """Signs what changed or is due, and then writes all of it, the timestamp last. Returns the roles that were signed.
+
+        Nothing is written before everything is signed: a key that does not sign leaves what is served as it is. A new root is written
+        right before the timestamp that goes with it: devices find it by its number, and refuse a timestamp that does not.
+
+        Args:
+            fresh: offline roles that came now; they are part of ``state``.
+
+        Raises:
+            RepositoryRefused: ``online_key_not_trusted``. Unavailable: ``online_key_unavailable``.
+        """
+        fresh = fresh or {}
+        offline = [(role, held) for role, held in fresh.items() if role != Root.type]
+        made, signed = self._signed(state, fleet_targets, only_due, floor or {})
+        for role, held in (*offline, *made[:-1]):
+            self._write(role, held)
+        if Root.type in fresh:
+            self._write(Root.type, fresh[Root.type])
+        for role, held in made[-1:]:
+            self._write(role, held)
+        return signed
+
+    def _signed(
+        self,
+        state: State,
+        fleet_targets: Mapping[str, TargetFile] | None,
+        only_due: bool,
+        floor: Mapping[str, int],
+    ) -> tuple[list[tuple[str, Held]], tuple[str, ...]]:
+        """What is to be written, the timestamp last, and the names of its roles; nothing before there is a catalog."""
         root, targets, catalog = state.root, state.targets, state.catalog
         if root is None or targets is None or catalog is None:
-            return ()
-        floor = floor or {}
+            return [], ()
         signed_at = self._next_signed_at(root, state.timestamp)
         # Devices take it to be signed_at at least, however far behind it this clock is: what is signed must outlive that.
         now = max(self._now(), dt.datetime.fromtimestamp(signed_at, dt.UTC))
-        signed: list[str] = []
+        made: list[tuple[str, Held]] = []
 
         fleet = state.fleet
         due = fleet is None or fleet_targets is not None or layout.FLEET_ROLE in floor
@@ -164,8 +191,7 @@ class MetadataFolder:
             fleet = self._sign(
                 targets.signed, layout.FLEET_ROLE, Targets(version=version, expires=now + ONLINE_LIFE, targets=listed)
             )
-            durable.write(self._path(layout.FLEET_ROLE, version), fleet.data)
-            signed.append(layout.FLEET_ROLE)
+            made.append((layout.FLEET_ROLE, fleet))
 
         meta = {
             f"{role}.json": _meta_file(held)
@@ -178,22 +204,20 @@ class MetadataFolder:
             snapshot = self._sign(
                 root.signed, Snapshot.type, Snapshot(version=version, expires=now + ONLINE_LIFE, meta=meta)
             )
-            durable.write(self._path(Snapshot.type, version), snapshot.data)
-            signed.append(Snapshot.type)
+            made.append((Snapshot.type, snapshot))
 
         timestamp = state.timestamp
-        if only_due and not signed and timestamp is not None:
+        if only_due and not made and timestamp is not None:
             if not self._due(root.signed, Timestamp.type, timestamp, TIMESTAMP_LIFE, now):
-                return ()
+                return [], ()
         new = Timestamp(
             version=_above(timestamp, floor.get(Timestamp.type, 0)),
             expires=now + TIMESTAMP_LIFE,
             snapshot_meta=_meta_file(snapshot),
             unrecognized_fields={layout.SIGNED_AT_FIELD: signed_at},
         )
-        held = self._sign(root.signed, Timestamp.type, new)
-        durable.write(self._timestamp(), held.data)
-        return (*signed, Timestamp.type)
+        made.append((Timestamp.type, self._sign(root.signed, Timestamp.type, new)))
+        return made, tuple(role for role, _ in made)
 
     def prune(self) -> set[tuple[str, str]]:
         """Deletes superseded snapshots and fleets past ``KEPT_VERSIONS``. Offline roles stay for ever.
@@ -254,7 +278,14 @@ class MetadataFolder:
         metadata: Metadata[Any] = Metadata(signed)
         named = (delegator.roles if isinstance(delegator, Root) else _delegated(delegator))[role].keyids
         known = [signer for keyid, signer in self._signers.items() if keyid in named]
-        metadata.sign(known[-1] if known else next(iter(self._signers.values())))
+        try:
+            metadata.sign(known[-1] if known else next(iter(self._signers.values())))
+        except UnsignedMetadataError as error:
+            reason = str(error.__cause__ or error)
+            raise Unavailable(
+                "online_key_unavailable",
+                f"the online key does not sign {role}: {reason}; nothing was published, what is served stays",
+            ) from error
         try:
             trust.verify(delegator, role, metadata)
         except RepositoryRefused as error:
@@ -262,6 +293,9 @@ class MetadataFolder:
                 "online_key_not_trusted", f"this server's key cannot sign {role} any more: {error.message}"
             ) from None
         return Held(signed=signed, data=metadata.to_bytes())
+
+    def _write(self, role: str, held: Held) -> None:
+        durable.write(self._timestamp() if role == Timestamp.type else self._path(role, held.version), held.data)
 
     def _path(self, role: str, version: int) -> Path:
         return self._folder / f"{version}.{role}.json"

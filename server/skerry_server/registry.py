@@ -12,6 +12,7 @@ from typing import Any
 
 from skerry_contract import ids
 from skerry_contract import manifest as m
+from skerry_runtime import signature as signatures
 from sqlalchemy import Connection, insert, select, union, update
 
 from skerry_server import audit
@@ -20,7 +21,7 @@ from skerry_server.db import queries
 from skerry_server.db import tables as t
 from skerry_server.errors import Conflict, NotFound, TooLarge
 
-MAX_SIGNATURE_BYTES = 64 * 1024
+MAX_SIGNATURE_BYTES = signatures.MAX_BYTES
 _MAY_BE_SIGNED_ANEW = ("draft", "rejected")
 """In these states nobody has relied on the signature yet; a rejected bundle may have been rejected for it."""
 

@@ -113,6 +113,7 @@ class Repository:
                 ``manifest_missing``, ``blob_missing``, ``hash_mismatch`` and ``size_mismatch`` for what devices could not
                 download, ``bad_document`` for floors or a manifest that no device could read, ``no_trust`` without what is
                 above.
+            Unavailable: ``online_key_unavailable``: the server's key does not sign now; nothing has changed.
         """
         with self._writing():
             state = before = self._metadata.load()
@@ -143,16 +144,17 @@ class Repository:
                     self._take_manifest(entry, manifests)
                 state = replace(state, catalog=Held(signed=signed, data=catalog))
             self._require_chain(before, state)
-            # The root last: devices find it by its number, the others only once a snapshot names them.
-            for role, held, old in (
-                (layout.CATALOG_ROLE, state.catalog, before.catalog),
-                (Targets.type, state.targets, before.targets),
-                (Root.type, state.root, before.root),
-            ):
-                if held is not None and held is not old:
-                    self._metadata.store(role, held.version, held.data)
+            fresh = {
+                role: held
+                for role, held, old in (
+                    (layout.CATALOG_ROLE, state.catalog, before.catalog),
+                    (Targets.type, state.targets, before.targets),
+                    (Root.type, state.root, before.root),
+                )
+                if held is not None and held is not old
+            }
             if state is not before:
-                self._metadata.publish(state)
+                self._metadata.publish(state, fresh=fresh)
             return trust.catalog_entries(state.catalog.signed) if state.catalog is not None else ()
 
     def _require_chain(self, before: State, state: State) -> None:

@@ -13,7 +13,7 @@ import typer
 from skerry_cli import keys, output, publishing
 from skerry_cli.client import Api, quote
 from skerry_cli.commands import publish
-from skerry_cli.commands.publish import ApproverName, AsJson, Expect, Lower, Yes
+from skerry_cli.commands.publish import Ahead, ApproverName, AsJson, Expect, Lower, Yes
 from skerry_cli.commands.session import Session, now, session
 from skerry_cli.errors import CliError, RefusedForSafety, Usage
 
@@ -101,6 +101,7 @@ def sign(
     ] = None,
     expect: Expect = None,
     lower: Lower = False,
+    ahead: Ahead = False,
     force: Annotated[bool, typer.Option("--force", help="Take out a bundle although something runs it.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -112,7 +113,8 @@ def sign(
         raise RefusedForSafety(f"proposal {proposal} is {found['state']}: {found['reason']}")
     theirs = publishing.proposal_documents(found)
     worker = publish.approver_of(run, approver)
-    check = publish.expected(expect, seen=not yes or folder is not None, then=publish.unused(run.api, force=force))
+    then = publish.reached(ahead, then=publish.unused(run.api, force=force))
+    check = publish.expected(expect, seen=not yes or folder is not None, then=then)
     made = worker.cosign(
         theirs.metadata,
         theirs.floors,
@@ -135,6 +137,7 @@ def rebase(
     others: Annotated[list[str] | None, typer.Option("--with", help="Others who will sign too; repeat.")] = None,
     expect: Expect = None,
     lower: Lower = False,
+    ahead: Ahead = False,
     force: Annotated[bool, typer.Option("--force", help="Take out a bundle although something runs it.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -158,13 +161,12 @@ def rebase(
     )
     for line in rebased.done:
         said(f"  not again: {line}")
+    then = publish.reached(ahead, then=publish.unused(run.api, force=force))
     made = worker.change(
         rebased.change,
         now=now(),
-        approvers=rebased.approvers or (approver, *(others or ())),
-        confirm=publish.confirm(
-            yes, as_json, publish.expected(expect, seen=not yes, then=publish.unused(run.api, force=force))
-        ),
+        approvers=_signers(approver, others, rebased.approvers),
+        confirm=publish.confirm(yes, as_json, publish.expected(expect, seen=not yes, then=then)),
         leave=True,
     )
     if found["state"] == "open" or not made.complete:
@@ -187,6 +189,18 @@ def withdraw(
         output.show_json(found)
     else:
         output.say(f"Proposal {proposal} is {found['state']}.")
+
+
+def _signers(approver: str, others: list[str] | None, former: tuple[str, ...]) -> tuple[str, ...]:
+    """Who stands in the entries: those named now, else those of the old proposal where whoever signs is one of them."""
+    if others or not former:
+        return (approver, *(others or ()))
+    if approver not in former:
+        raise Usage(
+            f"the old proposal was to be signed by {', '.join(former)}, not by {approver}",
+            advice="name who signs with you: --with NAME",
+        )
+    return former
 
 
 def _one(api: Api, proposal: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Expect = Annotated[
     list[str] | None, typer.Option("--expect", help="Digest of a bundle that comes in; repeat. Needed with --yes.")
 ]
+Ahead = Annotated[bool, typer.Option("--ahead", help="Allow a floor that no approved bundle reaches yet.")]
 Lower = Annotated[bool, typer.Option("--lower", help="Allow a floor to go down or away.")]
 ProposalOut = Annotated[
     Path | None, typer.Option("--proposal", help="Where to keep the proposal when further approvers must sign.")
@@ -77,6 +78,7 @@ def approve(
     root: Annotated[Path | None, typer.Option("--root", help="A signed root that appears with them.")] = None,
     expect: Expect = None,
     lower: Lower = False,
+    ahead: Ahead = False,
     force: Annotated[bool, typer.Option("--force", help="Take out a bundle although something runs it.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -89,8 +91,8 @@ def approve(
         raise Usage("wanted a bundle to approve, --remove, --renew or --cosign")
     if (cosign is not None and (targets or root)) or (root is not None and targets is None):
         raise Usage("--targets goes with a new catalog, --root with --targets")
-    if cosign is None and (expect is not None or lower):
-        raise Usage("--expect and --lower go with --cosign")
+    if cosign is None and (expect is not None or lower or ahead):
+        raise Usage("--expect, --lower and --ahead go with --cosign")
     worker = approver_of(run, approver)
     if cosign is not None:
         theirs = publishing.read_proposal(cosign)
@@ -105,7 +107,9 @@ def approve(
             confirm=confirm(
                 yes,
                 as_json,
-                expected(expect, seen=not yes or folder is not None, then=unused(run.api, force=force)),
+                expected(
+                    expect, seen=not yes or folder is not None, then=reached(ahead, then=unused(run.api, force=force))
+                ),
             ),
             leave=proposal_out is None,
         )
@@ -157,6 +161,7 @@ def floor_set(
         ),
     ] = False,
     lower: Lower = False,
+    ahead: Ahead = False,
     approver: ApproverName = "approver",
     others: Annotated[list[str] | None, typer.Option("--with", help="Others who will sign too; repeat.")] = None,
     proposal_out: ProposalOut = None,
@@ -171,7 +176,7 @@ def floor_set(
         change,
         now=now(),
         approvers=(approver, *(others or ())),
-        confirm=confirm(yes, as_json),
+        confirm=confirm(yes, as_json, reached(ahead)),
         leave=proposal_out is None,
     )
     report(worker, made, proposal_out, as_json)
@@ -187,6 +192,7 @@ def approver_of(run: Session, name: str) -> publishing.Approver:
         root=ceremony.root,
         signer=signer,
         name=name,
+        names={str(key["keyid"]): str(key["name"]) for key in ceremony.record["keys"]},
         cache_dir=seen_dir(run),
         model_signers=None if wanted is None else model_signers.read(wanted),
         say=output.note,
@@ -237,6 +243,27 @@ def expected(
             raise RefusedForSafety(
                 "with --yes nobody looks at what comes in",
                 advice="name every digest with --expect, give --from FOLDER, or answer the question",
+            )
+        then(difference)
+
+    return check
+
+
+def reached(
+    ahead: bool, then: Callable[[catalog.Difference], None] = lambda _: None
+) -> Callable[[catalog.Difference], None]:
+    """Refuses a floor that no listed bundle reaches, unless ``ahead``: as a slip of the finger it stops a model on every device.
+
+    Devices take no forced floor back, so what is signed here ends with a bundle above it and not with another catalog.
+    """
+
+    def check(difference: catalog.Difference) -> None:
+        if difference.beyond and not ahead:
+            model, floor, highest = difference.beyond[0]
+            raise RefusedForSafety(
+                f"floor of {model}: no approved bundle reaches {floor}, "
+                + (f"the highest is {highest}" if highest else f"the catalog lists none of {model!r}"),
+                advice="approve one that does first; or say --ahead where the model shall not run before there is one",
             )
         then(difference)
 

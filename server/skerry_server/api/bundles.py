@@ -225,6 +225,27 @@ def get_signature(context: Ctx, _caller: Viewer, digest: str) -> Response:
     return Response(signature, media_type="application/json")
 
 
+@router.put("/bundles/{digest}/signature", summary="The signature of a pushed bundle, of any length")
+def put_signature(context: Ctx, caller: Engineer, digest: str, body: RawBody) -> dict[str, Any]:
+    """The bytes of model.sig, where it is longer than a header may be. As with `POST /bundles`, another one is taken only as long as the bundle
+    is a draft or rejected: later somebody may rely on the one that is here.
+    """
+    with writing(context.engine) as conn:
+        held = registry.require(conn, digest)
+        registry.push(
+            conn,
+            manifest=held["manifest"],
+            signature=body,
+            actor=caller.actor,
+            submitter=held["submitter"],
+            now_ms=context.now_ms(),
+        )
+        taken = registry.require(conn, digest)["signature"] == body
+    if not taken:
+        raise Conflict("signed", f"bundle {digest} has another signature, and is {held['state']}")
+    return {"digest": digest, "signed": True}
+
+
 @router.post("/bundles/{digest}/deprecate", summary="No new rollouts of it")
 def deprecate(context: Ctx, caller: Operator, digest: str, why: Reason | None = None) -> dict[str, Any]:
     return _move(context, caller.actor, digest, "deprecate", why)

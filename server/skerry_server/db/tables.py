@@ -218,6 +218,7 @@ deltas = Table(
     Column("maker", String(40), nullable=False),  # version of the program that tried last
     Column("changed_ms", BigInteger, nullable=False),
     Column("wanted_ms", BigInteger, nullable=False),
+    Column("sha256", String(64)),  # of its file, when it was made
 )
 
 roles = Table(

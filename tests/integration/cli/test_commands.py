@@ -149,10 +149,22 @@ def test_settings_of_a_group_are_changed_one_by_one(cli: Cli) -> None:
 
 
 def test_a_floor_only_goes_down_when_asked_twice(cli: Cli) -> None:
-    assert cli("floor", "set", "other", "2.0.0", "--yes").code == OK
+    assert cli("floor", "set", "other", "2.0.0", "--ahead", "--yes").code == OK
     down = cli("floor", "set", "other", "1.0.0", "--yes")
     assert down.code == REFUSED and "lowers it" in down.err
     assert cli("floor", "set", "other", "1.0.0", "--lower", "--yes").code == OK
+
+
+def test_a_floor_that_no_approved_bundle_reaches_is_a_slip_of_the_finger_until_it_is_said_twice(cli: Cli) -> None:
+    unknown = cli("floor", "set", "gass", "1.0.0", "--forced", "--yes")
+    assert unknown.code == REFUSED and "lists none of 'gass'" in unknown.err
+    # A person who is asked reads it before the question, and cannot wave it through.
+    asked = cli("floor", "set", "gass", "1.0.0", "--forced", given="y\n")
+    assert asked.code == REFUSED and "! no bundle of gass reaches 1.0.0" in asked.out
+    meant = cli("floor", "set", "gass", "1.0.0", "--forced", "--ahead", "--yes", "--json")
+    assert meant.code == OK, meant.err
+    assert meant.json()["beyond"] == [{"model": "gass", "floor": "1.0.0", "highest": ""}]
+    assert cli("floor", "set", "gass", "none", "--lower", "--yes").code == OK
 
 
 def test_a_changed_file_is_refused_before_anything_is_sent(cli: Cli, tmp_path: Path) -> None:

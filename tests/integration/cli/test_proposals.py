@@ -128,6 +128,8 @@ def test_of_two_proposals_that_meet_the_second_is_applied_anew(office: Office) -
     rebase = ("proposal", "rebase", late, "--as", "cyd", "--yes", "--json")
     blind = office.cli["cyd"](*rebase)
     assert blind.code == REFUSED and "nobody looks at what comes in" in blind.err
+    stranger = office.cli["ada"]("proposal", "rebase", late, "--as", "ada", "--yes", "--json", "--expect", second)
+    assert stranger.code != OK and "to be signed by cyd, bea, not by ada" in stranger.err
     done = office.cli["cyd"](*rebase, "--expect", second)
     assert done.code == OK, done.err
     assert "its 1 signatures are void" in done.err

@@ -31,6 +31,7 @@ COMMANDS: list[tuple[str, str, object, set[str]]] = [
     ("PUT", f"/api/v1/blobs/{A}", {}, {"engineer", "admin"}),
     ("PUT", f"/api/v1/bundles/{A}/key", {"key": "x"}, {"engineer", "admin"}),
     ("GET", f"/api/v1/bundles/{A}/key", None, {"approver", "admin"}),
+    ("PUT", f"/api/v1/bundles/{A}/signature", {}, {"engineer", "admin"}),
     ("GET", f"/api/v1/bundles/{A}/releases", None, {"auditor", "admin"}),
     ("POST", "/api/v1/devices/nobody/forget-key", {"reason": "x"}, {"operator", "admin"}),
     ("POST", f"/api/v1/bundles/{A}/validate", None, {"engineer", "admin"}),

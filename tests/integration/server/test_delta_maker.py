@@ -117,6 +117,53 @@ def place(tmp_path):
     engine.dispose()
 
 
+def says_wrong(place: Place, digest: str) -> None:
+    """A device's event: what came gives another file."""
+    data = {"model": "gas", "digest": digest, "state": "verify", "fetched": {"bytes": 1, "refused": {"delta_wrong": 1}}}
+    values = {
+        "epoch": "e",
+        "seq": 1,
+        "received_ms": 1,
+        "boot_id": "b",
+        "boot_s": 1,
+        "at_ms": 1,
+        "synced": True,
+        "code": "",
+    }
+    with writing(place.engine) as conn:
+        columns = t.events.c.keys()
+        row = {"device": "one", "name": "update", "data": data} | {k: v for k, v in values.items() if k in columns}
+        conn.execute(insert(t.events).values(**row))
+
+
+def test_a_delta_that_rotted_is_made_anew(place):
+    new = place.bundle("1.1.0", NEW)
+    place.work()
+    (served,) = place.served()
+    file = place.repository / "deltas" / served
+    whole = file.read_bytes()
+    assert place.listed()[0]["state"] == "ready"
+
+    # Half of it is there: its size says so at the next look.
+    file.write_bytes(whole[: len(whole) // 2])
+    assert [pair.target_version for pair in place.work()] == ["1.1.0"]
+    assert file.read_bytes() == whole
+
+    # Of the right length: nobody looks before a device complains, and then at that bundle's alone.
+    damaged = bytes([whole[0], whole[1] ^ 255]) + whole[2:]
+    file.write_bytes(damaged)
+    assert place.work() == []
+    says_wrong(place, "0" * 64)
+    assert place.work() == [] and file.read_bytes() == damaged
+    says_wrong(place, new)
+    assert [pair.target_version for pair in place.work()] == ["1.1.0"]
+    assert file.read_bytes() == whole
+    assert place.listed()[0]["state"] == "ready"
+    # A device that says so again and again, of a file that is as it was made, has nothing made.
+    says_wrong(place, new)
+    assert place.work() == []
+
+
 def name(base: bytes, target: bytes) -> str:
     return f"{sha256(base)}/{sha256(target)}"
 

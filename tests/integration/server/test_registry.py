@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from skerry_cli import publishing
+from skerry_cli.bundle import read_bundle
 from skerry_contract import layout
 
 from tests import models
@@ -350,3 +353,23 @@ def test_metadata_is_asked_for_anew_and_versions_and_blobs_are_kept(
     assert server.ask("HEAD", where, token="").headers["content-length"] == str(len(data))
     for method in ("PUT", "POST", "DELETE"):
         assert server.ask(method, where, data=b"x").status == 405
+
+
+def test_a_signature_longer_than_a_header_may_be_travels_as_a_body(
+    server: ServerRig, operator: Operator, tmp_path: Path
+) -> None:
+    """A model.sig has some 200 bytes for every file of the bundle."""
+    digest = models.build_bundle(tmp_path / "b", "manyfiles", "1.0.0")
+    path = f"/api/v1/bundles/{digest}/signature"
+    assert server.ask("PUT", path, data=b"{}").status == 404
+    long = b'{"of": "' + b"many files " * 30_000 + b'"}'
+    made = dataclasses.replace(read_bundle(tmp_path / "b"), signature=long)
+    publishing.push(operator.api, made)
+    assert server.ask("GET", path).data == long
+    assert server.good("GET", f"/api/v1/bundles/{digest}")["signed"]
+    # Whoever relies on it finds it again: it is not replaced any more.
+    operator.approve("manyfiles", "1.0.0", digest)
+    other = server.ask("PUT", path, data=b"{}")
+    assert (other.status, other.code) == (409, "signed")
+    assert server.ask("PUT", path, data=long).status == 200
+    assert server.ask("PUT", path, data=b"x" * ((4 << 20) + 1)).status == 413

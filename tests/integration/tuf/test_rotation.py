@@ -10,6 +10,7 @@ from securesystemslib.signer import CryptoSigner
 from skerry_cli import catalog, keys
 from skerry_contract import layout
 from skerry_server import online_keys
+from skerry_server.errors import Unavailable
 from skerry_server.repository import Repository, RepositoryRefused
 from tuf.api.metadata import Metadata
 
@@ -88,6 +89,7 @@ def test_a_revoked_approver_goes_with_a_catalog_of_the_others_in_one_snapshot(tw
     assert fleet.repository.status() == before, "refused, and nothing of it is served"
 
     verified = catalog.under_targets(fleet.verified(), targets)
+    assert any(line.startswith("- catalog: ") for line in verified.brings), verified.brings
     made = approved_by(fleet, catalog.Change(), "bea", "cyd", verified)
     fleet.repository.install(targets=targets, catalog=made.metadata, floors_data=made.floors)
     after = fleet.repository.status()
@@ -176,6 +178,33 @@ def test_kill_at_every_write_of_a_rotation_ends_in_one_that_devices_follow(fleet
         point += 1
     assert point >= 8
     assert device.sync()["online_keys"] == [new.public_key.keyid]
+
+
+class Unplugged(CryptoSigner):
+    """A token that was pulled out: its public key is known, and it does not sign."""
+
+    def sign(self, payload):
+        raise OSError("CKR_DEVICE_REMOVED")
+
+
+def test_a_key_that_does_not_sign_leaves_all_that_is_served_as_it_is(fleet, gas, device):
+    fleet.approve(gas)
+    fleet.repository.publish_group("line-1", fleet.document(1))
+    device.sync()
+    root, targets, _ = other_online_key(fleet)
+    folder = fleet.path / layout.METADATA_DIR
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    pulled = [Unplugged(signer._private_key) for signer in online_keys.open_all(fleet.folder / "keys")]
+    with pytest.raises(Unavailable, match="does not sign fleet: CKR_DEVICE_REMOVED") as refused:
+        Repository(fleet.path, pulled, fleet.clock).install(root=root, targets=targets)
+    assert (refused.value.code, refused.value.status) == ("online_key_unavailable", 503)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    fleet.repository.install(root=root, targets=targets)
+    # Nothing is signed between the new root and the timestamp that goes with it.
+    written = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.name for path in written[-2:]] == ["2.root.json", "timestamp.json"]
+    assert device.sync()["tuf"]["root"] == 2
 
 
 @pytest.mark.attack("fast-forwarded versions")

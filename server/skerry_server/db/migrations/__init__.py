@@ -28,6 +28,7 @@ from skerry_server.db.migrations import (
     v0012,
     v0013,
     v0014,
+    v0015,
 )
 from skerry_server.db.tables import schema_version
 
@@ -46,6 +47,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (v0012.NAME, v0012.STATEMENTS),
     (v0013.NAME, v0013.STATEMENTS),
     (v0014.NAME, v0014.STATEMENTS),
+    (v0015.NAME, v0015.STATEMENTS),
 )
 """Name and statements; the first brings version 0 to 1, the next 1 to 2, and so on. What is shipped never changes."""
 
