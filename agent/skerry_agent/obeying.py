@@ -18,6 +18,9 @@ from skerry_agent.updating import Updating
 
 log = logging.getLogger(__name__)
 
+_KEPT = 32
+"""Numbers of each kind that are remembered: a server that a backup took back says an earlier one again, which is not obeyed again."""
+
 
 class Obeying:
     """See the module. ``on_event``: something to tell the server: name, code, data."""
@@ -40,15 +43,15 @@ class Obeying:
         """
         if not isinstance(orders, dict):
             return False
-        before = self._store.get("obeyed", {})
+        before = _read(self._store.get("obeyed", {}))
         known = {
             kind: number for kind, number in orders.items() if kind in _ACTS and type(number) is int and number > 0
         }
-        obeyed = dict(self._store.get("obeyed", {}))
+        obeyed = dict(before)
         for kind, number in sorted(known.items(), key=lambda item: item[1]):
-            if obeyed.get(kind) == number:
+            if number in obeyed.get(kind, ()):
                 continue
-            last, obeyed = obeyed, {**obeyed, kind: number}
+            last, obeyed = obeyed, {**obeyed, kind: [*obeyed.get(kind, ()), number][-_KEPT:]}
             # Noted first: a power cut in between loses an order, which a person can repeat, and never obeys one twice.
             self._store.put("obeyed", obeyed)
             try:
@@ -62,6 +65,12 @@ class Obeying:
             log.info("order obeyed", extra=kv(kind=kind, number=number, code=code, **done))
             self._on_event("order", code, {"kind": kind, "number": number, **done})
         return bool(obeyed != before)
+
+
+def _read(kept: object) -> dict[str, list[int]]:
+    """Kind -> the numbers that were obeyed, the latest last. Earlier agents kept one of each kind."""
+    found = kept if isinstance(kept, dict) else {}
+    return {kind: numbers if isinstance(numbers, list) else [numbers] for kind, numbers in found.items()}
 
 
 def _retry(updating: Updating) -> tuple[str, dict[str, Any]]:

@@ -153,6 +153,22 @@ def test_a_pardon_at_rest_stands_over_a_start_and_is_counted_once(life: Life) ->
     asyncio.run(main())
 
 
+def test_a_number_that_a_restored_server_says_again_is_not_obeyed_again(life: Life) -> None:
+    async def main() -> None:
+        # An earlier agent kept the last number of each kind alone.
+        life.store.put("obeyed", {"retry": 6})
+        assert not life.obeying.told({"retry": 6})
+        for number in (10, 7, 10, 7, 6):
+            life.obeying.told({"retry": number})
+        assert [data["number"] for _, _, data in life.events] == [10, 7]
+        life.begin()
+        assert not life.obeying.told({"retry": 7})
+        # A server whose clock was set back gives a lower number: a new order all the same.
+        assert life.obeying.told({"retry": 8})
+
+    asyncio.run(main())
+
+
 def test_a_model_that_waits_is_told_and_can_be_cancelled_whatever_others_did_since(life: Life) -> None:
     async def main() -> None:
         life.until("fetch")
