@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import pytest
 import typer.main
 from skerry_cli import app
+
+from tests import warm
 
 # What typer makes of the program anew at each start; it takes longer than most commands.
 _COMMAND = typer.main.get_command(app.app)
@@ -74,12 +75,10 @@ class Machine:
     def apart(self, *arguments: str | Path, **environment: str) -> Ended:
         """In a process of its own: what a PKCS#11 module is loaded into."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SKERRY_")}
-        found = subprocess.run(
-            [sys.executable, "-m", "skerry_cli", *map(str, arguments)],
+        found = warm.run(
+            "skerry_cli",
+            [str(one) for one in arguments],
             env={**kept, **self._base(), **self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
             timeout=90,
         )
         assert "Traceback" not in found.stderr, found.stderr

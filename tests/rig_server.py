@@ -14,7 +14,6 @@ import select
 import signal
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from skerry_cli.profile import Profile
 from skerry_cli.publishing import Approver, push
 from skerry_contract import ids, topics, wire
 
-from tests import models
+from tests import models, warm
 
 READY_TIMEOUT_S = 40.0
 
@@ -62,7 +61,7 @@ class ServerRig:
     def __init__(self, data: Path, settings: dict[str, str] | None = None) -> None:
         self.data = data
         self._settings = {"ROLLOUT_TICK_S": "0.1", **(settings or {})}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: warm.Forked | None = None
         self.ready: dict[str, Any] = {}
         self.init()
 
@@ -71,15 +70,23 @@ class ServerRig:
         return {**os.environ, **{f"SKERRY_SERVER_{name}": value for name, value in self._settings.items()}}
 
     def init(self) -> dict[str, Any]:
-        command = [sys.executable, "-m", "skerry_server", "init", "--data", str(self.data)]
-        found = subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=300)
+        command = ["init", "--data", str(self.data)]
+        found = warm.run("skerry_server", command, env=self.environment, timeout=300)
+        found.check_returncode()
         return json.loads(found.stdout)
 
     def start(self, *options: str) -> ServerRig:
         """Starts the process and waits for its ready line."""
-        command = [sys.executable, "-m", "skerry_server", "run", "--data", str(self.data), *options]
-        with (self.data / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, stderr=log)
+        command = ["run", "--data", str(self.data), *options]
+        with (self.data / "server.log").open("ab") as log, open(os.devnull, "rb") as nothing:
+            self.process = warm.start(
+                "skerry_server",
+                command,
+                env=self.environment,
+                stdin=nothing.fileno(),
+                stdout=subprocess.PIPE,
+                stderr=log.fileno(),
+            )
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], READY_TIMEOUT_S)
         line = self.process.stdout.readline() if readable else b""

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from skerry_agent.control import ask
 from skerry_contract import group, ids, topics, wire
 from skerry_contract import window as w
 
-from tests import models
+from tests import models, warm
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -200,7 +199,7 @@ class Device:
         lines = [f'state_dir = "{self.state_dir}"', "[limits]", "disk_reserve_mb = 0.0", "[timing]"]
         self.config = folder / "agent.toml"
         self.config.write_text("\n".join([*lines, *(f"{name} = {value}" for name, value in times.items())]) + "\n")
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: warm.Forked | None = None
         self.generation = 0
         self.save()
 
@@ -267,11 +266,14 @@ class Device:
 
     def start(self, *, timeout_s: float = TIMEOUT_S) -> Device:
         environment = {**os.environ, "SKERRY_TEST_WORLD": str(self.folder)}
-        with (self.folder / "agent.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "agent_process.py"), str(self.config)],
+        with (self.folder / "agent.log").open("ab") as log, open(os.devnull, "rb") as nothing:
+            self.process = warm.start(
+                str(HERE / "agent_process.py"),
+                [str(self.config)],
                 env=environment,
-                stderr=log,
+                stdin=nothing.fileno(),
+                stdout=log.fileno(),
+                stderr=log.fileno(),
                 cwd=ROOT,
             )
         wait_for(self.status, timeout_s=timeout_s, why="the control socket")

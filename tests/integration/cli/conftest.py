@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from skerry_cli import app
 
-from tests import models
+from tests import models, warm
 from tests.rig_server import ServerRig
 
 
@@ -40,13 +40,8 @@ class Cli:
         self.environment = environment
 
     def __call__(self, *arguments: str | Path, given: str = "", **environment: str) -> Done:
-        found = subprocess.run(
-            [sys.executable, "-m", "skerry_cli", *map(str, arguments)],
-            env=self._whole(environment),
-            input=given,
-            capture_output=True,
-            text=True,
-            timeout=90,
+        found = warm.run(
+            "skerry_cli", [str(one) for one in arguments], env=self._whole(environment), given=given, timeout=90
         )
         assert "Traceback" not in found.stderr, found.stderr
         return Done(found.returncode, found.stdout, found.stderr)

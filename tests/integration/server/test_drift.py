@@ -7,8 +7,6 @@ are not in it must not be drift, rows of batch 2 must be.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from skerry_cli.demo import data, models
 from skerry_cli.publishing import push
 from skerry_contract import wire
 
+from tests import warm
 from tests.counted import Counted
 from tests.rig_server import DeviceRig, Operator, ServerRig
 
@@ -112,8 +111,7 @@ def skerry(server: ServerRig, *arguments: str) -> str:
         "SKERRY_TOKEN": server.token,
         "SKERRY_CA": str(server.ca_file),
     }
-    command = [sys.executable, "-m", "skerry_cli", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = warm.run("skerry_cli", arguments, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -6,7 +6,6 @@ import json
 import os
 import sqlite3
 import subprocess
-import sys
 import time
 import zlib
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests import warm
 from tests.integration.server.rollout_fleet import MODEL, Fleet, decisions, first_version
 from tests.rig_server import Operator, ServerRig
 
@@ -32,11 +32,10 @@ def judged(rig: ServerRig, rollout: str) -> dict[str, Any]:
 def explain(rig: ServerRig, rollout: str, *options: str) -> subprocess.CompletedProcess[str]:
     """As a person asks for it."""
     environment = {"SKERRY_SERVER": rig.url, "SKERRY_TOKEN": rig.token, "SKERRY_CA": str(rig.ca_file)}
-    return subprocess.run(
-        [sys.executable, "-m", "skerry_cli", "rollout", "explain", rollout, *options],
+    return warm.run(
+        "skerry_cli",
+        ["rollout", "explain", rollout, *options],
         env={**os.environ, "SKERRY_CONFIG": "", "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
         timeout=60,
     )
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import msgspec
 from skerry_contract import window as w
 from skerry_contract import wire
 
+from tests import warm
 from tests.rig_server import DeviceRig, ServerRig
 
 BUNDLE = "ab" * 32
@@ -58,8 +57,7 @@ def test_samples_are_listed_once_each_and_odd_ones_harm_nobody(server: ServerRig
     }
 
     def skerry(*arguments: str) -> str:
-        command = [sys.executable, "-m", "skerry_cli", "samples", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        done = warm.run("skerry_cli", ["samples", *arguments], env=environment, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
