@@ -38,6 +38,8 @@ from skerry_contract import ids, topics, wire
 from tests import models, warm
 
 READY_TIMEOUT_S = 40.0
+KEPT_S = 2.0
+"""How long a connection may lie idle and be used again; the server ends those that do for longer."""
 
 
 class Answer:
@@ -63,6 +65,8 @@ class ServerRig:
         self._settings = {"ROLLOUT_TICK_S": "0.1", **(settings or {})}
         self.process: warm.Forked | None = None
         self.ready: dict[str, Any] = {}
+        self._kept: urllib3.PoolManager | None = None
+        self._asked = 0.0
         self.init()
 
     @property
@@ -77,6 +81,7 @@ class ServerRig:
 
     def start(self, *options: str) -> ServerRig:
         """Starts the process and waits for its ready line."""
+        self._drop()
         command = ["run", "--data", str(self.data), *options]
         with (self.data / "server.log").open("ab") as log, open(os.devnull, "rb") as nothing:
             self.process = warm.start(
@@ -102,6 +107,7 @@ class ServerRig:
     def stop(self, timeout_s: float = 10.0) -> int:
         """SIGTERM; returns the exit code."""
         assert self.process is not None
+        self._drop()
         self.process.terminate()
         code = self.process.wait(timeout_s)
         if self.process.stdout is not None:
@@ -110,6 +116,7 @@ class ServerRig:
 
     def kill(self) -> None:
         """SIGKILL, as a power cut of the process."""
+        self._drop()
         if self.process is not None:
             self.process.kill()
             self.process.wait(10)
@@ -118,6 +125,7 @@ class ServerRig:
 
     def close(self) -> None:
         """Whatever state it is in, it is gone afterwards."""
+        self._drop()
         if self.process is not None and self.process.poll() is None:
             try:
                 self.stop()
@@ -148,6 +156,20 @@ class ServerRig:
         context = ssl.create_default_context(cafile=str(self.ca_file))
         return urllib3.PoolManager(ssl_context=context, retries=False, timeout=30.0)
 
+    def _connections(self) -> urllib3.PoolManager:
+        """Those of the requests before, while they are fresh: a handshake for each request takes longer than most answers."""
+        now = time.monotonic()
+        if self._kept is None or now - self._asked > KEPT_S:
+            self._drop()
+            self._kept = self.pool()
+        self._asked = now
+        return self._kept
+
+    def _drop(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.clear()
+
     def ask(
         self,
         method: str,
@@ -163,9 +185,8 @@ class ServerRig:
         sent = {**({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})}
         if body is not None:
             data, sent["Content-Type"] = json.dumps(body).encode(), "application/json"
-        with self.pool() as pool:
-            found = pool.request(method, self.url + path, body=data, headers=sent, redirect=False)
-            return Answer(found.status, dict(found.headers), found.data)
+        found = self._connections().request(method, self.url + path, body=data, headers=sent, redirect=False)
+        return Answer(found.status, dict(found.headers), found.data)
 
     def good(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
         """One request that must succeed; its JSON."""

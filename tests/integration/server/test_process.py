@@ -29,12 +29,12 @@ from skerry_server import audit, groups
 from skerry_server.db import tables as t
 from skerry_server.db.engine import open_engine, reading, writing
 
+from tests import warm
 from tests.rig_server import DeviceRig, Operator, ServerRig, csr
 
 
-def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "skerry_server", *arguments]
-    return subprocess.run(command, capture_output=True, timeout=60, env={**os.environ, **(environment or {})})
+def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return warm.run("skerry_server", arguments, timeout=60, env={**os.environ, **(environment or {})})
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_second_server_in_the_same_folder_is_refused(rig: ServerRig) -> None:
         for verb in ("run", "init"):
             found = run(verb, "--data", str(rig.data))
             assert found.returncode == 1
-            assert b"another server runs" in found.stderr
+            assert "another server runs" in found.stderr
         assert rig.ask("GET", "/healthz").status == 200
     finally:
         rig.close()
@@ -102,8 +102,8 @@ def test_a_second_server_in_the_same_folder_is_refused(rig: ServerRig) -> None:
 
 def test_a_folder_without_a_server_is_refused_and_left_alone(tmp_path: Path) -> None:
     found = run("run", "--data", str(tmp_path / "none"))
-    assert (found.returncode, found.stdout) == (1, b"")
-    assert b"skerry-server init" in found.stderr
+    assert (found.returncode, found.stdout) == (1, "")
+    assert "skerry-server init" in found.stderr
     assert not (tmp_path / "none").exists()
 
 
@@ -111,7 +111,7 @@ def test_a_wrong_configuration_is_told_whole_and_starts_nothing(rig: ServerRig) 
     (rig.data / "server.toml").write_text('[server]\nport = "x"\ncolour = 1\n')
     found = run("run", "--data", str(rig.data), environment={"SKERRY_SERVER_LIMITS_BODY_MB": "0"})
     assert found.returncode == 2
-    for named in (b"server.port", b"server.colour", b"BODY_MB"):
+    for named in ("server.port", "server.colour", "BODY_MB"):
         assert named in found.stderr
     assert run("dance", "--data", str(rig.data)).returncode == 2
 
@@ -132,7 +132,8 @@ def test_initialising_again_keeps_everything(rig: ServerRig) -> None:
 
 
 def test_the_version_is_told() -> None:
-    assert run("--version").stdout.startswith(b"skerry-server ")
+    version = subprocess.run([sys.executable, "-m", "skerry_server", "--version"], capture_output=True, timeout=60)
+    assert version.stdout.startswith(b"skerry-server ")
 
 
 def test_what_was_committed_and_not_published_goes_out_at_the_next_start(rig: ServerRig, tmp_path: Path) -> None:
