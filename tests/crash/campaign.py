@@ -61,7 +61,9 @@ class Life:
         for number in range(n):
             stage = self.stages[number % len(self.stages)]
             point = rng.randint(self.disk.point_at(stage.begin) + 1, self.disk.point_at(stage.end))
-            cases.append((point, WAYS[number // len(self.stages) % len(WAYS)], seed))
+            # Each part gets every way in turn, and parts that follow each other get different ones.
+            way = WAYS[(number % len(self.stages) + number // len(self.stages)) % len(WAYS)]
+            cases.append((point, way, seed))
         return cases
 
     def examine(

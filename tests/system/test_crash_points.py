@@ -91,6 +91,18 @@ def test_after_a_cut_the_update_comes_to_its_end_and_nothing_is_left_behind(life
     assert not found.faults, said(found)
 
 
+def test_cases_are_drawn_in_every_way_for_every_part_of_the_story(life: Life) -> None:
+    drawn = life.drawn_cases(STARTS, SEED)
+    ways: dict[str, set[Way]] = {}
+    for point, way, _ in drawn:
+        ways.setdefault(_stage(life, point), set()).add(way)
+    assert all(found == set(WAYS) for found in ways.values()), ways
+    # Of those that go on to the end, too, most are power cuts.
+    first = {way for point, way, _ in drawn[: len(life.stages)] if _stage(life, point) in FINISHED}
+    assert "strict" in first
+    assert len(first) == len(FINISHED)
+
+
 def _stage(life: Life, point: int) -> str:
     return next(stage.name for stage in life.stages if point <= life.disk.point_at(stage.end))
 
