@@ -153,6 +153,8 @@ class Fetching:
             self.progress.begin()
             self.fetched.begin()
             answer: dict[str, Any] | None = None
+            # Once it is cut off, another update may be at hand.
+            total = sum(file.size for file in self._files())
             try:
                 answer = await self.downloads.run(
                     {
@@ -168,7 +170,7 @@ class Fetching:
                 )
             finally:
                 self.progress.end()
-                self.fetched.end(digest, sum(file.size for file in self._files()), answer)
+                self.fetched.end(digest, total, answer)
         return e.FilesFetched()
 
     def _take_progress(self, said: dict[str, Any]) -> None:

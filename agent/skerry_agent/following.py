@@ -123,7 +123,7 @@ class Following:
         shadows = {model: group.shadow_of(document, device, model, stratum) for model in answering}
         followed = {model: found for model, found in shadows.items() if found is not None}
         self._shadowing.follow(followed, self._orders.settings)
-        if self._updating.update.resting:
+        if self._updating.at_rest:
             # Once the shadows are known. What was refused for good, or is wanted no more, makes room; nothing may ever be confirmed again.
             wanted = {step.digest for step in steps if isinstance(step, Change)}
             self._slots.collect({*wanted, *self._updating.failures.may_come(), self._updating.turnover.parked})
@@ -200,7 +200,7 @@ class Following:
 
     def _change(self, step: Change, waiting: set[str]) -> None:
         update = self._updating.update
-        if not update.resting:
+        if not self._updating.at_rest:
             if update.model == step.model and update.digest != step.digest:
                 self._updating.feed(e.Withdrawn())
             elif update.model != step.model and step.digest not in waiting and self._goes_before(step, update):

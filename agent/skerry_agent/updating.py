@@ -266,10 +266,16 @@ class Updating:
             if event is not None:
                 self.feed(event)
                 return
-        if self.update.resting:
+        if self.at_rest:
             self._go_back_first()
-            if self.update.resting:
+            if self.at_rest:
                 self._on_rest()
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the update rests and all that follows from it is done: the next would cut off a confirmation that is not written yet."""
+        done = self._task is None or self._task.done() or self._task is asyncio.current_task()
+        return self.update.resting and done
 
     def _go_back_first(self) -> None:
         """A way back that is owed: what is under way makes way for it; then it begins. Not before this agent is up."""
@@ -482,6 +488,9 @@ class Updating:
         """
         slot = generation.models.get(self.update.model)
         if slot is not None and slot.digest == self.update.digest and self.update.state in ("trial", "revert"):
+            if self.update.state == "revert" and self.turnover.ordered_back() is not None:
+                # It goes anyway: what comes back is being brought up, and its end must not end that.
+                return True
             self.feed(e.Failed(code="trial_crashed", detail=f"the worker died: {how}"))
             # Without room to store the way back, the trial's bundle is what can answer.
             return not self._owed
