@@ -107,9 +107,7 @@ class Failures:
     def may_come(self) -> set[str]:
         """Bundles that failed and will be tried again: what is here of them is worth its room."""
         waits = self._store.get("waits", {})
-        living = {digest for digest, wait in waits.items() if self._left_s(wait) > 0}
-        spent = {digest for digest in living if admission.exhausted(self.of(digest)) is not None}
-        return {digest for digest in living - spent if self.moves_of(digest) <= MOST_MOVES}
+        return {digest for digest, wait in waits.items() if self._left_s(wait) > 0} - self.spent()
 
     def next_try_s(self) -> float | None:
         """Seconds until the earliest wait of a bundle is over; None without any."""

@@ -23,8 +23,8 @@ from skerry_agent.updating import Updating
 log = logging.getLogger(__name__)
 
 CODE = "below_forced_floor"
-_AGAIN_S = 5.0
-"""When what remains did not come up, it is tried again after so long."""
+_AGAIN_S, _MOST_S = 5.0, 900.0
+"""When what remains did not come up, it is tried again after so long, each time after twice as long up to the latter."""
 
 
 class Forcing:
@@ -42,35 +42,49 @@ class Forcing:
         self._serving = serving
         self._updating = updating
         self._clock = clock
-        self._tried_s = float("-inf")
+        self._tries, self._tried_s = 0, float("-inf")
         self._forced: dict[str, str] = {}
         self.comes_first = False
         self.recall()
         slots.forbidden = lambda model, version: not floors.allows(self._forced, model, version)
 
     def recall(self) -> None:
-        """Goes by the remembered floors from now on, and looks at once."""
-        self._forced = dict(self._remembered.forced)
-        self._tried_s = float("-inf")
+        """Goes by the remembered floors from now on, and looks at once where they are others."""
+        forced = dict(self._remembered.forced)
+        if forced != self._forced:
+            self._forced = forced
+            self._again()
+
+    def _again(self) -> None:
+        self._tries, self._tried_s = 0, float("-inf")
 
     def tick(self) -> None:
         """Gives up what serves below a forced floor."""
-        if not self._forced or self._clock.boot_s() - self._tried_s < _AGAIN_S:
+        if not self._forced:
             return
         serving = {**self._serving.trying(), **self._serving.models()}
         below = [(model, slot) for model, slot in sorted(serving.items()) if self._slots.forbidden(model, slot.version)]
         if not below:
             self.comes_first = False
+            self._again()
             return
+        for model, slot in below:
+            # At once, whatever becomes of the rest: what comes in its worker's place may not start for a long time.
+            self._serving.refuse(model, slot.digest)
         update = self._updating.update
+        wait_s = min(_AGAIN_S * 2**self._tries, _MOST_S)
+        if update.state == "revert" or self._clock.boot_s() - self._tried_s < wait_s:
+            return
         model, slot = below[0]
         detail = f"{model} {slot.version} is below the forced floor {self._forced[model]}"
-        if update.state == "revert":
+        if self._tries and not update.resting and update.state != "ready" and update.digest != slot.digest:
+            # It is refused already, and what is under way may be the bundle that takes its place.
             return
         self._tried_s = self._clock.boot_s()
         log.warning("bundle stops", extra=kv(model=model, version=slot.version, digest=slot.digest, code=CODE))
         if update.resting:
             self.comes_first = False
+            self._tries += 1
             self._updating.feed(
                 e.ForcedOut(
                     model=model,

@@ -100,6 +100,7 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
         label_books: former keys that are kept for labels.
         acceleration: what models should run on, fields of ``skerry_runtime.acceleration.Acceleration``.
         throttle: inferences per second of all clients together; 0: no bound.
+        refused: see ``Refuse``.
         otlp_endpoint: where spans go; empty: nowhere. trace_share: of requests without a ``traceparent``. device: whose spans.
 
     With several models it carries the descriptor of the note (``serving.notes``) that says which is in work.
@@ -124,6 +125,7 @@ class Start(Message, frozen=True, kw_only=True, tag="start"):
     trace_share: float = 0.0
     device: str = ""
     sampling: SamplingRules = SamplingRules()
+    refused: tuple[str, ...] = ()
 
 
 class StartShadow(Message, frozen=True, kw_only=True, tag="start_shadow"):
@@ -194,6 +196,12 @@ class Elsewhere(Message, frozen=True, kw_only=True, tag="elsewhere"):
     """Models that other workers serve, and their versions. A connection with a request for one of them is given away by ``conn``."""
 
     models: dict[str, str]
+
+
+class Refuse(Message, frozen=True, kw_only=True, tag="refuse"):
+    """Answer no more for these models, as if they were not served; the others go on. A worker that takes its place comes when one can."""
+
+    models: tuple[str, ...]
 
 
 class Drain(Message, frozen=True, kw_only=True, tag="drain"):
@@ -490,6 +498,7 @@ ToWorker = (
     | Listen
     | Accept
     | Elsewhere
+    | Refuse
     | Drain
     | Conn
     | Rekey

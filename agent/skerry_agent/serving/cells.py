@@ -173,7 +173,8 @@ class Serving:
         """Whether a live worker serves the model; without one: whether each cell has one, and there is a cell."""
         if model:
             cell = self.cell_of(model)
-            return cell is not None and cell.served()
+            refused = cell is not None and cell.current is not None and model in cell.current.refused
+            return cell is not None and cell.served() and not refused
         return bool(self.models()) and all(cell.served() for cell in self.cells.values())
 
     def runs(self, models: Mapping[str, Slot]) -> bool:
@@ -354,6 +355,14 @@ class Serving:
         cell = self.cell_of(model)
         if cell is not None:
             cell.rekey(model, arm=arm, rollout=rollout, stage=stage)
+
+    def refuse(self, model: str, digest: str) -> None:
+        """No worker answers for that bundle of a model any more, whether or not another one can take its place yet."""
+        for generation in self.site.alive:
+            slot = generation.models.get(model)
+            if slot is not None and slot.digest == digest and model not in generation.refused:
+                generation.refused.add(model)
+                generation.worker.send(ww.Refuse(models=(model,)))
 
     def throttle(self, rate: float) -> None:
         """Lets so many inferences per second through from now on, whichever worker answers; 0: no bound."""

@@ -33,6 +33,7 @@ class Generation:
         accepting: it takes new connections; elsewhere: models of other cells, as it was told.
         cold_ms: what its start took, when a request waited for it.
         recent: by model, what it counted of late.
+        refused: models for which it must not answer any more.
         listening_s: when it began to listen, seconds since boot; None before.
     """
 
@@ -65,6 +66,7 @@ class Generation:
     loading: str = ""
     suspects: tuple[str, ...] = ()
     recent: dict[str, Recent] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
 
     @property
     def only(self) -> str:
@@ -115,6 +117,7 @@ def start_message(
 ) -> ww.Start:
     """The first message to its worker."""
     access = config.access
+    generation.refused |= {name for name, slot in generation.models.items() if slots.forbidden(name, slot.version)}
     return ww.Start(
         generation=generation.number,
         models=tuple(
@@ -149,6 +152,7 @@ def start_message(
         ),
         throttle=throttle,
         sampling=sampling,
+        refused=tuple(sorted(generation.refused)),
         acceleration=config.runtime.acceleration,
         otlp_endpoint=config.telemetry.otlp_endpoint,
         trace_share=config.telemetry.trace_share,

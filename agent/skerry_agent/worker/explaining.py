@@ -117,6 +117,7 @@ class Explaining:
         spans: Spans | None = None,
     ) -> None:
         self._models = models
+        self.refused: frozenset[str] = frozenset()
         self._loop = loop
         self._busy = busy
         self._on_audit = on_audit
@@ -297,7 +298,7 @@ class Explaining:
     def _model(self, name: str) -> Model:
         if not name and len(self._models) == 1:
             (name,) = self._models
-        if name not in self._models:
+        if name not in self._models or name in self.refused:
             raise _Refused(404 if name else 400, f"explain: wanted the model, one of {', '.join(self._models)}")
         return self._models[name]
 

@@ -13,7 +13,7 @@ import copy
 import logging
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import msgspec
@@ -114,10 +114,15 @@ class Answerer:
     """Answers what other workers ask, on connections that are theirs; see ``server.Handler``."""
 
     def __init__(self, models: Mapping[str, Model], service: InferenceService, feedback: Feedback) -> None:
-        self._models = models
+        self._models = dict(models)
         self._service = service
         self._feedback = feedback
         self._quiet: dict[str, Model] = {}
+
+    def refuse(self, names: Iterable[str]) -> None:
+        """These models are served no more, to neighbours neither."""
+        for name in names:
+            self._models.pop(name, None)
 
     def handle(self, request: http1.Request, done: Done, _asker: object) -> bytes | None:
         """See ``server.Handler``."""

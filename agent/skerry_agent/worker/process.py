@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 
 from skerry_runtime import engines
 from skerry_runtime.errors import Degraded
@@ -69,6 +69,8 @@ class Worker:
         self._feedback: Feedback | None = None
         self._spans: Spans | None = None
         self._explaining: Explaining | None = None
+        self._answerer: Answerer | None = None
+        self._refused: frozenset[str] = frozenset()
         self._sampling: Sampling | None = None
         self._passing: Passing | None = None
         self._routes: Routes | None = None
@@ -118,6 +120,8 @@ class Worker:
                     self._feedback.elsewhere = frozenset(models)
                     self._routes.elsewhere = models
                     self._neighbours.models = models
+            case ww.Refuse(models=models):
+                self._refuse(models)
             case ww.Drain(deadline_s=deadline_s):
                 self._end(self._drain(deadline_s))
             case ww.Rekey():
@@ -225,7 +229,8 @@ class Worker:
         if start.access.distinct or any(model.streams is not None for model in self._models.values()):
             routes.name_of = self._name_of
         self._server = Server(self._routes, max_held_bytes=self._routes.most_held)
-        self._server.neighbours = Answerer(self._models, self._service, self._feedback)
+        self._server.neighbours = self._answerer = Answerer(self._models, self._service, self._feedback)
+        self._refuse(start.refused)
         self._passing = Passing(
             self._server, self._channel, lambda body: models_of(body) or asked_of(body), lambda: routes.gate
         )
@@ -235,6 +240,19 @@ class Worker:
         self._channel.send(ww.Ready(pid=os.getpid(), models=proved, base_mb=base_mb, own_mb=own_mb()))
         self._every(start.fold_interval_s or start.window_s, self._cut)
         self._every(start.health_interval_s, self._report)
+
+    def _refuse(self, names: Iterable[str]) -> None:
+        """Answers no more for these models: neither who asks for them, nor through another model or worker."""
+        self._refused = refused = self._refused | frozenset(names)
+        if self._routes is None or self._answerer is None or self._explaining is None:
+            # Still loading: it is asked again then.
+            return
+        self._routes.refuse(refused)
+        self._answerer.refuse(refused)
+        self._explaining.refused |= refused
+        for model in self._models.values():
+            if model.fallback is not None and model.fallback.name in refused:
+                model.fallback, model.no_fallback = None, "it is not served any more"
 
     def _listen(self, message: ww.Listen) -> None:
         if self._server is None or self._feedback is None:

@@ -70,7 +70,7 @@ class Routes:
         self._explaining = explaining
         self.gate = gate
         self._loop = asyncio.get_running_loop()
-        self._models = models
+        self._models = dict(models)
         self._infer = service.answer if spans is None else spans.watching(service.answer)
         self._feedback = feedback
         self._service = service
@@ -81,6 +81,12 @@ class Routes:
         self.elsewhere: dict[str, str] = {}
         self.name_of: Callable[[http1.Head, a.Asker], str] | None = None
         self._worker = {"pid": os.getpid(), "generation": generation, "since": int(time() * 1e3)}
+
+    def refuse(self, names: Iterable[str]) -> None:
+        """These models are served no more."""
+        for name in names:
+            self._models.pop(name, None)
+        self._infer_paths = {path: model for path, model in self._infer_paths.items() if model.name in self._models}
 
     def handle(self, request: http1.Request, done: Done, asker: a.Asker) -> bytes | None:
         """Returns the reply's bytes, or None and calls ``done`` with them later, in the loop."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.client
+from collections.abc import Callable
 
 import pytest
 
+from tests.integration.agent import held
 from tests.integration.agent.rig import Device, Server, wait_for
 
 
@@ -83,6 +85,40 @@ def test_without_a_permitted_bundle_nothing_answers_until_one_is_assigned(servin
     assert nothing_answers(serving)
     confirm(serving, "1.5.0")
     assert serving.infer(2) == ["1.5.0"] * 2
+
+
+def test_a_forbidden_bundle_answers_no_more_though_no_worker_can_take_its_place_and_its_fix_waits_for_no_other_model(
+    make_device: Callable[..., Device], server: Server
+) -> None:
+    device = make_device()
+    hold = device.folder / "hold.json"
+    held.write(hold, held=[], deadlines={})
+    gas, oil = device.bundle("1.0.0"), device.bundle("5.0.0", model="oil")
+    device.publish_models(gas=gas, oil=oil)
+    device.start()
+    for model, version in (("gas", "1.0.0"), ("oil", "5.0.0")):
+        device.wait_running(version, "trial", model=model)
+        device.infer(20, model=model)
+        device.wait_running(version, "confirmed", model=model)
+    # Oil's update lies ready, and no worker starts any more.
+    device.call("POST", "/skerry/v1/lock", {"owner": "w", "reason": "r", "for_s": 3600.0})
+    oil6 = device.bundle("6.0.0", model="oil")
+    device.publish_models(gas=gas, oil=oil6)
+    device.sync()
+    device.wait_update("ready", version="6.0.0")
+    held.write(hold, held=["worker"], deadlines={})
+    force(device, "2.0.0")
+    wait_for(lambda: nothing_answers(device), why="gas stops")
+    assert device.running()[1] == "stopped"
+    assert device.infer(3, model="oil") == ["5.0.0"] * 3
+    held.write(hold, held=[], deadlines={})
+    fix = device.bundle("2.0.0")
+    device.publish_models(gas=fix, oil=oil6)
+    device.sync()
+    device.wait_running("2.0.0", "trial")
+    assert set(device.infer(20)) == {"2.0.0"}
+    device.wait_running("2.0.0", "confirmed")
+    device.wait_update("ready", version="6.0.0")
 
 
 def test_an_update_of_a_bundle_that_is_forbidden_meanwhile_ends(serving: Device, server: Server) -> None:
