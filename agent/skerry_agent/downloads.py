@@ -1,7 +1,7 @@
 """How the files of a bundle come, for an update and for a shadow alike: a courier that keeps to the group's rules while they change.
 
-A download ends when it stands still, however long it takes: with a bound on the rate it may be under way for days. A new bound reaches
-the one that is under way; the courier is started again with it and goes on where it was.
+A download ends when it gets no further for as long as the state ``fetch`` may last, however long it takes: with a bound on the rate it
+may be under way for days. A new bound reaches the one that is under way; the courier is started again with it and goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from skerry_agent.clock import Clock
-from skerry_agent.core.lifecycle import DEADLINES_S
+from skerry_agent.core import lifecycle
 from skerry_agent.errand import Errands
 from skerry_agent.logs import kv
 from skerry_agent.network import Networks, Overtaken
 
 log = logging.getLogger(__name__)
-
-STILL_S = DEADLINES_S["fetch"]
-"""A download that gets no further for so long is over."""
 
 
 class Downloads:
@@ -39,7 +36,7 @@ class Downloads:
 
     def left_s(self) -> float:
         """How long the download that is under way, or was last, may still stand still."""
-        return self._further_s + STILL_S - self._clock.boot_s()
+        return lifecycle.left_s("fetch", self._clock.boot_s() - self._further_s) or 0.0
 
     async def run(
         self, request: dict[str, Any], *, on_progress: Callable[[dict[str, Any]], None] = lambda _said: None
@@ -73,7 +70,8 @@ class Downloads:
             on_progress(said)
             return self._is_further(said)
 
-        errand = self._errands.run("fetch", {**request, "max_kib_s": cap}, timeout_s=STILL_S, on_progress=take)
+        request, still_s = {**request, "max_kib_s": cap}, lifecycle.left_s("fetch", 0.0) or 0.0
+        errand = self._errands.run("fetch", request, timeout_s=still_s, on_progress=take)
         return await self._networks.while_allowed(errand, overtaken=lambda: self._max_kib_s() != cap)
 
     def _is_further(self, said: dict[str, Any]) -> bool:

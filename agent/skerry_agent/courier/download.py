@@ -61,9 +61,12 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
     }
     try:
         with (
-            durable.alone(Path(request.state_dir) / "run" / f"fetch-{request.digest[:16]}.lock", _LOCK_WAIT_S),
+            durable.alone(
+                Path(request.state_dir) / "run" / f"fetch-{request.digest[:16]}.lock", _LOCK_WAIT_S, passing=True
+            ),
             watch.Watch(request.limits.slow_s) as overdue,
         ):
+            durable.tidy_locks(Path(request.state_dir) / "run", "fetch-*.lock")
             meter = Meter(report, overdue, max_bytes_s=request.max_kib_s * 1024, limits=request.limits)
             meter.begin(wanted.values())
             others = shared.OtherBundles(slots, request.digest, meter)
@@ -80,7 +83,7 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
                 web, lambda one: f"{url}/{layout.blob(one.hashes['sha256'])}", slots / ".parts", meter, request.limits
             )
             carried = folder.Folder(folder.UpdateFolder(request.folder), slots / ".parts", meter)
-            near: list[acquiring.Source] = [acquiring.Here(meter), others]
+            near: list[acquiring.Source] = [acquiring.Here(meter), shared.SameBundle(staging, wanted, meter), others]
             sources = [*near, *([carried] if request.folder else []), deltas, whole]
             durable.make_folder(staging)
             parts.tidy(slots / ".parts", [one.key for one in wanted.values()])
@@ -128,10 +131,15 @@ def _check_room(
 ) -> None:
     """Room for what is not here in any form. Parts that nobody wants make way first."""
     here = parts.sizes(folder)
+    # By content: what stands twice in the bundle comes once.
+    at: dict[str, list[Path]] = {}
+    for path, one in wanted.items():
+        at.setdefault(one.key, []).append(staging / path)
+    contents = {one.key: one for one in wanted.values()}
     lacking = [
         one
-        for path, one in wanted.items()
-        if not others.has(one) and not ((staging / path).is_file() and (staging / path).stat().st_size == one.size)
+        for key, one in contents.items()
+        if not others.has(one) and not any(path.is_file() and path.stat().st_size == one.size for path in at[key])
     ]
     to_come = sum(max(0, one.size - here.get(one.key, 0)) for one in lacking)
 

@@ -50,27 +50,53 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(path: Path, wait_s: float) -> Iterator[None]:
+def alone(path: Path, wait_s: float, *, passing: bool = False) -> Iterator[None]:
     """Holds a lock file: a courier that outlived its supervisor must not write beside a new one.
+
+    Args:
+        passing: the file goes at the end, as one of many names must; what a courier left that was killed goes with ``tidy_locks``. One
+            that stays can be taken where a full disk has no name left.
 
     Raises:
         Transient: ``busy`` when the other is not done within ``wait_s``.
     """
     make_folder(path.parent)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + wait_s
+    while (descriptor := _locked(path)) is None:
+        if time.monotonic() > deadline:
+            raise Transient("busy", f"another courier holds {path.name}")
+        time.sleep(0.05)
     try:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Transient("busy", f"another courier holds {path.name}") from None
-                time.sleep(0.05)
         yield
     finally:
+        if passing:
+            path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def tidy_locks(folder: Path, pattern: str) -> None:
+    """Removes lock files of that pattern that nobody holds."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            descriptor = _locked(path, os.O_RDWR | os.O_CLOEXEC)
+            if descriptor is not None:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+
+
+def _locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC) -> int | None:
+    """A descriptor that holds the lock of the file of that name, and not of one that another has just removed; None while it is held."""
+    descriptor = os.open(path, flags, 0o600)
+    held = False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    finally:
+        if not held:
+            os.close(descriptor)
+    return descriptor if held else None
 
 
 def disk_error(error: OSError) -> AgentError:

@@ -4,12 +4,13 @@ A delta is found by two names (ADR 0027): no answer, or any but a file of known 
 said by the result's hash alone; whatever goes wrong on the way ends with the whole file too, and what it may cost until then is
 bounded: in bytes by the file that it stands for, in time, in room on the disk, and in processes that it ends.
 
-A delta comes into ``slots/.parts`` like any other file that came in part; beside it, ``<key>.delta`` remembers its size, how often
-applying it was begun, and that it is no good. ``<key>.patched`` is what is being made of it.
+A delta comes into ``slots/.parts`` like any other file that came in part; beside it, ``<key>.delta`` remembers its size and that it is no
+good. ``<key>.patched`` is what is being made of it. What deltas of a file may cost in vain is one budget for it (``spending``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -22,7 +23,7 @@ from skerry_contract import bases, layout
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
-from skerry_agent.courier import durable, parts, requests, resuming, transport, watch
+from skerry_agent.courier import durable, parts, requests, resuming, spending, transport, watch
 from skerry_agent.courier.acquiring import Wanted, is_whole
 from skerry_agent.courier.meter import Meter
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
@@ -30,7 +31,7 @@ from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 MOST_BASES = 2
 """So many files of this device are tried as the base of one."""
 MOST_TRIES = 2
-"""So often applying a delta may be begun: a process that it ended twice is not given to it again."""
+"""So often applying a delta of one file may be begun: of processes that they ended they get two and no more."""
 _ATTEMPTS = 10
 _IDLE_ATTEMPTS = 2
 _LEAST_S, _BYTES_S = 60.0, 64 * 1024
@@ -44,7 +45,6 @@ class _State(msgspec.Struct, frozen=True, kw_only=True):
     """What is remembered of a delta. ``size``: bytes, 0 before it was announced; ``bad``: why it is not tried any more."""
 
     size: int = 0
-    tries: int = 0
     bad: str = ""
 
 
@@ -98,13 +98,14 @@ class Patched:
         self._meter = meter
         self._limits = request.limits
         self._lack = lack
+        self._spending = spending.Spending(self._folder)
         self._bases = _bases(slots, request)
         self._sealed = None
         if content_key:
             from skerry_agent.courier import sealed_delta
 
             self._sealed = sealed_delta.Sealed(request, content_key)
-        self._keys = {_key(base, target) for target, found in self._bases.items() for base in found}
+        self._keys = {_key(base, target): target for target, found in self._bases.items() for base in found}
         self.bytes = 0
         self.whole_bytes = 0
         self.refused: dict[str, int] = {}
@@ -139,8 +140,9 @@ class Patched:
     def done(self) -> None:
         """Every file is here, in whatever way: what is left of deltas goes."""
         self._tidy(lambda _key: True)
-        for key in self._keys:
-            self._discard(key)
+        for key, target in self._keys.items():
+            self._remove(key)
+            self._spending.forget(target)
 
     def told(self) -> dict[str, Any]:
         """``delta_bytes``, ``patched_bytes`` and ``refused``; empty where no delta was asked for."""
@@ -149,6 +151,12 @@ class Patched:
         return {"delta_bytes": self.bytes, "patched_bytes": self.whole_bytes, "refused": self.refused}
 
     def _discard(self, key: str) -> None:
+        with contextlib.suppress(OSError):
+            # A disk that takes nothing more must not keep what it has.
+            self._spending.charge(self._keys[key], size_bytes=(self._folder / key).stat().st_size)
+        self._remove(key)
+
+    def _remove(self, key: str) -> None:
         for side in ("", ".etag", ".lost"):
             (self._folder / (key + side)).unlink(missing_ok=True)
 
@@ -160,6 +168,7 @@ class Patched:
             found = _OWN.fullmatch(entry.name)
             if found is not None and gone(found[1]):
                 entry.unlink(missing_ok=True)
+        self._spending.tidy(self._bases)
 
     def _bring_from(self, key: str, base: _Base, wanted: Wanted, path: Path) -> bool:
         state = self._load(key)
@@ -177,14 +186,16 @@ class Patched:
                 state = self._download(part, key, state, base, wanted)
                 if not state.size:
                     return False
-                self._apply(key, state, base, wanted, path)
+                self._apply(key, base, wanted, path)
             except _Useless as error:
                 self._store(key, _State(bad=error.code))
+                self._spending.charge(wanted.hashes["sha256"], size_bytes=part.size)
                 os.truncate(self._folder / key, 0)
                 raise
             os.truncate(self._folder / key, 0)
         for name in (f"{key}.delta", f"{key}.etag", f"{key}.lost"):
             (self._folder / name).unlink(missing_ok=True)
+        self._spending.forget(wanted.hashes["sha256"])
         return True
 
     # --- the delta ---------------------------------------------------------------------------------------------------
@@ -252,6 +263,9 @@ class Patched:
                 return _State()
             if total >= wanted.size:
                 raise _Useless("delta_too_large", f"{url}: {total} bytes for a file of {wanted.size}")
+            spent_bytes = self._spending.of(wanted.hashes["sha256"]).size_bytes
+            if total + spent_bytes >= wanted.size:
+                raise _Useless("delta_wasted", f"{url}: {total} bytes, and {spent_bytes} of others came in vain before")
             here = parts.sizes(self._folder).get(wanted.key, 0)
             if total - offset >= wanted.size - here:
                 # The rest of the whole file, which came in part before, is less.
@@ -276,14 +290,17 @@ class Patched:
         return state
 
     def _drop(self, part: parts.Part, wanted: Wanted) -> None:
-        if part.drop() > wanted.size:
+        self._spending.charge(wanted.hashes["sha256"], size_bytes=part.size)
+        part.drop()
+        if self._spending.of(wanted.hashes["sha256"]).size_bytes > wanted.size:
             raise _Useless("delta_wasted", f"{wanted.name}: more bytes of its delta came in vain than it has itself")
 
-    def _apply(self, key: str, state: _State, base: _Base, wanted: Wanted, path: Path) -> None:
-        if state.tries >= MOST_TRIES:
-            raise _Useless("delta_crashed", f"{wanted.name}: applying its delta ended the process {state.tries} times")
+    def _apply(self, key: str, base: _Base, wanted: Wanted, path: Path) -> None:
+        tries = self._spending.of(wanted.hashes["sha256"]).tries
+        if tries >= MOST_TRIES:
+            raise _Useless("delta_crashed", f"{wanted.name}: applying its delta ended the process {tries} times")
         # Remembered on disk before it is begun, so that what ends this process is not begun for ever.
-        self._store(key, msgspec.structs.replace(state, tries=state.tries + 1))
+        self._spending.charge(wanted.hashes["sha256"], tries=1)
         from skerry_runtime import delta
 
         made = self._folder / f"{key}.patched"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from skerry_contract import manifest as manifests
@@ -22,6 +22,28 @@ from skerry_agent.courier.meter import Meter
 
 STAGED_MANIFEST = ".manifest.json"
 """The manifest of a bundle that is not whole yet: what its files will be."""
+
+
+class SameBundle:
+    """As ``acquiring.Source``: a content that stands in the bundle twice comes once.
+
+    Args:
+        staging: where its files come to; wanted: all of them, by path.
+    """
+
+    def __init__(self, staging: Path, wanted: Mapping[str, Wanted], meter: Meter) -> None:
+        self._meter = meter
+        self._places: dict[str, list[Path]] = {}
+        for path, one in wanted.items():
+            self._places.setdefault(one.key, []).append(staging / path)
+
+    def bring(self, wanted: Wanted, path: Path) -> bool:
+        """As ``Source``."""
+        for place in self._places.get(wanted.key, ()):
+            with self._meter.own_work(), contextlib.suppress(FileNotFoundError):
+                if place != path and is_whole(place, wanted) and _take(place, path, wanted):
+                    return True
+        return False
 
 
 class OtherBundles:
@@ -51,38 +73,38 @@ class OtherBundles:
         self._asked.add(wanted.key)
         for place in self._named(wanted):
             with self._meter.own_work(), contextlib.suppress(FileNotFoundError):
-                if is_whole(place, wanted) and self._take(place, path, wanted):
+                if is_whole(place, wanted) and _take(place, path, wanted):
                     return True
         return False
 
     def _named(self, wanted: Wanted) -> list[Path]:
         return self._places.get((wanted.hashes.get("sha256", ""), wanted.size), [])
 
-    @staticmethod
-    def _take(place: Path, path: Path, wanted: Wanted) -> bool:
-        scratch = path.with_name(f".{path.name}.new")
-        scratch.unlink(missing_ok=True)
-        try:
-            os.link(place, scratch, follow_symlinks=False)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            # A disk without links, or another one, or a file with as many as there may be.
-            shutil.copyfile(place, scratch, follow_symlinks=False)
-            if not is_whole(scratch, wanted):
-                scratch.unlink()
-                return False
-        # Fetched or copied: its bytes may not be on disk yet.
-        descriptor = os.open(scratch, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        scratch.replace(path)
-        # rename(2) does nothing between two links of one file.
-        scratch.unlink(missing_ok=True)
-        durable.sync_folder(path.parent)
-        return True
+
+def _take(place: Path, path: Path, wanted: Wanted) -> bool:
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.unlink(missing_ok=True)
+    try:
+        os.link(place, scratch, follow_symlinks=False)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        # A disk without links, or another one, or a file with as many as there may be.
+        shutil.copyfile(place, scratch, follow_symlinks=False)
+        if not is_whole(scratch, wanted):
+            scratch.unlink()
+            return False
+    # Fetched or copied: its bytes may not be on disk yet.
+    descriptor = os.open(scratch, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    scratch.replace(path)
+    # rename(2) does nothing between two links of one file.
+    scratch.unlink(missing_ok=True)
+    durable.sync_folder(path.parent)
+    return True
 
 
 def _places(slots: Path, unless: str) -> dict[tuple[str, int], list[Path]]:

@@ -74,7 +74,8 @@ class Bench:
     def enter(self, state: str, **deadlines: float) -> None:
         """Offers 2.0.0, and holds its update in the state."""
         device = self.device
-        device.world["slow_fetch"] = {self.second: 600.0 if state == "fetch" else 0.0}
+        # So slow that it gets no further: what does is under way for as long as it likes.
+        device.world["slow_fetch"] = {self.second: 1e9 if state == "fetch" else 0.0}
         if state == "ready":
             self.lock("lock", reason="a seam", for_s=3600.0)
         self.hold(*{"verify": ["verify"], "stage": ["stage"], "prove": ["worker"]}.get(state, []), **deadlines)

@@ -200,12 +200,13 @@ def _refuse(handler: BaseHTTPRequestHandler, status: int, code: str) -> None:
 class Bundle:
     """A bundle's bytes."""
 
-    def __init__(self, model: str, version: str, *, weights: bytes = b"weights" * 1000) -> None:
+    def __init__(self, model: str, version: str, *, weights: bytes = b"weights" * 1000, again: bytes = b"") -> None:
         golden = b'{"inputs":[],"outputs":[]}\n'
         self.blobs = {hashlib.sha256(data).hexdigest(): data for data in (weights, golden)}
         files = tuple(
             m.File(path=path, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-            for path, data in (("golden/cases.jsonl", golden), ("model.onnx", weights))
+            for path, data in (("golden/cases.jsonl", golden), ("model.onnx", weights), ("twin.bin", again))
+            if data
         )
         self.manifest = m.encode(
             m.Manifest(

@@ -17,6 +17,7 @@ from skerry_runtime import delta
 
 OLD = os.urandom(120_000)
 NEW = OLD[:30_000] + os.urandom(6_000) + OLD[36_000:]
+OTHER = OLD[:50_000] + os.urandom(70_000)
 LIMITS = requests.Limits(gap_s=1.0, pause_s=0.01)
 
 
@@ -216,6 +217,38 @@ def test_a_delta_that_is_no_good_ends_in_the_whole_file_and_is_not_asked_for_aga
     assert answer["delta_bytes"] < len(NEW)
 
 
+def test_what_deltas_of_a_file_cost_is_one_budget_over_bases_and_over_other_bundles(place, make_bundle):
+    """Else a mirror has a device fetch a file's size in vain for each base, and again whenever something else came in between."""
+    spoiled = [os.urandom(100_000), os.urandom(100_000)]
+    for base, patch in zip((OLD, OTHER), spoiled, strict=True):
+        path = place.fleet.path / layout.delta(sha256(base), sha256(NEW))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(patch)
+    other = make_bundle("gas", "1.5.0", weights=OTHER)
+    slot = place.slots / other.digest
+    (slot / "golden").mkdir(parents=True)
+    (slot / "manifest.json").write_bytes(other.manifest)
+    for file in other.files:
+        (slot / file["path"]).write_bytes(other.blobs[file["sha256"]])
+    held = [{"digest": digest, "variant": "onnx"} for digest in (place.base.digest, other.digest)]
+    third = place.fleet.push(make_bundle("gas", "3.0.0", weights=os.urandom(5000)))
+    away = {"limits": {"gap_s": 1.0, "pause_s": 0.01, "idle_attempts": 1}, "held": held}
+    place.site.spoils[f"/repository/blobs/sha256/{sha256(NEW)[:2]}"] = lambda handler, _data: (
+        head(handler, 0, 404) or True
+    )
+    for _ in range(2):
+        with pytest.raises(Exception, match="404"):
+            place.fetch(**away)
+        between = {"digest": third.digest, "manifest": third.manifest.decode(), "files": third.files, "held": held}
+        download.fetch(requests.parse(requests.Fetch, place.request(**between)), lambda _progress: None)
+        spent = json.loads((place.slots / ".parts" / f"{sha256(NEW)}.spent").read_bytes())
+        assert spent == {"size_bytes": 100_000, "tries": 1}
+    place.site.spoils.clear()
+    answer = place.fetch(held=held)
+    # The first cost most of the file's size; what the others announced was too much after it.
+    assert (answer["bytes"], answer["refused"]) == (len(NEW), {"delta_wasted": 2})
+
+
 def endless(handler, _data):
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
@@ -393,7 +426,7 @@ def test_a_device_that_is_short_of_something_keeps_nothing_of_the_delta(place, m
         assert source.bring(wanted, place.state_dir / "result") is False
     web.close()
     assert source.refused == {"not_enough_disk" if lacks == "room" else "not_enough_memory": 1}
-    assert [name for name in place.leftovers() if not name.endswith(".delta")] == []
+    assert [name for name in place.leftovers() if not name.endswith((".delta", ".spent"))] == []
     assert not (place.state_dir / "result").exists()
 
 
@@ -405,7 +438,7 @@ def test_kill_9_while_a_delta_is_applied_goes_on_without_the_network_and_a_third
     fields = json.loads(place.request())
 
     def tries():
-        for path in (place.slots / ".parts").glob("*.delta"):
+        for path in (place.slots / ".parts").glob("*.spent"):
             return json.loads(path.read_bytes()).get("tries", 0)
         return 0
 
@@ -422,7 +455,7 @@ def test_kill_9_while_a_delta_is_applied_goes_on_without_the_network_and_a_third
 
     killed(1)
     # As power that fails between a write and its rename leaves it.
-    (state,) = [path for path in (place.slots / ".parts").iterdir() if path.name.endswith(".delta")]
+    (state,) = (place.slots / ".parts").glob("*.delta")
     state.with_name(f".{state.name}.new").write_bytes(b"{")
     (place.slots / ".parts" / f".{state.name.removesuffix('delta')}patched.patching").write_bytes(b"half")
     asked = len(place.site.asked)

@@ -58,6 +58,24 @@ def test_a_file_of_another_bundle_is_shared_and_not_fetched_again(fleet, device,
     assert asked(fleet) == 1
 
 
+def test_a_file_that_stands_twice_in_a_bundle_comes_once(fleet, device, make_bundle):
+    bundle = fleet.push(make_bundle("gas", "1.0.0", weights=WEIGHTS, again=WEIGHTS))
+    assert [file["sha256"] for file in bundle.files].count(SHA256) == 2
+    answer = device.ok("fetch", **fetch(bundle))
+    assert answer["files"]["samebundle"] == 1
+    assert asked(fleet) == 1
+    assert answer["bytes"] == len(WEIGHTS) + len(bundle.blobs[bundle.files[0]["sha256"]])
+
+
+def test_no_lock_stays_behind_whatever_was_fetched(fleet, device, two):
+    run = device.state_dir / "run"
+    run.mkdir(exist_ok=True)
+    (run / "fetch-0123456789abcdef.lock").touch()
+    for bundle in two:
+        device.ok("fetch", **fetch(bundle))
+    assert list(run.glob("fetch-*")) == []
+
+
 def test_a_shared_file_that_rotted_is_fetched_and_the_rot_does_not_spread(fleet, device, two):
     first, second = two
     held = in_a_slot(device, first)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from skerry_agent import config, downloads
+from skerry_agent import config
 from skerry_agent.clock import Clock
+from skerry_agent.core import lifecycle
 from skerry_agent.downloads import Downloads
 from skerry_agent.errand import Errands
 from skerry_agent.errors import Transient
@@ -57,10 +58,10 @@ def test_a_download_that_gets_further_has_no_end_and_one_that_stands_still_has(
     made: tuple[Downloads, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, cap = made
-    # Half of what the download takes, and twenty times what passes between two lines.
-    monkeypatch.setattr(downloads, "STILL_S", 2.0)
+    # Less than the download takes, and many times what passes between two lines.
+    monkeypatch.setitem(lifecycle.DEADLINES_S, "fetch", 2.5)
     cap[0] = 5
-    slow = COURIER.replace("time.sleep(0.1)", "time.sleep(0.4)")
+    slow = COURIER.replace("time.sleep(0.1)", "time.sleep(0.3)")
     found._errands = Errands((sys.executable, "-c", slow))
     assert asyncio.run(found.run({})) == {"bytes": 12}
     assert found.left_s() > 0
