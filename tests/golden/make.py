@@ -20,7 +20,7 @@ def main() -> None:
     made = {name: form.write(form.value) for name, form in FORMATS.items()}
     made["batch.bin"] = wire.encode_batch(values.BATCH)
     made["record-digests.txt"] = "".join(f"{r.seq} {wire.digest(r).hex()}\n" for r in values.RECORDS).encode()
-    made["every-method.skdelta"] = patches.files()[2]
+    made |= {name: patches.files(name)[2] for name in patches.SHIPPED}
     for name, data in made.items():
         path = FOLDER / name
         if not path.exists():

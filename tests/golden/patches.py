@@ -1,4 +1,4 @@
-"""A patch with every step and every method there is, between two files that are computed without any library's randomness."""
+"""Patches with every step and every method there is, between files that are computed without any library's randomness."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 from skerry_runtime.delta import container
 from skerry_runtime.delta.choosing import Choice
-from skerry_runtime.delta.elements import OF_FLOATS, WITH_BASE, Method, Scaling, Sizes, to_bytes
+from skerry_runtime.delta.elements import OF_FLOATS, ONE_WIDTH, PRODUCTS, WITH_BASE, Method, Scaling, Sizes, to_bytes
 from skerry_runtime.delta.low_rank import LowRank
 from skerry_runtime.delta.making import Plan
 from skerry_runtime.delta.parts import Part
 
 ROWS, COLUMNS = 12, 20
 COUNT = ROWS * COLUMNS
+SHIPPED = {"every-method.skdelta": [*Method][:11], "leaning.skdelta": [Method.LOW_RANK_LEANING]}
+"""Methods of each file: those that were there when it was made."""
 
 
 def stream(name: str, size: int) -> bytes:
@@ -28,12 +30,12 @@ def elements(name: str, width: int) -> tuple[np.ndarray, np.ndarray]:
     return base, (base + step) & np.uint64((1 << 8 * width) - 1)
 
 
-def cases() -> Iterator[tuple[Method, int, int]]:
+def cases(name: str) -> Iterator[tuple[Method, int, int]]:
     """Method, width and tag."""
-    for method in Method:
-        widths = {Method.RESCALED: (1,), Method.LOW_RANK: (4,)}.get(
-            method, (2, 4, 8) if method in OF_FLOATS else (1, 2, 4, 8)
-        )
+    for method in SHIPPED[name]:
+        widths = (2, 4, 8) if method in OF_FLOATS else (1, 2, 4, 8)
+        if method in ONE_WIDTH:
+            widths = (ONE_WIDTH[method],)
         for width in widths:
             yield method, width, 0x3D if width == 4 else 0
 
@@ -44,7 +46,7 @@ def choice(method: Method) -> Choice:
         return Choice(method=method, scaling=Scaling(ratios=np.arange(ROWS) * 100 + 65_000, inner=COLUMNS, offset=1))
     if method == Method.FLOAT_DIFFERENCE_SCALED:
         return Choice(method=method, sizes=marks)
-    if method == Method.LOW_RANK:
+    if method in PRODUCTS:
         left = np.arange(2.0 * ROWS).reshape(ROWS, 2) - 9
         right = np.arange(2.0 * COLUMNS).reshape(2, COLUMNS) - 17
         return Choice(method=method, sizes=marks, product=LowRank(left=left, right=right, exponent=-20))
@@ -56,7 +58,7 @@ def laid(values: np.ndarray, width: int, tag: int) -> bytes:
     return np.concatenate([np.full((len(lines), int(tag != 0)), tag, np.uint8), lines], axis=1).tobytes()
 
 
-def files() -> tuple[bytes, bytes, bytes]:
+def files(name: str) -> tuple[bytes, bytes, bytes]:
     """Base, target and today's patch."""
     plan, base, target = Plan(), bytearray(stream("head", 1000)), bytearray()
     target += base[100:900]
@@ -65,7 +67,7 @@ def files() -> tuple[bytes, bytes, bytes]:
     plan.add(0, bytes((byte ^ (i % 50 == 0)) - byte & 255 for i, byte in enumerate(base[:700])))
     target += b"literal " * 40
     plan.literal(b"literal " * 40)
-    for method, width, tag in cases():
+    for method, width, tag in cases(name):
         old, new = elements(f"{method.name} {width}", width)
         at = len(base)
         base += laid(old, width, tag)

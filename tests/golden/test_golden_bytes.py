@@ -52,17 +52,18 @@ def test_the_identity_of_a_bundle_never_changes() -> None:
     assert manifest.digest(data) == (V1 / "manifest.sha256").read_text().strip()
 
 
-def test_a_shipped_patch_gives_the_same_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", patches.SHIPPED)
+def test_a_shipped_patch_gives_the_same_file(tmp_path: Path, name: str) -> None:
     # The base is computed, so that only the patch is old. LZMA of another build may pack it otherwise: only reading is held.
-    base, target, _ = patches.files()
+    base, target, _ = patches.files(name)
     (tmp_path / "base").write_bytes(base)
     digest = canonical.sha256(target)
-    delta.apply(tmp_path / "base", V1 / "every-method.skdelta", tmp_path / "made", sha256=digest, size=len(target))
+    delta.apply(tmp_path / "base", V1 / name, tmp_path / "made", sha256=digest, size=len(target))
     assert (tmp_path / "made").read_bytes() == target
 
 
-def test_the_shipped_patch_has_every_method() -> None:
-    assert {method for method, _, _ in patches.cases()} == set(Method)
+def test_the_shipped_patches_have_every_method() -> None:
+    assert {method for name in patches.SHIPPED for method, _, _ in patches.cases(name)} == set(Method)
 
 
 def test_every_shipped_file_is_tested() -> None:
@@ -72,7 +73,7 @@ def test_every_shipped_file_is_tested() -> None:
         "hash64.json",
         "manifest.sha256",
         "dictionary.sha256",
-        "every-method.skdelta",
+        *patches.SHIPPED,
     }
     assert {path.name for path in V1.iterdir()} == set(FORMATS) | others
 

@@ -22,8 +22,10 @@ from skerry_runtime.delta.elements import (
     CHANNELS_MOST,
     FLOATS,
     OF_FLOATS,
+    ONE_WIDTH,
     PLANES,
     PLANES_CHUNK,
+    PRODUCTS,
     WIDTHS,
     WITH_BASE,
     Codec,
@@ -36,7 +38,7 @@ from skerry_runtime.delta.elements import (
     to_integers,
     uncombined,
 )
-from skerry_runtime.delta.low_rank import EXPONENTS, FACTORS_MOST, RANKS, LowRank
+from skerry_runtime.delta.low_rank import EXPONENTS, FACTORS_MOST, RANKS, LowRank, leaning
 
 
 def steps_most(target_size: int) -> int:
@@ -211,9 +213,7 @@ class _Run:
         if number not in set(Method) or width not in WIDTHS:
             raise DeltaError(f"the patch has a method {number} of {width} bytes, which this version does not know")
         method = Method(number)
-        if (method in OF_FLOATS and width not in FLOATS) or width != {Method.RESCALED: 1, Method.LOW_RANK: 4}.get(
-            method, width
-        ):
+        if (method in OF_FLOATS and width not in FLOATS) or width != ONE_WIDTH.get(method, width):
             raise DeltaError(f"the patch uses {method.name.lower()} for elements of {width} bytes")
         stride = width + (tag != 0)
         n = self._count(stride)
@@ -225,9 +225,11 @@ class _Run:
         scaling = self._scaling(n) if method == Method.RESCALED else None
         sizes = self._sizes(n) if method in BY_SIZES else None
         product = None
-        if method == Method.LOW_RANK:
+        if method in PRODUCTS:
             assert sizes is not None
             product = self._product(len(sizes.rows), len(sizes.columns))
+            if method == Method.LOW_RANK_LEANING:
+                product = leaning(product, sizes.rows, sizes.columns)
         start = 0
         while start < n:
             room = PLANES_CHUNK if method in PLANES else self._codec.room(method, width)

@@ -15,6 +15,7 @@ from skerry_runtime.delta.elements import (
     CHANNELS_MOST,
     OF_FLOATS,
     PLANES,
+    PRODUCTS,
     WITH_BASE,
     Codec,
     Method,
@@ -24,11 +25,13 @@ from skerry_runtime.delta.elements import (
     lowest,
     planes,
 )
-from skerry_runtime.delta.low_rank import LowRank, fitted
+from skerry_runtime.delta.low_rank import LowRank, fitted, leaning, leanings
 from skerry_runtime.delta.parts import Part
 
 _SAMPLE = 4
 _WORTH_MARKS = 4
+_TURNS = 4
+"""So often a product is fitted to what the one before it leaves."""
 _WORTH_CHANNELS = 32
 """Elements for each channel below which its own ratio costs more than it saves."""
 
@@ -42,7 +45,15 @@ class Choice:
     scaling: Scaling | None = None
     sizes: Sizes | None = None
     product: LowRank | None = None
+    """As it is said in the patch."""
     cost_bytes: float = 0.0
+
+    @property
+    def added(self) -> LowRank | None:
+        """The product as it is added to the base."""
+        if self.method != Method.LOW_RANK_LEANING or self.product is None or self.sizes is None:
+            return self.product
+        return leaning(self.product, self.sizes.rows, self.sizes.columns)
 
 
 class Chooser:
@@ -82,7 +93,7 @@ class Chooser:
         meter, codec = self._meters.get(choice.method) or (Meter(), None)
         codec = codec or Codec(meter)
         self._meters[choice.method] = meter, codec
-        before, seen = meter.bits_taken, 0
+        before, seen, added = meter.bits_taken, 0, choice.added
         for sample in samples:
             at = sample.start
             while at < sample.stop:
@@ -98,7 +109,7 @@ class Chooser:
                     choice.low,
                     choice.scaling,
                     choice.sizes,
-                    choice.product,
+                    added,
                 )
                 at += n
             seen += sample.stop - sample.start
@@ -119,15 +130,40 @@ def _by_sizes(method: Method, part: Part, target: U64, base: U64) -> Choice | No
         return None
     if len(target) < _WORTH_MARKS * (rows + len(target) // rows):
         return None
-    product = None
+    if method in PRODUCTS:
+        return _with_product(method, target, base, rows) if part.width == 4 else None
+    return Choice(method=method, sizes=Sizes.fitted(base, target, part.width, rows))
+
+
+def _with_product(method: Method, target: U64, base: U64, rows: int) -> Choice | None:
     if method == Method.LOW_RANK:
-        product = fitted(base, target, rows) if part.width == 4 else None
+        product = fitted(base, target, rows)
+        return (
+            None
+            if product is None
+            else Choice(method=method, sizes=_left(product, target, base, rows), product=product)
+        )
+    # By what is left a product leans, and by how it leans something else is left.
+    choice, sizes = None, Sizes.fitted(base, target, 4, rows)
+    for _ in range(_TURNS):
+        product = fitted(base, target, rows, (sizes.rows, sizes.columns))
         if product is None:
             return None
-        base = np.concatenate(
-            [product.predict(base[at : at + CHUNK_MOST], at) for at in range(0, len(base), CHUNK_MOST)]
-        )
-    return Choice(method=method, sizes=Sizes.fitted(base, target, part.width, rows), product=product)
+        choice = Choice(method=method, sizes=sizes, product=product)
+        before, sizes = sizes, _left(choice.added, target, base, rows)
+        if all(
+            np.array_equal(leanings(one), leanings(other))
+            for one, other in ((before.rows, sizes.rows), (before.columns, sizes.columns))
+        ):
+            return replace(choice, sizes=sizes)
+    return choice
+
+
+def _left(added: LowRank | None, target: U64, base: U64, rows: int) -> Sizes:
+    """How large what a product leaves tends to be."""
+    assert added is not None
+    parts = [added.predict(base[at : at + CHUNK_MOST], at) for at in range(0, len(base), CHUNK_MOST)]
+    return Sizes.fitted(np.concatenate(parts), target, 4, rows)
 
 
 def scalings(part: Part, target: U64, base: U64) -> Iterator[Scaling]:

@@ -64,22 +64,21 @@ class Method(IntEnum):
     """The difference of floats, by how large it tends to be in this row and in this column, which is said before."""
     LOW_RANK = 10
     """The same, from a base to which a product of two thin matrices was added."""
+    LOW_RANK_LEANING = 11
+    """The same, with a product that leans by what is left in this row and in this column."""
 
 
+PRODUCTS = {Method.LOW_RANK, Method.LOW_RANK_LEANING}
+BY_SIZES = {Method.FLOAT_DIFFERENCE_SCALED, *PRODUCTS}
 WITH_BASE = {
-    Method.FLOAT_DIFFERENCE, Method.FLOAT_DIFFERENCE_SCALED, Method.LOW_RANK, Method.INTEGER_DIFFERENCE, Method.FLOAT_PLANES, Method.RESCALED, Method.BYTE_PLANES_XOR,
+    Method.FLOAT_DIFFERENCE, *BY_SIZES, Method.INTEGER_DIFFERENCE, Method.FLOAT_PLANES, Method.RESCALED, Method.BYTE_PLANES_XOR,
     Method.BYTE_PLANES_DIFFERENCE,
 }  # fmt: skip
 PLANES = {Method.BYTE_PLANES, Method.BYTE_PLANES_XOR, Method.BYTE_PLANES_DIFFERENCE}
 BY_EXPONENT = {Method.FLOAT_DIFFERENCE, Method.FLOAT_PLANES}
-BY_SIZES = {Method.FLOAT_DIFFERENCE_SCALED, Method.LOW_RANK}
-OF_FLOATS = {
-    Method.LOW_RANK,
-    Method.FLOAT_DIFFERENCE,
-    Method.FLOAT_DIFFERENCE_SCALED,
-    Method.FLOAT_PLANES,
-    Method.FLOAT_PLANES_ALONE,
-}
+OF_FLOATS = {*BY_SIZES, Method.FLOAT_DIFFERENCE, Method.FLOAT_PLANES, Method.FLOAT_PLANES_ALONE}
+ONE_WIDTH = {Method.RESCALED: 1, **dict.fromkeys(PRODUCTS, 4)}
+"""Methods of elements of one width alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +140,8 @@ class Codec:
             n: how many.
             low: the exponent below which the base's does not matter.
             scaling: of ``RESCALED``.
-            sizes: of ``FLOAT_DIFFERENCE_SCALED`` and ``LOW_RANK``.
-            product: of ``LOW_RANK``.
+            sizes: of ``BY_SIZES``.
+            product: of ``PRODUCTS``: what is added to the base.
         """
         if method in BY_SIZES:
             assert base is not None

@@ -2,6 +2,9 @@
 
 The product is said in integers and taken off before differences are coded; the same integers give the same prediction on every
 machine, because all sums of them are exact in a float64. An adapter that was merged (LoRA) is such a product and nothing else.
+
+What is left counts by its size beside what is left in its row and column, while a product fits best where most was learnt. So rows
+and columns may lean: those where less is left than in the middle one are fitted at twice the weight, those with more at half.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ from skerry_runtime.delta.coder import U64
 
 Floats = NDArray[np.float64]
 
-RANKS = (2, 4, 8, 16, 32, 64)
+RANKS = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 FACTORS_MOST = 1 << 18
 """Integers of both matrices: what a device keeps of them."""
 FACTOR_MOST = 1 << 20
 """No integer is as large: sums of 64 products stay far below 2 ** 53."""
 EXPONENTS = range(-140, 64)
+_LEAN = 1
+"""Powers of two that a row or column leans at most, either way."""
+_SAMPLE = 1 << 18
+"""Elements by which a rank is chosen."""
 _NOISE = 0.1
 """Of the variance that is left, how much rounding the factors may add."""
 
@@ -51,29 +58,61 @@ class LowRank:
         return np.where(np.isfinite(found), found.view(np.uint32).astype(np.uint64), base)
 
 
-def fitted(base: U64, target: U64, rows: int) -> LowRank | None:
-    """The rank that saves most, by what is left of the difference and what the factors cost; None when none saves anything."""
+def leanings(marks: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of rows or columns, by how large differences tend to be there, in half powers of two: whole powers from the middle one.
+
+    >>> leanings(np.array([10, 12, 13, 14, 30])).tolist()
+    [-1, 0, 0, 1, 1]
+    """
+    middle = np.sort(marks)[len(marks) // 2]
+    found: NDArray[np.int64] = np.clip((marks - middle + 1) >> 1, -_LEAN, _LEAN)
+    return found
+
+
+def leaning(product: LowRank, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> LowRank:
+    """What is added of a product that was fitted to what leans by such marks; sums of its whole numbers are exact as before."""
+    left = np.ldexp(product.left, leanings(rows)[:, None] + _LEAN)
+    right = np.ldexp(product.right, leanings(columns) + _LEAN)
+    return LowRank(left=left, right=right, exponent=product.exponent - 2 * _LEAN)
+
+
+def fitted(
+    base: U64, target: U64, rows: int, marks: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+) -> LowRank | None:
+    """The rank that saves most, by what is left of the difference and what the factors cost; None when none saves anything.
+
+    ``marks``: of rows and of columns, where the product is to lean by them.
+    """
     change = _floats(target) - _floats(base)
     if not np.isfinite(change).all() or not change.any():
         return None
     matrix = change.reshape(rows, -1)
+    # What no product gives: each float of the target was rounded.
+    noise = (
+        np.spacing(np.maximum(np.abs(_floats(target)), 1e-30).astype(np.float32)).astype(np.float64).reshape(rows, -1)
+    )
+    if marks is not None:
+        leans = leanings(marks[0])[:, None] + leanings(marks[1])
+        matrix, noise = np.ldexp(matrix, -leans), np.ldexp(noise, -leans)
     columns = matrix.shape[1]
     most = min(RANKS[-1], rows, columns, FACTORS_MOST // (rows + columns))
     left, sizes, right = _decomposed(matrix, most)
     whole = float((matrix * matrix).sum())
-    # What no product gives: each float of the target was rounded.
-    noise = float(
-        (np.spacing(np.maximum(np.abs(_floats(target)), 1e-30).astype(np.float32)).astype(np.float64) ** 2).sum() / 12
-    )
+    noise_squares = noise**2 / 12
+    noise_whole = float(noise_squares.sum())
+    some = np.arange(0, rows, max(1, rows * columns // _SAMPLE))
     best: tuple[float, int, int] | None = None
     for rank in RANKS:
         if rank > most or rank > len(sizes):
             break
-        rest = max(whole - float((sizes[:rank] ** 2).sum()), 0.0) + noise
-        saved = 0.5 * rows * columns * np.log2((whole + noise) / rest)
+        rest = max(whole - float((sizes[:rank] ** 2).sum()), 0.0) + noise_whole
         step = 12 * _NOISE * rest / (rows * columns) / float(sizes[:rank].sum() * (1 / rows + 1 / columns))
         largest = sizes[0] * max(float((left[:, 0] ** 2).max()), float((right[0] ** 2).max()))
         exponent = int(np.floor(max(np.log2(step), np.log2(largest / (FACTOR_MOST / 2) ** 2))))
+        # Bits of what is left, by the sizes of all: a few that are large cost no more than they hold.
+        there = matrix[some] ** 2 + noise_squares[some]
+        after = (matrix[some] - (left[some, :rank] * sizes[:rank]) @ right[:rank]) ** 2 + noise_squares[some]
+        saved = 0.5 * float(np.log2(there / after).mean()) * rows * columns
         # Bits of a rounded factor, as of a normal distribution of its variance.
         spread = sizes[:rank] / 2.0**exponent
         bits = sum(n * np.maximum(0.5 * np.log2(17.1 * (spread / n + 1 / 12)), 0.2).sum() for n in (rows, columns))

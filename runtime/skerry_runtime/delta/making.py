@@ -289,7 +289,7 @@ class Plan:
             rows, rank = choice.product.left.shape
             self.control += unsigned(rank) + signed(choice.product.exponent)
             self._codec.product(rows, len(target) // rows, rank, choice.product.exponent, choice.product)
-        start = 0
+        start, added = 0, choice.added
         while start < len(target):
             room = PLANES_CHUNK if method in PLANES else self._codec.room(method, width)
             new = target[start : start + room]
@@ -298,7 +298,7 @@ class Plan:
                 self.put(Role.PLANES, planes(combined(method, width, new, old), width))
             else:
                 self._codec.run(
-                    method, width, start, old, new, len(new), choice.low, choice.scaling, choice.sizes, choice.product
+                    method, width, start, old, new, len(new), choice.low, choice.scaling, choice.sizes, added
                 )
             start += len(new)
         self.steps += 1

@@ -17,6 +17,8 @@ from skerry_runtime.delta.choosing import Choice, Chooser, scalings
 from skerry_runtime.delta.elements import (
     FLOATS,
     OF_FLOATS,
+    ONE_WIDTH,
+    PRODUCTS,
     WIDTHS,
     Method,
     Scaling,
@@ -37,9 +39,7 @@ CASES = [
     (method, width)
     for method in Method
     for width in WIDTHS
-    if not (method in OF_FLOATS and width not in FLOATS)
-    and not (method == Method.RESCALED and width != 1)
-    and not (method == Method.LOW_RANK and width != 4)
+    if not (method in OF_FLOATS and width not in FLOATS) and width == ONE_WIDTH.get(method, width)
 ]
 
 
@@ -49,7 +49,7 @@ def choice_of(method: Method, part: Part, base: np.ndarray, target: np.ndarray) 
         return Choice(method=method, scaling=list(scalings(part, target, base))[-1])
     if method == Method.FLOAT_DIFFERENCE_SCALED:
         return Choice(method=method, sizes=Sizes.fitted(base, target, part.width, rows))
-    if method == Method.LOW_RANK:
+    if method in PRODUCTS:
         rng = np.random.default_rng(0)
         left, right = rng.integers(-99, 99, (rows, 3)), rng.integers(-99, 99, (3, len(base) // rows))
         product = low_rank.LowRank(left=left.astype(float), right=right.astype(float), exponent=-20)
@@ -144,13 +144,28 @@ def test_a_merged_adapter_is_its_two_matrices() -> None:
     base = rng.normal(0, 0.05, (256, 256)).astype(np.float32)
     adapter = rng.normal(0, 0.01, (256, 4)) @ rng.normal(0, 0.1, (4, 256))
     choice = cheapest(base, (base + adapter).astype(np.float32))
-    assert choice.method == Method.LOW_RANK
+    assert choice.method in PRODUCTS
     assert choice.product is not None
     assert choice.product.left.shape == (256, 4)
     # By far fewer bytes than the same noise without a structure takes.
     noise = rng.permutation(adapter.ravel()).reshape(adapter.shape)
     other = cheapest(base, (base + noise).astype(np.float32))
     assert choice.cost_bytes < 0.75 * other.cost_bytes
+
+
+def test_a_product_leans_to_where_less_is_left_beside_it() -> None:
+    rng = np.random.default_rng(8)
+    base = rng.normal(0, 0.05, (256, 256)).astype(np.float32)
+    learnt = rng.normal(0, 1e-4, (256, 16)) @ rng.normal(0, 1, (16, 256))
+    # Some rows moved by much that no product says, some by little.
+    noise = rng.normal(0, 1e-4, base.shape) * (4.0 ** (np.arange(256) % 3 - 1))[:, None]
+    target = (base + learnt + noise).astype(np.float32)
+    part, old, new = float_part(target), to_integers(base.tobytes(), 4), to_integers(target.tobytes(), 4)
+    tried = {choice.method: choice for choice in Chooser().tried(part, new, old)}
+    leaning = tried[Method.LOW_RANK_LEANING]
+    assert leaning.sizes is not None
+    assert low_rank.leanings(leaning.sizes.rows).tolist() == [i % 3 - 1 for i in range(256)]
+    assert leaning.cost_bytes < 0.99 * tried[Method.LOW_RANK].cost_bytes
 
 
 def test_small_noise_on_floats_costs_what_it_holds() -> None:
@@ -197,7 +212,7 @@ def test_applying_keeps_little_of_a_large_tensor_in_memory(tmp_path: Path) -> No
     (tmp_path / "base").write_bytes(base.tobytes())
     part = float_part(target)
     old, new = to_integers(base.tobytes(), 4), to_integers(target.tobytes(), 4)
-    choices = [choice_of(method, part, old, new) for method in (Method.LOW_RANK, Method.BYTE_PLANES_XOR)]
+    choices = [choice_of(method, part, old, new) for method in (*PRODUCTS, Method.BYTE_PLANES_XOR)]
     patches = [patch_of(part, choice, old, new, base.tobytes()) for choice in choices]
     digest = hashlib.sha256(target.tobytes()).hexdigest()
     del old, new
