@@ -181,7 +181,9 @@ def build_bundle(
                     tolerance={"FP32": 0.1 if quantized else 1e-4},
                     minimum_recall=dict.fromkeys(truth_labels, minimum_recall) if classifies else {},
                 ),
-                needs=mf.Needs(rss_mb=200, disk_mb=1 + padding // 1_000_000),
+                needs=mf.Needs(
+                    rss_mb=200, disk_mb=1 + (padding + sum(map(len, (further or {}).values()))) // 1_000_000
+                ),
             ),
         ),
         inputs=(mf.Tensor(name="x", datatype="FP32", shape=(-1, n_features)),),

@@ -62,14 +62,14 @@ class Site:
         self.fleet.approver.change(catalog.Change(add=(addition,)), now=dt.datetime.now(dt.UTC), folder=folder)
         return digest
 
-    def delta_to(self, number: int) -> dict[str, Any]:
+    def delta_to(self, number: int, most_s: float = 120.0) -> dict[str, Any]:
         """What became of the delta to a version, once that is known."""
 
         def found() -> Any:
             items = [item for item in self.fleet.api.items("/api/v1/deltas") if item["to_version"] == f"{number}.0.0"]
             return next((item for item in items if item["state"] not in ("waiting", "making")), None)
 
-        return dict(self.fleet.wait(f"the delta to {number}.0.0", found, 120.0))
+        return dict(self.fleet.wait(f"the delta to {number}.0.0", found, most_s))
 
     def assign(self, digest: str) -> None:
         """Gives the group its first bundle, and waits until the device has it."""

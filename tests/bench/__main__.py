@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.bench.result import Result
 
 NOT_BENCHMARKS = {
-    "__main__", "delta_measuring", "finetunes", "gas_windows", "http_client", "http_load", "image_bundle", "judge_simulation", "litserve_peer", "mlserver_grpc_client", "mlserver_peer",
+    "__main__", "bad_link", "delta_measuring", "finetunes", "gas_windows", "http_client", "http_load", "image_bundle", "judge_simulation", "litserve_peer", "mlserver_grpc_client", "mlserver_peer",
     "mqtt_load", "peer_environment", "peer_server", "result", "swapping", "whylogs_peer",
 }  # fmt: skip
 

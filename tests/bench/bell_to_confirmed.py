@@ -14,7 +14,10 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from skerry_cli import bundle, catalog, publishing
 from skerry_cli.demo.fleet import GROUP, SETTINGS, Fleet
@@ -30,39 +33,7 @@ DEVICE = "bench-1"
 
 
 def run() -> Result:
-    with tempfile.TemporaryDirectory(prefix="skerry-bench-") as folder:
-        processes = Processes(Path(folder), leashed=True)
-        try:
-            return _measure(Path(folder), processes)
-        finally:
-            processes.stop()
-
-
-def _measure(folder: Path, processes: Processes) -> Result:
-    fleet = Fleet(folder, processes, seed=1)
-    fleet.start_server()
-    fleet.hold_ceremony(dt.datetime.now(dt.UTC))
-    fleet.api.put(f"/api/v1/groups/{GROUP}", {"settings": {**SETTINGS, "trial_inferences": 100, "trial_s": 60.0}})
-    fleet.enrol(DEVICE)
-    fleet.finish_enrolment(DEVICE)
-    first = _publish(fleet, 0)
-    fleet.api.put(f"/api/v1/groups/{GROUP}/models/gas", {"stable": first})
-    fleet.wait("the first version to serve", lambda: "gas" in fleet.status(DEVICE)["running"], 60.0)
-    stop = threading.Event()
-    failures: list[str] = []
-    asking = threading.Thread(target=_ask, args=(fleet, stop, failures), daemon=True)
-    asking.start()
-    fleet.wait("the first version to be confirmed", lambda: _confirmed(fleet, first), 60.0)
-    took: list[float] = []
-    for number in range(1, ROUNDS + 1):
-        digest = _publish(fleet, number)
-        time.sleep(1.0)
-        began = time.monotonic()
-        fleet.api.put(f"/api/v1/devices/{DEVICE}/pins/gas", {"digest": digest, "reason": "benchmark"})
-        fleet.wait(f"version {number}", lambda digest=digest: _confirmed(fleet, digest), 60.0, every_s=0.02)
-        took.append(time.monotonic() - began)
-    stop.set()
-    asking.join()
+    took, failures = measure(ROUNDS)
     return Result(
         bench="bell_to_confirmed",
         value=median(took),
@@ -70,9 +41,60 @@ def _measure(folder: Path, processes: Processes) -> Result:
         n=len(took),
         note=(
             f"min {min(took):.2f}, max {max(took):.2f}; {MODEL_BYTES / 1e6:g} MB, {RATE:g} requests/s, trial of 100 inferences "
-            f"(2 s of it); {len(failures)} failed requests"
+            f"(2 s of it); {failures} failed requests"
         ),
     )
+
+
+def measure(
+    rounds: int,
+    between: Callable[[Sequence[int]], AbstractContextManager[Sequence[int]]] | None = None,
+    most_s: float = 60.0,
+) -> tuple[list[float], int]:
+    """Seconds of each round, and failed requests of the application.
+
+    Args:
+        between: makes of the server's HTTPS and MQTT ports those by which the device reaches them.
+        most_s: a round may take.
+    """
+    with tempfile.TemporaryDirectory(prefix="skerry-bench-") as folder:
+        processes = Processes(Path(folder), leashed=True)
+        fleet = Fleet(Path(folder), processes, seed=1)
+        try:
+            fleet.start_server()
+            ports = [int(fleet.server.url.rpartition(":")[2]), fleet.server.mqtt_port]
+            with nullcontext(()) if between is None else between(ports) as reached:
+                if reached:
+                    fleet.cable_ports[DEVICE] = list(reached)
+                return _measure(fleet, rounds, most_s)
+        finally:
+            processes.stop()
+
+
+def _measure(fleet: Fleet, rounds: int, most_s: float) -> tuple[list[float], int]:
+    fleet.hold_ceremony(dt.datetime.now(dt.UTC))
+    fleet.api.put(f"/api/v1/groups/{GROUP}", {"settings": {**SETTINGS, "trial_inferences": 100, "trial_s": 60.0}})
+    fleet.enrol(DEVICE)
+    fleet.finish_enrolment(DEVICE)
+    first = _publish(fleet, 0)
+    fleet.api.put(f"/api/v1/groups/{GROUP}/models/gas", {"stable": first})
+    fleet.wait("the first version to serve", lambda: "gas" in _running(fleet), 60.0 + most_s)
+    stop = threading.Event()
+    failures: list[str] = []
+    asking = threading.Thread(target=_ask, args=(fleet, stop, failures), daemon=True)
+    asking.start()
+    fleet.wait("the first version to be confirmed", lambda: _confirmed(fleet, first), 60.0)
+    took: list[float] = []
+    for number in range(1, rounds + 1):
+        digest = _publish(fleet, number)
+        time.sleep(1.0)
+        began = time.monotonic()
+        fleet.api.put(f"/api/v1/devices/{DEVICE}/pins/gas", {"digest": digest, "reason": "benchmark"})
+        fleet.wait(f"version {number}", lambda digest=digest: _confirmed(fleet, digest), most_s, every_s=0.02)
+        took.append(time.monotonic() - began)
+    stop.set()
+    asking.join()
+    return took, len(failures)
 
 
 def _publish(fleet: Fleet, number: int) -> str:
@@ -86,8 +108,12 @@ def _publish(fleet: Fleet, number: int) -> str:
 
 
 def _confirmed(fleet: Fleet, digest: str) -> bool:
-    running = fleet.status(DEVICE)["running"].get("gas", {})
+    running = _running(fleet).get("gas", {})
     return running.get("digest") == digest and str(running.get("state", "")).startswith("confirmed")
+
+
+def _running(fleet: Fleet) -> dict[str, Any]:
+    return dict(fleet.status(DEVICE)["running"])
 
 
 def _ask(fleet: Fleet, stop: threading.Event, failures: list[str]) -> None:

@@ -129,6 +129,17 @@ def smallest_peer(costs: dict[str, Cost]) -> int:
     return min(cost.size_bytes for tool, cost in costs.items() if tool != OURS)
 
 
+def imported_mb() -> float:
+    """Of a process that imports what ours does to apply, and applies nothing."""
+    return _run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from skerry_runtime import delta; import skerry_runtime.delta.applying",
+        ]
+    )[1]
+
+
 def _tools(base: Path, target: Path, patch: Path, made: Path) -> dict[str, tuple[list[str], list[str]]]:
     b, t, p, m = map(str, (base, target, patch, made))
     python = str(interpreter("deltas"))
