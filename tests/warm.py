@@ -31,6 +31,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 MOST_BYTES = 1 << 20
+COURIER = tuple(f"skerry_agent.courier.{verb}" for verb in ("download", "enrolment", "logs", "lookup", "unsealing"))
 PRELOADED = {
     "agent_process.py": (
         "skerry_agent.supervisor",
@@ -38,9 +39,13 @@ PRELOADED = {
         "skerry_agent.logring",
         "skerry_agent.workers",
     ),
+    "killed_courier.py": COURIER,
+    "killed_repository.py": ("skerry_server.repository", "skerry_server.metadata"),
+    "skerry_agent.courier": COURIER,
     "skerry_cli": ("skerry_cli.app", "pydantic.type_adapter", "zoneinfo"),
     "skerry_server": ("skerry_server.app", "skerry_server.cli", "skerry_server.folder"),
 }
+"""By a module's name, or a script's."""
 
 
 class Forked:
@@ -217,6 +222,8 @@ def _become(asked: dict[str, Any]) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - they live as long as the process
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    more = [entry for entry in asked["env"].get("PYTHONPATH", "").split(os.pathsep) if entry not in {*sys.path, ""}]
+    sys.path[1:1] = more
     sys.argv = [asked["module"], *asked["arguments"]]
     if asked["module"].endswith(".py"):
         sys.path[0] = str(Path(asked["module"]).parent)

@@ -33,6 +33,8 @@ from skerry_server.metadata import make_online_key
 from skerry_server.repository import Repository
 from tuf.api.metadata import Metadata
 
+from tests import warm
+
 _KINDS = {Rejected: "rejected", Degraded: "degraded", Transient: "transient"}
 Spoil = Callable[[BaseHTTPRequestHandler, bytes], bool]
 """Gets the request and the file's bytes before they are sent; True when it has answered itself."""
@@ -366,10 +368,10 @@ class Device:
 
     def ask(self, verb: str, **fields: Any) -> dict[str, Any]:
         """The answer line; a crash fails the test."""
-        process = self.start(verb, **fields)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err.decode()
-        lines = [json.loads(line) for line in out.splitlines()]
+        given = self.request(**fields).decode()
+        done = warm.run("skerry_agent.courier", [verb], env=os.environ, given=given, timeout=60)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
         self.progress = [line["progress"] for line in lines[:-1]]
         return lines[-1]
 

@@ -1,40 +1,21 @@
 """A courier killed before each of its writes to disk: the next one finds something it can go on from."""
 
 import json
-import subprocess
-import sys
+import os
+from pathlib import Path
 
-CRASH = """
-import os, runpy, sys
-at, verb, inside = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-left = at
+from tests import warm
 
-def hook(event, args):
-    global left
-    if event not in ("os.rename", "os.remove", "os.mkdir", "os.symlink", "open"):
-        return
-    path = os.fsdecode(args[1] if event == "os.symlink" else args[0]) if not isinstance(args[0], int) else ""
-    if not path.startswith(inside):
-        return
-    if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
-        return
-    left -= 1
-    if left < 0:
-        os._exit(9)
-
-sys.argv = ["courier", verb]
-sys.addaudithook(hook)
-runpy.run_module("skerry_agent.courier", run_name="__main__")
-"""
+KILLED = str(Path(__file__).with_name("killed_courier.py"))
 
 
 def kill_at_every_write(device, verb, after, **fields):
     """Runs the verb again and again, each run killed one write later, until one runs through. Returns how many were killed."""
     points = 0
     while True:
-        command = [sys.executable, "-c", CRASH, str(points), verb, str(device.state_dir)]
-        ended = subprocess.run(command, input=device.request(**fields), capture_output=True, timeout=60)
-        assert ended.returncode in (0, 9), ended.stderr.decode()
+        arguments, given = [str(points), verb, str(device.state_dir)], device.request(**fields).decode()
+        ended = warm.run(KILLED, arguments, env=os.environ, given=given, timeout=60)
+        assert ended.returncode in (0, 9), ended.stderr
         after()
         if ended.returncode == 0:
             assert "ok" in json.loads(ended.stdout.splitlines()[-1])

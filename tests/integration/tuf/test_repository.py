@@ -4,10 +4,9 @@ import datetime as dt
 import json
 import os
 import stat
-import subprocess
-import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from securesystemslib.signer import CryptoSigner, Key
@@ -18,6 +17,10 @@ from skerry_server.core import expiry
 from skerry_server.metadata import MetadataFolder, load_online_signer, make_online_key
 from skerry_server.repository import Repository, RepositoryRefused
 from tuf.api.metadata import Metadata, TargetFile
+
+from tests import warm
+
+KILLED = str(Path(__file__).with_name("killed_repository.py"))
 
 
 @pytest.fixture
@@ -468,36 +471,6 @@ def generation_of(fleet, cache):
     return 0 if document is None else json.loads(document)["generation"]
 
 
-CRASH = """
-import os, sys
-from pathlib import Path
-import datetime as dt
-from skerry_server.metadata import load_online_signer
-from skerry_server.repository import Repository
-
-folder, key, at, operation, *more = sys.argv[1:]
-repository = Repository(Path(folder), load_online_signer(Path(key)), lambda: dt.datetime.now(dt.UTC))
-left = int(at)
-
-def hook(event, args):
-    global left
-    writes = event in ("os.rename", "os.remove", "os.mkdir") or (
-        event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-    )
-    if writes:
-        left -= 1
-        if left < 0:
-            os._exit(9)
-
-sys.addaudithook(hook)
-if operation == "group":
-    repository.publish_group("line-1", Path(more[0]).read_bytes())
-else:
-    manifest = Path(more[2]).read_bytes()
-    repository.install_catalog(Path(more[0]).read_bytes(), Path(more[1]).read_bytes(), lambda _: manifest)
-"""
-
-
 @pytest.mark.parametrize("operation", ["group", "catalog"])
 def test_kill_at_every_write_leaves_a_repository_that_devices_follow(fleet, gas, tmp_path, operation):
     fleet.repository.publish_group("line-1", fleet.document(1))
@@ -510,17 +483,9 @@ def test_kill_at_every_write_leaves_a_repository_that_devices_follow(fleet, gas,
             file.write_bytes(data)
     points = 0
     while True:
-        command = [
-            sys.executable,
-            "-c",
-            CRASH,
-            fleet.path,
-            fleet.folder / "keys" / "online.pem",
-            str(points),
-            operation,
-        ]
-        ended = subprocess.run([*command, *files], capture_output=True, timeout=60)
-        assert ended.returncode in (0, 9), ended.stderr.decode()
+        arguments = [fleet.path, fleet.folder / "keys" / "online.pem", points, operation, *files]
+        ended = warm.run(KILLED, [str(one) for one in arguments], env=os.environ, timeout=60)
+        assert ended.returncode in (0, 9), ended.stderr
         assert generation_of(fleet, tmp_path / "device") in (1, 2)
         if ended.returncode == 0:
             break
