@@ -288,9 +288,9 @@ class Updating:
             return
         if owed is None:
             return
-        if self.update.resting:
+        if self.at_rest:
             self.feed(owed)
-        else:
+        elif not self.update.resting:
             self.make_way(f"for the way back of {owed.model}")
 
     def _arm(self, *, at_least_s: float = 0.0) -> None:
