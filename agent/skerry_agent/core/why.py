@@ -26,6 +26,7 @@ _CANCEL = "nothing; `skerry-agent cancel` ends it"
 _NEEDS: Mapping[str, str] = {
     "unreachable": "a way to the server and the repository: network, name, firewall",
     "timeout": "a better way to the server and the repository, or more time",
+    "mirror_wrong": "the right bytes: whoever serves the repository (a cache, a mirror, a proxy) sends others than were signed",
     "expired": "metadata that has not ended: whoever runs the fleet publishes it anew",
     "rollback": "whoever runs the fleet publishes above what this device has seen",
     "bad_signature": "whoever runs the fleet: metadata is not signed by whom this device trusts",

@@ -33,6 +33,7 @@ State = Literal[
 
 MEANINGS: dict[str, str] = {
     "unreachable": "server or repository does not answer",
+    "mirror_wrong": "what the repository, or a cache or mirror of it, sent is not what was signed, or led elsewhere; it is asked again",
     "blob_missing": "the repository does not have a file that the catalog promises; push the bundle again",
     "download_wasted": (
         "bytes of a file came in vain, three times its size and more: the connection breaks and the server, or a proxy before it, does not resume"
