@@ -37,7 +37,7 @@ from skerry_contract import ids, topics, wire
 
 from tests import models, warm
 
-READY_TIMEOUT_S = 40.0
+READY_TIMEOUT_S = 120.0
 KEPT_S = 2.0
 """How long a connection may lie idle and be used again; the server ends those that do for longer."""
 

@@ -60,12 +60,19 @@ def restore(api: Api, cache_dir: Path) -> Restored:
     newer = {role: one for role, one in held.items() if one.version > served.get(role, 0)}
     moved = {role: (served.get(role, 0), one.version) for role, one in newer.items()}
     roots = range(served.get("root", 0) + 1, newer["root"].version) if "root" in newer else ()
-    for version in roots:
-        # All but the last, which may come with the targets that it names.
-        data = (cache_dir / _VERIFIED / "root_history" / f"{version}.root.json").read_text()
-        api.post(f"{_BASE}/metadata", {"role": "root", "metadata": data})
+    history = cache_dir / _VERIFIED / "root_history"
+    try:
+        # With the last one: targets that one of them named may not hold under the next.
+        earlier = [(history / f"{version}.root.json").read_text() for version in roots]
+    except OSError as error:
+        raise Usage(
+            f"{error.filename}: {error.strerror}: this machine has not seen every root on the way",
+            advice="give the server the roots first, from who keeps the keys' folder: skerry keys publish",
+        ) from None
     if newer:
         body: dict[str, Any] = {role: one.text for role, one in newer.items()}
+        if earlier:
+            body["roots"] = earlier
         if layout.CATALOG_ROLE in newer:
             body["floors"] = newer[layout.CATALOG_ROLE].floors
         api.post(f"{_BASE}/set", {**body, "restoring": True})

@@ -115,10 +115,17 @@ class Server:
         with reading(self._engine) as conn:
             enrolled = _broker_clients(conn)
         self._broker = self._choose_broker(enrolled, last.get("mqtt_port", 0))
-        self._telemetry = Telemetry(self._engine, self.probe, clock.now_ms, self._renewal.left_s)
+        self._telemetry = Telemetry(self._engine, self.probe, clock.now_ms, self._certificates_left_s)
         self._link: ServerLink | None = None
         self._ingest: Ingest | None = None
         self._orchestrator: Orchestrator | None = None
+
+    def _certificates_left_s(self) -> dict[str, float]:
+        """Seconds to the end of each certificate; that of an external broker too, which nobody renews but a person."""
+        ends_s = self._link.broker_ends_s if self._link is not None else None
+        if ends_s is None or not isinstance(self._broker, ExternalBroker):
+            return self._renewal.left_s()
+        return {**self._renewal.left_s(), "broker": ends_s - clock.now_ms() / 1000}
 
     def _choose_broker(self, enrolled: list[Client], last_port: int) -> Broker:
         settings, files_ = self._settings, self._authority.files

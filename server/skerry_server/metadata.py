@@ -143,7 +143,7 @@ class MetadataFolder:
         fleet_targets: Mapping[str, TargetFile] | None = None,
         only_due: bool = False,
         floor: Mapping[str, int] | None = None,
-        fresh: Mapping[str, Held] | None = None,
+        fresh: Sequence[tuple[str, Held]] = (),
     ) -> tuple[str, ...]:
         """Signs what changed or is due, and then writes all of it, the timestamp last. Returns the roles that were signed.
 
@@ -151,19 +151,15 @@ class MetadataFolder:
         right before the timestamp that goes with it: devices find it by its number, and refuse a timestamp that does not.
 
         Args:
-            fresh: offline roles that came now; they are part of ``state``.
+            fresh: offline roles that came now, each root after the one before it; the last of each is part of ``state``.
 
         Raises:
             RepositoryRefused: ``online_key_not_trusted``. Unavailable: ``online_key_unavailable``.
         """
-        fresh = fresh or {}
-        offline = [(role, held) for role, held in fresh.items() if role != Root.type]
+        offline = [(role, held) for role, held in fresh if role != Root.type]
+        roots = [(role, held) for role, held in fresh if role == Root.type]
         made, signed = self._signed(state, fleet_targets, only_due, floor or {})
-        for role, held in (*offline, *made[:-1]):
-            self._write(role, held)
-        if Root.type in fresh:
-            self._write(Root.type, fresh[Root.type])
-        for role, held in made[-1:]:
+        for role, held in (*offline, *made[:-1], *roots, *made[-1:]):
             self._write(role, held)
         return signed
 

@@ -39,6 +39,7 @@ from skerry_server.db.engine import reading, writing
 log = logging.getLogger(__name__)
 
 KEEPALIVE_S = 30
+_SOON_S = 60 * 86_400
 CONNECT_TIMEOUT_S = 10.0
 BACKOFF_FIRST_S, BACKOFF_CAP_S = 0.25, 30.0
 _BELL_PAGE = 1000
@@ -106,6 +107,8 @@ class ServerLink:
         self._thread: threading.Thread | None = None
         self.sessions = 0
         """How many sessions were opened so far."""
+        self.broker_ends_s: float | None = None
+        """When the broker's certificate ends, seconds since 1970, as the last session saw it."""
 
     @property
     def connected(self) -> bool:
@@ -158,6 +161,13 @@ class ServerLink:
         session = self._session
         return session is not None and session.client.publish(topic, payload).rc == paho.MQTT_ERR_SUCCESS
 
+    def _shown(self, ends_s: float) -> None:
+        left_s = ends_s - self._now_ms() / 1000
+        if ends_s != self.broker_ends_s and left_s < _SOON_S:
+            days = round(left_s / 86_400)
+            log.warning("the broker's certificate ends days_left=%d; with it nobody connects any more", days)
+        self.broker_ends_s = ends_s
+
     def acknowledge(self, message: Message) -> None:
         """Tells the broker that the message is dealt with. Of a session that ended it does nothing."""
         if message.qos and message.handle is not None:
@@ -169,7 +179,7 @@ class ServerLink:
             opened_at = time.monotonic()
             try:
                 self._session = _Session(
-                    self._engine, self._endpoint, self._receive, self._online, self._stopping, self._now_ms
+                    self._engine, self._endpoint, self._receive, self._online, self._stopping, self._now_ms, self._shown
                 )
                 self.sessions += 1
                 self._session.run()
@@ -199,6 +209,7 @@ class _Session:
     online: threading.Event
     stopping: threading.Event
     now_ms: Callable[[], int]
+    shown: Callable[[float], None]
     why: str = "never connected"
     birth: int = 0
     client: paho.Client = field(init=False)
@@ -317,6 +328,9 @@ class _Session:
             self.why = f"connect refused: {reason}"
             client.disconnect()
             return
+        socket = client.socket()
+        if isinstance(socket, ssl.SSLSocket) and (certificate := socket.getpeercert()):
+            self.shown(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
         client.subscribe([(topics.ALL_UP, 1), (topics.ALL_STATE, 1), (topics.SERVER_STATE, 1)])
 
     def _on_subscribe(self, client: paho.Client, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:

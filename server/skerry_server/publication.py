@@ -8,9 +8,10 @@ nothing was missing. Leaves signing and files to ``repository`` and ringing to t
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from skerry_contract import manifest as m
@@ -100,6 +101,7 @@ class Publication:
         floors: bytes | None = None,
         actor: str,
         restoring: bool = False,
+        earlier: Sequence[bytes] = (),
     ) -> dict[str, Any]:
         """Takes several signed roles in one snapshot. Returns ``versions`` of the roles that were given, and as ``install``.
 
@@ -117,21 +119,23 @@ class Publication:
                 floors_data=floors,
                 manifests=self._whole_bundle,
                 restoring=restoring,
+                earlier=earlier,
             )
             now_ms = self._now_ms()
             status = self.status()
             versions = {role: status.get(role, {}).get("version") for role, data in given.items() if data is not None}
+            taken = [("root", json.loads(data)["signed"]["version"], data) for data in earlier]
+            taken += [(role, versions[role], data) for role, data in given.items() if data is not None]
             with writing(self._engine) as conn:
-                for role, data in given.items():
-                    if data is not None:
-                        audit.record(
-                            conn,
-                            at_ms=now_ms,
-                            actor=actor,
-                            action=INSTALL,
-                            subject=f"metadata:{role}",
-                            after={"version": versions[role], "sha256": hashlib.sha256(data).hexdigest()},
-                        )
+                for role, version, data in taken:
+                    audit.record(
+                        conn,
+                        at_ms=now_ms,
+                        actor=actor,
+                        action=INSTALL,
+                        subject=f"metadata:{role}",
+                        after={"version": version, "sha256": hashlib.sha256(data).hexdigest()},
+                    )
             changed = self.align()
         return {"versions": versions, "bundles": changed, "in_use": self._retired_in_use(changed)}
 

@@ -92,6 +92,7 @@ class Repository:
         floors_data: bytes | None = None,
         manifests: Callable[[str], bytes | None] = lambda _: None,
         restoring: bool = False,
+        earlier: Sequence[bytes] = (),
     ) -> tuple[CatalogEntry, ...]:
         """Takes new offline roles together: devices see all of them in one snapshot, or none.
 
@@ -104,6 +105,7 @@ class Repository:
             catalog: what the approvers signed; floors_data: its ``floors.json``, None when it did not change.
             manifests: digest -> bytes of a manifest that the repository does not hold yet, or None.
             restoring: targets and catalog may leave versions out: of a repository that a backup took back.
+            earlier: roots before ``root`` that are not here, oldest first. Alone none of them need hold with what is served.
 
         Returns:
             The bundles that the catalog lists from now on; empty without one.
@@ -118,6 +120,12 @@ class Repository:
         with self._writing():
             state = before = self._metadata.load()
             now, keyids = self._now(), self._metadata.online_keyids
+            roots: list[Held] = []
+            for data in earlier if root is not None else ():
+                if state.root is None or trust.parse(data, Root, "root").signed.version > state.root.version:
+                    above = state.root.signed if state.root else None
+                    roots.append(Held(signed=trust.next_root(data, above, keyids, now, passed=True), data=data))
+                    state = replace(state, root=roots[-1])
             if root is not None and not _is_served(state.root, root):
                 previous = state.root.signed if state.root else None
                 state = replace(state, root=Held(signed=trust.next_root(root, previous, keyids, now), data=root))
@@ -144,15 +152,16 @@ class Repository:
                     self._take_manifest(entry, manifests)
                 state = replace(state, catalog=Held(signed=signed, data=catalog))
             self._require_chain(before, state)
-            fresh = {
-                role: held
+            fresh = [
+                (role, held)
                 for role, held, old in (
                     (layout.CATALOG_ROLE, state.catalog, before.catalog),
                     (Targets.type, state.targets, before.targets),
-                    (Root.type, state.root, before.root),
+                    *((Root.type, one, None) for one in roots),
+                    (Root.type, state.root, roots[-1] if roots else before.root),
                 )
                 if held is not None and held is not old
-            }
+            ]
             if state is not before:
                 self._metadata.publish(state, fresh=fresh)
             return trust.catalog_entries(state.catalog.signed) if state.catalog is not None else ()

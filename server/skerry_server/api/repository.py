@@ -37,6 +37,9 @@ class SignedSet(BaseModel):
         default=False,
         description="Versions of targets and catalog may be left out: of a server that a backup took back",
     )
+    roots: list[str] = Field(
+        default=[], max_length=256, description="Roots before `root` that this server does not have, oldest first"
+    )
 
 
 class Proposed(BaseModel):
@@ -103,6 +106,8 @@ def install_set(context: Ctx, caller: Admin, wanted: SignedSet) -> dict[str, Any
     """Devices see all of it or nothing. So an approver's key can go: with a catalog that the others signed."""
     if wanted.root is None and wanted.targets is None and wanted.catalog is None:
         raise Invalid("bad_request", "wanted at least one of root, targets and catalog")
+    if wanted.roots and wanted.root is None:
+        raise Invalid("bad_request", "roots: those before root, wanted that too")
     if wanted.floors is not None and wanted.catalog is None:
         raise Invalid("bad_request", "floors belong to a catalog")
     result = context.publication.install_together(
@@ -112,6 +117,7 @@ def install_set(context: Ctx, caller: Admin, wanted: SignedSet) -> dict[str, Any
         floors=_bytes(wanted.floors),
         actor=caller.actor,
         restoring=wanted.restoring,
+        earlier=[text.encode() for text in wanted.roots],
     )
     context.wake()
     return result

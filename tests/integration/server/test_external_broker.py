@@ -84,6 +84,12 @@ def test_the_server_starts_without_it_says_so_and_takes_records_once_it_is_there
     server.good("PUT", "/api/v1/groups/press", {"settings": {"window_s": 5}})
     world.broker.start()
     world.until_broker_is(True)
+    # Nobody but a person makes it anew: its end is seen at each connect.
+    metrics = server.ask("GET", "/metrics", token="").data.decode()
+    (line,) = [
+        line for line in metrics.splitlines() if line.startswith('skerry_certificate_expires_seconds{name="broker"}')
+    ]
+    assert 390 * 86_400 < float(line.split()[1]) <= 397 * 86_400
 
     device = DeviceRig(server, "dev-a", tmp_path / "device")
     assert device.enrol()["mqtt"] == server.ready["mqtt"]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from securesystemslib.signer import CryptoSigner
 from skerry_agent.courier import safe_updater, transport, updater
 from skerry_cli import key_files, keys, restoring
 from skerry_contract import layout
@@ -41,6 +42,19 @@ class Courier:
             web.close()
 
 
+def other_targets_key(maker: Operator) -> None:
+    """Root 2 and targets 2 change the targets key, in one snapshot; root 3 renews root."""
+    now = dt.datetime.now(dt.UTC)
+    signer = key_files.load_signer(maker.ceremony.key_path("root"), None)
+    holder = CryptoSigner.generate_ed25519()
+    holds = {holder.public_key.keyid: holder.public_key}
+    second = keys.next_root(maker.ceremony.root, signers=[signer], now=now, targets_keys=holds)
+    targets = keys.next_targets(maker.ceremony.targets, root=second, signers=[holder], now=now)
+    maker.api.post("/api/v1/repository/set", {"root": second.decode(), "targets": targets.decode()})
+    third = keys.next_root(second, signers=[signer], now=now)
+    maker.api.post("/api/v1/repository/metadata", {"role": "root", "metadata": third.decode()})
+
+
 def status(server: ServerRig) -> dict[str, int]:
     return {role: one["version"] for role, one in server.good("GET", "/api/v1/repository/status").items()}
 
@@ -59,6 +73,7 @@ def test_versions_jump_above_what_devices_report_and_the_catalog_is_handed_in_ag
 
     # What the backup does not know: another bundle in the catalog, publications, and a device that has seen it all.
     rig.start()
+    other_targets_key(maker)
     maker.publish("gas", "1.1.0")
     for number in range(5):
         rig.good("PUT", "/api/v1/groups/press", {"settings": {"window_s": 10 + number}})
@@ -82,8 +97,10 @@ def test_versions_jump_above_what_devices_report_and_the_catalog_is_handed_in_ag
     assert "press-7" in jump["reason"]
 
     # The catalog is its signers' to bring back: it is said, on every channel, and nothing is guessed.
-    (alert,) = rig.good("GET", "/api/v1/repository/alerts")["items"]
-    assert (alert["code"], alert["role"]) == ("devices_hold_newer", "catalog")
+    alerts = {alert["role"]: alert for alert in rig.good("GET", "/api/v1/repository/alerts")["items"]}
+    assert {alert["code"] for alert in alerts.values()} == {"devices_hold_newer"}
+    assert sorted(alerts) == ["catalog", "root", "targets"]
+    alert = alerts["catalog"]
     assert "press-7" in alert["text"] and "skerry restore" in alert["do"]
     metrics = rig.ask("GET", "/metrics", token="").data.decode()
     assert 'skerry_metadata_alert{code="devices_hold_newer",role="catalog"} 1.0' in metrics
@@ -92,7 +109,8 @@ def test_versions_jump_above_what_devices_report_and_the_catalog_is_handed_in_ag
     # The bundle's files went with the backup's time: they are pushed again, then the signed catalog is handed in.
     maker.push("gas", "1.1.0")
     done = restoring.restore(maker.api, maker.folder / "cache")
-    assert done.roles == {"catalog": (2, 3)}
+    # The root on the way held with neither the targets before nor those after it.
+    assert done.roles == {"root": (1, 3), "targets": (1, 2), "catalog": (2, 3)}
     assert courier.refresh()["catalog"] == 3
     rig.wait("no alert", lambda: rig.good("GET", "/api/v1/repository/alerts")["items"] == [])
     subject = "repository:alert:catalog:devices_hold_newer"
