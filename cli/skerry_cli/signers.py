@@ -14,11 +14,10 @@ that the record holds before anybody gets it, so that a wrong key or token is to
 
 from __future__ import annotations
 
-import concurrent.futures
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib import parse
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -29,11 +28,10 @@ from securesystemslib.signer import (
     CryptoSigner,
     HSMSigner,
     Key,
-    SecretsHandler,
-    Signature,
     Signer,
     SSlibKey,
 )
+from skerry_runtime.checked_signing import CheckedSigner, ForeignKeyError, beside, token_key
 
 from skerry_cli import key_files
 from skerry_cli.errors import CliError, Failed, RefusedForSafety, Usage
@@ -53,56 +51,6 @@ EXTRAS = {
 _TOKEN_PACKAGE = "skerry[pkcs11]"  # noqa: S105 - a package of tokens, no secret
 _MODULE_VARIABLE = "PYKCS11LIB"
 _KEY_TYPES = ("ed25519", "ecdsa")
-
-
-T = TypeVar("T")
-
-
-class CheckedSigner(Signer):
-    """A signer whose every signature was verified under the public key that is on record."""
-
-    def __init__(self, inner: Signer, public_key: Key, uri: str) -> None:
-        self._inner = inner
-        self._public_key = public_key
-        self._uri = uri
-
-    @property
-    def public_key(self) -> Key:
-        """See ``Signer``."""
-        return self._public_key
-
-    def sign(self, payload: bytes) -> Signature:
-        """Signs, and checks what came back.
-
-        Raises:
-            RefusedForSafety: what signed is not the key on record.
-            Failed: the key is not reached, or refuses.
-        """
-        try:
-            made = self._inner.sign(payload)
-        except CliError:
-            raise
-        except Exception as error:  # signers of other people's libraries raise what they like
-            raise _failed(self._uri, error) from error
-        try:
-            self._public_key.verify_signature(made, payload)
-        except Exception as error:
-            raise RefusedForSafety(
-                f"{self._uri}: what signed is not key {self._public_key.keyid[:16]}, which the record names",
-                advice="is another token plugged in, or was the key replaced?",
-            ) from error
-        return made
-
-    @classmethod
-    def from_priv_key_uri(
-        cls,
-        priv_key_uri: str,
-        public_key: Key,
-        secrets_handler: SecretsHandler | None = None,
-    ) -> Signer:
-        """See ``Signer``; ``open_signer`` is the way here."""
-        inner = Signer.from_priv_key_uri(priv_key_uri, public_key, secrets_handler)
-        return cls(inner, public_key, priv_key_uri)
 
 
 def open_signer(
@@ -127,7 +75,7 @@ def open_signer(
             raise RefusedForSafety(
                 f"{uri}: this is not key {public_key.keyid[:16]}, which the record names for {whose}"
             )
-        return CheckedSigner(opened, public_key, uri)
+        return CheckedSigner(opened, public_key, uri, fault=failed)
     if scheme == TOKEN:
         _require_module(uri, environment)
     known: dict[str, str] = {}
@@ -140,8 +88,10 @@ def open_signer(
     try:
         inner = Signer.from_priv_key_uri(uri, public_key, ask)
     except Exception as error:
-        raise _failed(uri, error) from error
-    return CheckedSigner(_TokenSigner(inner, ask) if scheme == TOKEN else inner, public_key, uri)
+        raise failed(uri, error) from error
+    if scheme == TOKEN:
+        return CheckedSigner(inner, public_key, uri, fault=failed, first=lambda: ask("pin"))
+    return CheckedSigner(inner, public_key, uri, fault=failed)
 
 
 def import_key(
@@ -166,7 +116,7 @@ def import_key(
         try:
             uri, key = signer.import_(uri.partition(":")[2])
         except Exception as error:
-            raise _failed(uri, error) from error
+            raise failed(uri, error) from error
     return uri, require_type(key, uri)
 
 
@@ -208,11 +158,11 @@ def make_on_token(uri: str, *, whose: str, secret: SecretSource, environment: Ma
             )
 
     try:
-        _beside(generate)
+        beside(generate)
     except CliError:
         raise
     except Exception as error:
-        raise _failed(uri, error) from error
+        raise failed(uri, error) from error
     return import_key(uri, whose=whose, folder=Path(), secret=lambda *_: pin, environment=environment)
 
 
@@ -251,64 +201,28 @@ def _pem_signer(
     return key_files.read_signer(pem, password, uri)
 
 
-class _TokenSigner(Signer):
-    """Signs with a token beside the calling thread; the PIN is asked for in it."""
-
-    def __init__(self, inner: Signer, ask: SecretsHandler) -> None:
-        self._inner = inner
-        self._ask = ask
-
-    @property
-    def public_key(self) -> Key:
-        return self._inner.public_key
-
-    def sign(self, payload: bytes) -> Signature:
-        self._ask("pin")
-        return _beside(lambda: self._inner.sign(payload))
-
-    @classmethod
-    def from_priv_key_uri(
-        cls, priv_key_uri: str, public_key: Key, secrets_handler: SecretsHandler | None = None
-    ) -> Signer:
-        assert secrets_handler is not None
-        return cls(Signer.from_priv_key_uri(priv_key_uri, public_key, secrets_handler), secrets_handler)
-
-
 def _import_token(uri: str, ask: Callable[[], str]) -> tuple[str, Key]:
     number, label = _token_key(uri)
     try:
         try:
-            return _beside(lambda: HSMSigner.import_(number, label))
+            return beside(lambda: HSMSigner.import_(number, label))
         except ValueError as error:
             if "unauthenticated" not in str(error):
                 raise
         # Some tokens show public keys only to who has the PIN.
         pin = ask()
-        return _beside(lambda: HSMSigner.import_(number, label, lambda _: pin))
+        return beside(lambda: HSMSigner.import_(number, label, lambda _: pin))
     except CliError:
         raise
     except Exception as error:
-        raise _failed(uri, error) from error
-
-
-def _beside(act: Callable[[], T]) -> T:
-    """Runs in a thread of its own, since a PKCS#11 module may share this process's OpenSSL and leave faults in the queue of the
-    thread that called it, where the next TLS connection finds them and fails (tried: SoftHSM leaves "no such engine").
-    """
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(act).result()
+        raise failed(uri, error) from error
 
 
 def _token_key(uri: str) -> tuple[int, str | None]:
-    found = parse.urlparse(uri)
     try:
-        number = int(found.path) if found.path else HSMSigner.SCHEME_KEYID
-        query = dict(parse.parse_qsl(found.query, strict_parsing=True)) if found.query else {}
-    except ValueError:
-        number, query = -1, {}
-    if number < 0 or query.keys() - {"label"}:
-        raise Usage(f"{uri}: wanted hsm:NUMBER?label=TOKEN")
-    return number, query.get("label")
+        return token_key(uri)
+    except ValueError as error:
+        raise Usage(str(error)) from None
 
 
 def _require_module(uri: str, environment: Mapping[str, str]) -> None:
@@ -331,10 +245,14 @@ def _require_module(uri: str, environment: Mapping[str, str]) -> None:
         )
 
 
-def _failed(uri: str, error: Exception) -> CliError:
+def failed(uri: str, error: Exception) -> CliError:
     """What another library raised, in this tool's words. Its messages may quote no secret: none is ever given to it by value."""
     scheme = uri.partition(":")[0]
     kind = type(error).__name__
+    if isinstance(error, CliError):
+        return error
+    if isinstance(error, ForeignKeyError):
+        return RefusedForSafety(f"{uri}: {error}", advice="is another token plugged in, or was the key replaced?")
     if isinstance(error, UnsupportedLibraryError):
         package = EXTRAS.get(scheme, _TOKEN_PACKAGE)
         return Usage(f"{uri}: keys of {scheme}: need the package {package}", advice=f"pip install '{package}'")

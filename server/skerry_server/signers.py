@@ -8,12 +8,11 @@ signed is checked under the public key on record before it is used.
 
 from __future__ import annotations
 
-import concurrent.futures
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import parse_qsl, unquote, urlparse
+from typing import Any
+from urllib.parse import unquote, urlparse
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -23,10 +22,9 @@ from securesystemslib.signer import (
     CryptoSigner,
     HSMSigner,
     Key,
-    SecretsHandler,
-    Signature,
     Signer,
 )
+from skerry_runtime.checked_signing import CheckedSigner, beside, token_key
 
 PACKAGES = {
     "hsm": "skerry-server[pkcs11]",
@@ -37,37 +35,6 @@ PACKAGES = {
 }
 _KNOWN = ("file2", "envvar", *PACKAGES)
 _MAX_SECRET_BYTES = 4096
-T = TypeVar("T")
-
-
-class CheckedSigner(Signer):
-    """A signer whose every signature was verified under the public key on record."""
-
-    def __init__(self, inner: Signer, public_key: Key, uri: str) -> None:
-        self._inner = inner
-        self._public_key = public_key
-        self._uri = uri
-
-    @property
-    def public_key(self) -> Key:
-        """See ``Signer``."""
-        return self._public_key
-
-    def sign(self, payload: bytes) -> Signature:
-        """Signs. Raises ``ValueError`` when the key is not reached, or another key signed."""
-        try:
-            made = _beside(lambda: self._inner.sign(payload))
-            self._public_key.verify_signature(made, payload)
-        except Exception as error:  # signers of other people's libraries raise what they like
-            raise _named(self._uri, error) from error
-        return made
-
-    @classmethod
-    def from_priv_key_uri(
-        cls, priv_key_uri: str, public_key: Key, secrets_handler: SecretsHandler | None = None
-    ) -> Signer:
-        """See ``Signer``; ``open_signer`` is the way here."""
-        return cls(Signer.from_priv_key_uri(priv_key_uri, public_key, secrets_handler), public_key, priv_key_uri)
 
 
 def open_signer(uri: str, public_key: Key, folder: Path, environment: Mapping[str, str] = os.environ) -> Signer:
@@ -77,13 +44,14 @@ def open_signer(uri: str, public_key: Key, folder: Path, environment: Mapping[st
         ValueError: an unknown scheme, a package, file, variable, token or secret that is missing, or another key.
     """
     if scheme_of(uri) in ("file2", "envvar"):
-        signer: Signer = CheckedSigner(_pem_signer(uri, folder, environment), public_key, uri)
+        opened: Signer = _pem_signer(uri, folder, environment)
     else:
         _require_token(uri, environment)
         try:
-            signer = CheckedSigner.from_priv_key_uri(uri, public_key, lambda _: secret("SKERRY_PIN", environment))
+            opened = Signer.from_priv_key_uri(uri, public_key, lambda _: secret("SKERRY_PIN", environment))
         except Exception as error:
             raise _named(uri, error) from error
+    signer = CheckedSigner(opened, public_key, uri, fault=_named)
     signer.sign(b"skerry-server")
     return signer
 
@@ -101,8 +69,8 @@ def import_key(uri: str, folder: Path, environment: Mapping[str, str] = os.envir
     try:
         found: tuple[str, Key]
         if scheme == "hsm":
-            number, label = _token_key(uri)
-            found = _beside(lambda: HSMSigner.import_(number, label, lambda _: secret("SKERRY_PIN", environment)))
+            number, label = token_key(uri)
+            found = beside(lambda: HSMSigner.import_(number, label, lambda _: secret("SKERRY_PIN", environment)))
         elif scheme == "azurekms":
             place = urlparse(uri.partition(":")[2])
             signer: Any = SIGNER_FOR_URI_SCHEME[scheme]
@@ -155,30 +123,10 @@ def _pem_signer(uri: str, folder: Path, environment: Mapping[str, str]) -> Crypt
         raise ValueError(f"{uri}: the password is wrong, or this is no private key in PEM") from None
 
 
-def _beside(act: Callable[[], T]) -> T:
-    """Runs in a thread of its own, since a PKCS#11 module may share this process's OpenSSL and leave faults in the queue of the
-    thread that called it, where the next TLS connection finds them and fails (tried: SoftHSM leaves "no such engine").
-    """
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(act).result()
-
-
-def _token_key(uri: str) -> tuple[int, str | None]:
-    found = urlparse(uri)
-    try:
-        number = int(found.path) if found.path else HSMSigner.SCHEME_KEYID
-        query = dict(parse_qsl(found.query, strict_parsing=True)) if found.query else {}
-    except ValueError:
-        number, query = -1, {}
-    if number < 0 or query.keys() - {"label"}:
-        raise ValueError(f"{uri}: wanted hsm:NUMBER?label=TOKEN")
-    return number, query.get("label")
-
-
 def _require_token(uri: str, environment: Mapping[str, str]) -> None:
     if scheme_of(uri) != "hsm":
         return
-    _token_key(uri)
+    token_key(uri)
     module = environment.get("PYKCS11LIB", "")
     if not os.access(module or "/nonexistent", os.R_OK):
         raise ValueError(

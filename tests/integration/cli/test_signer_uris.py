@@ -77,7 +77,8 @@ def test_another_key_behind_the_uri_is_refused(pem, tmp_path) -> None:
 
 def test_what_another_key_signed_is_never_handed_on(pem) -> None:
     signer, _ = pem
-    wrong = signers.CheckedSigner(signer, CryptoSigner.generate_ed25519().public_key, "hsm:2")
+    other = CryptoSigner.generate_ed25519().public_key
+    wrong = signers.CheckedSigner(signer, other, "hsm:2", fault=signers.failed)
     with pytest.raises(RefusedForSafety, match="what signed is not key"):
         wrong.sign(b"x")
 
