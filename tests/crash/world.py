@@ -333,7 +333,7 @@ class Story:
             self._stage("first", "1.0.0", "1.0.0", first)
             self._stage("update", "1.1.0", "1.1.0", updated("1.1.0"))
             world.spoil("1.2.0", world.flip)
-            self._stage("refused", "1.2.0", "1.1.0", ended("1.2.0", "hash_mismatch"), "hash_mismatch")
+            self._stage("refused", "1.2.0", "1.1.0", ended("1.2.0", "mirror_wrong"), "mirror_wrong")
             self._stage("unproved", "1.3.0", "1.1.0", ended("1.3.0", "golden_failed"), "golden_failed")
             self._stage("crashed", "1.4.0", "1.1.0", ended("1.4.0", "trial_crashed", poison), "trial_crashed")
             world.spoil("1.5.0", _slowly)
