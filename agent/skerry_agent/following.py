@@ -13,7 +13,7 @@ from typing import Any
 from skerry_contract import group, ids
 
 from skerry_agent.clock import Clock
-from skerry_agent.core import admission
+from skerry_agent.core import admission, turns
 from skerry_agent.core import effects as e
 from skerry_agent.core.lifecycle import Update
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, Step, plan
@@ -25,9 +25,6 @@ from skerry_agent.shadowing import Shadowing
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Store
 from skerry_agent.updating import Updating
-
-_MAKES_WAY = frozenset({"fetch", "verify", "stage", "prove"})
-"""States in which an update makes way for a way back of another model, beside ``ready``."""
 
 
 class Following:
@@ -103,8 +100,7 @@ class Following:
                 confirmed=self._confirmed(update.model),
             )
         steps = plan(document, self._identity.device, self._stratum, running, refused)
-        # What nothing will hold goes before what will lie ready and wait; of each, a way back goes first.
-        for step in sorted(steps, key=lambda step: (self._is_held(step), not self._leads_back(step))):
+        for step in sorted(steps, key=self._turn, reverse=True):
             match step:
                 case Keep(why="agent_too_old"):
                     self._too_old(document)
@@ -184,19 +180,14 @@ class Following:
             return False
         return ids.version_key(step.version) < ids.version_key(answering.version)
 
-    def _goes_before(self, step: Change, update: Update) -> bool:
-        """Whether the update under way, of another model, makes way.
+    def _turn(self, step: Step) -> int:
+        return turns.turn(held=self._is_held(step), back=self._leads_back(step))
 
-        Each goes only before what is less urgent, so that no two make way for each other in turn: a way back that nothing holds,
-        whatever else nothing holds, a way back that is held, whatever else is held. A trial is not ended for it.
-        """
-        if update.state == "ready" and not self._is_held(step):
-            return True
+    def _goes_before(self, step: Change, update: Update) -> bool:
+        """Whether the update under way, of another model, makes way."""
         answering = self._slots.answering(update.model)
-        backwards = answering is not None and ids.version_key(update.version) < ids.version_key(answering.version)
-        if backwards or not self._leads_back(step):
-            return False
-        return update.state == "ready" or (update.state in _MAKES_WAY and not self._is_held(step))
+        back = answering is not None and ids.version_key(update.version) < ids.version_key(answering.version)
+        return turns.makes_way(update.state, back=back, comes=self._turn(step))
 
     def _change(self, step: Change, waiting: set[str]) -> None:
         update = self._updating.update
