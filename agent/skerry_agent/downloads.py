@@ -70,7 +70,8 @@ class Downloads:
             on_progress(said)
             return self._is_further(said)
 
-        request, still_s = {**request, "max_kib_s": cap}, lifecycle.left_s("fetch", 0.0) or 0.0
+        metered = self._networks.now().metered
+        request, still_s = {**request, "max_kib_s": cap, "metered": metered}, lifecycle.left_s("fetch", 0.0) or 0.0
         errand = self._errands.run("fetch", request, timeout_s=still_s, on_progress=take)
         return await self._networks.while_allowed(errand, overtaken=lambda: self._max_kib_s() != cap)
 

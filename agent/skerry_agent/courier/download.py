@@ -80,8 +80,9 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
                 key = content_keys.obtain(request, parsed, request.digest)
             deltas = patched.Patched(web, url, slots, request, meter, _lack_for(request, staging), key)
             whole = resuming.Resuming(
-                web, lambda one: f"{url}/{layout.blob(one.hashes['sha256'])}", slots / ".parts", meter, request.limits
-            )
+                web, lambda one: f"{url}/{layout.blob(one.hashes['sha256'])}", slots / ".parts", meter, request.limits,
+                metered=request.metered,
+            )  # fmt: skip
             carried = folder.Folder(folder.UpdateFolder(request.folder), slots / ".parts", meter)
             near: list[acquiring.Source] = [acquiring.Here(meter), shared.SameBundle(staging, wanted, meter), others]
             sources = [*near, *([carried] if request.folder else []), deltas, whole]

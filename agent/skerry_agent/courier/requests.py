@@ -113,6 +113,7 @@ class Fetch(Common, frozen=True, kw_only=True):
         files: those of the chosen variant.
         variant: its name; held: what this device has of the model, the likeliest base of a delta first. Both may be left out.
         max_kib_s: rate limit in KiB/s, 0 for none.
+        metered: the link is paid by volume: less may come in vain.
         reserve_bytes, reserve_files: what must stay free on the disk for others.
         opened: where encrypted bundles lie in the clear; empty: nowhere, and no delta is taken between them.
     """
@@ -123,6 +124,7 @@ class Fetch(Common, frozen=True, kw_only=True):
     variant: str = ""
     held: tuple[Held, ...] = ()
     max_kib_s: int = 0
+    metered: bool = False
     reserve_bytes: int = 0
     reserve_files: int = 0
     opened: str = ""

@@ -24,8 +24,8 @@ from skerry_agent.errors import Transient
 _MAX_PAUSE_S = 30.0
 _MOST_ASKED_S = 60.0
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
-WASTE = 3
-"""So many times its size a file may be fetched in vain before it is given up."""
+WASTE, METERED_WASTE = 3, 1
+"""So many times its size a file may be fetched in vain before it is given up; less where bytes are paid for."""
 _LEAST_WASTE = 256 * 1024
 _MISSING = (404, 410)
 _MISSING_ATTEMPTS = 2
@@ -47,6 +47,7 @@ class Resuming:
     Args:
         url_of: where a file lies.
         folder: of parts, on the file system that the files go to.
+        metered: the link is paid by volume.
     """
 
     def __init__(
@@ -56,12 +57,16 @@ class Resuming:
         folder: Path,
         meter: Meter,
         limits: requests.Limits,
+        *,
+        metered: bool = False,
     ) -> None:
         self._web = web
         self._url_of = url_of
         self._folder = folder
         self._meter = meter
         self._limits = limits
+        self._waste = METERED_WASTE if metered else WASTE
+        self._wrong_bodies = 1 if metered else _WRONG_BODIES
 
     def bring(self, wanted: Wanted, path: Path) -> bool:
         """Until the file is here, whole and synced, or it is clear that it will not come.
@@ -90,7 +95,7 @@ class Resuming:
                     idle = 0 if self._meter.received > before and not wrong else idle + 1
                     bodies += isinstance(error, _WrongBody)
                     most = _MISSING_ATTEMPTS if isinstance(error, Missing) else self._limits.idle_attempts
-                    last = idle >= most or bodies >= _WRONG_BODIES or attempt + 1 == self._limits.attempts
+                    last = idle >= most or bodies >= self._wrong_bodies or attempt + 1 == self._limits.attempts
                     if last or error.code == "download_wasted":
                         raise
                     self._meter.pause(pause_s(self._limits.pause_s, idle, error))
@@ -166,7 +171,7 @@ class Resuming:
     def _drop(self, part: parts.Part, wanted: Wanted, *, wrong: bool = False) -> None:
         """Throws away what is here. ``wrong``: all of it came in this run and is another file, which ``_WRONG_BODIES`` bounds."""
         lost = part.drop()
-        if lost > max(_LEAST_WASTE, WASTE * wanted.size):
+        if lost > max(_LEAST_WASTE, self._waste * wanted.size):
             # Whoever tries again, later, has the whole allowance again.
             part.count_lost(0)
             if wrong:

@@ -117,6 +117,15 @@ def test_a_redirect_to_plain_http_speaks_of_the_mirror(fleet, device, big):
     assert device.error("fetch", **fetch(big, limits={"idle_attempts": 2})) == ("transient", "mirror_wrong")
 
 
+def test_a_link_that_is_paid_by_volume_takes_a_wrong_file_once_in_a_run(fleet, device, big):
+    asked = []
+    fleet.site.spoils[f"/repository/blobs/sha256/{weights_digest()[:2]}"] = lambda handler, data: (
+        asked.append(1) or head(handler, len(data)) or handler.wfile.write(bytes(len(data))) or True
+    )
+    assert device.error("fetch", **fetch(big, metered=True)) == ("transient", "mirror_wrong")
+    assert len(asked) == 1
+
+
 def test_wrong_bytes_in_run_after_run_stay_a_word_about_the_mirror(fleet, device, big):
     """Not ``download_wasted`` in the end, of which a device has three attempts."""
     fleet.site.spoils[f"/repository/blobs/sha256/{weights_digest()[:2]}"] = lambda handler, data: (
