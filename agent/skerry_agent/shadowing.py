@@ -57,6 +57,7 @@ class _Shadow:
 
     Attributes:
         fed: process of the serving worker that shows its requests; 0 for none.
+        failures: in a row; awaited: looks in a row for what was not to be had yet.
         code, detail: why it does not run.
         runs_on, fallback: see ``workerwire.Proved``.
         care: of its process.
@@ -71,6 +72,7 @@ class _Shadow:
     fed: int = 0
     since_s: float = 0.0
     failures: int = 0
+    awaited: int = 0
     code: str = ""
     detail: str = ""
     rss_mb: float = 0.0
@@ -202,8 +204,10 @@ class Shadowing:
 
     async def _live(self, shadow: _Shadow) -> None:
         while True:
+            here = False
             try:
                 variant = await self._have(shadow)
+                here, shadow.awaited = True, 0
                 await self._run(shadow, variant)
             except (Rejected, ContractError) as error:
                 # Of the bundle or of this device: another try would end as this one.
@@ -211,20 +215,24 @@ class Shadowing:
                 return
             except (AgentError, OSError) as error:
                 code = error.code if isinstance(error, AgentError) else "storage_failed"
-                self._failed(shadow, code, str(error))
+                self._failed(shadow, code, str(error), counts=here)
             if shadow.failures >= _MOST_FAILURES:
                 log.error("shadow given up", extra=kv(model=shadow.model, digest=shadow.target.digest))
                 return
             cause = "worker" if shadow.code in ("runtime_crashed", "worker_hung", "worker_leaked") else "sync"
-            wait_s = backoff.delay_s(cause, shadow.failures, self._draw(), scale=self._config.timing.backoff_scale)
+            wait_s = backoff.delay_s(
+                cause, max(1, shadow.failures + shadow.awaited), self._draw(), scale=self._config.timing.backoff_scale
+            )
             await asyncio.sleep(wait_s)
 
-    def _failed(self, shadow: _Shadow, code: str, detail: str) -> None:
+    def _failed(self, shadow: _Shadow, code: str, detail: str, *, counts: bool = True) -> None:
+        """``counts``: not for want of a network, of its hours or of room: whatever waits for that is never given up."""
         known = shadow.code == code
-        shadow.failures += 1
+        shadow.failures += counts
+        shadow.awaited += not counts
         shadow.code, shadow.detail = code, detail[:500]
         log.warning("shadow", extra=kv(model=shadow.model, code=code, detail=detail, failures=shadow.failures))
-        if not known or shadow.failures == _MOST_FAILURES:
+        if not known or (counts and shadow.failures == _MOST_FAILURES):
             self._tell(shadow)
 
     def _tell(self, shadow: _Shadow) -> None:

@@ -229,9 +229,16 @@ def test_a_shadow_that_hangs_in_an_inference_is_ended_and_told_and_serving_goes_
 def test_a_shadow_that_cannot_be_proved_is_reported_and_serving_goes_on(device: Device, server: Server) -> None:
     stable, bad = device.bundle("1.0.0", seed=1), device.bundle("1.1.0", seed=2, kind="wrong-golden")
     confirmed(device, "1.0.0", stable)
+    # What cannot be fetched is waited for, oftener than a shadow may die.
+    device.world["errors"] = {"fetch": ["transient", "unreachable", "no route"]}
     device.publish(stable, shadow=bad, settings=SETTINGS)
     device.sync()
-    wait_for(lambda: [event.code for event in server.events("shadow")] == ["golden_failed"])
+    wait_for(
+        lambda: device.log().count("warning shadow model=gas code=unreachable") > 6, why=lambda: device.log()[-3000:]
+    )
+    device.world["errors"] = {}
+    device.save()
+    wait_for(lambda: [event.code for event in server.events("shadow")] == ["unreachable", "golden_failed"])
     assert shadow(device)["code"] == "golden_failed"
     assert not shadow(device)["running"]
     assert device.infer(5) == ["1.0.0"] * 5
