@@ -355,3 +355,33 @@ def test_a_device_that_is_on_for_a_short_while_at_a_time_tries_again_too(
     assert life.updating.failures.wait_s(DIGEST) == 200.0
     monkeypatch.setattr(life.clock, "boot_s", lambda: 301.0)
     assert life.updating.failures.wait_s(DIGEST) == 0.0
+
+
+def test_what_failed_while_it_was_fetched_is_not_forgiven_for_want_of_a_slot(life: Life) -> None:
+    """Else it is taken up at once, over and over, without a wait."""
+
+    async def main() -> None:
+        for tries in (1, 2):
+            life.until("fetch")
+            life.updating.feed(e.Failed(code="hash_mismatch"))
+            await life.rest()
+            assert life.updating.failures.of(DIGEST) == {"hash_mismatch": tries}
+            assert life.updating.failures.wait_s(DIGEST) > 0
+
+    asyncio.run(main())
+
+
+def test_a_fetch_that_gets_further_has_no_deadline(life: Life) -> None:
+    async def main() -> None:
+        life.until("fetch")
+        downloads = life.updating.fetching.downloads
+        downloads._further_s = life.clock.boot_s()
+        life.updating._overdue()
+        assert life.updating.update.state == "fetch"
+        assert life.left_s() == pytest.approx(3600, abs=5)
+        downloads._further_s -= 3601
+        life.updating._overdue()
+        await life.rest()
+        assert life.updating.update.code == "timeout"
+
+    asyncio.run(main())
