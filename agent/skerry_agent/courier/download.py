@@ -61,12 +61,9 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
     }
     try:
         with (
-            durable.alone(
-                Path(request.state_dir) / "run" / f"fetch-{request.digest[:16]}.lock", _LOCK_WAIT_S, passing=True
-            ),
+            durable.alone_in(staging, _LOCK_WAIT_S),
             watch.Watch(request.limits.slow_s) as overdue,
         ):
-            durable.tidy_locks(Path(request.state_dir) / "run", "fetch-*.lock")
             meter = Meter(report, overdue, max_bytes_s=request.max_kib_s * 1024, limits=request.limits)
             meter.begin(wanted.values())
             others = shared.OtherBundles(slots, request.digest, meter)
@@ -86,7 +83,6 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
             carried = folder.Folder(folder.UpdateFolder(request.folder), slots / ".parts", meter)
             near: list[acquiring.Source] = [acquiring.Here(meter), shared.SameBundle(staging, wanted, meter), others]
             sources = [*near, *([carried] if request.folder else []), deltas, whole]
-            durable.make_folder(staging)
             parts.tidy(slots / ".parts", [one.key for one in wanted.values()])
             _check_room(request, staging, slots / ".parts", wanted, others)
             durable.write(staging / shared.STAGED_MANIFEST, manifest, mode=0o644)

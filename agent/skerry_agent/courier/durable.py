@@ -74,6 +74,27 @@ def alone(path: Path, wait_s: float, *, passing: bool = False) -> Iterator[None]
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path, wait_s: float) -> Iterator[None]:
+    """As ``alone``, by the folder itself, which is made: no file of a lock is left, whatever ends the courier. An empty folder does not stay."""
+    deadline = time.monotonic() + wait_s
+    descriptor = None
+    while descriptor is None:
+        make_folder(folder)
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = _locked(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if descriptor is None:
+            if time.monotonic() > deadline:
+                raise Transient("busy", f"another courier works in {folder.name}")
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        os.close(descriptor)
+
+
 def tidy_locks(folder: Path, pattern: str) -> None:
     """Removes lock files of that pattern that nobody holds."""
     for path in folder.glob(pattern):

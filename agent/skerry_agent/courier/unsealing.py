@@ -48,6 +48,7 @@ def unseal(request: requests.Unseal) -> dict[str, Any]:
         with durable.alone(
             Path(request.state_dir) / "run" / f"unseal-{request.digest[:16]}.lock", _LOCK_WAIT_S, passing=True
         ):
+            durable.tidy_locks(Path(request.state_dir) / "run", "unseal-*.lock")
             lacking = [file for file in variant.files if not _has(target / file.path, file.content.size)]
             _check_room(folder, sum(file.content.size for file in lacking))
             key = content_keys.obtain(request, manifest, request.digest)
