@@ -2,7 +2,8 @@
 
 ``ceremony.json`` is the record; ``record.md`` is the same in words, made from it alone, so that a changed word shows. ``check``
 holds both against the documents: digests, signatures, keys, thresholds, expiries, the later versions and their history. It
-opens no private key and asks nobody.
+opens no private key and asks nobody. Names, where keys are kept, and the steps are the word of who led the ceremony: no document holds them, and
+whoever relies on them compares the record's own sha256, which ``check`` tells.
 """
 
 from __future__ import annotations
@@ -163,9 +164,11 @@ def check(folder: Path) -> list[Check]:
     look("documents are those of the record", lambda: _digests(folder, record))
     look("signatures reach their thresholds", lambda: _signatures(folder, record))
     look("keys and thresholds are those of the documents", lambda: _keys(folder, record))
+    look("expiries are those of the documents", lambda: _expiries(folder, record))
     look("the record in words says the same", lambda: _text(folder, record))
     look("later versions follow from the first root", lambda: _chain(folder))
     look("later versions are those of the history", lambda: _history(folder))
+    look("names, keeping and steps are the word of who led", lambda: _word(folder))
     return found
 
 
@@ -220,6 +223,22 @@ def _keys(folder: Path, record: Mapping[str, Any]) -> str:
     if sorted(root.online) != sorted(record["online_keys"]):
         raise RefusedForSafety("online: root names other keys than the record")
     return f"{len(record['keys'])} keys"
+
+
+def _expiries(folder: Path, record: Mapping[str, Any]) -> str:
+    root = offline_roles.parse((folder / "root.json").read_bytes(), Root, "root.json").signed
+    targets = offline_roles.parse((folder / "targets.json").read_bytes(), Targets, "targets.json").signed
+    catalog = offline_roles.parse((folder / "catalog.json").read_bytes(), Targets, "catalog.json").signed
+    for role, signed in (("root", root), ("targets", targets), ("catalog", catalog)):
+        expires = signed.expires.isoformat()
+        if record["expires"].get(role) != expires:
+            raise RefusedForSafety(f"{role} expires {expires}, the record says {record['expires'].get(role)}")
+    return "3 expiries"
+
+
+def _word(folder: Path) -> str:
+    digest = canonical.sha256((folder / RECORD_FILE).read_bytes())
+    return f"compare sha256 {spoken(digest)} of {RECORD_FILE} with those who were there"
 
 
 def _text(folder: Path, record: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
+from urllib import parse
 
 import typer
 
@@ -252,7 +253,7 @@ def _gather(run: Session, folder: Path, given: Answers | None, say: Any) -> None
         else:
             own = _own(run, folder, name, wish)
             part, compared = own.public, "made at the ceremony"
-            kept = _kept(own.uri, encrypted=wish.get("password", True) is not False)
+            kept = _kept(own.uri, folder)
         ceremony.hand_over(folder, part, kept=kept, compared=compared, now=now())
         say(f"{name}: {part.fingerprint}")
 
@@ -341,10 +342,12 @@ def _sign(run: Session, folder: Path, given: Answers | None, say: Any) -> None:
         say(f"{name}: signed")
 
 
-def _kept(uri: str, *, encrypted: bool) -> str:
+def _kept(uri: str, folder: Path) -> str:
+    """Where the private part lies, as it is and not as it was wished."""
     scheme = signers.scheme_of(uri)
     if scheme == signers.FILE:
-        return "an encrypted file" if encrypted else "a file that is not encrypted"
+        path = folder / parse.unquote(uri.partition(":")[2])
+        return "an encrypted file" if key_files.is_encrypted(path) else "a file that is not encrypted"
     if scheme == signers.TOKEN:
         return "a PKCS#11 token"
     if scheme == signers.VARIABLE:

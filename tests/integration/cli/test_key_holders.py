@@ -221,6 +221,7 @@ def test_a_changed_record_or_document_is_told(person: People, online: Path) -> N
         ("root.json", "2027", "2028", "sha256"),
         ("record.md", "2 of 2", "1 of 2", "does not say"),
         ("ceremony.json", '"approver": 2', '"approver": 1', "2 must sign, the record says 1"),
+        ("ceremony.json", '"catalog": "20', '"catalog": "30', "catalog expires 20"),
     ):
         path = held.folder / file
         text = path.read_text()
@@ -231,7 +232,14 @@ def test_a_changed_record_or_document_is_told(person: People, online: Path) -> N
         joined = held.cleo("keys", "join", held.folder, "--root-sha256", held.root_sha256)
         assert joined.code == REFUSED and not held.cleo.keys.exists()
         path.write_text(text)
-    held.cleo.ok("keys", "verify-record", "--dir", held.folder)
+    # What no document holds is told to be somebody's word, with a number to compare.
+    before = held.cleo.ok("keys", "verify-record", "--dir", held.folder).out
+    assert before.count("compare sha256") == 1
+    record = held.folder / "ceremony.json"
+    record.write_text(record.read_text().replace("Cleo Example", "Mallory"))
+    words = held.folder / "record.md"
+    words.write_text(words.read_text().replace("Cleo Example", "Mallory"))
+    assert held.cleo.ok("keys", "verify-record", "--dir", held.folder).out != before
 
 
 def test_join_refuses_another_root_than_the_one_read_aloud(person: People, online: Path) -> None:
