@@ -13,7 +13,7 @@ from skerry_contract import ids
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, select, tuple_
 
-from skerry_server import content_keys, registry
+from skerry_server import content_keys, groups, registry
 from skerry_server.api.bodies import Route
 from skerry_server.api.context import After, Ctx, Engineer, Limit, Operator, RawBody, Viewer, page, read_cursor
 from skerry_server.core.bundles import Action
@@ -260,4 +260,7 @@ def _move(context: Ctx, actor: str, digest: str, action: Action, why: Reason | N
     reason = why.reason if why else ""
     with writing(context.engine) as conn:
         state = registry.move(conn, digest=digest, action=action, reason=reason, actor=actor, now_ms=context.now_ms())
+        # Groups may name it as a version to pass through.
+        groups.touch_who_run(conn, [digest])
+    context.wake()
     return {"digest": digest, "state": state}

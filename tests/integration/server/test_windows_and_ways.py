@@ -31,6 +31,11 @@ def test_a_bundle_brings_what_it_goes_after_into_the_document_where_that_is_appr
     maker.approve(MODEL, "1.5.0", between)
     passed = rig.wait("the version on the way", lambda: published(rig, group).models[MODEL].via)
     assert [(one.version, one.digest) for one in passed] == [("1.5.0", between)]
+    # It is found bad; a later one goes in its place.
+    better = maker.publish(MODEL, "1.6.0", seed=8)
+    for step in ("deprecate", "retire"):
+        rig.good("POST", f"/api/v1/bundles/{between}/{step}", {"reason": "it forgets its scales"})
+    rig.wait("the later one", lambda: [one.digest for one in published(rig, group).models[MODEL].via] == [better])
 
 
 def test_what_a_pinned_bundle_goes_after_is_in_the_document_too(
