@@ -56,15 +56,16 @@ class Forked:
         self.returncode: int | None = None
         self.stdout = stdout
         self._status = status
+        self._lock = threading.Lock()
 
     def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
+        if self.returncode is None and self._ended(0.0):
             self._end()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            if not select.select([self._status], [], [], timeout)[0]:
+            if not self._ended(timeout):
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
             self._end()
         assert self.returncode is not None
@@ -83,11 +84,19 @@ class Forked:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def _ended(self, timeout_s: float | None) -> bool:
+        # Not select(): a test may have opened more than a thousand descriptors.
+        status = select.poll()
+        status.register(self._status, select.POLLIN)
+        return bool(status.poll(None if timeout_s is None else timeout_s * 1000))
+
     def _end(self) -> None:
-        told = os.read(self._status, 32)
-        os.close(self._status)
-        assert told, f"who started process {self.pid} is gone"
-        self.returncode = int(told)
+        with self._lock:
+            if self.returncode is None:
+                told = os.read(self._status, 32)
+                assert told, f"who started process {self.pid} is gone"
+                self.returncode = int(told)
+                os.close(self._status)
 
 
 class _Source:

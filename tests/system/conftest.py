@@ -14,13 +14,14 @@ from typing import Any
 import psutil
 import pytest
 from skerry_cli import catalog, publishing
-from skerry_cli.demo import models
 from skerry_cli.demo.application import Counts
 from skerry_cli.demo.fleet import GROUP, SERVER_SETTINGS, Fleet
 from skerry_cli.demo.models import MODEL, Made
 from skerry_cli.demo.processes import Processes
 from skerry_cli.demo.reckoning import server_counts
 from skerry_cli.errors import CliError
+
+from tests import trained
 
 DEVICES = ("gas-1", "gas-2", "gas-3")
 
@@ -49,9 +50,7 @@ class Rig:
 
     def publish(self, version: str, batches: tuple[int, ...], seed: int = 0) -> Made:
         """Trains, builds, pushes, approves."""
-        made = models.make_bundle(
-            self.fleet.folder / version, version=version, batches=batches, created="2026-01-01T00:00:00Z", seed=seed
-        )
+        made = trained.make_bundle(self.fleet.folder / version, version=version, batches=batches, seed=seed)
         pushed = publishing.push(self.fleet.api, made.bundle)
         assert pushed.state == "validated", pushed
         addition = catalog.Addition(model=MODEL, version=version, digest=made.bundle.digest, submitter="test")

@@ -11,7 +11,7 @@ from skerry_agent.core import lifecycle
 from skerry_cli.demo import models as demo
 from skerry_contract import group
 
-from tests import models
+from tests import models, trained
 from tests.integration.agent.rig import DEVICE, Device, Load, Server, wait_for
 
 
@@ -380,9 +380,7 @@ def start_with_broken_litert(device: Device, tmp_path: Path, monkeypatch: pytest
 
 
 def offer_both_variants(device: Device, *, prefer: str) -> None:
-    made = demo.make_bundle(
-        device.folder / "bundle-1.0.0", version="1.0.0", batches=(1,), created="2026-01-01T00:00:00Z"
-    )
+    made = trained.make_bundle(device.folder / "bundle-1.0.0", version="1.0.0", batches=(1,))
     device.world["bundles"][made.bundle.digest] = str(made.bundle.folder)
     device.publish(made.bundle.digest)
     text = device.config.read_text().replace("trial_s = 120", "trial_s = 0.5")

@@ -20,7 +20,7 @@ from skerry_cli.demo import data, models
 from skerry_cli.publishing import push
 from skerry_contract import wire
 
-from tests import warm
+from tests import trained, warm
 from tests.counted import Counted
 from tests.rig_server import DeviceRig, Operator, ServerRig
 
@@ -30,7 +30,7 @@ GROUP, MODEL, DEVICES, ROWS = "press", "gas", 8, 60
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> models.Made:
     out = tmp_path_factory.mktemp("bundle") / "v1"
-    return models.make_bundle(out, version="1.0.0", batches=(1,), created="2026-01-01T00:00:00Z")
+    return trained.make_bundle(out, version="1.0.0", batches=(1,))
 
 
 @pytest.fixture(scope="module")
