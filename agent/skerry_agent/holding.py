@@ -95,7 +95,8 @@ class Holding:
 
     def settled(self, update: Update) -> None:
         """In the transaction that stores an update: a person's order is over with the bundle that it was for, unless that only made way."""
-        if update.state in ("ready", "prove") or (update.state in ("revert", "idle") and update.code == "yielded"):
+        going_on = update.state not in ("trial", "revert") and not update.resting
+        if going_on or (update.state in ("revert", "idle") and update.code == "yielded"):
             return
         if self._store.get(_ORDERED, {}).get("digest") == update.digest:
             self._store.delete(_ORDERED)

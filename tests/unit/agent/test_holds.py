@@ -103,6 +103,7 @@ def test_an_order_to_activate_ends_with_the_bundle_that_it_was_for(store: Store,
         ("ready", "", True),
         ("prove", "", True),
         ("idle", "yielded", True),
+        ("fetch", "", True),
         ("trial", "", False),
     ):
         holding.settled(msgspec.structs.replace(held, state=state, code=code))
