@@ -359,8 +359,9 @@ class _Session:
             said = wire.decode(wire.ServerState, payload)
         except ContractError:
             said = wire.ServerState(status="offline", birth=0)
-        # The will of an earlier session can come after our word: then the retained state is wrong, and we say it again.
-        if said.birth < self.birth and self.online.is_set():
+        # The will of an earlier session can come after our word, and whoever has rights at the broker can say that we are gone, of whichever
+        # birth: then the retained state is wrong and keeps every device silent, and we say it again.
+        if (said.birth < self.birth or said.status == wire.OFFLINE) and self.online.is_set():
             self.client.publish(topics.SERVER_STATE, self._state(wire.ONLINE), qos=1, retain=True)
 
     def _on_publish(self, _client: paho.Client, _data: Any, mid: int, _reason: Any, _properties: Any) -> None:

@@ -236,20 +236,23 @@ def test_the_server_says_that_it_is_there_and_when_it_is_not(fleet, peers):
     peers.until(lambda: said()[-1].status == "offline", "a goodbye")
 
 
-def test_an_old_will_of_the_server_is_answered(fleet, peers):
+def test_a_will_of_the_server_that_is_old_or_made_up_is_answered(fleet, peers):
+    """Of an earlier session, of the present one, of one that never was: a device that believes it sends nothing until the next session."""
     fleet.start_ingest()
     device = peers(peers.Peer, fleet, "dev-a").open()
     assert device.subscribed(topics.SERVER_STATE)
+
+    def said():
+        return [wire.decode(wire.ServerState, payload) for topic, payload in device.got if topic == topics.SERVER_STATE]
+
+    now = peers.until(lambda: [state for state in said() if state.status == "online"], "the server's word")[-1]
     ghost = peers(peers.Peer, fleet, "_server", client_id="ghost").open()
-    ghost.publish(topics.SERVER_STATE, wire.encode(wire.ServerState(status="offline", birth=0)), retain=True)
-
-    def last():
-        found = [
-            wire.decode(wire.ServerState, payload) for topic, payload in device.got if topic == topics.SERVER_STATE
-        ]
-        return [state.status for state in found][-2:]
-
-    peers.until(lambda: last() == ["offline", "online"], "the server's answer")
+    for birth in (0, now.birth, (1 << 53) - 1):
+        gone = wire.ServerState(status="offline", birth=birth)
+        ghost.publish(topics.SERVER_STATE, wire.encode(gone), retain=True)
+        peers.until(lambda gone=gone: said()[-2:] == [gone, now], "the server's answer")
+    time.sleep(0.3)
+    assert said()[-1] == now, "and it does not answer itself"
 
 
 def test_bells_are_rung_and_rung_again_at_the_start(fleet, peers):
