@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from tests.bench.result import Result
-from tests.crash.campaign import Life
+from tests.crash.campaign import Found, first_life, second_life
 from tests.crash.disk import WAYS
 
 POINTS = 200
@@ -19,18 +19,24 @@ SEED = 7
 
 
 def run() -> Result:
+    found, calls = Found(), 0
     with tempfile.TemporaryDirectory(prefix="skerry-bench-") as name:
-        life = Life(Path(name))
+        life = first_life(Path(name))
         try:
-            every = range(1, len(life.disk.operations) + 1)
-            points = sorted(random.Random(SEED).sample(every, POINTS))
-            found = life.examine([(point, way, SEED) for point in points for way in WAYS])
+            lives = (life, second_life(life))
+            calls = sum(len(one.disk.operations) for one in lives)
+            for one in lives:
+                every = range(1, len(one.disk.operations) + 1)
+                points = sorted(random.Random(SEED).sample(every, POINTS * len(every) // calls))
+                some = one.examine([(point, way, SEED) for point in points for way in WAYS])
+                found.points, found.starts = found.points + some.points, found.starts + some.starts
+                found.faults += some.faults
         finally:
-            life.close()
+            life.world.close()
     return Result(
         bench="crash_points",
         value=len(found.faults),
         unit="failures",
         n=found.points,
-        note=f"of {len(every)} calls of one device's life, in {len(WAYS)} ways each: {found.starts} devices started; {' | '.join(found.faults)[:500]}",
+        note=f"of {calls} calls of one device's life, in {len(WAYS)} ways each: {found.starts} devices started; {' | '.join(found.faults)[:500]}",
     )

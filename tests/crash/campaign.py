@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.crash.checks import Examiner
-from tests.crash.disk import WAYS, Disk, Way
-from tests.crash.world import Stage, Story, World, recorder
+from tests.crash import kept
+from tests.crash.checks import BOOT_S, Examiner, Nursery, boot_after, forget_opened, until
+from tests.crash.disk import WAYS, Disk, Way, lay_out
+from tests.crash.second_story import SecondStory
+from tests.crash.story import FirstStory, Stage, Story
+from tests.crash.world import World, recorder
 
 MEMORY = Path("/dev/shm")
 Case = tuple[int, Way, int]
+_UPDATE = re.compile(rb'\{"state":"(\w+)","model":"\w*","digest":"(\w*)"')
+"""How the store writes an update."""
 
 
 @dataclass(kw_only=True)
@@ -34,20 +40,21 @@ class Found:
     faults: list[str] = field(default_factory=list)
 
 
+@dataclass(kw_only=True)
 class Life:
-    """A device's story, told once. ``disk`` is what was done to it; ``stages`` its parts."""
+    """What was done to a device's disk, ready to be cut.
 
-    def __init__(self, folder: Path) -> None:
-        self.world = World(folder)
-        try:
-            self.world.enrol()
-            self.disk = Disk(self.world.state_dir)
-            story = Story(self.world, recorder(folder))
-            self.disk.take(story.tell())
-            self.stages: list[Stage] = story.stages
-        except BaseException:
-            self.world.close()
-            raise
+    Attributes:
+        state_dir: the device's folder as it is in the end.
+        stages: the parts of the story.
+        boot_id: of the boot that it lived in; empty for the machine's own.
+    """
+
+    world: World
+    state_dir: Path
+    disk: Disk
+    stages: list[Stage]
+    boot_id: str = ""
 
     def all_cases(self, seeds: Sequence[int] = (0,)) -> list[Case]:
         """Every point in every way."""
@@ -65,6 +72,32 @@ class Life:
             way = WAYS[(number % len(self.stages) + number // len(self.stages)) % len(WAYS)]
             cases.append((point, way, seed))
         return cases
+
+    def ends(self) -> list[int]:
+        """Points right behind what the store was told of an update's end, before anything that follows from it."""
+        points = []
+        last: tuple[str, str, int] | None = None
+        written: list[tuple[bytes, ...]] = []
+        seen: list[tuple[bytes, ...]] = []
+        with scratch_folder() as scratch:
+            for at, done in enumerate(self.disk.operations):
+                if done.what == "W":
+                    written += _UPDATE.findall(done.data)
+                # Reading the store at every synchronisation takes long; between two that wrote the same nothing changed.
+                if not (done.what == "S" and written and done.told.endswith("state.db-wal")):
+                    continue
+                same, seen, written = written == seen, written, []
+                if same:
+                    continue
+                files = self.disk.files(self.disk.left(at + 1, "strict"))
+                lay_out({name: files[name] for name in ("state.db", "state.db-wal") if name in files}, scratch / "cut")
+                update = kept.kept(scratch / "cut" / "state.db").update
+                shutil.rmtree(scratch / "cut")
+                now = (update["digest"], update["state"], update["attempt"]) if update else None
+                if now is not None and now != last and update["code"]:
+                    points.append(at + 1)
+                last = now
+        return points
 
     def examine(
         self,
@@ -91,7 +124,9 @@ class Life:
             point, way, seed = case
             with lock:
                 if not hasattr(local, "examiner"):
-                    local.examiner = Examiner(self.world, self.disk, self.stages, scratch / str(len(examiners)))
+                    local.examiner = Examiner(
+                        self.world, self.disk, self.stages, scratch / str(len(examiners)), boot_id=self.boot_id
+                    )
                     examiners.append(local.examiner)
             examiner: Examiner = local.examiner
             files = examiner.state(point, way, seed)
@@ -130,8 +165,7 @@ class Life:
             mine = [case for case in cases if begin < case[0] <= end]
             if not mine:
                 continue
-            # What the plan named when the stage had ended.
-            self.world.publish("1.1.0" if stage.name == "withdrawn" else stage.offered)
+            stage.scene.play()
             found = self.examine(mine, finish=True, beside=beside, told=told)
             told(f"{stage.name}: {found.starts} devices came to the end that they should, but {len(found.faults)}")
             total.points += found.points
@@ -140,9 +174,58 @@ class Life:
             total.faults += found.faults
         return total
 
-    def close(self) -> None:
-        """Ends the server."""
-        self.world.close()
+    def recovery(self, case: Case, folder: Path) -> Life:
+        """The start that follows a cut, without a network, recorded like the life itself: power may fail in it as well."""
+        point, way, seed = case
+        stage = next(stage for stage in self.stages if point <= self.disk.point_at(stage.end))
+        state_dir, record, log = folder / "d", folder / "record", folder / "log"
+        folder.mkdir()
+        lay_out(self.disk.files(self.disk.left(point, way, seed)), state_dir)
+        disk = Disk(state_dir)
+        boot_id = boot_after(self.boot_id, way)
+        log.touch()
+        nursery = Nursery(
+            {"LD_PRELOAD": str(recorder(folder)), "SKERRY_BELOW": str(state_dir), "SKERRY_RECORD": str(record)}
+        )
+        try:
+            config = self.world.config(state_dir, folder / "agent.toml", local=True)
+            pid = nursery.start(config, log, boot_id=boot_id)
+            try:
+                until(lambda: "agent up" in log.read_text(), BOOT_S, lambda: f"a start: {log.read_text()[-1500:]}")
+                # What the plan takes up again by itself comes to rest.
+                time.sleep(0.5)
+            finally:
+                nursery.end(pid)
+        finally:
+            nursery.close()
+            forget_opened(config)
+        disk.take(record.read_bytes())
+        stages = [replace(stage, begin=0, end=record.stat().st_size)]
+        return Life(world=self.world, state_dir=state_dir, disk=disk, stages=stages, boot_id=boot_id)
+
+
+def _lived(story: Story) -> Life:
+    disk = Disk(story.state_dir)
+    disk.take(story.tell())
+    return Life(world=story.world, state_dir=story.state_dir, disk=disk, stages=story.stages)
+
+
+def first_life(folder: Path) -> Life:
+    """Of a device that is enrolled and never ran. Whoever has it closes its ``world``."""
+    world = World(folder)
+    try:
+        world.enrol()
+        return _lived(FirstStory(world, recorder(folder), world.state_dir))
+    except BaseException:
+        world.close()
+        raise
+
+
+def second_life(first: Life) -> Life:
+    """The same device later on, in a folder of its own."""
+    folder = first.world.folder / "later"
+    shutil.copytree(first.state_dir, folder, ignore=shutil.ignore_patterns("*.sock"))
+    return _lived(SecondStory(first.world, recorder(first.world.folder), folder, first.stages[-1].after))
 
 
 @contextlib.contextmanager

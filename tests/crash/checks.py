@@ -1,7 +1,7 @@
 """Starts a device on what a power cut left, and says what is not as it must be.
 
 Always: one runnable version, whole to the last byte, and one that this moment of the story allows; an update that rests and says the truth;
-a store that opens and has every record that was committed; the run of numbers goes on. With the network back (``finish``): the update
+a store that opens and has every record that was committed; the run of numbers goes on; nothing of what ``kept`` names is forgotten. With the network back (``finish``): the update
 comes to the end that it would have had, real workers answer with it, and no file lies there that a life without a cut would not leave.
 """
 
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import http.client
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -21,27 +22,33 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from skerry_agent import config as configuration
+from skerry_agent import opening
 from skerry_agent.control import ask
 from skerry_agent.slots import Slots, read_pointers
-from skerry_contract import wire
+from skerry_contract import ids, wire
 
+from tests.crash import kept
 from tests.crash.disk import Disk, Way, fingerprint, lay_out
-from tests.crash.world import CONFIRMED, MODEL, REFUSED, ROOT, Stage, World, infer
+from tests.crash.story import Stage
+from tests.crash.world import CONFIRMED, MODEL, REFUSED, ROOT, World, infer
 
 BOOT_S, FINISH_S = 60.0, 120.0
-OTHER_BOOT = "c" * 32
+OTHER_BOOTS = ("c" * 32, "d" * 32)
 BY_DESIGN = frozenset({"rings_damaged", "rings_lost", "inferences_in_damaged_rings", "label_books_damaged"})
 """What a power cut may take: rings are memory of one boot."""
 
-Committed = tuple[str, int, frozenset[tuple[int, str]]]
+Committed = tuple[str, int, frozenset[tuple[int, str]], kept.Kept]
 
 
 class Nursery:
-    """Agents that are started by forking."""
+    """Agents that are started by forking. ``environment``: more of it, for them and their workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "tests.crash.nursery"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, **(environment or {})}
+        )
 
     def _say(self, **asked: Any) -> int:
         assert self._process.stdin is not None
@@ -72,9 +79,11 @@ class Examiner:
 
     Args:
         scratch: where devices are laid out; a short path, best in memory.
+        boot_id: of the boot that the story was lived in.
     """
 
-    def __init__(self, world: World, disk: Disk, stages: list[Stage], scratch: Path) -> None:
+    def __init__(self, world: World, disk: Disk, stages: list[Stage], scratch: Path, *, boot_id: str = "") -> None:
+        self._boot_id = boot_id
         self.world = world
         self.disk = disk
         self.stages = stages
@@ -92,7 +101,7 @@ class Examiner:
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 -- lives as long as the test
     def _committed(self, point: int) -> Committed:
-        """What the store had on disk at a point that lies behind a synchronisation: (epoch, next number, records)."""
+        """What the store had on disk at a point that lies behind a synchronisation: (epoch, next number, records, the state)."""
         files = self.disk.files(self.disk.left(point, "killed"))
         return self._held({name: data for name, data in files.items() if name in ("state.db", "state.db-wal")})
 
@@ -100,7 +109,7 @@ class Examiner:
         folder = self._folder()
         lay_out(files, folder)
         try:
-            return held(folder / "state.db")
+            return *held(folder / "state.db"), kept.kept(folder / "state.db")
         finally:
             shutil.rmtree(folder)
 
@@ -125,20 +134,19 @@ class Examiner:
         # The stand-in serves nobody; and of starts beside each other each would take up the story's address.
         config = self.world.config(state_dir, folder / "agent.toml", local=not finish)
         log.touch()
-        boot_id = "" if way == "killed" else OTHER_BOOT
-        pid = self.nursery.start(config, log, boot_id=boot_id, real=finish)
+        pid = self.nursery.start(config, log, boot_id=boot_after(self._boot_id, way), real=finish)
         try:
             return self._looked_at(point, way, files, state_dir, log, finish=finish)
         except AssertionError as error:
             return [f"{error}: {log.read_text()[-1500:]}"]
         finally:
             self.nursery.end(pid)
+            forget_opened(config)
             _removed(folder)
 
     def _looked_at(
         self, point: int, way: Way, files: dict[str, bytes | str | None], state_dir: Path, log: Path, *, finish: bool
     ) -> list[str]:
-        stage = self.stage_of(point)
         until(
             lambda: any(word in log.read_text() for word in ("agent up", "refused to start", "Traceback")),
             BOOT_S,
@@ -148,26 +156,48 @@ class Examiner:
         # What the plan takes up again by itself meanwhile is in motion: a second look sees it stand.
         for _ in range(20):
             status = asked(state_dir)
-            faults = self._running(stage, state_dir, status)
+            faults = self._running(point, state_dir, status)
             if not faults:
                 break
             time.sleep(0.05)
         faults += self._store(point, state_dir, status)
+        faults += self._kept(point, state_dir)
         if finish:
-            faults += self._finished(stage, state_dir)
+            faults += self._finished(point, state_dir)
+            faults += self._kept(point, state_dir)
         return faults
 
-    def _running(self, stage: Stage, state_dir: Path, status: dict[str, Any]) -> list[str]:
+    def _running(self, point: int, state_dir: Path, status: dict[str, Any]) -> list[str]:
+        stage, before = self.stage_of(point), self._committed(self.disk.last_sync_before(point))[3]
         faults = []
-        allowed = {stage.before, stage.after}
+        forced = before.forced.get(MODEL)
+        allowed = {
+            version
+            for version in (stage.before, stage.after)
+            if not (forced and version) or ids.version_key(version) >= ids.version_key(forced)
+        }
+        if forced:
+            # Nothing may answer where nothing permitted is here.
+            allowed.add("")
         running = status["running"].get(MODEL)
+        update = status["update"] or {"state": "idle", "digest": "", "version": "", "code": "", "attempt": 0}
+        offered = update["version"] == stage.offered
+        if stage.goes_on and offered and update["state"] in ("ready", "prove", "trial"):
+            # It lay ready, may begin, and does: nothing of it needs a network.
+            confirmed = read_pointers(state_dir / "slots")[MODEL].confirmed
+            assert confirmed is not None
+            return (
+                []
+                if confirmed.version == stage.before
+                else [f"{confirmed.version} is confirmed before its trial ended"]
+            )
         version = running["version"] if running else ""
         if version not in allowed:
             faults.append(f"runs {version or 'nothing'}, allowed are {sorted(allowed)}")
-        update = status["update"] or {"state": "idle", "digest": "", "version": "", "code": "", "attempt": 0}
         # What was interrupted may be tried again at once, from what the device knows; without a network it gets no further.
-        retried = update["state"] == "fetch" and update["version"] == stage.offered
-        if update["state"] not in ("idle", *CONFIRMED) and not retried:
+        retried = update["state"] == "fetch" and offered
+        waits = update["state"] == "ready" and offered and bool(before.locks)
+        if update["state"] not in ("idle", *CONFIRMED) and not retried and not waits:
             faults.append(f"the update does not rest: {update}")
         if running:
             if running["state"] not in CONFIRMED:
@@ -196,7 +226,7 @@ class Examiner:
 
     def _store(self, point: int, state_dir: Path, status: dict[str, Any]) -> list[str]:
         faults = []
-        epoch, number, records = self._committed(self.disk.last_sync_before(point))
+        epoch, number, records, _ = self._committed(self.disk.last_sync_before(point))
         got_epoch, got_number, got_records = held(state_dir / "state.db")
         if epoch and got_epoch != epoch:
             faults.append(f"a new epoch: {epoch} became {got_epoch}")
@@ -212,49 +242,80 @@ class Examiner:
             faults.append(f"moved aside: {aside}")
         return faults
 
+    def _kept(self, point: int, state_dir: Path) -> list[str]:
+        """What was forgotten of what the device knew, or is done against it."""
+        _, number, _, before = self._committed(self.disk.last_sync_before(point))
+        stage = self.stage_of(point)
+        return kept.faults(
+            before, kept.kept(state_dir / "state.db"), events(state_dir / "state.db", since=number),
+            pardoned=stage.pardons, released=stage.releases,
+        )  # fmt: skip
+
     # --- with the network back -------------------------------------------------------------------------------------------
 
-    def _finished(self, stage: Stage, state_dir: Path) -> list[str]:
+    def _finished(self, point: int, state_dir: Path) -> list[str]:
         """The stage's end, reached from here; what answers; and what lies there then."""
-        # Of what a person ordered, power may have failed before it was stored.
-        wanted = {stage.after} if stage.name != "reverted" else {stage.before, stage.after}
-        asked(state_dir, "POST", "/skerry/v1/sync", pardon=stage.name == "again")
+        stage = self.stage_of(point)
+        wanted = {stage.after}
+        stored = self._committed(self.disk.last_sync_before(point))[3].update
+        if stage.name == "reverted" and stored["code"] != "reverted_by_operator":
+            # Of what a person ordered, power may have failed before it was stored.
+            wanted.add(stage.before)
+        if stage.repeat is not None:
+            stage.repeat(state_dir)
+        asked(state_dir, "POST", "/skerry/v1/sync", pardon=stage.pardons)
+        rests = ("ready",) if stage.held else ("idle", *CONFIRMED)
 
         def there() -> bool:
             status = asked(state_dir)
             running, update = status["running"].get(MODEL), status["update"]
-            if not running or not update or status["sync"]["at_ms"] == 0 or status["sync"]["code"]:
+            if not update or status["sync"]["at_ms"] == 0 or status["sync"]["code"]:
                 return False
-            if running["state"] == "trial":
+            if running and running["state"] == "trial":
                 _infer(state_dir, value=REFUSED if stage.code == "trial_crashed" else None)
                 return False
-            if update["state"] not in ("idle", *CONFIRMED) or running["state"] not in CONFIRMED:
+            if update["state"] not in rests or (running and running["state"] not in CONFIRMED):
                 return False
-            if stage.code and (update["version"], update["code"]) != (stage.offered, stage.code):
+            # An order may find the update at rest already, waiting for its next try.
+            if stage.code not in ("", "cancelled") and (update["version"], update["code"]) != (
+                stage.offered,
+                stage.code,
+            ):
                 return False
-            return running["version"] in wanted
+            return (running["version"] if running else "") in wanted
 
         until(there, FINISH_S, lambda: f"{sorted(wanted)} {stage.code}, it is {asked(state_dir)['update']}")
-        answered, running = _infer(state_dir), asked(state_dir)["running"][MODEL]
+        running = asked(state_dir)["running"].get(MODEL)
+        answered = _infer(state_dir)
         faults = []
-        if answered != running["version"]:
-            faults.append(f"{running['version']} is said to run, {answered} answers")
+        if answered != (running["version"] if running else ""):
+            faults.append(f"{running['version'] if running else 'nothing'} is said to run, {answered} answers")
         return faults + self._leftovers(stage, state_dir)
 
     def _leftovers(self, stage: Stage, state_dir: Path) -> list[str]:
         end = self.disk.point_at(stage.end)
         clean = {_sort_of(path) for path in self.disk.files(self.disk.left(end, "killed"))}
-        # The repository is at the story's end whatever the stage: roots and roles are there that came later.
-        last = self.disk.files(self.disk.left(len(self.disk.operations), "killed"))
-        clean |= {path for path in last if path.startswith("tuf/")}
         time.sleep(0.3)
         here = {_sort_of(str(path.relative_to(state_dir))) for path in state_dir.rglob("*")}
         more = {path for path in here - clean if not path.endswith((".sock", "-shm"))}
+        if not stage.after:
+            # A ring that nobody has read yet waits for the next worker.
+            more = {path for path in more if not path.startswith("rings/")}
         return [f"left behind: {sorted(more)}"] if more else []
 
     def close(self) -> None:
         """Ends what was started."""
         self.nursery.close()
+
+
+def boot_after(boot_id: str, way: Way) -> str:
+    """The boot of a start after a cut: another one where power failed."""
+    return boot_id if way == "killed" else next(other for other in OTHER_BOOTS if other != boot_id)
+
+
+def forget_opened(config: Path) -> None:
+    """What was encrypted lies opened in memory, in a folder named after the device's."""
+    shutil.rmtree(opening.folder_of(configuration.load(config, {})), ignore_errors=True)
 
 
 def _sort_of(path: str) -> str:
@@ -265,7 +326,7 @@ def _sort_of(path: str) -> str:
     return path
 
 
-def held(path: Path) -> Committed:
+def held(path: Path) -> tuple[str, int, frozenset[tuple[int, str]]]:
     """(epoch, next number, records) of a store; empty for one that is not there or has no tables yet."""
     if not path.exists():
         return "", 0, frozenset()
@@ -281,11 +342,12 @@ def held(path: Path) -> Committed:
     return epoch, number, frozenset((seq, hashlib.sha256(body).hexdigest()[:16]) for seq, body in found)
 
 
-def events(path: Path) -> list[wire.Event]:
-    """The events in an outbox, oldest first."""
+def events(path: Path, since: int = 0) -> list[wire.Event]:
+    """The events in an outbox from a number on, oldest first."""
     database = sqlite3.connect(path, timeout=20)
     try:
-        rows = database.execute("SELECT body FROM outbox WHERE kind = 'event' ORDER BY id").fetchall()
+        query = "SELECT body FROM outbox WHERE kind = 'event' AND seq >= ? ORDER BY id"
+        rows = database.execute(query, (since,)).fetchall()
     finally:
         database.close()
     return [wire.decode(wire.Event, body) for (body,) in rows]

@@ -6,24 +6,22 @@ ONNX models. The broker alone is away, so that records stay in the outbox.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
+import random
+import secrets
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 from skerry_agent.control import ask
 from skerry_cli import keys
-from skerry_contract import group, ids, layout
+from skerry_contract import group, ids, layout, sealed
 from skerry_contract import manifest as m
 
 from tests import models
@@ -37,15 +35,20 @@ REFUSED = models.CRASH_VALUE
 
 
 class Built(Bundle):
-    """A bundle that runs."""
+    """A bundle that runs. ``content_key``: of an encrypted one."""
 
-    def __init__(self, folder: Path, version: str, kind: str = "classifier", **choices: Any) -> None:
-        self.digest = models.build_bundle(folder, MODEL, version, kind, **choices)
+    def __init__(
+        self, folder: Path, version: str, kind: str = "classifier", *, content_key: bytes | None = None, **choices: Any
+    ) -> None:
+        self.digest = models.build_bundle(folder, MODEL, version, kind, content_key=content_key, **choices)
         self.manifest = (folder / m.MANIFEST_FILE).read_bytes()
         self.model, self.version = MODEL, version
         found = m.parse(self.manifest).files()
         self.files = [{"path": one.path, "sha256": one.sha256, "size": one.size} for one in found]
-        self.blobs = {one.sha256: (folder / one.path).read_bytes() for one in found}
+        here = {one.sha256: (folder / one.path).read_bytes() for one in found}
+        self.blobs = {
+            sha256: data if content_key is None else models.seal(data, content_key) for sha256, data in here.items()
+        }
 
 
 class World:
@@ -63,6 +66,16 @@ class World:
                 }.items()
             )
         }  # fmt: skip
+        weights = random.Random(1).randbytes(60_000)
+        changed = weights[:20_000] + b"another" * 200 + weights[21_400:]
+        content_key = secrets.token_bytes(sealed.KEY_BYTES)
+        more: dict[str, dict[str, Any]] = {
+            "1.7.0": {}, "1.8.0": {"further": {"weights.bin": weights}}, "1.9.0": {"further": {"weights.bin": changed}},
+            "2.0.0": {"content_key": content_key},
+        }  # fmt: skip
+        for seed, (version, choices) in enumerate(more.items(), len(self.bundles)):
+            self.bundles[version] = Built(folder / f"bundle-{version}", version, seed=seed, n_golden=3, **choices)
+        self.fleet.site.content_keys[self.bundles["2.0.0"].digest] = content_key
         self.fleet.approve(*self.bundles.values())
         self.generation = 0
         self.state_dir = folder / "device"
@@ -91,7 +104,7 @@ class World:
         """Breaks what is served of a version's largest file; None mends it."""
         prefix = f"/repository/{layout.blob(self.largest(version))}"
         if how is None:
-            self.fleet.site.spoils.pop(prefix)
+            self.fleet.site.spoils.pop(prefix, None)
         else:
             self.fleet.site.spoils[prefix] = how
 
@@ -218,160 +231,6 @@ def infer(state_dir: Path, n: int, *, value: float | None = None) -> list[str]:
 
 
 CONFIRMED = ("confirmed", "confirmed_on_golden")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A part of the story.
-
-    Attributes:
-        name: what happens.
-        offered: the version that the group document names in it.
-        before, after: what is confirmed when it begins and when it has ended; empty for nothing.
-        code: why what was offered was not taken; empty where it was, or where nothing hangs on it.
-        begin, end: places in the record, bytes.
-    """
-
-    name: str
-    offered: str
-    before: str
-    after: str
-    code: str
-    begin: int
-    end: int
-
-
-class Story:
-    """The life of a device, recorded. ``stages`` in order, ``record`` the bytes, ``start`` the folder as it was at first."""
-
-    def __init__(self, world: World, library: Path) -> None:
-        self._world = world
-        self._record = world.folder / "record"
-        self._record.touch()
-        self._environment = {
-            "LD_PRELOAD": str(library), "SKERRY_BELOW": str(world.state_dir), "SKERRY_RECORD": str(self._record),
-        }  # fmt: skip
-        self._config = world.config(world.state_dir, world.folder / "agent.toml")
-        self.stages: list[Stage] = []
-        self.running = ""
-
-    def _start(self) -> Agent:
-        return Agent(self._config, self._world.state_dir, self._world.folder / "agent.log", self._environment)
-
-    def _stage(self, name: str, offered: str, after: str, what: Callable[[], None], code: str = "") -> None:
-        begin = self._record.stat().st_size
-        what()
-        end = self._record.stat().st_size
-        stage = Stage(name=name, offered=offered, before=self.running, after=after, code=code, begin=begin, end=end)
-        self.stages.append(stage)
-        self.running = after
-
-    def tell(self) -> bytes:
-        """Lives the life. Returns the record."""
-        world = self._world
-        agents: list[Agent] = []
-
-        def first() -> None:
-            world.publish("1.0.0")
-            agents.append(self._start())
-            self._tried("1.0.0", agents[-1])
-
-        def updated(version: str) -> Callable[[], None]:
-            def act() -> None:
-                world.publish(version)
-                agents[-1].sync()
-                self._tried(version, agents[-1])
-
-            return act
-
-        def ended(version: str, code: str, meanwhile: Callable[[], None] = lambda: None) -> Callable[[], None]:
-            def act() -> None:
-                world.publish(version)
-                agents[-1].sync()
-                meanwhile()
-                agents[-1].wait_ended(version, code)
-                agents[-1].wait(
-                    lambda s: s["running"][MODEL]["state"] in CONFIRMED, f"what ran before, after {version}"
-                )
-
-            return act
-
-        def poison() -> None:
-            agents[-1].wait_running("1.4.0", "trial")
-            agents[-1].infer(3)
-            # The connection of a request that kills its worker breaks.
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                agents[-1].infer(1, value=REFUSED)
-
-        def withdraw() -> None:
-            agents[-1].wait(lambda s: s["update"]["version"] == "1.5.0" and s["update"]["state"] == "fetch", "a fetch")
-            part = world.state_dir / "slots" / ".parts" / world.largest("1.5.0")
-            wait_for(lambda: part.stat().st_size, why="a part of a download")
-            world.publish("1.1.0")
-            agents[-1].sync()
-
-        def revert() -> None:
-            # The plan keeps offering 1.1.0, which a person gave up: it is refused until it is pardoned.
-            assert agents[-1].call("POST", "/skerry/v1/revert", {"model": MODEL}).status == 200
-            agents[-1].wait_running("1.0.0")
-
-        def rotate() -> None:
-            world.rotate_root()
-            world.fleet.install(world.fleet.propose(_floor("1.0.0")))
-            agents[-1].synced()
-
-        def pardoned() -> None:
-            agents[-1].sync(pardon=True)
-            self._tried("1.1.0", agents[-1])
-
-        def restarted() -> None:
-            agents[-1].stop()
-            agents.append(self._start())
-            agents[-1].wait_running("1.6.0")
-
-        try:
-            self._stage("first", "1.0.0", "1.0.0", first)
-            self._stage("update", "1.1.0", "1.1.0", updated("1.1.0"))
-            world.spoil("1.2.0", world.flip)
-            self._stage("refused", "1.2.0", "1.1.0", ended("1.2.0", "mirror_wrong"), "mirror_wrong")
-            self._stage("unproved", "1.3.0", "1.1.0", ended("1.3.0", "golden_failed"), "golden_failed")
-            self._stage("crashed", "1.4.0", "1.1.0", ended("1.4.0", "trial_crashed", poison), "trial_crashed")
-            world.spoil("1.5.0", _slowly)
-            self._stage("withdrawn", "1.5.0", "1.1.0", ended("1.5.0", "withdrawn", withdraw))
-            self._stage("reverted", "1.1.0", "1.0.0", revert)
-            self._stage("rotated", "1.1.0", "1.0.0", rotate)
-            self._stage("again", "1.1.0", "1.1.0", pardoned)
-            self._stage("collected", "1.6.0", "1.6.0", updated("1.6.0"))
-            self._stage("restarted", "1.6.0", "1.6.0", restarted)
-        finally:
-            for agent in agents:
-                agent.stop()
-        return self._record.read_bytes()
-
-    def _tried(self, version: str, agent: Agent) -> None:
-        agent.wait_running(version, "trial")
-        agent.infer(12)
-        agent.wait_running(version)
-        # What follows its confirmation: the event, and what is cleared away.
-        agent.wait(lambda s: s["update"]["state"] == "confirmed", "its rest")
-        time.sleep(0.3)
-
-
-def _slowly(handler: BaseHTTPRequestHandler, data: bytes) -> bool:
-    """Serves half of a file, and then nothing."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
-    handler.wfile.write(data[: len(data) // 2])
-    handler.wfile.flush()
-    threading.Event().wait(2.0)
-    return True
-
-
-def _floor(version: str) -> Any:
-    from skerry_cli import catalog
-
-    return catalog.Change(add=(), floors={MODEL: version})
 
 
 def recorder(folder: Path) -> Path:

@@ -21,12 +21,14 @@ from typing import Any
 
 import jwt
 import pytest
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from securesystemslib.signer import CryptoSigner, Signer
 from skerry_agent.courier import __main__ as courier
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 from skerry_cli import catalog, key_files, keys
-from skerry_contract import canonical, enrolment, group, layout
+from skerry_contract import canonical, enrolment, group, layout, sealed
 from skerry_contract import manifest as m
 from skerry_server import ca
 from skerry_server.metadata import make_online_key
@@ -68,6 +70,7 @@ class Site:
         self.devices: dict[str, tuple[str, ec.EllipticCurvePublicKey]] = {}  # kid -> (id, key)
         self.nonces: set[str] = set()
         self.membership: dict[str, Any] = {"group": "line-1", "tags": {"hall": "a"}, "version": 3}
+        self.content_keys: dict[str, bytes] = {}  # digest -> key
         self.shown_ca = authority.pem
         site = self
 
@@ -152,6 +155,8 @@ class Site:
         body = handler.rfile.read(int(handler.headers.get("Content-Length", "0")))
         self.asked.append(handler.path)
         value = json.loads(body)
+        if handler.path.startswith("/device/v1/keys/"):
+            return self._give_key(handler, body, handler.path.rpartition("/")[2])
         _, public = ca.read_request(value["csr"])
         now = dt.datetime.now(dt.UTC)
         if handler.path == "/device/v1/renew":
@@ -174,6 +179,22 @@ class Site:
             "repository_url": f"{self.url}/repository",
         }
         return _send(handler, 200, json.dumps(answer).encode())
+
+    def _give_key(self, handler: BaseHTTPRequestHandler, body: bytes, digest: str) -> None:
+        device = self.authenticate(handler, body)
+        if device is None or digest not in self.content_keys:
+            return _refuse(handler, 404, "not_found")
+        receiver = serialization.load_pem_public_key(json.loads(body)["encryption_key"].encode())
+        assert isinstance(receiver, ec.EllipticCurvePublicKey)
+        once = ec.generate_private_key(ec.SECP256R1())
+        sender, point = (
+            key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+            for key in (once.public_key(), receiver)
+        )
+        secret = once.exchange(ec.ECDH(), receiver)
+        key, about = sealed.wrapping_key(secret, sender=sender, receiver=point, device=device, digest=digest)
+        wrapped = sealed.Wrapped(point=sender, box=sealed.wrap(self.content_keys[digest], key, about, AESGCM))
+        return _send(handler, 200, json.dumps({"wrapped": sealed.encode_wrapped(wrapped)}).encode())
 
     def authenticate(self, handler: BaseHTTPRequestHandler, body: bytes) -> str | None:
         token = handler.headers.get("Authorization", "").removeprefix("Skerry-JWT ")
@@ -280,7 +301,9 @@ class Fleet:
         return bundle
 
     def source(self) -> catalog.RepositorySource:
-        return catalog.RepositorySource(self.url, lambda d: self.bundles[d].manifest, self.authority.files.ca)
+        return catalog.RepositorySource(
+            self.url, lambda d: self.bundles[d].manifest, self.authority.files.ca, self.site.content_keys.__getitem__
+        )
 
     def verified(self) -> catalog.VerifiedCatalog:
         return catalog.read_catalog(
