@@ -427,7 +427,7 @@ def test_wrong_times_an_expired_catalog_and_a_forced_floor_end_as_the_signatures
     epoch = agent.status()["outbox"]["epoch"]
     for when in (float(YEAR_2100_S), 0.0, 1e300):
         say(broker, topics.ack(NAME), wire.encode(wire.Ack(epoch=epoch, upto=0, server_time=when)))
-    for status in ("offline", "online"):
+    for status in ("online", "offline"):
         say(broker, topics.SERVER_STATE, wire.encode(wire.ServerState(status=status, birth=(1 << 53) - 1)), retain=True)
     proxy.date = "Fri, 01 Jan 2100 00:00:00 GMT"
     before = agent.status()["sync"]["at_ms"]
@@ -455,6 +455,8 @@ def test_wrong_times_an_expired_catalog_and_a_forced_floor_end_as_the_signatures
         why=lambda: f"the refusal: {agent.status()['update']} {agent.log()[-3000:]}",
     )
     assert agent.runs("1.1.0")
+    # Nor was it silenced by a server that is said to be gone: the real one says that it is there.
+    wait_for(lambda: agent.status()["outbox"]["pending"] == 0, why=lambda: f"its word: {agent.status()['outbox']}")
 
 
 @pytest.mark.attack("fast-forwarded versions")
