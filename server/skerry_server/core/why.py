@@ -48,7 +48,7 @@ MEANINGS: dict[str, str] = {
     "hash_mismatch": "a file differs from the digest that was signed",
     "size_mismatch": "a file is shorter or longer than signed",
     "not_in_catalog": "no approver signed this bundle",
-    "malformed_manifest": "the manifest breaks the contract",
+    "malformed_manifest": "the manifest breaks the contract, or the catalog lists it larger than one may be",
     "below_floor": "the version is below the signed floor",
     "must_pass_first": "the bundle goes after a version that this device has not confirmed (the manifest's `after`), and the group's document does not name that one: approve it",
     "below_forced_floor": "what served is below a floor that the approvers forced: it stopped. The bundle before it came back where "
