@@ -138,11 +138,14 @@ class Patched:
         return False
 
     def done(self) -> None:
-        """Every file is here, in whatever way: what is left of deltas goes."""
+        """Every file is here, in whatever way: what is left of deltas goes, for good."""
         self._tidy(lambda _key: True)
         for key, target in self._keys.items():
             self._remove(key)
             self._spending.forget(target)
+        if self._folder.is_dir():
+            # The next fetch may be long ahead: power that fails until then must not bring back what went.
+            durable.sync_folder(self._folder)
 
     def told(self) -> dict[str, Any]:
         """``delta_bytes``, ``patched_bytes`` and ``refused``; empty where no delta was asked for."""
