@@ -236,6 +236,7 @@ for folder in itertools.cycle(bundles):
     slot = Slot(digest=digest, version=manifest.version, variant=manifest.variants[0].id, standing="confirmed")
     if not slots.whole(digest, slot.variant):
         slots.discard(digest)
+        shutil.rmtree(slots.staging_path(digest), ignore_errors=True)
         shutil.copytree(folder, slots.staging_path(digest))
         slots.verify(digest, manifest.files())
         slots.stage(digest)
