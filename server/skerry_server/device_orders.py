@@ -100,7 +100,13 @@ def listed(conn: Connection, device: str, group: str) -> list[dict[str, Any]]:
     """The newest order of each kind, and when the device said that it obeyed it."""
     told = {(row.data or {}).get("number"): row for row in reversed(_told(conn, device))}
     newest = {kind: _newest(conn, device, group, kind) for kind in KINDS}
-    return [_shape(kind, row, told.get(_number(row))) for kind, row in newest.items() if row is not None]
+    found = [_shape(kind, row, told.get(_number(row))) for kind, row in newest.items() if row is not None]
+    order = newest["renew"]
+    renewed = audit.about(conn, f"device:{device}", action="device.renew", limit=1) if order is not None else []
+    if order is not None and renewed and renewed[0]["id"] > order["id"]:
+        # No device is told of this one: that it renewed is its word.
+        found = [one | {"obeyed_ms": renewed[0]["at_ms"]} if one["kind"] == "renew" else one for one in found]
+    return found
 
 
 def forgiven_by(conn: Connection, device: str) -> int:

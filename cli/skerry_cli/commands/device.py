@@ -100,7 +100,7 @@ def _order_words(order: dict[str, Any], now_ms: int) -> str:
     whole, _, name = str(order.get("of", "")).partition(":")
     where = f", with all of group {name}," if whole == "group" else ""
     told = f"ordered to {order['kind']}{where} by {order['actor']} {output.when(order['at_ms'])} ({order['reason']}): "
-    if order["kind"] == "renew":
+    if order["kind"] == "renew" and order["obeyed_ms"] is None:
         return told + f"it may renew its certificate until {output.when(order['expires_ms'])}"
     if order["obeyed_ms"] is not None:
         return told + f"obeyed {output.when(order['obeyed_ms'])}" + (f", {order['code']}" if order["code"] else "")

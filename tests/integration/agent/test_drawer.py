@@ -252,4 +252,4 @@ def test_beyond_the_days_of_grace_the_device_says_what_it_needs_and_an_operators
         "the order",
         lambda: [one for one in server.good("GET", f"/api/v1/devices/{NAME}/why")["orders"] if one["obeyed_ms"]],
     )
-    assert json.loads(json.dumps(orders))[0]["kind"] == "retry"
+    assert json.loads(json.dumps(orders))[0]["kind"] == "renew"

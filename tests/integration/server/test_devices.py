@@ -337,8 +337,15 @@ def test_a_certificate_that_ended_is_renewed_within_the_days_of_grace_and_later_
     server.good("POST", f"/api/v1/devices/{device.id}/renew", {"reason": "found"})
     thief = device.signed(device.claims("POST", "/device/v1/renew"), key=p256())
     assert device.ask("POST", "/device/v1/renew", {"csr": csr(p256())}, authorization=thief).status == 401
+
+    def standing() -> dict[str, bool]:
+        orders = server.good("GET", f"/api/v1/devices/{device.id}/why")["orders"]
+        return {order["kind"]: order["obeyed_ms"] is not None for order in orders}
+
+    assert standing() == {"retry": False, "renew": False}
     assert renew(device.key).status == 200
     assert audited()[-1]["by_order"] is True
+    assert standing() == {"retry": False, "renew": True}
     ended(1)
     server.good("POST", f"/api/v1/devices/{device.id}/revoke", {"reason": "lost"})
     assert renew(device.key).code == "unknown_device"
