@@ -90,4 +90,13 @@ def _further(cancelled: tuple[Update, ...]) -> dict[str, Any]:
     return {"also": [f"{one.model} {one.version}" for one in cancelled[1:]]} if len(cancelled) > 1 else {}
 
 
-_ACTS: dict[str, Callable[[Updating], tuple[str, dict[str, Any]]]] = {"retry": _retry, "cancel": _cancel}
+def _renew(_updating: Updating) -> tuple[str, dict[str, Any]]:
+    """Nothing is forgiven: having heard an order, the device asks for its certificate again at once."""
+    return "", {}
+
+
+_ACTS: dict[str, Callable[[Updating], tuple[str, dict[str, Any]]]] = {
+    "retry": _retry,
+    "cancel": _cancel,
+    "renew": _renew,
+}

@@ -6,8 +6,8 @@ was restored from a backup never gives a number that a device has obeyed already
 row, which every device of the group reads. An order that no device took within ``LIFE_MS`` is over: what a person wanted last week is not
 done to a device that comes out of a drawer.
 
-``renew`` is read by the server alone, when a device whose certificate ended too long ago asks for another: it says nothing about bundles,
-and ``retry`` lets nobody back in.
+``renew`` counts when a device whose certificate ended too long ago asks for another; told of it, the device asks at once. It says nothing about
+bundles, and ``retry`` lets nobody back in.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from skerry_server.errors import Conflict, NotFound
 
 Kind = Literal["retry", "cancel", "renew"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
-_TOLD: Final[tuple[Kind, ...]] = ("retry", "cancel")
 LIFE_MS: Final = 7 * 86_400_000
 _EVENTS = 100
 
@@ -85,7 +84,7 @@ def standing(conn: Connection, device: str, group: str, now_ms: int) -> dict[str
     """Kind -> number of the newest order that the device of that group may still obey."""
     return {
         kind: _number(row)
-        for kind in _TOLD
+        for kind in KINDS
         if (row := _newest(conn, device, group, kind)) is not None and row["at_ms"] + LIFE_MS > now_ms
     }
 
@@ -104,7 +103,7 @@ def listed(conn: Connection, device: str, group: str) -> list[dict[str, Any]]:
     order = newest["renew"]
     renewed = audit.about(conn, f"device:{device}", action="device.renew", limit=1) if order is not None else []
     if order is not None and renewed and renewed[0]["id"] > order["id"]:
-        # No device is told of this one: that it renewed is its word.
+        # That it renewed is its word, whether or not it said so too.
         found = [one | {"obeyed_ms": renewed[0]["at_ms"]} if one["kind"] == "renew" else one for one in found]
     return found
 
