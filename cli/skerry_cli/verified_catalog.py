@@ -113,7 +113,8 @@ def read_catalog(
         raise RefusedForSafety(str(error)) from None
     if catalog.version < seen:
         raise RefusedForSafety(
-            f"catalog: the repository shows version {catalog.version}, this operator has seen {seen}"
+            f"catalog: the repository shows version {catalog.version}, this operator has seen {seen}",
+            advice="if the server was restored from a backup, give it the newer one: skerry restore",
         )
     _remember_version(cache_dir, catalog.version)
     return VerifiedCatalog(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from skerry_cli import bundle, catalog, keys, model_signers, output, publishing, restoring
+from skerry_cli import bundle, catalog, keys, model_signers, output, publishing, restoring, seen
 from skerry_cli.client import Api, quote
 from skerry_cli.commands.session import Session, now, session
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
@@ -146,7 +146,7 @@ def restore(context: typer.Context, as_json: AsJson = False) -> None:
 
 def seen_dir(run: Session) -> Path:
     """Where this operator's tool remembers what it has seen of this fleet."""
-    return run.keys / ".seen" / run.api.ca_sha256[:16]
+    return seen.folder(run.keys, keys.read_ceremony(run.keys).root_sha256)
 
 
 @floor_app.command("set")
@@ -193,7 +193,7 @@ def approver_of(run: Session, name: str) -> publishing.Approver:
         signer=signer,
         name=name,
         names={str(key["keyid"]): str(key["name"]) for key in ceremony.record["keys"]},
-        cache_dir=seen_dir(run),
+        cache_dir=seen.folder(run.keys, ceremony.root_sha256),
         model_signers=None if wanted is None else model_signers.read(wanted),
         say=output.note,
     )
