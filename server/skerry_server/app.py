@@ -115,7 +115,9 @@ class Server:
         with reading(self._engine) as conn:
             enrolled = _broker_clients(conn)
         self._broker = self._choose_broker(enrolled, last.get("mqtt_port", 0))
-        self._telemetry = Telemetry(self._engine, self.probe, clock.now_ms, self._certificates_left_s)
+        self._telemetry = Telemetry(
+            self._engine, self.probe, clock.now_ms, self._certificates_left_s, lambda: self._publication.clock_behind
+        )
         self._link: ServerLink | None = None
         self._ingest: Ingest | None = None
         self._orchestrator: Orchestrator | None = None

@@ -11,7 +11,7 @@ import datetime as dt
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,9 @@ from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from skerry_server import clock, durable, trust
-from skerry_server.core.signing_time import plausible, signing_time_s
+from skerry_server.core import signing_time
+from skerry_server.core.expiry import LIVES_MS
+from skerry_server.core.signing_time import Count, Judged
 from skerry_server.errors import Unavailable
 from skerry_server.trust import RepositoryRefused
 
@@ -81,7 +83,8 @@ class MetadataFolder:
         monotonic_s: Callable[[], float] = clock.monotonic_s,
     ) -> None:
         self._monotonic_s = monotonic_s
-        self._begun: tuple[int, float] | None = None
+        self._count: Count | None = None
+        self._clock_behind = False
         self._folder = folder
         self._signers = {str(signer.public_key.keyid): signer for signer in signers}
         self._now = now
@@ -91,6 +94,11 @@ class MetadataFolder:
     def online_keyids(self) -> frozenset[str]:
         """Of the keys that can sign here."""
         return frozenset(self._signers)
+
+    @property
+    def clock_behind(self) -> bool:
+        """Whether the server's clock was behind what was signed and the time since, when that was last looked at."""
+        return self._clock_behind
 
     def load(self) -> State:
         """What the files say. Before the first timestamp, the newest version of each offline role counts."""
@@ -158,9 +166,10 @@ class MetadataFolder:
         """
         offline = [(role, held) for role, held in fresh if role != Root.type]
         roots = [(role, held) for role, held in fresh if role == Root.type]
-        made, signed = self._signed(state, fleet_targets, only_due, floor or {})
+        made, signed, count = self._signed(state, fleet_targets, only_due, floor or {})
         for role, held in (*offline, *made[:-1], *roots, *made[-1:]):
             self._write(role, held)
+        self._count = count
         return signed
 
     def _signed(
@@ -169,12 +178,15 @@ class MetadataFolder:
         fleet_targets: Mapping[str, TargetFile] | None,
         only_due: bool,
         floor: Mapping[str, int],
-    ) -> tuple[list[tuple[str, Held]], tuple[str, ...]]:
-        """What is to be written, the timestamp last, and the names of its roles; nothing before there is a catalog."""
+    ) -> tuple[list[tuple[str, Held]], tuple[str, ...], Count | None]:
+        """What is to be written, the timestamp last, the names of its roles, and what is held of the time once it is written; nothing
+        before there is a catalog.
+        """
         root, targets, catalog = state.root, state.targets, state.catalog
         if root is None or targets is None or catalog is None:
-            return [], ()
-        signed_at = self._next_signed_at(root, state.timestamp)
+            return [], (), self._count
+        judged = self._judge_time(root, targets, catalog, state.timestamp)
+        signed_at = judged.signed_s
         # Devices take it to be signed_at at least, however far behind it this clock is: what is signed must outlive that.
         now = max(self._now(), dt.datetime.fromtimestamp(signed_at, dt.UTC))
         made: list[tuple[str, Held]] = []
@@ -204,8 +216,10 @@ class MetadataFolder:
 
         timestamp = state.timestamp
         if only_due and not made and timestamp is not None:
-            if not self._due(root.signed, Timestamp.type, timestamp, TIMESTAMP_LIFE, now):
-                return [], ()
+            # A process that ends forgets what it measured: where that is all there is to go by, it is signed often.
+            astray = judged.behind and signed_at - _signed_at(timestamp) >= signing_time.ASTRAY_S
+            if not astray and not self._due(root.signed, Timestamp.type, timestamp, TIMESTAMP_LIFE, now):
+                return [], (), self._count
         new = Timestamp(
             version=_above(timestamp, floor.get(Timestamp.type, 0)),
             expires=now + TIMESTAMP_LIFE,
@@ -213,7 +227,7 @@ class MetadataFolder:
             unrecognized_fields={layout.SIGNED_AT_FIELD: signed_at},
         )
         made.append((Timestamp.type, self._sign(root.signed, Timestamp.type, new)))
-        return made, tuple(role for role, _ in made)
+        return made, tuple(role for role, _ in made), judged.count
 
     def prune(self) -> set[tuple[str, str]]:
         """Deletes superseded snapshots and fleets past ``KEPT_VERSIONS``. Offline roles stay for ever.
@@ -249,24 +263,37 @@ class MetadataFolder:
             ) from None
         return Held(signed=trust.parse(data, kind, role).signed, data=data)
 
-    def _next_signed_at(self, root: Held, timestamp: Held | None) -> int:
-        """See ``signing_time``. Devices forget what a key said that root names no more, so that is no bound here either."""
+    def _judge_time(self, root: Held, targets: Held, catalog: Held, timestamp: Held | None) -> Judged:
+        """See ``signing_time``. Devices forget what a key said that root names no more, so that is no bound here either: the first
+        timestamp of a key is bounded by when the offline roles were signed.
+        """
+        now_s, at_s = int(self._now().timestamp()), self._monotonic_s()
         last_s = 0
         if timestamp is not None and _holds(root.signed, Timestamp.type, timestamp):
             last_s = _signed_at(timestamp)
-        now_s, monotonic_s = int(self._now().timestamp()), self._monotonic_s()
-        if self._begun is None or last_s < self._begun[0]:
-            self._begun = last_s, monotonic_s
-        begun_s, at_s = self._begun
-        signed_at = signing_time_s(now_s, last_s, begun_s, monotonic_s - at_s)
-        if not plausible(begun_s):
-            self._begun = signed_at, monotonic_s
-        if signed_at != now_s:
-            log.warning("signing time is not the clock's signed_at=%d now=%d", signed_at, now_s)
-        return signed_at
+        count = self._count
+        if not signing_time.plausible(last_s):
+            offline = {Root.type: root, Targets.type: targets, layout.CATALOG_ROLE: catalog}
+            expires = {role: int(held.signed.expires.timestamp()) for role, held in offline.items()}
+            known_s = min(now_s, signing_time.known_s(expires, {role: ms // 1000 for role, ms in LIVES_MS.items()}))
+            # Nobody's clock can be believed before 2024; all the same the time does not go back.
+            now_s = max(now_s, last_s)
+            count = Count.begun(now_s, known_s if signing_time.plausible(known_s) else now_s, at_s)
+        elif count is None or last_s < count.last_s:
+            count = self._count = Count.begun(now_s, last_s, at_s)
+        elif last_s > count.last_s:
+            # Another process signed it.
+            count = self._count = replace(count, last_s=last_s, at_s=at_s)
+        judged = signing_time.judge(now_s, at_s, count)
+        self._clock_behind = judged.behind
+        if judged.signed_s != now_s:
+            log.warning("signing time is not the clock's signed_at=%d now=%d", judged.signed_s, now_s)
+        return judged
 
     def _due(self, delegator: Root | Targets, role: str, held: Held, life: dt.timedelta, now: dt.datetime) -> bool:
-        if held.signed.expires - now < life / 2:
+        left = held.signed.expires - now
+        # Longer than it should be: signed by a clock that was ahead. Nobody shall be able to show it for so long.
+        if left < life / 2 or (left > life + dt.timedelta(seconds=signing_time.ASTRAY_S) and not self._clock_behind):
             return True
         return not _holds(delegator, role, held)
 

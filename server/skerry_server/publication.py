@@ -61,6 +61,11 @@ class Publication:
         with self._lock:
             return self._repository.status()
 
+    @property
+    def clock_behind(self) -> bool:
+        """Whether this server's clock was behind what it signed and the time since, when that was last looked at."""
+        return self._repository.clock_behind
+
     def floors(self) -> dict[str, str]:
         """Model -> lowest version that a device may activate."""
         with self._lock:

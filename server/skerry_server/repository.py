@@ -30,7 +30,7 @@ from skerry_contract import canonical, floors, group, ids, layout, manifest
 from skerry_contract.errors import ContractError
 from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp
 
-from skerry_server import durable, trust
+from skerry_server import clock, durable, trust
 from skerry_server.metadata import ONLINE_ROLES, Held, MetadataFolder, State
 from skerry_server.trust import CatalogEntry, RepositoryRefused
 
@@ -49,16 +49,21 @@ class Repository:
         root_dir: the folder to serve; made when missing.
         online_signer: signs fleet, snapshot and timestamp; of several, the newest that the operator's roles name.
         now: the server's clock, aware, UTC.
+        monotonic_s: seconds by a clock that nobody sets.
     """
 
     def __init__(
-        self, root_dir: Path, online_signer: Signer | Sequence[Signer], now: Callable[[], dt.datetime]
+        self,
+        root_dir: Path,
+        online_signer: Signer | Sequence[Signer],
+        now: Callable[[], dt.datetime],
+        monotonic_s: Callable[[], float] = clock.monotonic_s,
     ) -> None:
         self._dir = root_dir
         self._now = now
         self._thread = threading.RLock()
         signers = tuple(online_signer) if isinstance(online_signer, Sequence) else (online_signer,)
-        self._metadata = MetadataFolder(root_dir / layout.METADATA_DIR, signers, now)
+        self._metadata = MetadataFolder(root_dir / layout.METADATA_DIR, signers, now, monotonic_s)
         for part in (layout.TARGETS_DIR, "blobs/sha256"):
             durable.make_folder(root_dir / part)
         with self._writing():
@@ -367,6 +372,11 @@ class Repository:
     def online_keyids(self) -> frozenset[str]:
         """Of the keys that can sign here."""
         return self._metadata.online_keyids
+
+    @property
+    def clock_behind(self) -> bool:
+        """Whether the server's clock was behind what was signed and the time since, when that was last looked at."""
+        return self._metadata.clock_behind
 
     def catalog_entries(self) -> tuple[CatalogEntry, ...]:
         """The bundles that the catalog lists; empty before there is one."""

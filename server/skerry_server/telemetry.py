@@ -31,10 +31,12 @@ class Telemetry:
         probe: Callable[[], dict[str, bool]],
         now_ms: Callable[[], int],
         certificates: Callable[[], dict[str, float]],
+        clock_behind: Callable[[], bool],
     ) -> None:
         """Args:
         probe: whether each part of the server is well, by name.
         certificates: seconds to the end of each of the server's own certificates, by name.
+        clock_behind: see ``Publication``.
         """
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -63,7 +65,7 @@ class Telemetry:
             registry=self.registry,
             buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
         )
-        self.registry.register(_Fleet(engine, probe, now_ms, certificates))
+        self.registry.register(_Fleet(engine, probe, now_ms, certificates, clock_behind))
 
     def observe_tick(self, seconds: float, well: bool) -> None:
         """Counts one look of the orchestrator."""
@@ -98,8 +100,10 @@ class _Fleet(Collector):
         probe: Callable[[], dict[str, bool]],
         now_ms: Callable[[], int],
         certificates: Callable[[], dict[str, float]],
+        clock_behind: Callable[[], bool],
     ) -> None:
         self._engine, self._probe, self._now_ms, self._certificates = engine, probe, now_ms, certificates
+        self._clock_behind = clock_behind
 
     def collect(self) -> Iterable[Any]:
         build = GaugeMetricFamily("skerry_build_info", "The running version", labels=["version"])
@@ -157,7 +161,7 @@ class _Fleet(Collector):
         if any(row.role == "timestamp" for row in roles):
             roles_now = {row.role: (row.version, row.expires_ms) for row in roles}
             held = {row.role: (row.version, row.device) for row in ahead}
-            for due in expiry.alerts(roles_now, held, self._now_ms()):
+            for due in expiry.alerts(roles_now, held, self._now_ms(), clock_behind=self._clock_behind()):
                 alert.add_metric([due.role, due.code], 1)
         yield alert
 

@@ -69,11 +69,11 @@ def note_held(conn: Connection, held: Mapping[str, Mapping[str, Any]], now_ms: i
             conn.execute(added.on_conflict_do_update(index_elements=["role"], set_=values))
 
 
-def alerts(conn: Connection, now_ms: int) -> tuple[expiry.Alert, ...]:
-    """What a person must see to now. Nothing before the repository has trust."""
+def alerts(conn: Connection, now_ms: int, *, clock_behind: bool = False) -> tuple[expiry.Alert, ...]:
+    """What a person must see to now. Nothing before the repository has trust. ``clock_behind``: see ``Publication``."""
     roles = {row.role: (row.version, row.expires_ms) for row in conn.execute(select(t.roles))}
     ahead = {row.role: (row.version, row.device) for row in conn.execute(select(t.ahead))}
-    return expiry.alerts(roles, ahead, now_ms) if "timestamp" in roles else ()
+    return expiry.alerts(roles, ahead, now_ms, clock_behind=clock_behind) if "timestamp" in roles else ()
 
 
 class Upkeep:
@@ -90,7 +90,8 @@ class Upkeep:
         self._forget_gone()
         self._catch_up(now_ms)
         with reading(self._engine) as conn:
-            found = {f"{alert.role} {alert.code}": alert for alert in alerts(conn, now_ms)}
+            due = alerts(conn, now_ms, clock_behind=self._publication.clock_behind)
+            found = {f"{alert.role} {alert.code}": alert for alert in due}
             if self._open is None:
                 self._open = _last_said(conn)
         opened = [alert for key, alert in found.items() if key not in self._open]

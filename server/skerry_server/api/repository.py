@@ -83,7 +83,8 @@ def status(context: Ctx, _caller: Viewer) -> dict[str, Any]:
 def alerts(context: Ctx, _caller: Viewer) -> dict[str, Any]:
     """The most urgent first, each with `do`. A role is listed from a third of its life on."""
     with reading(context.engine) as conn:
-        items = [alert.to_builtins() for alert in upkeep.alerts(conn, context.now_ms())]
+        found = upkeep.alerts(conn, context.now_ms(), clock_behind=context.publication.clock_behind)
+    items = [alert.to_builtins() for alert in found]
     return {"items": items, "next": None}
 
 

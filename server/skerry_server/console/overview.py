@@ -171,8 +171,8 @@ class Shared:
             return held
 
 
-def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) -> Overview:
-    """Reads the page's content. ``parts``: whether each part of the server is well."""
+def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int, clock_behind: bool = False) -> Overview:
+    """Reads the page's content. ``parts``: whether each part of the server is well; ``clock_behind``: see ``Publication``."""
     c = t.devices.c
     enrolled_query = select(func.count(), func.coalesce(func.sum(cast(c.online, Integer)), 0)).where(
         c.status == "enrolled"
@@ -189,7 +189,7 @@ def gather(conn: Connection, *, name: str, parts: dict[str, bool], now_ms: int) 
         at_ms=now_ms,
         name=name,
         parts=parts,
-        alerts=upkeep.alerts(conn, now_ms),
+        alerts=upkeep.alerts(conn, now_ms, clock_behind=clock_behind),
         enrolled=int(enrolled),
         online=int(online),
         tiles=tiles,

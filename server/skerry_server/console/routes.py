@@ -90,7 +90,13 @@ def _overview(context: Ctx, request: Request) -> overview.Overview:
     def read() -> overview.Overview:
         parts = context.probe()
         with reading(context.engine) as conn:
-            return overview.gather(conn, name=context.settings.server.name, parts=parts, now_ms=context.now_ms())
+            return overview.gather(
+                conn,
+                name=context.settings.server.name,
+                parts=parts,
+                now_ms=context.now_ms(),
+                clock_behind=context.publication.clock_behind,
+            )
 
     return shared.get(read, context.now_ms())
 

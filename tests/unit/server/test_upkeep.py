@@ -20,6 +20,8 @@ class Served:
         self.versions = dict.fromkeys(("timestamp", "snapshot", "fleet"), 10)
         self.jumps = []
 
+    clock_behind = False
+
     def status(self):
         return {role: {"version": version} for role, version in self.versions.items()}
 
