@@ -197,7 +197,7 @@ class Following:
             elif update.model != step.model and step.digest not in waiting and self._goes_before(step, update):
                 self._updating.make_way(f"for {step.model} {step.version}")
             return
-        if step.digest in waiting:
+        if step.digest in waiting or self._slots.unwritten:
             return
         self._updating.feed(
             e.Assigned(

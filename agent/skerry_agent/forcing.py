@@ -73,6 +73,9 @@ class Forcing:
             self._serving.refuse(model, slot.digest)
         update = self._updating.update
         wait_s = min(_AGAIN_S * 2**self._tries, _MOST_S)
+        if update.resting and not self._updating.at_rest:
+            # What is being confirmed is confirmed first.
+            return
         if update.state == "revert" or self._clock.boot_s() - self._tried_s < wait_s:
             return
         model, slot = below[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable
@@ -22,6 +23,9 @@ from skerry_contract.errors import ContractError
 
 from skerry_agent.core.effects import Arm
 from skerry_agent.errors import Degraded, Rejected
+from skerry_agent.logs import kv
+
+log = logging.getLogger(__name__)
 
 _POINTERS = "pointers.json"
 PARTS = ".parts"
@@ -67,7 +71,10 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Slots:
-    """The folder ``slots``. Every change of the pointer file is on disk when the method returns.
+    """The folder ``slots``.
+
+    What leads forward (``activate``, ``confirm``) is on disk when the method returns, or it raises and nothing changed. What leads back
+    holds at once, also on a disk that takes no file: then it is on disk with the next change, or with ``settle``.
 
     Attributes:
         opened: where encrypted bundles lie in the clear, one folder each, in memory; None: nowhere.
@@ -87,10 +94,12 @@ class Slots:
             # What is confirmed in it later is worth nothing under a name that power takes away.
             _sync_folder(root.parent)
         self.damage = ""
+        self._stay = ""
         self.kept: set[str] = set()
         self.in_use: Callable[[], Collection[str]] = tuple
         self.forbidden: Callable[[str, str], bool] = lambda _model, _version: False
         self._models = self._read()
+        self._on_disk = self._models
 
     # --- pointers ----------------------------------------------------------------------------------------------------
 
@@ -101,11 +110,34 @@ class Slots:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             # Renames are atomic, so only the medium or a hand can have done this. The slots themselves are whole.
             self.damage = f"{path}: {error}"
-            path.replace(path.with_name(_POINTERS + ".damaged"))
+            with contextlib.suppress(OSError):
+                # On a disk that takes no change it stays where it is: what runs is fetched anew all the same.
+                path.replace(path.with_name(_POINTERS + ".damaged"))
             return {}
 
     def _write(self, model: str, pointers: Pointers) -> None:
-        models = {**self._models, model: pointers}
+        self._put({**self._models, model: pointers})
+
+    def _write_back(self, model: str, pointers: Pointers) -> None:
+        """Of a way back: it is gone whatever the disk says."""
+        self._models = {**self._models, model: pointers}
+        self.settle()
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether the pointer file lacks a way back that was gone."""
+        return self._models is not self._on_disk
+
+    def settle(self) -> bool:
+        """Writes what the pointer file lacks. Returns whether it lacks nothing now."""
+        if self.unwritten:
+            try:
+                self._put(self._models)
+            except OSError as error:
+                log.error("pointer file not written", extra=kv(detail=str(error)))
+        return not self.unwritten
+
+    def _put(self, models: dict[str, Pointers]) -> None:
         temporary = self.root / (_POINTERS + ".new")
         with open(temporary, "wb") as file:
             file.write(msgspec.json.encode(_File(schema=1, models=models)))
@@ -113,7 +145,7 @@ class Slots:
             os.fsync(file.fileno())
         temporary.replace(self.root / _POINTERS)
         _sync_folder(self.root)
-        self._models = models
+        self._models = self._on_disk = models
 
     def models(self) -> tuple[str, ...]:
         """Names that have pointers, sorted."""
@@ -147,7 +179,7 @@ class Slots:
         """A trial is over: what is confirmed answers again."""
         now = self.pointers(model)
         if now.active != now.confirmed:
-            self._write(model, msgspec.structs.replace(now, active=now.confirmed))
+            self._write_back(model, msgspec.structs.replace(now, active=now.confirmed))
 
     def step_back(self, model: str) -> bool:
         """A person's revert: previous becomes confirmed, and there is nothing before it. False without a previous."""
@@ -155,7 +187,7 @@ class Slots:
         if now.previous is None:
             return False
         back = msgspec.structs.replace(now.previous, arm="none", rollout="", stage=0)
-        self._write(model, Pointers(confirmed=back, previous=None, active=back))
+        self._write_back(model, Pointers(confirmed=back, previous=None, active=back))
         return True
 
     def rekey(self, model: str, *, arm: Arm, rollout: str, stage: int) -> None:
@@ -167,7 +199,9 @@ class Slots:
                 return slot
             return msgspec.structs.replace(slot, arm=arm, rollout=rollout, stage=stage)
 
-        self._write(model, Pointers(confirmed=keyed(now.confirmed), previous=now.previous, active=keyed(now.active)))
+        self._write_back(
+            model, Pointers(confirmed=keyed(now.confirmed), previous=now.previous, active=keyed(now.active))
+        )
 
     def runnable(self, model: str, *, unless: Collection[str] = ()) -> Slot | None:
         """What a boot starts of a model: confirmed, else previous, whichever is whole and not in ``unless`` (digests)."""
@@ -401,23 +435,37 @@ class Slots:
 
     def collect(self, keep: Collection[str]) -> tuple[str, ...]:
         """Removes bundles that no pointer names and ``keep`` does not either. Returns their digests."""
-        named = {*keep, *self.kept, *self.in_use()}
-        for pointers in self._models.values():
-            named |= {
-                slot.digest for slot in (pointers.confirmed, pointers.previous, pointers.active) if slot is not None
-            }
-        gone = tuple(digest for digest in self.digests() if digest not in named)
-        for digest in gone:
+        named = {*keep, *self.kept, *self.in_use(), *(slot.digest for slot in self._named())}
+        gone: list[str] = []
+        stay = ""
+        for digest in self.digests():
+            if digest in named:
+                continue
             # Renamed first: a folder half removed must not look like a slot.
             doomed = self.staging / f"{digest}.old"
-            self.path(digest).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+            try:
+                self.path(digest).rename(doomed)
+            except OSError as error:
+                # A card that can only be read any more, say. Nothing waits for this.
+                stay = str(error)
+                continue
+            shutil.rmtree(doomed, ignore_errors=True)
+            gone.append(digest)
         for entry in self.staging.iterdir():
             if entry.name.removesuffix(".old") not in named or entry.name.endswith(".old"):
                 shutil.rmtree(entry, ignore_errors=True)
-        self._drop_other_variants()
+        stay = self._drop_other_variants() or stay
         self._drop_secrets(named)
-        return gone
+        if stay and stay != self._stay:
+            log.error("bundle not removed", extra=kv(detail=stay))
+        self._stay = stay
+        return tuple(gone)
+
+    def _named(self) -> list[Slot]:
+        """What the pointers name, those on disk too where it takes no others."""
+        every = (*self._models.values(), *self._on_disk.values())
+        return [slot for p in every for slot in (p.confirmed, p.previous, p.active) if slot is not None]
 
     def _drop_secrets(self, named: Collection[str]) -> None:
         """Wrapped keys, and bundles in the clear, that belong to nothing here any more."""
@@ -436,18 +484,26 @@ class Slots:
         for path in self.opened.glob(".*") if self.opened is not None else ():
             shutil.rmtree(path, ignore_errors=True)
 
-    def _drop_other_variants(self) -> None:
-        """Files of variants that no pointer names any more: a worker reads every file that is there, and one that rots stops it."""
+    def _drop_other_variants(self) -> str:
+        """Files of variants that no pointer names any more: a worker reads every file that is there, and one that rots stops it.
+
+        Returns:
+            Why one stays; empty where none does.
+        """
         needed: dict[str, set[str]] = {}
-        for pointers in self._models.values():
-            for slot in (pointers.confirmed, pointers.previous, pointers.active):
-                if slot is not None and (variant := self.variant(slot)) is not None:
-                    needed.setdefault(slot.digest, set()).update(file.path for file in variant.files)
+        stay = ""
+        for slot in self._named():
+            if (variant := self.variant(slot)) is not None:
+                needed.setdefault(slot.digest, set()).update(file.path for file in variant.files)
         for digest, paths in needed.items():
             manifest = self.manifest(digest)
             for file in manifest.files() if manifest is not None else ():
                 if file.path not in paths:
-                    (self.path(digest) / file.path).unlink(missing_ok=True)
+                    try:
+                        (self.path(digest) / file.path).unlink(missing_ok=True)
+                    except OSError as error:
+                        stay = str(error)
+        return stay
 
     def size_bytes(self) -> int:
         """What all bundles take, staging included."""

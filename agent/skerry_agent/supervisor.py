@@ -527,8 +527,12 @@ def _raise_descriptors() -> None:
 
 def _write(path: Any, data: bytes) -> None:
     temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        # A full disk, say. Who looks for it there does not find it; what serves is worth more.
+        log.error("file not written", extra=kv(path=str(path), detail=str(error)))
 
 
 def run(config: Config, environment: Mapping[str, str], **choices: Any) -> int:

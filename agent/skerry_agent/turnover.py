@@ -173,7 +173,6 @@ class Turnover:
         if generation is not None:
             slot = generation.models[model]
             generation.models[model] = msgspec.structs.replace(slot, standing=self._update().state)
-        self._failures.forgive(self._update().digest)
 
     async def stop_new(self) -> None:
         """Ends a worker that was not handed over to."""

@@ -21,7 +21,7 @@ from skerry_contract.errors import ContractError
 
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
-from skerry_agent.core import culprits, lifecycle, liveness, trial, why
+from skerry_agent.core import backoff, culprits, lifecycle, liveness, trial, why
 from skerry_agent.core import effects as e
 from skerry_agent.core.effects import Effect
 from skerry_agent.core.lifecycle import Update
@@ -119,6 +119,8 @@ class Updating:
         self._scale = config.timing.backoff_scale
         self._extended = False
         self._up = False
+        self._draw = draw
+        self._unsettled, self._settle_s = 0, 0.0
         self.returning = Returning(store, slots)
         self.failures = Failures(store, clock, draw, config.timing.backoff_scale)
         self._readiness = Readiness(store, clock)
@@ -177,11 +179,26 @@ class Updating:
         self._up = True
         self._catch_up()
         self._go_back_first()
+        self._settle()
         self._holding.tick()
         self._look_at_holds()
         self._readiness.tick(self.update)
         self.judge()
         self.turnover.standby.tick()
+
+    def _settle(self) -> None:
+        """A way back that the disk took no note of is noted, by tries that grow rarer; until then nothing new is taken up."""
+        if not self._slots.unwritten:
+            self._unsettled = 0
+            return
+        if self._clock.boot_s() < self._settle_s:
+            return
+        self._unsettled += 1
+        self._settle_s = self._clock.boot_s() + backoff.delay_s(
+            "worker", self._unsettled, self._draw(), scale=self._scale
+        )
+        if self._slots.settle() and self.at_rest:
+            self._on_rest()
 
     def _look_at_holds(self) -> None:
         if self.update.state != "ready" or self._owed:
@@ -217,6 +234,8 @@ class Updating:
                 # With the state: power that fails behind it must not forget a person's word or a bad bundle's only attempt.
                 self.failures.penalise(after)
             self.failures.rested(after)
+            if isinstance(event, (e.TrialKept, e.TrialQuiet)) and after.state in lifecycle.CONFIRMED:
+                self.failures.forgive(after.digest)
             self._endings.note(after)
             self.returning.note(after, event)
             self._holding.settled(after)
@@ -250,7 +269,7 @@ class Updating:
             try:
                 event = await self._do(effect)
             except AgentError as error:
-                if effect is Effect.RECORD:
+                if effect in (Effect.RECORD, Effect.CONFIRM):
                     # What is only noted must not hold back what brings the device home.
                     log.error("effect not noted", extra=kv(effect=effect.name, code=error.code, detail=error.detail))
                     continue
@@ -280,6 +299,9 @@ class Updating:
     def _go_back_first(self) -> None:
         """A way back that is owed: what is under way makes way for it; then it begins. Not before this agent is up."""
         if self.returning.owed is None or self._owed or not self._up:
+            return
+        if self.update.resting and not self.at_rest:
+            # What is being confirmed is confirmed first; where a way back leads is told by what the pointer file says then.
             return
         try:
             owed = self.returning.due()
@@ -526,14 +548,15 @@ class Updating:
         looped = e.CrashLooped(
             model=model, digest=slot.digest, version=slot.version, variant=slot.variant, detail=why[:500]
         )
-        if not self.update.resting:
+        at_rest = self.at_rest
+        if not at_rest:
             try:
                 self.returning.owe(looped)
             except Degraded as error:
                 log.error("way back not stored", extra=kv(model=model, code=error.code, detail=error.detail))
                 return False
         self._forget(slot.digest)
-        if self.update.resting:
+        if at_rest:
             self.feed(looped)
         else:
             self._go_back_first()
@@ -714,11 +737,14 @@ class Updating:
         if self.update.state == "revert" or (owed is not None and owed.model != model):
             going_back = self.update.model if owed is None else owed.model
             raise Rejected("busy", f"{going_back} is on its way back", advice="try again later")
-        back, going = (pointers.confirmed, pointers.active) if on_trial else (pointers.previous, pointers.confirmed)
+        # What is confirmed, and not in the pointer file yet, has before it what the pointer file still calls confirmed.
+        confirming = not self.at_rest and self.update.state in lifecycle.CONFIRMED and self.update.model == model
+        stale = on_trial or (confirming and pointers.confirmed != pointers.active)
+        back, going = (pointers.confirmed, pointers.active) if stale else (pointers.previous, pointers.confirmed)
         if back is None or going is None or not self._slots.may_serve(model, back):
             raise Rejected("no_previous", f"there is no bundle of {model} to go back to")
         ordered = e.RevertOrdered(model=model, digest=going.digest, version=going.version, variant=going.variant)
-        if on_trial or self.update.resting:
+        if on_trial or self.at_rest:
             self._order(ordered)
         else:
             self.returning.owe(ordered)

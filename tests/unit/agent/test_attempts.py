@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,15 @@ class Life:
         )
         self.events: list[tuple[str, str, dict[str, Any]]] = []
         self.changes: list[tuple[str, dict[str, Any]]] = []
+        # What a worker would listen at, where one is to start.
+        self.listeners: list[socket.socket] = []
         self.begin()
 
     def begin(self) -> None:
         roll = Roll(self.config.run_dir / "workers.json", self.clock.boot_id)
-        serving = Serving(
-            self.config, self.store, self.slots, self.clock, [], roll, on_health=lambda _: None, on_crash=lambda *_: False,
+        self.rests: list[lc.State] = []
+        self.serving = serving = Serving(
+            self.config, self.store, self.slots, self.clock, self.listeners, roll, on_health=lambda _: None, on_crash=lambda *_: False,
             on_unruly=lambda *_: False, on_start=lambda *_: None, on_records=lambda: None, on_fault=lambda _: None, draw=lambda: 0.5,
         )  # fmt: skip
         self.updating = Updating(
@@ -59,7 +63,7 @@ class Life:
             Runtimes(self.config, self.clock, lambda: 0.5), Restoring(self.slots, serving, on_damage=lambda *_: None),
             Holding(self.config, self.store, self.slots, self.clock, windows=lambda: (), opens_at=lambda _model, _digest: 0),
             Networks(self.config, self.clock, wanted=lambda: (), carried=lambda: False), errand_input=dict,
-            on_change=lambda code, data: self.changes.append((code, data)), on_progress=lambda: None, on_rest=lambda: None,
+            on_change=lambda code, data: self.changes.append((code, data)), on_progress=lambda: None, on_rest=lambda: self.rests.append(self.updating.update.state),
             on_fault=lambda _: None, draw=lambda: 0.5,
         )  # fmt: skip
         self.obeying = Obeying(self.store, self.updating, on_event=lambda *told: self.events.append(told))

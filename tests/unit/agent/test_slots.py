@@ -298,3 +298,24 @@ def test_what_has_come_of_a_bundle_counts_its_files_in_part(slots: Slots, tmp_pa
     assert slots.coming_bytes(slot.digest) == before + 10
     assert slots.coming_bytes("") == 0
     assert shared.STAGED_MANIFEST == STAGED_MANIFEST
+
+
+def test_what_cannot_be_removed_stays_and_keeps_nobody_from_anything(slots: Slots, tmp_path: Path) -> None:
+    first, second = put_variant(slots, tmp_path, "a"), "f" * 64
+    slots.stage(first.digest)
+    slots.path(second).mkdir()
+    in_the_way = slots.staging / f"{first.digest}.old"
+    in_the_way.write_text("no folder")
+    assert slots.collect(()) == (second,)
+    assert slots.whole(first.digest, "a")
+    in_the_way.unlink()
+    assert slots.collect(()) == (first.digest,)
+
+
+def test_folders_left_by_an_earlier_removal_are_no_obstacle(slots: Slots) -> None:
+    slots.path("f" * 64).mkdir()
+    left = slots.staging / f"{'f' * 64}.old"
+    left.mkdir()
+    (left / "file").write_text("left over")
+    assert slots.collect(()) == ("f" * 64,)
+    assert not left.exists()

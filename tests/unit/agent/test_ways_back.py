@@ -1,0 +1,234 @@
+"""A way back is gone, and a confirmation is written, whatever the disk says and whoever else wants something meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from skerry_agent.core import effects as e
+from skerry_agent.core import lifecycle as lc
+from skerry_agent.errors import Degraded
+from skerry_agent.forcing import Forcing
+from skerry_agent.remembered import Remembered
+from skerry_agent.slots import Slot, Slots, read_pointers
+from skerry_contract import manifest as m
+
+from tests import models
+from tests.unit.agent.test_attempts import Life
+
+
+@pytest.fixture
+def life(tmp_path: Path) -> Iterator[Life]:
+    one = Life(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one.listeners.append(listener)
+        yield one
+    one.store.close()
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bundles")
+    for version in ("1.0.0", "2.0.0"):
+        models.build_bundle(folder / version, version=version)
+    return {version: folder / version for version in ("1.0.0", "2.0.0")}
+
+
+def put(slots: Slots, bundle: Path) -> Slot:
+    """The bundle's slot, of links to its files."""
+    manifest = (bundle / "manifest.json").read_bytes()
+    digest, found = m.digest(manifest), m.parse(manifest)
+    if not slots.path(digest).exists():
+        slots.path(digest).mkdir()
+        for file in bundle.iterdir():
+            (slots.path(digest) / file.name).hardlink_to(file)
+    return Slot(digest=digest, version=found.version, variant=found.variants[0].id, standing="confirmed")
+
+
+def on_trial(life: Life, bundles: dict[str, Path]) -> Slot:
+    """1.0.0 is confirmed, 2.0.0 on trial, as it is stored; its effects are never carried out."""
+    life.slots.confirm("gas", put(life.slots, bundles["1.0.0"]))
+    new = put(life.slots, bundles["2.0.0"])
+    life.slots.activate("gas", msgspec.structs.replace(new, standing="trial"))
+    update = lc.Update(
+        state="trial", model="gas", digest=new.digest, version=new.version, variant=new.variant, attempt=1,
+        since=life.clock.instant(),
+    )  # fmt: skip
+    life.store.put("update", update)
+    life.updating.update = update
+    return new
+
+
+@contextlib.contextmanager
+def no_pointer_file(slots: Slots) -> Iterator[None]:
+    """The disk takes no new pointer file."""
+    there = slots.root / "pointers.json.new"
+    there.symlink_to(slots.root / "nowhere" / "pointers")
+    yield
+    there.unlink()
+
+
+async def settled(life: Life) -> None:
+    async with asyncio.timeout(30):
+        while not life.updating.at_rest or life.slots.unwritten:
+            life.updating.tick()
+            await asyncio.sleep(0.02)
+
+
+def active_on_disk(slots: Slots) -> str:
+    active = read_pointers(slots.root)["gas"].active
+    assert active is not None
+    return active.version
+
+
+@pytest.mark.parametrize(
+    ("event", "code"),
+    [
+        (e.Failed(code="trial_errors", detail="failed requests: 90 of 100"), "trial_errors"),
+        (e.RevertOrdered(model="gas", digest="", version="", variant=""), "reverted_by_operator"),
+    ],
+    ids=["failed", "ordered"],
+)
+def test_a_trial_goes_back_on_a_disk_that_takes_no_pointer_file(
+    life: Life, bundles: dict[str, Path], event: e.Event, code: str
+) -> None:
+    async def main() -> None:
+        on_trial(life, bundles)
+        with no_pointer_file(life.slots):
+            life.updating.feed(event)
+            await life.rest()
+            assert (life.updating.update.state, life.updating.update.code) == ("idle", code)
+            assert life.serving.models()["gas"].version == "1.0.0"
+            assert life.serving.answering("gas")
+            assert active_on_disk(life.slots) == "2.0.0"
+            # A start that the disk meets so comes up all the same.
+            found, complaints = Slots(life.slots.root).boot()
+            assert (found["gas"].version, complaints) == ("1.0.0", [])
+            told = [said for said, _ in life.changes]
+            assert "not_enough_disk" not in told
+        life.rests.clear()
+        await settled(life)
+        assert active_on_disk(life.slots) == "1.0.0"
+        # What waited for it is looked at.
+        assert life.rests == ["idle"]
+        await life.serving.stop()
+
+    asyncio.run(main())
+
+
+def test_a_step_back_on_such_a_disk_stands_and_is_known_after_a_cut(life: Life, bundles: dict[str, Path]) -> None:
+    async def main() -> None:
+        life.slots.confirm("gas", put(life.slots, bundles["1.0.0"]))
+        new = put(life.slots, bundles["2.0.0"])
+        life.slots.confirm("gas", new)
+        with no_pointer_file(life.slots):
+            assert life.updating.order_revert("gas").version == "1.0.0"
+            await life.rest()
+            assert life.updating.update.code == "reverted_by_operator"
+            assert life.serving.models()["gas"].version == "1.0.0"
+            confirmed = life.slots.pointers("gas").confirmed
+            assert confirmed is not None
+            assert confirmed.version == "1.0.0"
+            # What a start would begin with stays, whoever makes room.
+            assert life.slots.collect(()) == ()
+            assert life.slots.whole(new.digest, new.variant)
+            await life.serving.stop()
+        life.slots = Slots(life.slots.root)
+        life.cut()
+        life.updating.booted()
+        owed = life.updating.turnover.ordered_back()
+        assert owed is not None
+        assert owed[1].version == "1.0.0"
+
+    asyncio.run(main())
+
+
+def test_a_confirmation_is_written_before_a_person_or_a_crash_loop_has_the_bundle_go(
+    life: Life, bundles: dict[str, Path]
+) -> None:
+    async def main() -> None:
+        new = on_trial(life, bundles)
+        life.updating.tick()
+        life.updating.feed(e.TrialKept(detail="100 requests, 0 failed"))
+        assert life.updating.update.resting
+        assert not life.updating.go_back("gas", new, "it crashes"), "nothing is known to be before it yet"
+        assert life.updating.order_revert("gas").version == "1.0.0"
+        assert life.updating.update.state == "confirmed"
+        async with asyncio.timeout(30):
+            while life.updating.update.code != "reverted_by_operator" or not life.updating.at_rest:
+                await asyncio.sleep(0.01)
+        said = [(data["state"], code) for code, data in life.changes if data]
+        assert said[0] == ("confirmed", "")
+        assert ("revert", "reverted_by_operator") in said
+        await settled(life)
+        confirmed = life.slots.pointers("gas").confirmed
+        assert confirmed is not None
+        assert (confirmed.version, life.slots.pointers("gas").previous) == ("1.0.0", None)
+        await life.serving.stop()
+
+    asyncio.run(main())
+
+
+def test_a_forced_floor_of_another_model_waits_for_a_confirmation_that_is_being_written(
+    life: Life, bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        on_trial(life, bundles)
+        old = life.slots.pointers("gas").confirmed
+        assert old is not None
+        await life.serving.switch(await life.serving.start({"gas": old}, timeout_s=60))
+        remembered = Remembered(life.store, life.clock, tmp_path)
+        remembered.forced = {"gas": "1.5.0"}
+        forcing = Forcing(remembered, life.slots, life.serving, life.updating, life.clock)
+        life.updating.feed(e.TrialKept(detail="100 requests, 0 failed"))
+        # Both come in one callback of the loop.
+        forcing.tick()
+        assert life.updating.update.state == "confirmed"
+        async with asyncio.timeout(30):
+            while not life.updating.at_rest:
+                await asyncio.sleep(0.01)
+        assert [data["state"] for _, data in life.changes if data] == ["confirmed"]
+        confirmed = life.slots.pointers("gas").confirmed
+        assert confirmed is not None
+        assert confirmed.version == "2.0.0"
+        forcing.tick()
+        assert (life.updating.update.state, life.updating.update.code) == ("revert", "below_forced_floor")
+        await life.updating.stop()
+        await life.serving.stop()
+
+    asyncio.run(main())
+
+
+def test_a_store_that_is_busy_when_a_trial_ends_swallows_no_word_and_keeps_no_failure(
+    life: Life, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        new = on_trial(life, bundles)
+        life.updating.failures.penalise(msgspec.structs.replace(life.updating.update, code="unreachable"))
+        put_value = life.store.put
+
+        def busy(key: str, value: object) -> None:
+            if key in ("waits", "failures"):
+                raise Degraded("store_busy", "another process locks the file", advice="")
+            put_value(key, value)
+
+        monkeypatch.setattr(life.store, "put", busy)
+        life.updating.feed(e.TrialKept(detail="100 requests, 0 failed"))
+        await asyncio.sleep(0.05)
+        assert life.updating.update.state == "trial"
+        monkeypatch.undo()
+        await settled(life)
+        assert life.updating.update.state == "confirmed"
+        async with asyncio.timeout(30):
+            while not life.rests:
+                await asyncio.sleep(0.01)
+        assert [data["state"] for _, data in life.changes if data] == ["confirmed"]
+        assert life.updating.failures.of(new.digest) == {}
+        assert life.updating.failures.wait_s(new.digest) == 0
+
+    asyncio.run(main())
