@@ -121,6 +121,7 @@ class Updating:
         self._up = False
         self._draw = draw
         self._unsettled, self._settle_s = 0, 0.0
+        self._held_in_proof, self._looks_again_s = ("", 0), 0.0
         self.returning = Returning(store, slots)
         self.failures = Failures(store, clock, draw, config.timing.backoff_scale)
         self._readiness = Readiness(store, clock)
@@ -205,7 +206,8 @@ class Updating:
             return
         why_held = self._holding.why(self.update)
         if not why_held:
-            self.feed(e.Opened())
+            if self._held_in_proof[0] != self.update.digest or self._clock.boot_s() >= self._looks_again_s:
+                self.feed(e.Opened())
         elif why_held != self.update.detail:
             self.feed(e.Held(detail=why_held))
 
@@ -312,7 +314,7 @@ class Updating:
             return
         if self.at_rest:
             self.feed(owed)
-        elif not self.update.resting:
+        else:
             self.make_way(f"for the way back of {owed.model}")
 
     def _arm(self, *, at_least_s: float = 0.0) -> None:
@@ -384,9 +386,11 @@ class Updating:
             case Effect.START_WORKER:
                 proved = await self.turnover.prove()
                 why_held = await self._free_to_begin()
-                if why_held:
-                    await self.turnover.stop_new()
-                return e.Held(detail=why_held) if why_held else proved
+                if not why_held:
+                    return proved
+                await self.turnover.stop_new()
+                self._look_later()
+                return e.Held(detail=why_held)
             case Effect.HAND_OVER:
                 return await self.turnover.hand_over()
             case Effect.WATCH_TRIAL:
@@ -415,6 +419,14 @@ class Updating:
         while (why_held := self._holding.why(self.update)) and loop.time() < end_s:
             await asyncio.sleep(_WARM_POLL_S)
         return why_held
+
+    def _look_later(self) -> None:
+        """A worker was started for nothing: the next is, after a wait that grows with each. Who locks for short times, again and again, must not have one started each time."""
+        digest, times = self._held_in_proof
+        times = times + 1 if digest == self.update.digest else 1
+        self._held_in_proof = (self.update.digest, times)
+        wait_s = backoff.delay_s("update", times, self._draw(), scale=self._scale)
+        self._looks_again_s = self._clock.boot_s() + wait_s
 
     def _begins(self) -> str:
         """What takes over right now: too late for a lock."""
@@ -721,6 +733,7 @@ class Updating:
         if update.state != "ready":
             raise Rejected("nothing_to_activate", "no update lies ready and is held back")
         why_held = self._holding.order(update, despite_locks=despite_locks)
+        self._looks_again_s = 0.0
         self._look_at_holds()
         return update, why_held
 

@@ -105,6 +105,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
         failed_in: the state that failed, for ``revert`` and after it.
         at_boot: it ended with the supervisor's process.
         moves: see ``MOST_MOVES``; overdue: deadlines of this state that passed.
+        lay_since: of one that proves itself: since when it had lain ready, if it had.
     """
 
     state: State = "idle"
@@ -123,6 +124,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     at_boot: bool = False
     moves: int = 0
     overdue: int = 0
+    lay_since: Instant | None = None
 
     @property
     def waits(self) -> bool:
@@ -260,7 +262,9 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
         move = _stopped(update.state, move)
     changed: dict[str, object] = {"state": move.to, "moves": moves, "overdue": overdue}
     if move.to != update.state:
-        changed["since"] = at
+        # Who goes back to wait has waited since it first did: its month does not begin anew.
+        changed["since"] = at if move.to != "ready" or update.lay_since is None else update.lay_since
+        changed["lay_since"] = update.since if update.state == "ready" and move.to == "prove" else None
     match event:
         case e.Assigned():
             begun = msgspec.structs.asdict(event) | {"moves": event.moves + 1}

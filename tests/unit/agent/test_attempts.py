@@ -38,8 +38,9 @@ PATH = (e.ManifestFetched(), e.Admitted(variant="v"), e.FilesFetched(), e.Verifi
 class Life:
     """The updates of one agent with a real store; no courier and no worker. ``begin`` is a start after a power cut."""
 
-    def __init__(self, folder: Path) -> None:
-        self.config = config.build({"state_dir": str(folder)}, {})
+    def __init__(self, folder: Path, *, backoff_scale: float = 1.0) -> None:
+        choices = {"state_dir": str(folder), "timing": {"backoff_scale": backoff_scale}}
+        self.config = config.build(choices, {})
         (folder / "run").mkdir()
         self.clock, self.slots = Clock(), Slots(folder / "slots")
         self.store, _ = open_store(
@@ -58,10 +59,13 @@ class Life:
             self.config, self.store, self.slots, self.clock, self.listeners, roll, on_health=lambda _: None, on_crash=lambda *_: False,
             on_unruly=lambda *_: False, on_start=lambda *_: None, on_records=lambda: None, on_fault=lambda _: None, draw=lambda: 0.5,
         )  # fmt: skip
+        self.holding = Holding(
+            self.config, self.store, self.slots, self.clock, windows=lambda: (), opens_at=lambda _model, _digest: 0
+        )
         self.updating = Updating(
             self.config, self.store, self.slots, serving, Errands(("sleep", "60")), self.clock,
             Runtimes(self.config, self.clock, lambda: 0.5), Restoring(self.slots, serving, on_damage=lambda *_: None),
-            Holding(self.config, self.store, self.slots, self.clock, windows=lambda: (), opens_at=lambda _model, _digest: 0),
+            self.holding,
             Networks(self.config, self.clock, wanted=lambda: (), carried=lambda: False), errand_input=dict,
             on_change=lambda code, data: self.changes.append((code, data)), on_progress=lambda: None, on_rest=lambda: self.rests.append(self.updating.update.state),
             on_fault=lambda _: None, draw=lambda: 0.5,

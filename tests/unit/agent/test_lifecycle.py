@@ -274,6 +274,19 @@ def test_a_boot_in_the_trial_counts_less_than_a_crash_in_the_trial() -> None:
     assert lc.ATTEMPTS[booted.penalty] > lc.ATTEMPTS[crashed.penalty]
 
 
+def test_locks_that_come_and_go_have_no_month_begin_anew() -> None:
+    update, _ = run(e.Held(detail="a lock"), update=to("stage"))
+    since = update.since
+    for number in range(1, 100):
+        later = Instant("b" * 32, number * 60 * 10**9, number, True)
+        update, _ = lc.step(update, e.Opened(), later)
+        assert (update.state, update.since) == ("prove", later)
+        update, _ = lc.step(update, e.Held(detail="a lock"), later)
+        assert (update.state, update.since) == ("ready", since)
+    proved, _ = run(e.Opened(), e.Proved(), update=update)
+    assert proved.lay_since is None
+
+
 @pytest.mark.parametrize("state", lc.STATES)
 def test_an_agent_that_ends_in_order_holds_nothing_against_the_bundle(state: lc.State) -> None:
     before = reverting() if state == "revert" else lc.Update(state=state, digest=DIGEST, moves=lc.MOST_MOVES)

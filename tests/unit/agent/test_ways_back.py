@@ -24,7 +24,7 @@ from tests.unit.agent.test_attempts import Life
 
 @pytest.fixture
 def life(tmp_path: Path) -> Iterator[Life]:
-    one = Life(tmp_path)
+    one = Life(tmp_path, backoff_scale=0.01)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         one.listeners.append(listener)
         yield one
@@ -86,23 +86,13 @@ def active_on_disk(slots: Slots) -> str:
     return active.version
 
 
-@pytest.mark.parametrize(
-    ("event", "code"),
-    [
-        (e.Failed(code="trial_errors", detail="failed requests: 90 of 100"), "trial_errors"),
-        (e.RevertOrdered(model="gas", digest="", version="", variant=""), "reverted_by_operator"),
-    ],
-    ids=["failed", "ordered"],
-)
-def test_a_trial_goes_back_on_a_disk_that_takes_no_pointer_file(
-    life: Life, bundles: dict[str, Path], event: e.Event, code: str
-) -> None:
+def test_a_trial_goes_back_on_a_disk_that_takes_no_pointer_file(life: Life, bundles: dict[str, Path]) -> None:
     async def main() -> None:
         on_trial(life, bundles)
         with no_pointer_file(life.slots):
-            life.updating.feed(event)
+            life.updating.feed(e.Failed(code="trial_errors", detail="failed requests: 90 of 100"))
             await life.rest()
-            assert (life.updating.update.state, life.updating.update.code) == ("idle", code)
+            assert (life.updating.update.state, life.updating.update.code) == ("idle", "trial_errors")
             assert life.serving.models()["gas"].version == "1.0.0"
             assert life.serving.answering("gas")
             assert active_on_disk(life.slots) == "2.0.0"
@@ -230,5 +220,38 @@ def test_a_store_that_is_busy_when_a_trial_ends_swallows_no_word_and_keeps_no_fa
         assert [data["state"] for _, data in life.changes if data] == ["confirmed"]
         assert life.updating.failures.of(new.digest) == {}
         assert life.updating.failures.wait_s(new.digest) == 0
+
+    asyncio.run(main())
+
+
+def test_a_lock_that_comes_in_the_middle_of_a_proof_has_the_next_worker_started_after_a_wait(
+    life: Life, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        new = on_trial(life, bundles)
+        ready = msgspec.structs.replace(life.updating.update, state="ready")
+        life.slots.revert_active("gas")
+        life.updating.update = ready
+        now_s = life.clock.boot_s()
+        monkeypatch.setattr(life.clock, "boot_s", lambda: now_s)
+        for wait_s in (0.025, 0.05):
+            life.updating.tick()
+            assert life.updating.update.state == "prove"
+            assert life.holding.take("robot", "a seam", 60.0).status == 200
+            async with asyncio.timeout(30):
+                while life.updating.update.state != "ready":
+                    await asyncio.sleep(0.01)
+            assert life.holding.give_back("robot").status == 200
+            now_s += wait_s - 0.001
+            life.updating.tick()
+            assert (life.updating.update.state, life.updating.update.since) == ("ready", ready.since)
+            now_s += 0.002
+        assert life.updating.update.digest == new.digest
+        # A person's word ends the wait.
+        now_s -= 0.002
+        life.updating.activate(despite_locks=False)
+        assert life.updating.update.state == "prove"
+        await life.updating.stop()
+        await life.serving.stop()
 
     asyncio.run(main())
