@@ -27,6 +27,8 @@ from skerry_agent.runtimes import Runtimes
 from skerry_agent.slots import Slots
 from skerry_agent.store import Store
 
+_MOST_LACKED = 8
+
 
 class Fetching:
     """See the module.
@@ -36,6 +38,7 @@ class Fetching:
         errand_input: fields that every courier gets.
         downloads: how files come.
         progress: hears how far a download is.
+        parked: the bundle that made way and has its turn again; empty for none.
 
     Attributes:
         manifest: what was fetched last, None before the first.
@@ -55,6 +58,7 @@ class Fetching:
         errand_input: Callable[[], dict[str, Any]],
         progress: FetchProgress,
         downloads: Downloads,
+        parked: Callable[[], str] = lambda: "",
     ) -> None:
         self._config = config
         self._store = store
@@ -67,8 +71,11 @@ class Fetching:
         self.downloads = downloads
         self.progress = progress
         self.fetched = Fetched(store)
+        self._parked = parked
         self._text = ""
         self.manifest: m.Manifest | None = None
+        # What did not fit on the disk when it was tried last.
+        self._lacked: dict[str, m.Manifest] = {}
 
     def configure(self, config: Config) -> None:
         """Goes on with another configuration."""
@@ -115,17 +122,40 @@ class Fetching:
         """
         assert self.manifest is not None
         digest = self._update().digest
+        keep = self._stays(digest)
         answer = self.admission(self.manifest, digest)
-        if isinstance(answer, admission.Refuse) and answer.code == "not_enough_disk":
-            # What waits for another try gives its room to what comes now.
-            self._slots.collect({digest})
+        if _lacks_room(answer) and not _lacks_room(
+            self.admission(self.manifest, digest, spare=self._slots.spare(keep))
+        ):
+            # What waits for another try gives its room to what comes now, where that is enough.
+            self._slots.collect(keep)
             answer = self.admission(self.manifest, digest)
+        self._lacked.pop(digest, None)
         if isinstance(answer, admission.Refuse):
+            if _lacks_room(answer):
+                self._lacked = dict([*self._lacked.items(), (digest, self.manifest)][-_MOST_LACKED:])
             raise Rejected(answer.code, answer.detail)
         return e.Admitted(variant=answer.variant)
 
-    def admission(self, manifest: m.Manifest, digest: str) -> admission.Admit | admission.Refuse:
-        """May the bundle run here, now? As which variant?"""
+    def _stays(self, digest: str) -> set[str]:
+        return {digest, self._parked()} - {""}
+
+    def lacks_room(self, digest: str) -> bool:
+        """Whether the bundle did not fit on the disk, and would not now: nothing is to make way for it."""
+        manifest, update = self._lacked.get(digest), self._update()
+        # What is under way keeps its files when it makes way.
+        return manifest is not None and _lacks_room(
+            self.admission(manifest, digest, spare=self._slots.spare({*self._stays(digest), update.digest}))
+        )
+
+    def admission(
+        self, manifest: m.Manifest, digest: str, *, spare: tuple[int, int] = (0, 0)
+    ) -> admission.Admit | admission.Refuse:
+        """May the bundle run here, now? As which variant?
+
+        Args:
+            spare: bytes and files that could go from the disk for it.
+        """
         pointers = self._slots.pointers(manifest.model)
         # What was confirmed here and comes back carries nothing over.
         own = pointers.previous is not None and pointers.previous.digest == digest
@@ -138,7 +168,8 @@ class Fetching:
                 confirmed=confirmed,
                 failures=self._failures.of(digest),
                 present_bytes=self._slots.present_bytes(digest, manifest.files()),
-                idle_bytes=self._slots.idle_bytes(manifest.files()),
+                idle_bytes=self._slots.idle_bytes(manifest.files()) + spare[0],
+                idle_files=spare[1],
             ),
         )
 
@@ -207,6 +238,10 @@ class Fetching:
         if wrong and update.failed_in != "fetch" and self._slots.discard(update.digest):
             # It was this device's own copy that rotted: nothing is said about the bundle.
             self._failures.forgive(update.digest)
+
+
+def _lacks_room(answer: admission.Admit | admission.Refuse) -> bool:
+    return isinstance(answer, admission.Refuse) and answer.code == "not_enough_disk"
 
 
 def held(slots: Slots, model: str) -> list[dict[str, str]]:

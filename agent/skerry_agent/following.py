@@ -122,6 +122,8 @@ class Following:
         if self._updating.at_rest:
             # Once the shadows are known. What was refused for good, or is wanted no more, makes room; nothing may ever be confirmed again.
             wanted = {step.digest for step in steps if isinstance(step, Change)}
+            if self._updating.turnover.parked not in wanted:
+                self._updating.turnover.parked = ""
             self._slots.collect({*wanted, *self._updating.failures.may_come(), self._updating.turnover.parked})
 
     def _confirmed(self, model: str) -> str:
@@ -195,6 +197,9 @@ class Following:
             if update.model == step.model and update.digest != step.digest:
                 self._updating.feed(e.Withdrawn())
             elif update.model != step.model and step.digest not in waiting and self._goes_before(step, update):
+                if self._updating.fetching.lacks_room(step.digest):
+                    # It would be refused again, and what lies ready would be checked anew each time.
+                    return
                 self._updating.make_way(f"for {step.model} {step.version}")
             return
         if step.digest in waiting or self._slots.unwritten:

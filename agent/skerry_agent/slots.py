@@ -435,7 +435,7 @@ class Slots:
 
     def collect(self, keep: Collection[str]) -> tuple[str, ...]:
         """Removes bundles that no pointer names and ``keep`` does not either. Returns their digests."""
-        named = {*keep, *self.kept, *self.in_use(), *(slot.digest for slot in self._named())}
+        named = self._stays(keep)
         gone: list[str] = []
         stay = ""
         for digest in self.digests():
@@ -466,6 +466,24 @@ class Slots:
         """What the pointers name, those on disk too where it takes no others."""
         every = (*self._models.values(), *self._on_disk.values())
         return [slot for p in every for slot in (p.confirmed, p.previous, p.active) if slot is not None]
+
+    def _stays(self, keep: Collection[str]) -> set[str]:
+        return {*keep, *self.kept, *self.in_use(), *(slot.digest for slot in self._named())}
+
+    def spare(self, keep: Collection[str]) -> tuple[int, int]:
+        """What ``collect`` would make room for on the disk: bytes, and files."""
+        named = self._stays(keep)
+        doomed = [self.path(digest) for digest in self.digests() if digest not in named]
+        doomed += [entry for entry in self.staging.iterdir() if entry.name not in named]
+        total, files = 0, 0
+        for folder in doomed:
+            for path in folder.rglob("*"):
+                with contextlib.suppress(OSError):
+                    found = path.stat()
+                    # A file with another name elsewhere frees nothing.
+                    total += found.st_blocks * 512 if found.st_nlink == 1 or path.is_dir() else 0
+                    files += found.st_nlink == 1 or path.is_dir()
+        return total, files
 
     def _drop_secrets(self, named: Collection[str]) -> None:
         """Wrapped keys, and bundles in the clear, that belong to nothing here any more."""

@@ -135,6 +135,7 @@ class Updating:
             config, store, slots, errands, runtimes, self.failures, update=lambda: self.update,
             errand_input=errand_input, progress=FetchProgress(clock, on_progress, config.timing.backoff_scale),
             downloads=Downloads(errands, clock, networks, max_kib_s=lambda: self.rules.max_kib_s),
+            parked=lambda: self.turnover.parked,
         )  # fmt: skip
         self.turnover = Turnover(
             config, slots, serving, runtimes, restoring, self.failures, update=lambda: self.update, draw=draw

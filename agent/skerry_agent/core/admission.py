@@ -53,7 +53,7 @@ class Memory:
         confirmed: version of the model that this device confirmed; empty for none.
         failures: entries of ``ATTEMPTS`` -> how often this bundle failed so.
         present_bytes: of its files, already on this disk.
-        idle_bytes: of files in part that the bundle does not want: they make way for it.
+        idle_bytes: of files that the bundle does not want and that make way for it; idle_files: how many.
     """
 
     floor: str = ""
@@ -61,6 +61,7 @@ class Memory:
     failures: dict[str, int] = field(default_factory=dict)
     present_bytes: int = 0
     idle_bytes: int = 0
+    idle_files: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,8 +151,9 @@ def _admit_variant(variant: Variant, device: Device, memory: Memory) -> Admit | 
     wanted_mb = max(variant.needs.disk_mb - memory.present_bytes / 1e6, fetch_bytes / 1e6) if fetch_bytes else 0.0
     room_mb = device.disk_free_mb + memory.idle_bytes / 1e6 - device.disk_reserve_mb
     # What is here already wants no room: the way back to it must not depend on a disk that others filled.
-    if fetch_bytes and device.files_free < len(variant.files) + _OTHER_FILES + device.file_reserve:
-        return Refuse(code="not_enough_disk", detail=f"{variant.id}: {device.files_free} more files fit on the disk")
+    files_free = device.files_free + memory.idle_files
+    if fetch_bytes and files_free < len(variant.files) + _OTHER_FILES + device.file_reserve:
+        return Refuse(code="not_enough_disk", detail=f"{variant.id}: {files_free} more files fit on the disk")
     if fetch_bytes and wanted_mb > room_mb:
         return Refuse(
             code="not_enough_disk", detail=f"{variant.id} wants {wanted_mb:.1f} MB, {room_mb:.1f} MB are free"
