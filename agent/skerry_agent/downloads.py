@@ -1,18 +1,20 @@
 """How the files of a bundle come, for an update and for a shadow alike: a courier that keeps to the group's rules while they change.
 
-A download ends when it gets no further for as long as the state ``fetch`` may last, however long it takes: with a bound on the rate it
-may be under way for days. A new bound reaches the one that is under way; the courier is started again with it and goes on where it was.
+A download ends when it gets no further for as long as the state ``fetch`` may last, and once it took longer than its size allows at the least
+rate (``lifecycle.fetch_s``): what only trickles must not keep other models' updates waiting. What came stays for the next try. A new bound reaches the one that is under way; the courier is started again with it and goes on where it was.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from skerry_agent.clock import Clock
 from skerry_agent.core import lifecycle
 from skerry_agent.errand import Errands
+from skerry_agent.errors import Transient
 from skerry_agent.logs import kv
 from skerry_agent.network import Networks, Overtaken
 
@@ -33,10 +35,13 @@ class Downloads:
         self._max_kib_s = max_kib_s
         self._further_s = float("-inf")
         self._reached = self._received = -1
+        self._end_s = float("inf")
 
     def left_s(self) -> float:
-        """How long the download that is under way, or was last, may still stand still."""
-        return lifecycle.left_s("fetch", self._clock.boot_s() - self._further_s) or 0.0
+        """How long the download that is under way, or was last, may still last without getting further."""
+        now_s = self._clock.boot_s()
+        still_s = lifecycle.left_s("fetch", now_s - self._further_s) or 0.0
+        return max(0.0, min(still_s, self._end_s - now_s))
 
     async def run(
         self, request: dict[str, Any], *, on_progress: Callable[[dict[str, Any]], None] = lambda _said: None
@@ -44,13 +49,15 @@ class Downloads:
         """A courier's answer to ``fetch``, with the bytes of all couriers that it took.
 
         Raises:
-            AgentError: the courier's; ``timeout`` when it stands still; ``network_not_allowed`` and ``fetch_window_closed``.
+            AgentError: the courier's; ``timeout`` when it stands still or trickles; ``network_not_allowed`` and ``fetch_window_closed``.
         """
         self._further_s = self._clock.boot_s()
         self._reached = self._received = -1
         before = 0
         while True:
             cap = self._max_kib_s()
+            size_bytes = sum(int(file["size"]) for file in request.get("files", ()))
+            self._end_s = self._clock.boot_s() + lifecycle.fetch_s(size_bytes, cap)
             try:
                 answer = await self._at(cap, request, before, on_progress)
             except Overtaken:
@@ -71,9 +78,21 @@ class Downloads:
             return self._is_further(said)
 
         metered = self._networks.now().metered
-        request, still_s = {**request, "max_kib_s": cap, "metered": metered}, lifecycle.left_s("fetch", 0.0) or 0.0
+        request = {**request, "max_kib_s": cap, "metered": metered}
+        still_s = lifecycle.left_s("fetch", 0.0) or 0.0
         errand = self._errands.run("fetch", request, timeout_s=still_s, on_progress=take)
+        errand = self._in_time(errand, self._end_s - self._clock.boot_s())
         return await self._networks.while_allowed(errand, overtaken=lambda: self._max_kib_s() != cap)
+
+    @staticmethod
+    async def _in_time(errand: Coroutine[None, None, dict[str, Any]], most_s: float) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(most_s) as limit:
+                return await errand
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise Transient("timeout", f"not all of it is here after {most_s:.0f} s") from None
 
     def _is_further(self, said: dict[str, Any]) -> bool:
         # Bytes that came may be in vain (a delta that is no good), and what was here already comes without any: both are bounded.

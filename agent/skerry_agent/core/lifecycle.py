@@ -37,10 +37,12 @@ CONFIRMED: frozenset[State] = RESTING - {"idle"}
 DEADLINES_S: dict[State, float] = {
     "fetch": 3600.0, "verify": 600.0, "stage": 120.0, "ready": 31 * 86_400.0, "prove": 180.0, "revert": 240.0,
 }  # fmt: skip
-"""How long a state may last, seconds; ``fetch``: while it gets no further. A way back has more time than the way in: what came up within that has to come back. ``ready`` counts
+"""How long a state may last, seconds; ``fetch``: while it gets no further, and at the least. A way back has more time than the way in: what came up within that has to come back. ``ready`` counts
 over restarts. The trial's time comes from the group's settings; ``TRIAL_OVER_S`` and the drain's time come on top."""
 TRIAL_OVER_S = 120.0
 """A trial that is over for so long and could not be judged goes back: its worker says nothing, or the hand-over never ended."""
+LEAST_KIB_S = 8.0
+"""A download that is slower ends as ``timeout``, keeps what came and waits for its next try; see ``fetch_s``."""
 MOST_OVERDUE = 3
 """So many deadlines of a way back may pass; then it ends, and what did not come back is tried on and on in the background."""
 MOST_MOVES = 28
@@ -81,6 +83,21 @@ def left_s(state: State, in_it_s: float, *, trial_s: float = 0.0, drain_s: float
     """
     limit_s = trial_s + drain_s + TRIAL_OVER_S if state == "trial" else DEADLINES_S.get(state)
     return None if limit_s is None else max(0.0, limit_s - in_it_s)
+
+
+def fetch_s(size_bytes: int, max_kib_s: int) -> float:
+    """How long a download may last that gets further: its files' size at ``LEAST_KIB_S``, or at half the group's rate where that is less.
+
+    Args:
+        max_kib_s: the rate that the group allows, 0 for any.
+
+    >>> [fetch_s(size, 0) for size in (0, 10_000_000, 500_000_000)]
+    [3600.0, 3600.0, 61035.15625]
+    >>> fetch_s(500_000_000, 4)
+    244140.625
+    """
+    rate_kib_s = min(LEAST_KIB_S, max_kib_s / 2) if max_kib_s else LEAST_KIB_S
+    return max(DEADLINES_S["fetch"], size_bytes / (rate_kib_s * 1024))
 
 
 def lain_s(noted_s: float, since: Instant, now: Instant) -> float:

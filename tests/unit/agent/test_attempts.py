@@ -379,7 +379,7 @@ def test_what_failed_while_it_was_fetched_is_not_forgiven_for_want_of_a_slot(lif
     asyncio.run(main())
 
 
-def test_a_fetch_that_gets_further_has_no_deadline(life: Life) -> None:
+def test_a_fetch_that_gets_further_outlasts_its_deadline(life: Life) -> None:
     async def main() -> None:
         life.until("fetch")
         downloads = life.updating.fetching.downloads

@@ -1,4 +1,4 @@
-"""The files of a bundle come at the group's rate, as it is now, and for as long as they come."""
+"""The files of a bundle come at the group's rate, as it is now, and for as long as their size allows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_another_rate_reaches_a_download_that_is_under_way(made: tuple[Downloads
     assert said[-1]["received"] == answer["bytes"]
 
 
-def test_a_download_that_gets_further_has_no_end_and_one_that_stands_still_has(
+def test_a_download_that_gets_further_outlasts_the_deadline_and_one_that_stands_still_does_not(
     made: tuple[Downloads, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, cap = made
@@ -63,9 +63,27 @@ def test_a_download_that_gets_further_has_no_end_and_one_that_stands_still_has(
     cap[0] = 5
     slow = COURIER.replace("time.sleep(0.1)", "time.sleep(0.3)")
     found._errands = Errands((sys.executable, "-c", slow))
-    assert asyncio.run(found.run({})) == {"bytes": 12}
+    large = {"files": [{"path": "m", "size": 10**6}]}
+    assert asyncio.run(found.run(large)) == {"bytes": 12}
     assert found.left_s() > 0
     cap[0] = 7
-    with pytest.raises(Transient, match="timeout"):
-        asyncio.run(found.run({}))
+    with pytest.raises(Transient, match="timeout: courier"):
+        asyncio.run(found.run(large))
     assert found.left_s() <= 0
+
+
+def test_a_download_that_only_trickles_ends_by_its_size_and_the_groups_rate(
+    made: tuple[Downloads, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, cap = made
+    monkeypatch.setitem(lifecycle.DEADLINES_S, "fetch", 1.0)
+    cap[0] = 1
+    files = {"files": [{"path": "a", "size": 512}, {"path": "b", "size": 256}]}
+    assert lifecycle.fetch_s(768, 1) == 1.5
+    with pytest.raises(Transient, match=r"timeout: not all of it is here after [12] s"):
+        # A line every 0.1 s, for many minutes.
+        asyncio.run(found.run(files))
+    assert found.left_s() == 0
+    # The lifecycle's own timer says the same: what gets further is over all the same.
+    found._is_further({"total_done": 10**6})
+    assert found.left_s() == 0
