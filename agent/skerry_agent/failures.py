@@ -13,7 +13,7 @@ from skerry_agent.core import admission, backoff
 from skerry_agent.core.lifecycle import ATTEMPTS, MOST_MOVES, Update
 from skerry_agent.store import Store
 
-_OF_THIS_DEVICE = frozenset(
+OF_THIS_DEVICE = frozenset(
     {
         "agent_too_old",
         "below_floor",
@@ -101,7 +101,7 @@ class Failures:
         for digest, wait in self._store.get("waits", {}).items():
             if digest in spent or self._left_s(wait) <= 0:
                 continue
-            (held if wait["code"] in _OF_THIS_DEVICE else waiting).add(digest)
+            (held if wait["code"] in OF_THIS_DEVICE else waiting).add(digest)
         return spent | held, waiting
 
     def may_come(self) -> set[str]:

@@ -446,7 +446,8 @@ class Updating:
         if took and self.update.state != "fetch":
             data = {**data, "fetched": took, **({"source": "import"} if "carried_files" in took else {})}
         if self.update.at_boot:
-            data = {**data, "at_boot": True}
+            ended = self.failures.of(self.update.digest).get(self.update.penalty, 0)
+            data = {**data, "at_boot": True, "ended_so": ended}
         self._on_change("" if quiet else self.update.code, {} if quiet else data)
         # Behind the event: power that fails between the two has it said twice, and never not at all.
         self._store.put("said", said)

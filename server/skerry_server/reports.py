@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from skerry_contract import group as g
 from skerry_contract import ids
-from sqlalchemy import Connection, Insert, case, literal_column, select
+from sqlalchemy import Connection, Insert, case, literal_column, select, update
 
 from skerry_server.core import eligibility
 from skerry_server.core import rollout as core
@@ -40,8 +40,10 @@ class TakenEvent(NamedTuple):
 
 
 _WENT_WITH = frozenset({"runtime_crashed", "trial_crashed"})
+_CONFIRMED = ("confirmed", "confirmed_on_golden")
 _AT_BOOT = "@boot"
-"""Behind such a code as it is stored: the agent itself went with it, for the first time on that device."""
+"""Behind such a code as it is stored: the agent itself went with it, for the first time on that device. It is taken back when the device
+confirms the bundle later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +66,11 @@ class Reports:
 
 def fold(connection: Connection, events: Sequence[TakenEvent]) -> None:
     """Adds what the events say to the rollouts under way in the groups of their devices, within the caller's transaction."""
-    told = [e for e in events if (e.name == "update" and e.code) or (e.name == "worker" and e.code in CRASHES)]
+    told = [
+        e
+        for e in events
+        if (e.name == "update" and (e.code or _is_confirmed(e))) or (e.name == "worker" and e.code in CRASHES)
+    ]
     if not told:
         return
     r, v = t.rollouts.c, t.devices.c
@@ -77,27 +83,48 @@ def fold(connection: Connection, events: Sequence[TakenEvent]) -> None:
     for row in connection.execute(query):
         moving.setdefault(row.device, []).append(row)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
+    withdrawn: dict[str, set[str]] = {}
     for event in told:
         for rollout in moving.get(event.device, ()):
+            key = (rollout.id, event.device)
+            if _is_confirmed(event) and _is_about(event, rollout):
+                # It was the power: the bundle runs there.
+                withdrawn.setdefault(rollout.id, set()).add(event.device)
+                if rows.get(key, {}).get("went_back", "").endswith(_AT_BOOT):
+                    rows[key]["went_back"] = ""
+                continue
             news = _news(event, rollout)
             if news:
-                key = (rollout.id, event.device)
                 nothing = {"rollout": key[0], "device": key[1], "went_back": "", "unable": "", "crashed_ms": 0}
                 rows.setdefault(key, nothing).update(news)
+    c = t.rollout_reports.c
+    for name, devices in withdrawn.items():
+        alone = update(t.rollout_reports).where(c.rollout == name, c.device.in_(sorted(devices)))
+        connection.execute(alone.where(c.went_back.endswith(_AT_BOOT, autoescape=True)).values(went_back=""))
     _REPORTS.run(connection, list(rows.values()))
+
+
+def _is_confirmed(event: TakenEvent) -> bool:
+    return event.name == "update" and not event.code and event.data.get("state") in _CONFIRMED
+
+
+def _is_about(event: TakenEvent, rollout: Any) -> bool:
+    return (event.data.get("rollout"), event.data.get("digest")) == (rollout.id, rollout.candidate)
 
 
 def _news(event: TakenEvent, rollout: Any) -> dict[str, Any]:
     if event.name == "worker":
         models = event.data.get("models")
         return {"crashed_ms": event.received_ms} if isinstance(models, dict) and rollout.model in models else {}
-    if (event.data.get("rollout"), event.data.get("digest")) != (rollout.id, rollout.candidate):
+    if not _is_about(event, rollout):
         return {}
     if eligibility.is_verdict_on_bundle(event.code):
         # An agent that went without a word the first time: one power cut, or the bundle. ``of_rollout`` asks whether others say it.
-        once = event.data.get("at_boot") is True and event.data.get("attempt") == 1 and event.code in _WENT_WITH
+        # Attempts that a bad link ended are none of it; older agents count them in.
+        times = event.data.get("ended_so", event.data.get("attempt"))
+        once = event.data.get("at_boot") is True and times in (0, 1) and event.code in _WENT_WITH
         return {"went_back": event.code + (_AT_BOOT if once else "")}
-    return {"unable": event.code} if event.code in eligibility.UNABLE else {}
+    return {"unable": event.code} if eligibility.is_unable(event.code) else {}
 
 
 def of_rollout(connection: Connection, row: Mapping[str, Any]) -> Reports:

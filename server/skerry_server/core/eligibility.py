@@ -12,6 +12,7 @@ UNABLE = frozenset(
         "no_variant", "agent_too_old", "runtime_missing", "not_enough_disk", "not_enough_memory", "storage_failed",
         "not_enrolled", "identity_damaged", "cancelled", "must_pass_first",
         "encryption_key_differs", "encryption_key_unusable", "no_memory_folder",
+        "store_full", "store_busy", "store_failed", "store_damaged",
     }
 )  # fmt: skip
 """Codes by which a device says that it cannot run the bundle, or must not by a person's word: nothing about the bundle itself."""
@@ -24,6 +25,9 @@ ELSEWHERE = frozenset(
 )  # fmt: skip
 """Codes about the way to the repository, about the agent's own helpers on that way, or about a change of plan: nothing is said about
 the bundle, and the device tries again."""
+OWN_COPY = frozenset({"hash_mismatch", "size_mismatch"})
+"""What differs from its hash is a copy on the device's own disk, or on a stick: wrong bytes of the network are ``mirror_wrong``, and what
+the repository has was hashed when it was taken in. The device tries again a few times."""
 
 
 def is_verdict_on_bundle(code: str) -> bool:
@@ -32,7 +36,12 @@ def is_verdict_on_bundle(code: str) -> bool:
     Every code that is not known to be about the device or the network does: a code that this server does not know yet
     must not let a bad bundle pass.
     """
-    return bool(code) and code not in UNABLE and code not in ELSEWHERE
+    return bool(code) and code not in UNABLE | ELSEWHERE | OWN_COPY
+
+
+def is_unable(code: str) -> bool:
+    """Whether nobody need wait for the device, as long as it does not run the bundle after all."""
+    return code in UNABLE | OWN_COPY
 
 
 def has_variant(manifest: m.Manifest, state: Mapping[str, Any]) -> bool:

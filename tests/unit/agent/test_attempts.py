@@ -269,13 +269,15 @@ def test_a_stop_in_order_is_told_as_such_before_the_agent_is_gone_and_costs_no_a
 def test_an_end_without_order_says_that_the_agent_went_with_it(life: Life, state: lc.State) -> None:
     async def main() -> None:
         life.until(state)
+        # That a link broke before is none of it.
+        life.updating.failures.penalise(lc.Update(digest=DIGEST, code="unreachable", failed_in="fetch"))
         await life.updating.stop()
         life.begin()
         life.updating.booted()
         await asyncio.sleep(0.05)
         code, data = life.changes[-1]
         assert code == ("trial_crashed" if state == "trial" else "runtime_crashed")
-        assert data["at_boot"] is True
+        assert (data["at_boot"], data["ended_so"]) == (True, 1)
 
     asyncio.run(main())
 

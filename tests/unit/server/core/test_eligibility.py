@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import skerry_agent
+from skerry_agent.core import lifecycle
+from skerry_agent.failures import OF_THIS_DEVICE
 from skerry_contract import manifest as m
 from skerry_server.core import eligibility
 
@@ -28,7 +30,15 @@ def test_a_device_needs_a_variant_for_its_runtime_and_architecture(manifest: m.M
 
 
 @pytest.mark.parametrize(
-    "code", ["trial_crashed", "golden_failed", "hash_mismatch", "attempts_exhausted", "a_code_of_tomorrow"]
+    "code",
+    [
+        "trial_crashed",
+        "golden_failed",
+        "model_damaged",
+        "malformed_manifest",
+        "attempts_exhausted",
+        "a_code_of_tomorrow",
+    ],
 )
 def test_what_speaks_of_the_bundle_counts_against_it_and_so_does_what_nobody_knows(code: str) -> None:
     assert eligibility.is_verdict_on_bundle(code)
@@ -54,6 +64,13 @@ def test_what_an_agent_calls_passing_or_its_own_lack_is_no_verdict_on_the_bundle
     assert not [code for code in sorted(codes) if eligibility.is_verdict_on_bundle(code)]
 
 
+def test_what_an_agent_never_gives_a_bundle_up_for_or_calls_its_own_is_no_verdict_on_the_bundle() -> None:
+    # A floor is the model's: a candidate below it is no good for anybody.
+    passing = (lifecycle.MOMENTARY | OF_THIS_DEVICE) - {"below_floor"}
+    assert {"store_full", "not_enough_disk", "no_variant"} <= passing
+    assert not [code for code in sorted(passing) if eligibility.is_verdict_on_bundle(code)]
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -65,6 +82,8 @@ def test_what_an_agent_calls_passing_or_its_own_lack_is_no_verdict_on_the_bundle
         "withdrawn",
         "interrupted",
         "mirror_wrong",
+        "hash_mismatch",
+        "size_mismatch",
         "no_memory_folder",
     ],
 )

@@ -33,7 +33,7 @@ class Fleet:
         with writing(self.server.engine) as conn:
             conn.execute(update(t.rollouts).values(**values))
 
-    def says(self, device, code="hash_mismatch", *, name="update", times=1, **data):
+    def says(self, device, code="model_damaged", *, name="update", times=1, **data):
         data = data or {"model": "gas", "digest": self.make.CANDIDATE, "rollout": "r-1"}
         body = wire.encode(wire.Event(at=self.make.at(), name=name, code=code, data=data))
         records = [self.make.record(self.seq + i + 1, body, kind="event") for i in range(times)]
@@ -69,8 +69,15 @@ def test_what_a_device_outside_the_stage_says_of_the_candidate_is_counted_and_de
 def test_a_candidate_that_refuses_sends_the_rollout_back(fleet):
     fleet.says(fleet.candidate)
     found = fleet.gather()
-    assert (found.reverted, found.disbelieved) == ({"hash_mismatch": 1}, 0)
+    assert (found.reverted, found.disbelieved) == ({"model_damaged": 1}, 0)
     assert fleet.decision().action == "roll_back"
+
+
+@pytest.mark.parametrize("code", ["hash_mismatch", "size_mismatch", "store_failed"])
+def test_a_device_with_a_worn_disk_is_unable_and_sends_no_rollout_back(fleet, code):
+    fleet.says(fleet.candidate, code)
+    assert fleet.reports().unable == {fleet.candidate}
+    assert fleet.decision().action == "hold"
 
 
 @pytest.mark.parametrize("code", ["trial_crashed", "runtime_crashed"])
@@ -81,6 +88,32 @@ def test_one_power_cut_in_a_trial_sends_no_rollout_back_and_two_devices_or_the_s
     assert (fleet.gather().reverted, fleet.decision().action) == ({}, "hold")
     fleet.says(fleet.candidate, code, **said, attempt=2)
     assert (fleet.gather().reverted, fleet.decision().action) == ({code: 1}, "roll_back")
+
+
+def test_attempts_that_a_bad_link_ended_make_a_power_cut_no_second_one(fleet):
+    fleet.change(stage=1, cuts={"*": str(g.EVERYONE)})
+    said = {"model": "gas", "digest": fleet.make.CANDIDATE, "rollout": "r-1", "at_boot": True, "attempt": 3}
+    fleet.says(fleet.candidate, "trial_crashed", **said, ended_so=1)
+    assert fleet.decision().action == "hold"
+    fleet.says(fleet.candidate, "trial_crashed", **said, ended_so=2)
+    assert fleet.decision().action == "roll_back"
+
+
+@pytest.mark.parametrize("state", ["confirmed", "confirmed_on_golden"])
+def test_a_device_that_confirms_the_bundle_takes_its_power_cut_back_and_nothing_else(fleet, state):
+    fleet.change(stage=1, cuts={"*": str(g.EVERYONE)})
+    about = {"model": "gas", "digest": fleet.make.CANDIDATE, "rollout": "r-1"}
+    cut = about | {"at_boot": True, "attempt": 1, "ended_so": 1}
+    fleet.says(fleet.candidate, "trial_crashed", **cut)
+    fleet.says(fleet.candidate, "", **(about | {"state": state, "rollout": "r-2"}))
+    fleet.says(fleet.candidate, "", **about, state="trial")
+    fleet.says(fleet.control, "trial_crashed", **cut)
+    assert fleet.gather().reverted == {"trial_crashed": 2}
+    fleet.says(fleet.candidate, "", **about, state=state)
+    assert (fleet.gather().reverted, fleet.decision().action) == ({}, "hold")
+    fleet.says(fleet.control, "golden_failed", **about)
+    fleet.says(fleet.control, "", **about, state=state)
+    assert fleet.gather().reverted == {"golden_failed": 1}
 
 
 def test_agents_of_two_devices_that_go_without_a_word_speak_of_the_bundle(fleet):
@@ -97,14 +130,14 @@ def test_agents_of_two_devices_that_go_without_a_word_speak_of_the_bundle(fleet)
 def test_a_candidate_that_was_away_and_refuses_after_the_stage_has_grown_is_believed(fleet):
     fleet.change(stage=1, cuts={"*": str(g.EVERYONE)})
     fleet.says(fleet.candidate)
-    assert fleet.gather().reverted == {"hash_mismatch": 1}
+    assert fleet.gather().reverted == {"model_damaged": 1}
 
 
 def test_while_completing_every_device_of_the_group_is_believed(fleet):
     fleet.change(stage=2, state="completing", cuts={"*": str(g.EVERYONE)})
     fleet.says(fleet.control)
     fleet.says(fleet.candidate, "golden_failed")
-    assert fleet.gather().reverted == {"hash_mismatch": 1, "golden_failed": 1}
+    assert fleet.gather().reverted == {"model_damaged": 1, "golden_failed": 1}
 
 
 def test_a_frozen_candidate_is_believed_whatever_stratum_it_has_since(fleet):
@@ -116,7 +149,7 @@ def test_a_frozen_candidate_is_believed_whatever_stratum_it_has_since(fleet):
     fleet.says(fleet.candidate)
     fleet.says(fleet.control)
     found = fleet.gather()
-    assert (found.reverted, found.disbelieved) == ({"hash_mismatch": 1}, 1)
+    assert (found.reverted, found.disbelieved) == ({"model_damaged": 1}, 1)
 
 
 @pytest.mark.parametrize("wrong", [{"digest": "ef" * 32}, {"rollout": "r-2"}, {"digest": None}, {"rollout": ["r-1"]}])
@@ -135,7 +168,7 @@ def test_a_device_of_another_group_is_no_candidate_of_the_rollout(fleet):
 
 
 def test_the_last_verdict_stands_and_being_unable_does_not_take_it_back(fleet):
-    fleet.says(fleet.candidate, "hash_mismatch")
+    fleet.says(fleet.candidate, "model_damaged")
     fleet.says(fleet.candidate, "golden_failed")
     fleet.says(fleet.candidate, "not_enough_memory")
     fleet.says(fleet.candidate, "unreachable")
