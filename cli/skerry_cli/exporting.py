@@ -1,34 +1,31 @@
 """Writes an update into a folder: a part of the repository, as devices read it without a network (``skerry-agent import``).
 
 Owns what belongs to it and the order in which it is written: the timestamp last, so that a folder that was made before is the old one or
-the new one. Hashes are checked here, so that a bad copy is found before it travels; signatures are the devices' to judge, from roots of their
-own, as they do over the network. Nothing secret is in it.
+the new one. Nothing is written before the metadata was verified from the operator's own root, and no document before it was found to be what is
+listed; devices verify all of it again, from roots of their own. Nothing in it is secret but for models in the clear: content keys of
+encrypted ones are wrapped, each for a device that was named.
 """
 
 from __future__ import annotations
 
-import contextlib
+import datetime as dt
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skerry_contract import canonical, group, ids, layout
+from skerry_contract import canonical, group, ids, layout, sealed
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
-from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import Metadata, Snapshot, Targets, Timestamp
 
 from skerry_cli.client import Api
 from skerry_cli.errors import Failed, RefusedForSafety, Usage
+from skerry_cli.update_folder import MARK, UpdateFolder
+from skerry_cli.verified_repository import VerifiedRepository, read_repository, read_target
 
-MARK = "skerry-update.json"
-"""Says to people what is in the folder, and to the next export that the folder is its own. Devices do not read it."""
-_PARTS = (layout.METADATA_DIR, layout.TARGETS_DIR, "blobs")
-_PIECE_BYTES = 1 << 20
+_TIMESTAMP = f"{layout.METADATA_DIR}/timestamp.json"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,7 +33,8 @@ class Exported:
     """What is in the folder now.
 
     Attributes:
-        bundles: model, version, digest and bytes of each.
+        bundles: model, version, digest and bytes of each; of an encrypted one ``devices``: whom it brings the content key.
+        locked: model, version, device and why, of content keys that a named device is not given.
         missing: model, version and why, of those that a group's document names and that the catalog does not list.
         bytes: of all files; came: of those that had to be fetched.
         expires: of the timestamp, ISO 8601.
@@ -45,122 +43,147 @@ class Exported:
     groups: list[str] = field(default_factory=list)
     bundles: list[dict[str, Any]] = field(default_factory=list)
     missing: list[dict[str, str]] = field(default_factory=list)
+    locked: list[dict[str, str]] = field(default_factory=list)
     files: int = 0
     bytes: int = 0
     came: int = 0
     expires: str = ""
 
 
-def export(api: Api, folder: Path, *, groups: Iterable[str], say: Callable[[str], None]) -> Exported:
+def export(
+    api: Api,
+    folder: Path,
+    *,
+    root: bytes,
+    cache_dir: Path,
+    now: dt.datetime,
+    groups: Iterable[str],
+    devices: Iterable[str] = (),
+    say: Callable[[str], None],
+) -> Exported:
     """Brings the folder to the server's present state.
 
     Args:
         folder: made when missing; else empty, or of an earlier export.
+        root, cache_dir, now: as ``verified_repository.read_repository``.
         groups: whose documents and bundles; none for all.
+        devices: who gets the content keys of encrypted bundles along, wrapped for each alone.
         say: hears how far it is.
 
     Raises:
-        Usage: the folder holds something else, or there is no such group.
+        Usage: the folder holds something else, a link say, or there is no such group.
         Failed: the server cannot give something, or the folder cannot be written.
-        RefusedForSafety: what came is not what the metadata says.
+        RefusedForSafety: a signature, version, name, digest or expiry does not hold.
     """
     try:
-        _claim(folder)
-        return _Export(api, folder, say).run(sorted(set(groups)))
+        with UpdateFolder(folder) as place:
+            verified = read_repository(api, root=root, cache_dir=cache_dir, now=now)
+            return _Export(api, place, sorted({ids.device_id(one) for one in devices}), say).run(
+                verified, sorted(set(groups))
+            )
     except OSError as error:
         raise Failed(f"{error.filename or folder}: {error.strerror or error}") from None
-    except (tuf_errors.RepositoryError, ContractError) as error:
+    except ContractError as error:
         raise RefusedForSafety(f"the server's repository: {error}") from None
 
 
 class _Export:
-    def __init__(self, api: Api, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, api: Api, folder: UpdateFolder, devices: list[ids.DeviceId], say: Callable[[str], None]) -> None:
         self._api = api
+        self._devices = devices
         self._folder = folder
         self._say = say
         self._kept: set[str] = set()
         self._done = Exported()
 
-    def run(self, wanted: list[str]) -> Exported:
-        timestamp_data = self._get(
-            f"{layout.METADATA_DIR}/timestamp.json", "the repository waits for its first catalog"
-        )
-        timestamp = Metadata[Timestamp].from_bytes(timestamp_data).signed
-        snapshot = Metadata[Snapshot].from_bytes(self._role(Snapshot.type, timestamp.snapshot_meta.version)).signed
-        roles = {
-            role: Metadata[Targets].from_bytes(self._role(role, snapshot.meta[f"{role}.json"].version)).signed
-            for role in (Targets.type, layout.CATALOG_ROLE, layout.FLEET_ROLE)
-            if f"{role}.json" in snapshot.meta
-        }
-        if layout.FLEET_ROLE not in roles or layout.CATALOG_ROLE not in roles:
-            raise Failed("the repository lists no groups and no catalog yet")
-        self._roots()
-        catalog = roles[layout.CATALOG_ROLE].targets
-        listed = roles[layout.FLEET_ROLE].targets
-        names = {path.removeprefix("fleet/").removesuffix(".json"): path for path in listed}
+    def run(self, verified: VerifiedRepository, wanted: list[str]) -> Exported:
+        names = {str(name) for name in verified.groups}
         unknown = [name for name in wanted if name not in names]
         if unknown:
             raise Usage(f"no group {', '.join(unknown)} is published; there are {', '.join(sorted(names)) or 'none'}")
-        if layout.FLOORS_TARGET in catalog:
-            self._target(layout.FLOORS_TARGET, catalog[layout.FLOORS_TARGET].hashes["sha256"])
+        if verified.expired:
+            self._say(f"the catalog expired {verified.catalog.expires.isoformat()}: devices begin nothing of it")
+        documents = {
+            ids.group_name(name): self._group(verified, ids.group_name(name)) for name in wanted or sorted(names)
+        }
+        # From here on it is ours, and what is cut off goes on.
+        if self._folder.is_new:
+            self._folder.put(MARK, [_mark(Exported())], lambda: True)
+        for path, data in verified.files.items():
+            self._write(path, data)
         found: dict[str, group.Target] = {}
         models: dict[str, str] = {}
-        for name in wanted or sorted(names):
-            data = self._target(names[name], listed[names[name]].hashes["sha256"])
-            for model, target in _named(group.parse(data)):
+        for name, (path, data, document) in documents.items():
+            self._write(path, data)
+            for model, target in _named(document):
                 found[target.digest], models[target.digest] = target, model
             self._done.groups.append(name)
         blobs: dict[str, int] = {}
         for digest, target in sorted(found.items(), key=lambda one: (models[one[0]], ids.version_key(one[1].version))):
-            blobs.update(self._bundle(models[digest], target, catalog))
+            blobs.update(self._bundle(models[digest], target, verified))
         self._blobs(blobs)
         # The one that makes the rest count, and then what does not count any more.
-        self._write(f"{layout.METADATA_DIR}/timestamp.json", timestamp_data)
-        self._done.expires = timestamp.expires.isoformat()
-        self._tidy()
-        self._write(MARK, _mark(self._done))
+        self._write(_TIMESTAMP, verified.timestamp)
+        self._done.expires = verified.expires.isoformat()
+        for path in self._folder.tidy(self._kept):
+            self._say(f"{path!r} is of no export, and stays")
+        self._folder.put(MARK, [_mark(self._done)], lambda: True)
         return self._done
 
-    def _roots(self) -> None:
-        version = 1
-        while (data := self._api.fetch(f"/repository/{layout.METADATA_DIR}/{version}.root.json")) is not None:
-            self._write(f"{layout.METADATA_DIR}/{version}.root.json", data)
-            version += 1
+    def _group(self, verified: VerifiedRepository, name: ids.GroupName) -> tuple[str, bytes, group.GroupDocument]:
+        """Where it lies, its bytes, and what they say."""
+        target = layout.group_target(name)
+        path, data = read_target(self._api, target, verified.groups[name], max_bytes=group.MAX_BYTES)
+        document = group.parse(data)
+        if document.group != name:
+            raise RefusedForSafety(f"{path}: the document is of group {document.group}")
+        return path, data, document
 
-    def _role(self, role: str, version: int) -> bytes:
-        path = f"{layout.METADATA_DIR}/{version}.{role}.json"
-        data = self._get(path, "it changed meanwhile: try again")
-        self._write(path, data)
-        return data
-
-    def _target(self, target: str, sha256: str) -> bytes:
-        path = layout.target_file(target, sha256)
-        data = self._get(path, "it changed meanwhile: try again")
-        if canonical.sha256(data) != sha256:
-            raise RefusedForSafety(f"{path}: it has sha256 {canonical.sha256(data)}")
-        self._write(path, data)
-        return data
-
-    def _bundle(self, model: str, target: group.Target, catalog: dict[str, Any]) -> dict[str, int]:
+    def _bundle(self, model: str, target: group.Target, verified: VerifiedRepository) -> dict[str, int]:
         """Sha256 -> bytes of the bundle's files."""
         path = layout.manifest_target(ids.model_name(model), target.version)
-        if path not in catalog or catalog[path].hashes["sha256"] != target.digest:
+        listed = verified.catalog.targets.get(path)
+        if listed is None or listed.hashes.get("sha256") != target.digest:
             why = "the catalog does not list it: devices would refuse it"
             self._done.missing.append({"model": model, "version": target.version, "why": why})
             return {}
-        manifest = manifests.parse(self._target(path, target.digest))
+        place, data = read_target(self._api, path, listed, max_bytes=manifests.MAX_BYTES)
+        manifest = manifests.parse(data)
+        if (manifest.model, manifest.version) != (model, target.version):
+            raise RefusedForSafety(f"{place}: the manifest is of {manifest.model}@{manifest.version}")
+        self._write(place, data)
         found = {file.sha256: file.size for file in manifest.files()}
-        self._done.bundles.append(
-            {"model": model, "version": target.version, "digest": target.digest, "bytes": sum(found.values())}
-        )
+        told: dict[str, Any] = {
+            "model": model,
+            "version": target.version,
+            "digest": target.digest,
+            "bytes": sum(found.values()),
+        }
+        if manifest.encryption is not None:
+            told["devices"] = [one for one in self._devices if self._key(one, model, target)]
+        self._done.bundles.append(told)
         return found
+
+    def _key(self, device: ids.DeviceId, model: str, target: group.Target) -> bool:
+        """Writes the content key, wrapped for the device; False when it may not have it."""
+        try:
+            answer = self._api.post(f"/api/v1/bundles/{target.digest}/key/{device}")
+            wrapped = sealed.decode_wrapped(answer.get("wrapped"))
+        except (RefusedForSafety, Usage) as error:
+            why = {"model": model, "version": target.version, "device": device, "why": str(error)}
+            self._done.locked.append(why)
+            return False
+        self._write(
+            layout.carried_key(target.digest, device), json.dumps(sealed.encode_wrapped(wrapped)).encode() + b"\n"
+        )
+        return True
 
     def _blobs(self, blobs: dict[str, int]) -> None:
         total, here = sum(blobs.values()), 0
         for number, (sha256, size) in enumerate(sorted(blobs.items()), 1):
             path = layout.blob(sha256)
             self._kept.add(path)
-            if not _is(self._folder / path, sha256, size):
+            if not self._folder.holds(path, sha256, size):
                 self._fetch(path, sha256, size)
                 self._done.came += size
             here += size
@@ -179,37 +202,18 @@ class _Export:
                 found.update(piece)
                 yield piece
 
-        _put(self._folder / path, pieces(), lambda: done == size and found.hexdigest() == sha256)
-
-    def _get(self, path: str, why: str) -> bytes:
-        data = self._api.fetch(f"/repository/{path}")
-        if data is None:
-            raise Failed(f"{path} is not in the server's repository: {why}")
-        return data
+        self._folder.put(path, pieces(), lambda: done == size and found.hexdigest() == sha256)
 
     def _write(self, path: str, data: bytes) -> None:
         self._kept.add(path)
-        place = self._folder / path
-        if path != MARK:
-            self._count(len(data))
-        if not _is(place, canonical.sha256(data), len(data)):
-            _put(place, [data], lambda: True)
+        self._count(len(data))
+        if not self._folder.holds(path, canonical.sha256(data), len(data)):
+            self._folder.put(path, [data], lambda: True)
             self._done.came += len(data)
 
     def _count(self, size: int) -> None:
         self._done.files += 1
         self._done.bytes += size
-
-    def _tidy(self) -> None:
-        """Removes what an earlier export wrote and this one does not name."""
-        for part in _PARTS:
-            for place, folders, files in os.walk(self._folder / part, topdown=False):
-                for name in files:
-                    if str((Path(place) / name).relative_to(self._folder)) not in self._kept:
-                        (Path(place) / name).unlink()
-                for name in folders:
-                    with contextlib.suppress(OSError):
-                        (Path(place) / name).rmdir()
 
 
 def _named(document: group.GroupDocument) -> Iterator[tuple[str, group.Target]]:
@@ -223,46 +227,6 @@ def _named(document: group.GroupDocument) -> Iterator[tuple[str, group.Target]]:
         yield from pins.items()
 
 
-def _claim(folder: Path) -> None:
-    """Makes the folder ours. Raises ``Usage`` when it holds something else."""
-    if folder.exists() and not folder.is_dir():
-        raise Usage(f"{folder}: wanted a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / MARK).is_file():
-        if any(folder.iterdir()):
-            raise Usage(f"{folder}: wanted a folder that is empty, or of an earlier export (with {MARK})")
-        _put(folder / MARK, [_mark(Exported())], lambda: True)
-
-
 def _mark(done: Exported) -> bytes:
     told = {"schema": 1, "groups": done.groups, "bundles": done.bundles, "expires": done.expires, "files": done.files}
     return json.dumps(told, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def _is(place: Path, sha256: str, size: int) -> bool:
-    if not place.is_file() or place.stat().st_size != size:
-        return False
-    with place.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-
-
-def _put(place: Path, pieces: Iterable[bytes], good: Callable[[], bool]) -> None:
-    """Writes a file under another name first: what is cut off or wrong never has its own. Raises ``RefusedForSafety``."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    scratch = place.with_name(f"{place.name}.new")
-    with scratch.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    if not good():
-        scratch.unlink()
-        raise RefusedForSafety(f"{place.name}: what the server sent is not what its name says")
-    scratch.replace(place)
-    # A stick may be pulled at once. Not every file system on one lets a folder be synced.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

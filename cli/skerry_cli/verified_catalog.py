@@ -6,6 +6,7 @@ nothing that a server says; changing the catalog is ``catalog``'s.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
@@ -19,13 +20,14 @@ from skerry_contract import floors as floor_rules
 from skerry_contract import ids, layout
 from skerry_contract.errors import ContractError
 from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import DelegatedRole, Metadata, Root, Targets
+from tuf.api.metadata import DelegatedRole, Metadata, Root, Snapshot, Targets, Timestamp
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from skerry_cli import offline_roles
 from skerry_cli.bundle_source import open_pool
-from skerry_cli.errors import Failed, RefusedForSafety, Usage
+from skerry_cli.errors import CliError, Failed, RefusedForSafety, Usage
 
+CONFIG = UpdaterConfig(targets_max_length=32 << 20, app_user_agent="skerry")
 _CHUNK_BYTES = 1 << 18
 
 
@@ -85,38 +87,20 @@ def read_catalog(
         Failed: the repository cannot be reached.
     """
     cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    seen = _seen_version(cache_dir)
     base = repository_url.rstrip("/")
-    try:
-        updater = _Updater(
+    with explained():
+        updater = CatalogUpdater(
             str(cache_dir),
             f"{base}/{layout.METADATA_DIR}/",
             target_base_url=f"{base}/{layout.TARGETS_DIR}/",
             fetcher=_Fetcher(ca_file),
-            config=UpdaterConfig(targets_max_length=32 << 20, app_user_agent="skerry"),
+            config=CONFIG,
             bootstrap=root,
         )
         catalog, role, keys = updater.verified_catalog(now)
-        info = catalog.targets.get(layout.FLOORS_TARGET)
-        if info is None or info.length > floor_rules.MAX_BYTES:
-            raise RefusedForSafety("catalog: it lists no floors of a sensible size")
-        floors_path = updater.download_target(info, str(cache_dir / "floors.json"))
-        floors_data = Path(floors_path).read_bytes()
+        floors_data = updater.floors(catalog, cache_dir)
         floors, forced = floor_rules.parse(floors_data), floor_rules.parse_forced(floors_data)
-    except tuf_errors.DownloadHTTPError as error:
-        raise Failed(f"repository: {error}", advice="did the server take root, targets and a first catalog?") from None
-    except tuf_errors.DownloadError as error:
-        raise Failed(f"repository: {error}: {error.__cause__ or ''}".rstrip(": ")) from None
-    except tuf_errors.RepositoryError as error:
-        raise RefusedForSafety(f"repository: {type(error).__name__}: {error}") from None
-    except ContractError as error:
-        raise RefusedForSafety(str(error)) from None
-    if catalog.version < seen:
-        raise RefusedForSafety(
-            f"catalog: the repository shows version {catalog.version}, this operator has seen {seen}",
-            advice="if the server was restored from a backup, give it the newer one: skerry restore",
-        )
-    _remember_version(cache_dir, catalog.version)
+    remember_version(cache_dir, catalog.version)
     return VerifiedCatalog(
         catalog=catalog,
         expired=catalog.is_expired(now),
@@ -204,14 +188,57 @@ def entries(catalog: Targets) -> dict[tuple[str, str], Entry]:
     return found
 
 
-class _Updater(Updater):
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """What the updater stops with, in the tool's own errors."""
+    try:
+        yield
+    except tuf_errors.DownloadHTTPError as error:
+        raise Failed(f"repository: {error}", advice="did the server take root, targets and a first catalog?") from None
+    except tuf_errors.DownloadError as error:
+        if isinstance(error.__cause__, CliError):
+            raise error.__cause__ from None
+        raise Failed(f"repository: {error}: {error.__cause__ or ''}".rstrip(": ")) from None
+    except tuf_errors.RepositoryError as error:
+        raise RefusedForSafety(f"repository: {type(error).__name__}: {error}") from None
+    except ContractError as error:
+        raise RefusedForSafety(str(error)) from None
+
+
+class CatalogUpdater(Updater):
+    """python-tuf's updater, for a reader that renews what has expired. One reading per instance."""
+
     @property
     def root(self) -> Root:
+        """The last one that follows from the operator's."""
         return self._trusted_set.root
 
     @property
     def targets(self) -> Targets:
+        """The last ones."""
         return self._trusted_set.targets
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The last one."""
+        return self._trusted_set.snapshot
+
+    @property
+    def timestamp(self) -> Timestamp:
+        """The last one."""
+        return self._trusted_set.timestamp
+
+    def verified_fleet(self, now: dt.datetime) -> Targets:
+        """The list of groups of the same snapshot; after ``verified_catalog``."""
+        self._trusted_set.reference_time = now.astimezone(dt.UTC)
+        return self._load_targets(layout.FLEET_ROLE, Targets.type)
+
+    def floors(self, catalog: Targets, cache_dir: Path) -> bytes:
+        """What the catalog lists as its floors; kept beside it. Raises ``RefusedForSafety`` for none."""
+        info = catalog.targets.get(layout.FLOORS_TARGET)
+        if info is None or info.length > floor_rules.MAX_BYTES:
+            raise RefusedForSafety("catalog: it lists no floors of a sensible size")
+        return Path(self.download_target(info, str(cache_dir / "floors.json"))).read_bytes()
 
     def verified_catalog(self, now: dt.datetime) -> tuple[Targets, DelegatedRole, dict[str, Key]]:
         """The catalog of the snapshot that is current at ``now``; the catalog's own expiry is left to the caller."""
@@ -256,7 +283,14 @@ def _seen_version(cache_dir: Path) -> int:
         return 0
 
 
-def _remember_version(cache_dir: Path, version: int) -> None:
+def remember_version(cache_dir: Path, version: int) -> None:
+    """Keeps which catalog this operator has seen. Raises ``RefusedForSafety`` for an older one than that."""
+    seen = _seen_version(cache_dir)
+    if version < seen:
+        raise RefusedForSafety(
+            f"catalog: the repository shows version {version}, this operator has seen {seen}",
+            advice="if the server was restored from a backup, give it the newer one: skerry restore",
+        )
     scratch = cache_dir / f".seen.{os.getpid()}"
     scratch.write_text(json.dumps({"catalog": version}))
     scratch.replace(cache_dir / "seen.json")

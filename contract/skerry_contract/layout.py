@@ -6,6 +6,8 @@ bundles by digest. Target paths are TUF's; the other functions give paths relati
 
 from __future__ import annotations
 
+import hashlib
+
 from skerry_contract import ids
 from skerry_contract.errors import Malformed
 
@@ -42,6 +44,12 @@ def blob(sha256: str) -> str:
     """The file of a bundle by its digest."""
     ids.sha256_hex(sha256)
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def carried_key(digest: str, device: ids.DeviceId) -> str:
+    """A bundle's content key, wrapped for one device: in a folder that is carried to it, in no repository. The name tells no device's."""
+    named = hashlib.sha256(ids.device_id(device).encode()).hexdigest()
+    return f"keys/{ids.bundle_digest(digest)}/{named}.json"
 
 
 def delta(from_sha256: str, to_sha256: str) -> str:

@@ -196,11 +196,51 @@ def release_to(
         Forbidden: ``key_not_allowed``: nothing gives the device this bundle; ``encryption_key_differs``.
         NotFound, Unavailable: the key is not here, or cannot be read.
     """
-    sha256 = note_device_key(conn, device, pem, now_ms=now_ms)
+    note_device_key(conn, device, pem, now_ms=now_ms)
+    return _wrapped(conn, release, device=device, digest=digest, now_ms=now_ms)
+
+
+def release_by_hand(
+    conn: Connection, release: ReleaseKey, *, device: str, digest: str, actor: str, now_ms: int
+) -> dict[str, str]:
+    """As ``release_to``, asked for by a person who carries it to a device that has no network; the audit says who.
+
+    Nobody but the device can open it: it is wrapped for the encryption key that the device itself has named.
+
+    Raises:
+        NotFound: no such device, or it has named no encryption key; the content key is not here. Conflict: the device is revoked.
+        Forbidden: ``key_not_allowed``. Unavailable: the key cannot be read.
+    """
+    row = conn.execute(select(t.devices.c.status).where(t.devices.c.id == ids.device_id(device))).first()
+    if row is None:
+        raise NotFound("device", device)
+    if row.status == "revoked":
+        raise Conflict("revoked", f"device {device!r} is revoked: it is given no content key any more")
+    wrapped = _wrapped(conn, release, device=ids.device_id(device), digest=ids.bundle_digest(digest), now_ms=now_ms)
+    audit.record(
+        conn,
+        at_ms=now_ms,
+        actor=actor,
+        action="content_key.carry",
+        subject=f"bundle:{digest}",
+        after={"device": device},
+    )
+    return wrapped
+
+
+def _wrapped(
+    conn: Connection, release: ReleaseKey, *, device: ids.DeviceId, digest: str, now_ms: int
+) -> dict[str, str]:
+    """Wrapped for the encryption key that is known of the device, with a record that it was given."""
+    known = conn.execute(
+        select(t.encryption_keys.c.point, t.encryption_keys.c.sha256).where(t.encryption_keys.c.device == device)
+    ).first()
+    if known is None:
+        raise NotFound("encryption key of device", device)
+    point, sha256 = known
     if not may_have(conn, device, digest):
         raise Forbidden("key_not_allowed", f"neither the group of device {device!r} nor a pin gives it bundle {digest}")
     key = find(conn, release, digest)
-    point = conn.execute(select(t.encryption_keys.c.point).where(t.encryption_keys.c.device == device)).scalar_one()
     once = ec.generate_private_key(ec.SECP256R1())
     sender = once.public_key().public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
     receiver = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point)

@@ -29,7 +29,16 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 def skerry(site: Site, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     data = site.fleet.server.data
-    reach = ["--server", site.fleet.server.url, "--token", data / "admin.token", "--ca", data / "ca" / "ca.pem"]
+    reach = [
+        "--server",
+        site.fleet.server.url,
+        "--token",
+        data / "admin.token",
+        "--ca",
+        data / "ca" / "ca.pem",
+        "--keys",
+        site.fleet.folder / "keys",
+    ]
     command = [sys.executable, "-m", "skerry_cli", *map(str, (*reach, *arguments))]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
@@ -51,7 +60,8 @@ def test_an_update_travels_in_a_folder_and_the_server_hears_of_it_when_the_link_
     early = tmp_path / "early"
     assert skerry(site, "export-update", early).returncode == 0
     site.cut()
-    second = site.publish(2, {"weights.bin": WEIGHTS[1]})
+    # Encrypted: the stick brings the content key, too, wrapped for this device.
+    second = site.publish(2, {"weights.bin": WEIGHTS[1]}, content_key=os.urandom(32))
     site.fleet.api.put(f"/api/v1/devices/{DEVICE}/pins/gas", {"digest": second, "reason": "test"})
     came, stick = site.relay.came, tmp_path / "stick"
     site.fleet.wait("the pin to be published", lambda: exports_two(site, stick), 30.0)
@@ -84,9 +94,12 @@ def test_an_update_travels_in_a_folder_and_the_server_hears_of_it_when_the_link_
 
 def exports_two(site: Site, stick: Path) -> bool:
     """Whether an export holds version 2; each further one costs only what is new, and leaves nothing over."""
-    done = skerry(site, "export-update", stick, "--json")
+    done = skerry(site, "export-update", stick, "--device", DEVICE, "--device", "nobody", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
+    encrypted = [one for one in told["bundles"] if one["version"] == "2.0.0"]
+    assert all(one["devices"] == [DEVICE] for one in encrypted)
+    assert [one["device"] for one in told["locked"]] == ["nobody"] * len(encrypted)
     held = [path for path in stick.rglob("*") if path.is_file() and path.name != "skerry-update.json"]
     assert len(held) == told["files"]
     assert sum(path.stat().st_size for path in held) == told["bytes"]

@@ -1,20 +1,21 @@
 """Content keys of encrypted bundles on the device: asked for once, kept wrapped, opened in a courier alone.
 
-``slots/.keys/<digest>.json`` is what the server gave: a secret only for whoever has the device's encryption key besides. So a device that was
+``slots/.keys/<digest>.json`` is what the server gave, over the network or in a folder that was carried here: a secret only for whoever has the device's encryption key besides. So a device that was
 given a bundle once opens it ever after, without any network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from skerry_contract import ids, sealed
+from skerry_contract import ids, layout, sealed
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
-from skerry_agent.courier import device_api, durable, encryption_key, requests
+from skerry_agent.courier import device_api, durable, encryption_key, folder, requests
 from skerry_agent.errors import Degraded, Rejected, Transient
 
 KEYS = ".keys"
@@ -53,6 +54,42 @@ def obtain(request: requests.Common, manifest: manifests.Manifest, digest: str) 
     durable.make_folder(path.parent)
     durable.write(path, json.dumps(sealed.encode_wrapped(wrapped)).encode() + b"\n", mode=0o600)
     return found
+
+
+def bring(request: requests.Common, manifest: manifests.Manifest, digest: str) -> str:
+    """Takes the wrapped key from the folder that was carried here, where it opens; ``obtain`` then finds it kept.
+
+    Returns:
+        What is wrong with it; empty when it was taken, or nothing is wanted of the folder. Whatever it is, the server may give another.
+
+    Raises:
+        Degraded: ``encryption_key_unusable``, ``not_enrolled``.
+    """
+    assert manifest.encryption is not None
+    if not request.folder:
+        return ""
+    path = Path(request.state_dir) / "slots" / KEYS / f"{ids.bundle_digest(digest)}.json"
+    holder = encryption_key.holder(request.identity, request.encryption_key)
+    device = device_api.device_id(request)
+    with contextlib.suppress(sealed.CannotOpen):
+        kept = _kept(path)
+        if kept is not None:
+            _opened(kept, holder, device, digest, manifest.encryption.key_id)
+            return ""
+    try:
+        with folder.UpdateFolder(request.folder).open(layout.carried_key(digest, ids.device_id(device))) as stream:
+            data = stream.read(sealed.WRAPPED_MAX_BYTES + 1)
+        if len(data) > sealed.WRAPPED_MAX_BYTES:
+            raise ValueError(f"wanted at most {sealed.WRAPPED_MAX_BYTES} bytes")
+        wrapped = sealed.decode_wrapped(json.loads(data))
+        _opened(wrapped, holder, device, digest, manifest.encryption.key_id)
+    except folder.Absent:
+        return f"{request.folder} brings no content key for {device}: skerry export-update --device {device}"
+    except (Rejected, sealed.CannotOpen, ContractError, ValueError, OSError, RecursionError) as error:
+        return f"{request.folder}: the content key for {device} cannot be used: {error}"
+    durable.make_folder(path.parent)
+    durable.write(path, json.dumps(sealed.encode_wrapped(wrapped)).encode() + b"\n", mode=0o600)
+    return ""
 
 
 def _kept(path: Path) -> sealed.Wrapped | None:

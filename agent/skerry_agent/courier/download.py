@@ -74,7 +74,12 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
                 # First: what this device cannot open it need not fetch.
                 from skerry_agent.courier import content_keys
 
-                key = content_keys.obtain(request, parsed, request.digest)
+                complaint = content_keys.bring(request, parsed, request.digest)
+                try:
+                    key = content_keys.obtain(request, parsed, request.digest)
+                except Transient as error:
+                    error.detail += f"; {complaint}" if complaint else ""
+                    raise
             deltas = patched.Patched(web, url, slots, request, meter, _lack_for(request, staging), key)
             whole = resuming.Resuming(
                 web, lambda one: f"{url}/{layout.blob(one.hashes['sha256'])}", slots / ".parts", meter, request.limits,

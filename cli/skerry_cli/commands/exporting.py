@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from skerry_cli import exporting, output
-from skerry_cli.commands.session import session
+from skerry_cli import exporting, keys, output
+from skerry_cli.commands.publish import seen_dir
+from skerry_cli.commands.session import now, session
 
 
 def export_update(
@@ -18,10 +19,24 @@ def export_update(
     groups: Annotated[
         list[str] | None, typer.Option("--group", help="Only this group's devices; repeat. All without.")
     ] = None,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option("--device", help="Content keys of encrypted bundles come along, wrapped for this device; repeat."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
 ) -> None:
-    """Writes what devices of the groups are given into a folder, for `skerry-agent import`."""
-    done = exporting.export(session(context).api, folder, groups=groups or [], say=output.note)
+    """Writes what devices of the groups are given into a folder, for `skerry-agent import`; verified from your own root (--keys)."""
+    run = session(context)
+    done = exporting.export(
+        run.api,
+        folder,
+        root=keys.read_ceremony(run.keys).root,
+        cache_dir=seen_dir(run) / "catalog",
+        now=now(),
+        groups=groups or [],
+        devices=devices or [],
+        say=output.note,
+    )
     if as_json:
         output.show_json({"folder": str(folder), **dataclasses.asdict(done)})
         return
@@ -30,6 +45,15 @@ def export_update(
     output.show_table(f"bundles for {', '.join(done.groups)}", ("model", "version", "digest", "bytes"), rows)
     for one in done.missing:
         output.say(f"! {one['model']} {one['version']} is not in it: {one['why']}")
+    for one in done.locked:
+        output.say(f"! {one['device']} gets no content key of {one['model']} {one['version']}: {one['why']}")
+    for one in done.bundles:
+        if "devices" in one:
+            able = ", ".join(one["devices"]) or "none"
+            output.say(f"! {one['model']} {one['version']} is encrypted: its content key is in it for {able}.")
+            output.say(
+                "  Other devices open it only when they had the key before, or have a network. --device ID brings it along."
+            )
     output.say(
         f"Signed to {done.expires}; devices take it for updates.import_age_s after that (30 days where nothing is set)."
     )

@@ -91,6 +91,19 @@ def forget_key(context: Ctx, caller: Operator, device: str, why: Why) -> dict[st
     return {"device": device, "forgotten": True}
 
 
+@router.post(
+    "/api/v1/bundles/{digest}/key/{device}", summary="A bundle's content key, wrapped for a device without network"
+)
+def carry(context: Ctx, caller: Operator, digest: str, device: str) -> dict[str, Any]:
+    """For `skerry export-update --device`. Only that device can open it, and only what its group or a pin gives it. Each stands in the audit."""
+    with writing(context.engine) as conn:
+        content_keys.require_encrypted(conn, digest)
+        wrapped = content_keys.release_by_hand(
+            conn, context.release_key, device=device, digest=digest, actor=caller.actor, now_ms=context.now_ms()
+        )
+    return {"digest": digest, "device": device, "wrapped": wrapped}
+
+
 @router.post("/device/v1/keys/{digest}", summary="A bundle's content key, wrapped for the device that asks")
 def release(context: Ctx, device: SignedByDevice, digest: str, wanted: Release) -> dict[str, Any]:
     """Only of bundles that the device's group or a pin gives it."""

@@ -34,6 +34,7 @@ COMMANDS: list[tuple[str, str, object, set[str]]] = [
     ("PUT", f"/api/v1/bundles/{A}/signature", {}, {"engineer", "admin"}),
     ("GET", f"/api/v1/bundles/{A}/releases", None, {"auditor", "admin"}),
     ("POST", "/api/v1/devices/nobody/forget-key", {"reason": "x"}, {"operator", "admin"}),
+    ("POST", f"/api/v1/bundles/{'0' * 64}/key/nobody", None, {"operator", "admin"}),
     ("POST", f"/api/v1/bundles/{A}/validate", None, {"engineer", "admin"}),
     ("POST", f"/api/v1/bundles/{A}/deprecate", None, {"operator", "admin"}),
     ("POST", f"/api/v1/bundles/{A}/retire", None, {"operator", "admin"}),

@@ -119,6 +119,39 @@ def test_a_thief_of_the_signing_key_cannot_put_an_encryption_key_of_his_own_in_i
     assert unwrap(found.json(), thief, device.id, digest) == KEY
 
 
+@pytest.mark.attack("foreign content key")
+def test_a_key_that_a_person_carries_opens_on_its_device_alone(
+    server: ServerRig, operator: Operator, approved: tuple[str, Path], device: DeviceRig, tmp_path: Path
+) -> None:
+    digest, _ = approved
+    key = ec.generate_private_key(ec.SECP256R1())
+    way = f"/api/v1/bundles/{digest}/key"
+    unknown = server.ask("POST", f"{way}/{device.id}")
+    assert (unknown.status, "encryption key" in unknown.data.decode()) == (404, True), "it has named none yet"
+    device.ask("POST", f"/device/v1/keys/{digest}", {"encryption_key": pem(key)})
+    found = server.ask("POST", f"{way}/{device.id}")
+    assert found.status == 200, found.data
+    assert unwrap(found.json(), key, device.id, digest) == KEY
+    assert KEY not in found.data and base64.b64encode(KEY) not in found.data
+    for holder, name in ((ec.generate_private_key(ec.SECP256R1()), device.id), (key, "another")):
+        with pytest.raises(sealed.CannotOpen):
+            unwrap(found.json(), holder, name, digest)
+
+    other = build(tmp_path / "b", "1.7.0")
+    push(operator.api, read_bundle(tmp_path / "b"))
+    operator.approve("veiled", "1.7.0", other)
+    refused = server.ask("POST", f"/api/v1/bundles/{other}/key/{device.id}")
+    assert (refused.status, refused.code) == (403, "key_not_allowed")
+    said = server.good("GET", "/api/v1/audit?limit=1000")["items"]
+    carried = [one for one in said if one["action"] == "content_key.carry"]
+    assert [(one["subject"], one["after"]) for one in carried if device.id in str(one["after"])] == [
+        (f"bundle:{digest}", {"device": device.id})
+    ]
+    server.good("POST", f"/api/v1/devices/{device.id}/revoke", {"reason": "stolen"})
+    assert server.ask("POST", f"{way}/{device.id}").code == "revoked"
+    assert server.ask("POST", f"{way}/nobody").status == 404
+
+
 def test_the_key_that_came_with_the_enrolment_stays_and_a_new_enrolment_brings_another(
     server: ServerRig, approved: tuple[str, Path], tmp_path: Path
 ) -> None:

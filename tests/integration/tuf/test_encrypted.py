@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.x509.oid import NameOID
 from skerry_agent.courier import content_keys, encryption_key, keys, requests, unsealing
 from skerry_agent.errors import AgentError
+from skerry_contract import ids, layout, sealed
 from skerry_contract import manifest as m
-from skerry_contract import sealed
 
 from tests import models
 from tests.machines import Token
@@ -117,6 +117,53 @@ def test_a_kept_key_opens_the_slot_without_any_server_and_twice_is_once(card: Ca
         assert (card.memory / card.digest / file.path).stat().st_mode & 0o077 == 0
     assert card.open() == {"bytes": 0}
     assert [path.name for path in card.memory.iterdir()] == [card.digest], "nothing is left beside it"
+
+
+def carried(card: Card, folder: Path) -> str:
+    """What is wrong with the key in a folder that was carried here; empty when it was taken."""
+    asked = requests.Common(
+        state_dir=str(card.state), server_url=NOWHERE, now_s=1e9, encryption_key="file", folder=str(folder)
+    )
+    return content_keys.bring(asked, card.manifest, card.digest)
+
+
+def test_a_key_that_was_carried_here_opens_without_any_server(card: Card, tmp_path: Path) -> None:
+    place = tmp_path / "stick" / layout.carried_key(card.digest, ids.device_id("cam-1"))
+    place.parent.mkdir(parents=True)
+    card.wrapped.rename(place)
+    assert card.code() == "unreachable"
+    said = carried(card, tmp_path / "elsewhere")
+    assert "skerry export-update --device cam-1" in said
+    assert card.code() == "unreachable"
+    assert carried(card, tmp_path / "stick") == ""
+    assert card.open()["bytes"] > 200_000
+    place.unlink()
+    assert carried(card, tmp_path / "stick") == "", "what is kept is not asked for again"
+
+
+@pytest.mark.attack("foreign content key")
+@pytest.mark.parametrize("harm", ["another device's", "another bundle's", "another key", "cut", "long", "deep", "link"])
+def test_a_carried_key_that_is_not_this_devices_for_this_bundle_is_not_kept(
+    card: Card, tmp_path: Path, harm: str
+) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "another device's": {"device": "cam-2"},
+        "another bundle's": {"digest": "a" * 64},
+        "another key": {"content_key": secrets.token_bytes(32)},
+    }
+    card.give(**{"content_key": KEY, **changes.get(harm, {})})
+    place = tmp_path / "stick" / layout.carried_key(card.digest, ids.device_id("cam-1"))
+    place.parent.mkdir(parents=True)
+    card.wrapped.rename(place)
+    data = place.read_bytes()
+    if harm == "link":
+        place.rename(tmp_path / "aside")
+        place.symlink_to(tmp_path / "aside")
+    elif harm in ("cut", "long", "deep"):
+        place.write_bytes({"cut": data[:-20], "long": data + b" " * 4000, "deep": b"[" * 2000}[harm])
+    assert "cannot be used" in carried(card, tmp_path / "stick")
+    assert not card.wrapped.exists()
+    assert card.code() == "unreachable"
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "golden.jsonl", "padding.bin"])

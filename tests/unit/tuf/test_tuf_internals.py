@@ -56,7 +56,7 @@ def test_names_that_are_read_inside_tuf_still_exist():
         assert name in source
     assert hasattr(FetcherInterface, "download_file")
     assert "_load_targets" in vars(Updater)
-    assert issubclass(verified_catalog._Updater, Updater)
+    assert issubclass(verified_catalog.CatalogUpdater, Updater)
 
 
 @pytest.mark.parametrize(
