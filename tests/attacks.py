@@ -38,6 +38,7 @@ ATTACKS = {
     "duplicate JSON key": "two readers of one document understand two things",
     "homoglyph name": "a name looks like another",
     "stolen repository": "encrypted bundles are read where they lie",
+    "leaked content key": "with the content key of one version the deltas are opened that lead to and from another",
     "foreign content key": "a content key is used by another device, or for another bundle",
 }
 """Name: what it tries."""

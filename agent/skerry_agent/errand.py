@@ -10,15 +10,19 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from skerry_agent import scraps
 from skerry_agent.errors import Transient, by_kind
 
 COURIER: tuple[str, ...] = (sys.executable, "-P", "-m", "skerry_agent.courier")
 _MAX_LINE = 16 << 20
 _KEPT_STDERR = 2000
+_IN_MEMORY = {"unseal": "folder", "fetch": "opened"}
+"""Of these verbs, which field says where in memory the courier works in the clear: one that was killed leaves that there."""
 
 
 class Errands:
@@ -83,6 +87,8 @@ class Errands:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+            if process.returncode and verb in _IN_MEMORY and message.get(_IN_MEMORY[verb]):
+                scraps.tidy(Path(message[_IN_MEMORY[verb]]))
         if answer is None:
             detail = complaint.strip().splitlines()[-1:] or ["no answer"]
             raise Transient("courier_crashed", f"courier {verb} ended with {process.returncode}: {detail[0]}")

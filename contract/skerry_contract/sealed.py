@@ -30,7 +30,9 @@ TAG_BYTES = 16
 CHUNK_BYTES = 1 << 16
 """Plaintext of each chunk but the last, which has 0 to so many."""
 MAGIC = b"SKRYENC1"
-DELTA_MAGIC = b"SKRYDLT1"
+DELTA_MAGIC = b"SKRYDLT2"
+LEAKY_DELTA_MAGIC = b"SKRYDLT1"
+"""Of deltas under the target's content key alone: they gave the base away to whoever had that key. Nobody reads them any more."""
 WRAPPED_MAX_BYTES = 2048
 POINT_BYTES = 65
 """An uncompressed point of P-256."""
@@ -95,28 +97,40 @@ def opened(source: BinaryIO, content_key: bytes, plain_sha256: str, new_cipher: 
 
 
 def seal_delta(
-    source: BinaryIO, content_key: bytes, *, base: str, target: str, salt: bytes, new_cipher: NewCipher
+    source: BinaryIO,
+    content_key: bytes,
+    *,
+    base_key: bytes,
+    base: str,
+    target: str,
+    salt: bytes,
+    new_cipher: NewCipher,
 ) -> Iterator[bytes]:
-    """The encrypted delta in pieces, under the content key of the target.
+    """The encrypted delta in pieces, under the content keys of both its files.
+
+    A delta is a difference: with either of its files it gives the other away. So whoever has one of two content keys, as a thief of an
+    older version has, must not open it; who may apply it has both.
 
     Args:
+        content_key: of the target.
+        base_key: of the base; empty where that is in the clear, and thereby nobody's secret.
         base, target: sha256 that the delta is named by: of the ciphertext where a file has one.
         salt: 32 random bytes, new ones each time: a delta may be made anew with other bytes under its name.
     """
     if len(salt) != KEY_BYTES:
         raise Malformed("delta's salt", f"wanted {KEY_BYTES} bytes, got {len(salt)}")
     yield DELTA_MAGIC + salt
-    yield from _seal(source, new_cipher(_delta_key(content_key, base, target, salt)), DELTA_MAGIC)
+    yield from _seal(source, new_cipher(_delta_key(base_key, content_key, base, target, salt)), DELTA_MAGIC)
 
 
 def opened_delta(
-    source: BinaryIO, content_key: bytes, *, base: str, target: str, new_cipher: NewCipher
+    source: BinaryIO, content_key: bytes, *, base_key: bytes, base: str, target: str, new_cipher: NewCipher
 ) -> Iterator[bytes]:
-    """The delta in pieces, as ``opened``. Raises ``CannotOpen``."""
+    """The delta in pieces, as ``opened``; the keys as in ``seal_delta``. Raises ``CannotOpen``."""
     head = _read(source, len(DELTA_MAGIC) + KEY_BYTES)
     if len(head) != len(DELTA_MAGIC) + KEY_BYTES or not head.startswith(DELTA_MAGIC):
         raise CannotOpen("it does not begin as an encrypted delta")
-    cipher = new_cipher(_delta_key(content_key, base, target, head[len(DELTA_MAGIC) :]))
+    cipher = new_cipher(_delta_key(base_key, content_key, base, target, head[len(DELTA_MAGIC) :]))
     yield from _opened(source, cipher, DELTA_MAGIC)
 
 
@@ -240,10 +254,11 @@ def _file_key(content_key: bytes, plain_sha256: str) -> bytes:
     return _hkdf(content_key, salt=b"", info=b"skerry file 1\0" + bytes.fromhex(ids.sha256_hex(plain_sha256)))
 
 
-def _delta_key(content_key: bytes, base: str, target: str, salt: bytes) -> bytes:
-    key_id(content_key)
+def _delta_key(base_key: bytes, content_key: bytes, base: str, target: str, salt: bytes) -> bytes:
+    for key in (base_key, content_key) if base_key else (content_key,):
+        key_id(key)
     names = bytes.fromhex(ids.sha256_hex(base)) + bytes.fromhex(ids.sha256_hex(target))
-    return _hkdf(content_key, salt=salt, info=b"skerry delta 1\0" + names)
+    return _hkdf(base_key + content_key, salt=salt, info=b"skerry delta 2\0" + names)
 
 
 def _hkdf(secret: bytes, *, salt: bytes, info: bytes) -> bytes:

@@ -74,6 +74,7 @@ class DeltaMaker:
         self._thread: threading.Thread | None = None
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(mode=0o700, parents=True)
+        self._files.drop_leaky()
 
     def start(self) -> None:
         """Begins looking."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from skerry_contract import ids, layout
+from skerry_contract import ids, layout, sealed
 from skerry_contract import manifest as m
 from sqlalchemy import Connection, Text, cast, delete, func, select, tuple_, update
 
@@ -274,6 +274,14 @@ class Files:
             if path.is_file() and not path.name.startswith("."):
                 found[path.parent.name, path.name] = path.stat().st_size
         return found
+
+    def drop_leaky(self) -> None:
+        """Serves no longer what an older program encrypted under the target's content key alone."""
+        for key in self.present():
+            with (self._repository / layout.delta(*key)).open("rb") as source:
+                leaky = source.read(len(sealed.LEAKY_DELTA_MAGIC)) == sealed.LEAKY_DELTA_MAGIC
+            if leaky:
+                self.drop([key])
 
     def drop(self, keys: Iterable[Key]) -> None:
         """Serves these no longer."""

@@ -1,7 +1,7 @@
 """Deltas between encrypted files: made of what is in them, and encrypted before anyone gets one.
 
-Opens a pair's files in the maker's scratch folder, which is ours alone and emptied after each delta, and seals what was made. What a delta holds
-is a part of the target; so it is sealed with the target's content key.
+Opens a pair's files in the maker's scratch folder, which is ours alone and emptied after each delta, and seals what was made. With either of its
+files a delta gives the other away; so it is sealed under the content keys of both.
 """
 
 from __future__ import annotations
@@ -51,9 +51,15 @@ def seal(
 ) -> patching.Outcome:
     """Puts the encrypted delta in the place of the one that was made; what the child said, with its new size."""
     made = patch.with_name("sealed")
-    key, salt = _key(content_key, about.target_bundle), secrets.token_bytes(sealed.KEY_BYTES)
+    key = _key(content_key, about.target_bundle)
+    base_key = _key(content_key, about.base_bundle) if about.base_bundle else b""
+    salt = secrets.token_bytes(sealed.KEY_BYTES)
     with patch.open("rb") as source, made.open("wb") as out:
-        out.writelines(sealed.seal_delta(source, key, base=pair.base, target=pair.target, salt=salt, new_cipher=AESGCM))
+        out.writelines(
+            sealed.seal_delta(
+                source, key, base_key=base_key, base=pair.base, target=pair.target, salt=salt, new_cipher=AESGCM
+            )
+        )
     made.replace(patch)
     return msgspec.structs.replace(outcome, size=patch.stat().st_size)
 

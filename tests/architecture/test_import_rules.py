@@ -43,7 +43,7 @@ LAYERS = {
         ),
         ("link store slots workers leftovers errand control notify local_socket", False),
         (
-            "config configtree identity clients clock logring logs migrations channel spilling workerwire appwire asking socket_path errors sealing",
+            "config configtree identity clients clock logring logs migrations channel spilling workerwire appwire asking socket_path errors sealing scraps",
             True,
         ),
         ("core", True),
@@ -164,7 +164,18 @@ def test_modules_import_downwards_and_adapters_never_each_other(package: str) ->
 
 @pytest.mark.parametrize("process", ["worker", "courier"])
 def test_the_processes_of_the_agent_share_only_errors_and_the_wire_between_them(process: str) -> None:
-    parts = ("", ".appwire", ".channel", ".clients", ".errors", ".logs", ".socket_path", ".spilling", ".workerwire")
+    parts = (
+        "",
+        ".appwire",
+        ".channel",
+        ".clients",
+        ".errors",
+        ".logs",
+        ".scraps",
+        ".socket_path",
+        ".spilling",
+        ".workerwire",
+    )
     shared = {f"skerry_agent{name}" for name in parts}
     # An application with a model of its own counts and labels with the worker's code.
     inside_it = {"worker": {"worker", "sdk"}}.get(process, {process})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
-from skerry_contract import enrolment, floors, group, manifest, wire
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from skerry_contract import enrolment, floors, group, manifest, sealed, wire
 from skerry_contract import window as w
 
 from tests.golden import values
@@ -32,7 +35,29 @@ def _read_floors(data: bytes) -> tuple[dict[str, str], dict[str, str]]:
     return floors.parse(data), floors.parse_forced(data)
 
 
+def _sealed_file(data: bytes) -> Format:
+    key, sha256 = values.CONTENT_KEYS[1], hashlib.sha256(data).hexdigest()
+    return Format(
+        data,
+        lambda plain: b"".join(sealed.seal(io.BytesIO(plain), key, sha256, AESGCM)),
+        lambda stored: b"".join(sealed.opened(io.BytesIO(stored), key, sha256, AESGCM)),
+    )
+
+
+def _sealed_delta(base_key: bytes) -> Format:
+    key, given = values.CONTENT_KEYS[1], {"base_key": base_key, "base": "a1" * 32, "target": "b2" * 32}
+    salt = bytes(range(100, 132))
+    return Format(
+        values.SEALED,
+        lambda plain: b"".join(sealed.seal_delta(io.BytesIO(plain), key, **given, salt=salt, new_cipher=AESGCM)),
+        lambda stored: b"".join(sealed.opened_delta(io.BytesIO(stored), key, **given, new_cipher=AESGCM)),
+    )
+
+
 FORMATS: dict[str, Format] = {
+    "file.sealed": _sealed_file(values.SEALED),
+    "delta.sealed": _sealed_delta(values.CONTENT_KEYS[0]),
+    "delta-from-clear.sealed": _sealed_delta(b""),
     "manifest.json": Format(values.MANIFEST, manifest.encode, manifest.parse),
     "manifest-later.json": Format(values.LATER_MANIFEST, manifest.encode, manifest.parse),
     "manifest-encrypted.json": Format(values.ENCRYPTED_MANIFEST, manifest.encode, manifest.parse),

@@ -253,3 +253,7 @@ HOURS_GROUP = msgspec.structs.replace(
         RULES_GROUP.settings, fetch_windows=(opening.Window(days=("mon",), start="18:00", end="08:00"),)
     ),
 )
+
+CONTENT_KEYS = (bytes(range(32)), bytes(range(200, 232)))
+"""Of a base and of a target."""
+SEALED = b"what is in an encrypted file, or in a delta"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from skerry_contract import ids, layout, sealed
@@ -20,37 +21,35 @@ from skerry_agent.errors import Degraded, Rejected, Transient
 
 KEYS = ".keys"
 """Below the folder of slots."""
+_ONCE_MORE = ("bad_nonce", "bad_device_token")
+"""A server that was restarted knows no nonce that it gave before; the answer has told its clock."""
 
 
 def obtain(request: requests.Common, manifest: manifests.Manifest, digest: str) -> bytes:
     """The content key of an encrypted bundle: of what is kept here, else of the server.
 
     Raises:
-        Transient: ``key_not_given``: the server does not give it now: its group has moved on, or the key never came there.
+        Transient: ``key_not_given``: the server does not give it now: its group has moved on, the key never came there, or what came
+            is not the one that the manifest names. Whatever is said or sent here speaks of the sender, never of the bundle.
         Degraded: ``encryption_key_differs``, ``encryption_key_unusable``, ``not_enrolled``.
-        Rejected: ``malformed_answer``: what came does not open, or is another bundle's key.
     """
     assert manifest.encryption is not None
     holder = encryption_key.holder(request.identity, request.encryption_key)
     device = device_api.device_id(request)
-    path = Path(request.state_dir) / "slots" / KEYS / f"{ids.bundle_digest(digest)}.json"
-    kept = _kept(path)
-    if kept is not None:
+    path = _path(request, digest)
+    found_here = _kept(path)
+    if found_here is not None:
         try:
-            return _opened(kept, holder, device, digest, manifest.encryption.key_id)
+            return _opened(found_here, holder, device, digest, manifest.encryption.key_id)
         except sealed.CannotOpen:
             # Of an encryption key that was replaced, or damaged: a new one is asked for.
             pass
-    known = device_api.enrolled(request)
-    try:
-        answer = known.api.content_key(known.key, known.device, digest, encryption_key.public_pem(holder))
-    except Rejected as error:
-        raise _of_server(error) from None
+    answer = _ask(device_api.enrolled(request), digest, encryption_key.public_pem(holder))
     try:
         wrapped = sealed.decode_wrapped(answer.get("wrapped"))
         found = _opened(wrapped, holder, device, digest, manifest.encryption.key_id)
     except (ContractError, sealed.CannotOpen) as error:
-        raise Rejected("malformed_answer", f"content key of {digest[:12]}: {error}") from None
+        raise Transient("key_not_given", f"content key of {digest[:12]}: {error}") from None
     durable.make_folder(path.parent)
     durable.write(path, json.dumps(sealed.encode_wrapped(wrapped)).encode() + b"\n", mode=0o600)
     return found
@@ -68,13 +67,13 @@ def bring(request: requests.Common, manifest: manifests.Manifest, digest: str) -
     assert manifest.encryption is not None
     if not request.folder:
         return ""
-    path = Path(request.state_dir) / "slots" / KEYS / f"{ids.bundle_digest(digest)}.json"
+    path = _path(request, digest)
     holder = encryption_key.holder(request.identity, request.encryption_key)
     device = device_api.device_id(request)
     with contextlib.suppress(sealed.CannotOpen):
-        kept = _kept(path)
-        if kept is not None:
-            _opened(kept, holder, device, digest, manifest.encryption.key_id)
+        found_here = _kept(path)
+        if found_here is not None:
+            _opened(found_here, holder, device, digest, manifest.encryption.key_id)
             return ""
     try:
         with folder.UpdateFolder(request.folder).open(layout.carried_key(digest, ids.device_id(device))) as stream:
@@ -90,6 +89,36 @@ def bring(request: requests.Common, manifest: manifests.Manifest, digest: str) -
     durable.make_folder(path.parent)
     durable.write(path, json.dumps(sealed.encode_wrapped(wrapped)).encode() + b"\n", mode=0o600)
     return ""
+
+
+def _ask(known: device_api.Enrolled, digest: str, pem: str) -> dict[str, Any]:
+    for may_ask_again in (True, False):
+        try:
+            return known.api.content_key(known.key, known.device, digest, pem)
+        except Rejected as error:
+            if not (may_ask_again and error.code in _ONCE_MORE):
+                raise _of_server(error) from None
+    raise AssertionError("the second time returns or raises")
+
+
+def kept(request: requests.Common, digest: str, key_id: str) -> bytes:
+    """The content key of a bundle, of what is kept here alone; empty when it is not, or opens with this device's encryption key no more.
+
+    Raises:
+        Degraded: ``encryption_key_unusable``, ``not_enrolled``.
+    """
+    wrapped = _kept(_path(request, digest))
+    if wrapped is None:
+        return b""
+    holder = encryption_key.holder(request.identity, request.encryption_key)
+    try:
+        return _opened(wrapped, holder, device_api.device_id(request), digest, key_id)
+    except sealed.CannotOpen:
+        return b""
+
+
+def _path(request: requests.Common, digest: str) -> Path:
+    return Path(request.state_dir) / "slots" / KEYS / f"{ids.bundle_digest(digest)}.json"
 
 
 def _kept(path: Path) -> sealed.Wrapped | None:
@@ -114,10 +143,8 @@ def _opened(wrapped: sealed.Wrapped, holder: encryption_key.Holder, device: str,
     return found
 
 
-def _of_server(error: Rejected) -> Transient | Degraded | Rejected:
-    if error.code in ("key_not_allowed", "not_found"):
-        return Transient("key_not_given", error.detail)
+def _of_server(error: Rejected) -> Transient | Degraded:
     if error.code == "encryption_key_differs":
         advice = "an operator may say: skerry device forget-key; or erase the state and enrol anew"
         return Degraded("encryption_key_differs", error.detail, advice=advice)
-    return error
+    return Transient("key_not_given", f"{error.code}: {error.detail}")

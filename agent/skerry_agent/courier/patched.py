@@ -54,12 +54,15 @@ class _Base(NamedTuple):
     Attributes:
         path: of its content, in the clear; plain: what that must be.
         sha256, size: by which it is named: of the ciphertext where it has one.
+        bundle, key_id: where it is encrypted, of which bundle it is and what that one's manifest says of its content key; else empty.
     """
 
     path: Path
     sha256: str
     size: int
     plain: manifests.Plain
+    bundle: str
+    key_id: str
 
 
 class _Useless(Rejected):
@@ -184,12 +187,18 @@ class Patched:
         if not held:
             # A slot that rots is another's matter; no delta fits it.
             return False
+        base_key = b""
+        if base.bundle and self._sealed is not None:
+            with self._meter.own_work():
+                base_key = self._sealed.base_key(base.bundle, base.key_id)
+            if not base_key:
+                return False
         with parts.held(self._folder, Wanted(name=wanted.name, size=0, hashes={"sha256": key})) as part:
             try:
                 state = self._download(part, key, state, base, wanted)
                 if not state.size:
                     return False
-                self._apply(key, base, wanted, path)
+                self._apply(key, base, wanted, path, base_key)
             except _Useless as error:
                 self._store(key, _State(bad=error.code))
                 self._spending.charge(wanted.hashes["sha256"], size_bytes=part.size)
@@ -298,7 +307,7 @@ class Patched:
         if self._spending.of(wanted.hashes["sha256"]).size_bytes > wanted.size:
             raise _Useless("delta_wasted", f"{wanted.name}: more bytes of its delta came in vain than it has itself")
 
-    def _apply(self, key: str, base: _Base, wanted: Wanted, path: Path) -> None:
+    def _apply(self, key: str, base: _Base, wanted: Wanted, path: Path, base_key: bytes) -> None:
         tries = self._spending.of(wanted.hashes["sha256"]).tries
         if tries >= MOST_TRIES:
             raise _Useless("delta_crashed", f"{wanted.name}: applying its delta ended the process {tries} times")
@@ -311,7 +320,7 @@ class Patched:
             with self._meter.own_work(_LEAST_S + wanted.size / _BYTES_S):
                 patch, sha256 = self._folder / key, wanted.hashes["sha256"]
                 if self._sealed is not None:
-                    self._sealed.apply(base.path, patch, made, base=base.sha256, target=sha256)
+                    self._sealed.apply(base.path, patch, made, base_key=base_key, base=base.sha256, target=sha256)
                 else:
                     delta.apply(base.path, patch, made, sha256=sha256, size=wanted.size)
                 if not is_whole(made, wanted):
@@ -347,26 +356,29 @@ def _bases(slots: Path, request: requests.Fetch) -> dict[str, Sequence[_Base]]:
         return {}
     found: dict[str, list[_Base]] = {}
     for one in request.held:
-        held = _variant(slots, one)
-        for file in target.files if held is not None else ():
-            base = bases.base_of(file, target, held) if held is not None else None
+        manifest = _manifest(slots, one.digest)
+        held = next((v for v in manifest.variants if v.id == one.variant), None) if manifest else None
+        if manifest is None or held is None:
+            continue
+        bundle, key_id = (one.digest, manifest.encryption.key_id) if manifest.encryption is not None else ("", "")
+        for file in target.files:
+            base = bases.base_of(file, target, held)
             if base is None:
                 continue
             listed = found.setdefault(file.sha256, [])
             if len(listed) < MOST_BASES and all(base.sha256 != known.sha256 for known in listed):
                 # What is in an encrypted file lies in memory, if anywhere.
                 folder = slots if base.plain is None else Path(request.opened or "/nowhere")
-                listed.append(_Base(folder / one.digest / base.path, base.sha256, base.size, base.content))
+                path = folder / one.digest / base.path
+                listed.append(_Base(path, base.sha256, base.size, base.content, bundle, key_id))
     return {sha256: tuple(listed) for sha256, listed in found.items()}
 
 
-def _variant(slots: Path, held: requests.Held) -> manifests.Variant | None:
+def _manifest(slots: Path, digest: str) -> manifests.Manifest | None:
     try:
-        data = (slots / held.digest / manifests.MANIFEST_FILE).read_bytes()
-        if manifests.digest(data) != held.digest:
-            return None
-        return manifests.parse(data).variant(held.variant)
-    except (OSError, ContractError, KeyError):
+        data = (slots / digest / manifests.MANIFEST_FILE).read_bytes()
+        return manifests.parse(data) if manifests.digest(data) == digest else None
+    except (OSError, ContractError):
         return None
 
 

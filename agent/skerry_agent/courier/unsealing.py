@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from skerry_contract import ids, sealed
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
+from skerry_agent import scraps
 from skerry_agent.courier import content_keys, durable, requests
 from skerry_agent.errors import Degraded, Rejected
 
@@ -43,31 +43,28 @@ def unseal(request: requests.Unseal) -> dict[str, Any]:
         raise Rejected("bad_request", f"bundle {request.digest[:12]} is not encrypted")
     slot = Path(request.state_dir) / "slots" / request.digest
     folder = Path(request.folder)
-    target, scratch = folder / request.digest, folder / f".{request.digest}.new"
+    target = folder / request.digest
     try:
         with durable.alone(
             Path(request.state_dir) / "run" / f"unseal-{request.digest[:16]}.lock", _LOCK_WAIT_S, passing=True
         ):
             durable.tidy_locks(Path(request.state_dir) / "run", "unseal-*.lock")
             lacking = [file for file in variant.files if not _has(target / file.path, file.content.size)]
-            _check_room(folder, sum(file.content.size for file in lacking))
-            key = content_keys.obtain(request, manifest, request.digest)
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(mode=0o700)
-            target.mkdir(mode=0o700, exist_ok=True)
-            for file in lacking:
-                place = target / file.path
-                place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _open_file(slot / file.path, scratch / "file", key, file)
-                (scratch / "file").replace(place)
-            # Last: with it the folder counts as open.
-            (scratch / "manifest").write_bytes(data)
-            (scratch / "manifest").replace(target / manifests.MANIFEST_FILE)
+            with scraps.held(folder, f".{request.digest}.new") as scratch:
+                _check_room(folder, sum(file.content.size for file in lacking))
+                key = content_keys.obtain(request, manifest, request.digest)
+                target.mkdir(mode=0o700, exist_ok=True)
+                for file in lacking:
+                    place = target / file.path
+                    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    _open_file(slot / file.path, scratch / "file", key, file)
+                    (scratch / "file").replace(place)
+                # Last: with it the folder counts as open.
+                (scratch / "manifest").write_bytes(data)
+                (scratch / "manifest").replace(target / manifests.MANIFEST_FILE)
             return {"bytes": sum(file.content.size for file in lacking)}
     except OSError as error:
         raise durable.disk_error(error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _manifest(request: requests.Unseal) -> tuple[manifests.Manifest, bytes]:

@@ -60,7 +60,7 @@ MEANINGS: dict[str, str] = {
     ),
     "not_enough_disk": "the bundle needs more than is free",
     "not_enough_memory": "the bundle needs more than is free",
-    "key_not_given": "the bundle is encrypted, and the server does not give this device its content key: its group moved on meanwhile, or the key never came to the server",
+    "key_not_given": "the bundle is encrypted, and the server does not give this device its content key: its group moved on meanwhile, the key never came to the server, it knows the device no more, or its answer was another key",
     "encryption_key_differs": "the server knows another encryption key of this device, and gives content keys to that one alone: `skerry device forget-key`, or erase its state and enrol it anew",
     "encryption_key_unusable": "the device's encryption key cannot be used: its file, its token or its PIN",
     "cannot_decrypt": "a file of an encrypted bundle does not open with its content key",

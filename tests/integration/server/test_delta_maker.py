@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from skerry_contract import layout
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from skerry_contract import layout, sealed
 from skerry_contract import manifest as m
 from skerry_runtime import delta
 from skerry_server import deltas
@@ -31,10 +33,20 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def manifest(version: str, weights: bytes) -> bytes:
+def file_of(path: str, data: bytes, key: bytes) -> m.File:
+    stored = stored_as(data, key)
+    plain = m.Plain(sha256=sha256(data), size=len(data)) if key else None
+    return m.File(path=path, sha256=sha256(stored), size=len(stored), plain=plain)
+
+
+def stored_as(data: bytes, key: bytes) -> bytes:
+    """As it lies in the repository: encrypted where there is a content key."""
+    return b"".join(sealed.seal(io.BytesIO(data), key, sha256(data), AESGCM)) if key else data
+
+
+def manifest(version: str, weights: bytes, key: bytes = b"") -> bytes:
     tensor = m.Tensor(name="x", datatype="FP32", shape=(-1, 2))
-    file = m.File(path="model.onnx", sha256=sha256(weights), size=len(weights))
-    golden = m.File(path="golden.jsonl", sha256=sha256(b"{}\n"), size=3)
+    file, golden = file_of("model.onnx", weights, key), file_of("golden.jsonl", b"{}\n", key)
     variant = m.Variant(
         id="onnx", runtime="onnx", model="model.onnx", files=(file, golden), golden=m.Golden(cases="golden.jsonl"),
         needs=m.Needs(rss_mb=10, disk_mb=1),
@@ -42,6 +54,8 @@ def manifest(version: str, weights: bytes) -> bytes:
     whole = m.Manifest(
         schema=1, model="gas", version=version, created="2026-01-01T00:00:00Z", owner=m.Owner(name="a", contact="b"),
         licence="MIT", variants=(variant,), inputs=(tensor,), outputs=(tensor,), reference=m.Reference(n=0),
+        requires=("encrypted",) if key else (),
+        encryption=m.Encryption(scheme=sealed.SCHEME, key_id=sealed.key_id(key)) if key else None,
     )  # fmt: skip
     return m.encode(whole)
 
@@ -54,6 +68,7 @@ class Place:
         self.engine = engine
         self.repository = folder / "repository"
         self.now_ms = 1_000_000_000
+        self.content_keys: dict[str, bytes] = {}
         with writing(engine) as conn:
             conn.execute(insert(t.groups).values(name="line", created_ms=0))
         self.old = self.bundle("1.0.0", OLD)
@@ -65,15 +80,19 @@ class Place:
     def restarted(self, **settings: Any) -> DeltaMaker:
         """A maker as another start of the server has it."""
         self.maker = DeltaMaker(
-            self.engine, self.repository, self.folder / "scratch", Settings(**settings), lambda: self.now_ms
-        )
+            self.engine, self.repository, self.folder / "scratch", Settings(**settings), lambda: self.now_ms,
+            content_key=self.content_keys.get,
+        )  # fmt: skip
         return self.maker
 
-    def bundle(self, version: str, weights: bytes, state: str = "approved") -> str:
-        path = self.repository / layout.blob(sha256(weights))
+    def bundle(self, version: str, weights: bytes, state: str = "approved", key: bytes = b"") -> str:
+        stored = stored_as(weights, key)
+        path = self.repository / layout.blob(sha256(stored))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(weights)
-        data = manifest(version, weights)
+        path.write_bytes(stored)
+        data = manifest(version, weights, key)
+        if key:
+            self.content_keys[m.digest(data)] = key
         values = {"digest": m.digest(data), "model": "gas", "version": version, "state": state, "manifest": data}
         with writing(self.engine) as conn:
             conn.execute(insert(t.bundles).values(submitter="ci", pushed_ms=0, **values))
@@ -388,3 +407,71 @@ def test_totals_count_by_state(place):
     place.work()
     with reading(place.engine) as conn:
         assert queries.delta_totals(conn) == {"ready": (1, place.listed()[0]["bytes"])}
+
+
+# --- encrypted models ------------------------------------------------------------------------------------------------
+
+
+def opened(place: Place, base: m.File, target: m.File, *, key: bytes, base_key: bytes) -> bytes:
+    """What is in the delta that everybody may download."""
+    path = place.repository / layout.delta(base.sha256, target.sha256)
+    with path.open("rb") as source:
+        pieces = sealed.opened_delta(
+            source, key, base_key=base_key, base=base.sha256, target=target.sha256, new_cipher=AESGCM
+        )
+        return b"".join(pieces)
+
+
+@pytest.mark.attack("leaked content key")
+def test_who_has_one_versions_content_key_reads_neither_delta_between_it_and_the_other(place, tmp_path):
+    leaked, fresh = os.urandom(32), os.urandom(32)
+    old, new = place.bundle("2.0.0", OLD, key=leaked), place.bundle("3.0.0", NEW, key=fresh)
+    old_file, new_file = file_of("model.onnx", OLD, leaked), file_of("model.onnx", NEW, fresh)
+    with writing(place.engine) as conn:
+        conn.execute(update(t.devices).values(running=running("2.0.0", old)))
+        conn.execute(update(t.group_models).values(stable=new, fallback=old))
+    place.device("two", "3.0.0", new)
+    place.work()
+    assert len(place.served()) == 2, place.listed()
+    for base, target, keys in ((old_file, new_file, (leaked, fresh)), (new_file, old_file, (fresh, leaked))):
+        for one in (leaked, fresh):
+            for base_key in (b"", one):
+                with pytest.raises(sealed.CannotOpen):
+                    opened(place, base, target, key=one, base_key=base_key)
+        (tmp_path / "base").write_bytes(OLD if base is old_file else NEW)
+        (tmp_path / "patch").write_bytes(opened(place, base, target, base_key=keys[0], key=keys[1]))
+        assert target.plain is not None
+        delta.apply(
+            tmp_path / "base", tmp_path / "patch", tmp_path / "made", sha256=target.plain.sha256, size=target.plain.size
+        )
+
+
+def test_nothing_that_is_secret_is_the_base_of_what_is_not(place):
+    key = os.urandom(32)
+    secret, clear = place.bundle("2.0.0", OLD, key=key), place.bundle("3.0.0", NEW)
+    with writing(place.engine) as conn:
+        conn.execute(update(t.devices).values(running=running("2.0.0", secret)))
+        conn.execute(update(t.group_models).values(stable=clear))
+    assert place.work() == []
+    assert place.served() == []
+
+
+def test_a_delta_that_an_older_program_encrypted_under_one_key_is_served_no_longer_and_made_anew(place):
+    keys = os.urandom(32), os.urandom(32)
+    old, new = place.bundle("2.0.0", OLD, key=keys[0]), place.bundle("3.0.0", NEW, key=keys[1])
+    with writing(place.engine) as conn:
+        conn.execute(update(t.devices).values(running=running("2.0.0", old)))
+        conn.execute(update(t.group_models).values(stable=new))
+    place.work()
+    (name,) = place.served()
+    path = place.repository / "deltas" / name
+    path.write_bytes(b"SKRYDLT1" + path.read_bytes()[8:])
+    place.restarted()
+    assert place.served() == []
+    place.work()
+    assert place.served() == [name]
+    assert path.read_bytes()[:8] == b"SKRYDLT2"
+
+
+def running(version: str, digest: str) -> dict[str, Any]:
+    return {"gas": {"digest": digest, "version": version, "variant": "onnx", "state": "confirmed"}}

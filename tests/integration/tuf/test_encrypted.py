@@ -20,9 +20,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.x509.oid import NameOID
 from skerry_agent.courier import content_keys, encryption_key, keys, requests, unsealing
-from skerry_agent.errors import AgentError
+from skerry_agent.errors import AgentError, Transient
 from skerry_contract import ids, layout, sealed
 from skerry_contract import manifest as m
+from skerry_server.core import eligibility
 
 from tests import models
 from tests.machines import Token
@@ -205,6 +206,71 @@ def test_a_wrapped_key_that_is_not_this_ones_is_asked_for_anew_and_opens_nothing
             card.wrapped.unlink()
     assert card.code() == "unreachable"
     assert card.shows_no_model()
+
+
+def refusal(code: str) -> dict[str, Any]:
+    return {"error": {"code": code, "message": "no"}}
+
+
+@pytest.fixture
+def known(card: Card, fleet: Any) -> Any:
+    """The card's device, known to a server that has the content key, which the card has not."""
+    card.wrapped.unlink()
+    identity = card.state / "identity"
+    (identity / "fleet-ca.pem").write_text(fleet.authority.pem)
+    key = keys.load_key(identity)
+    fleet.site.devices[keys.key_id(key)] = ("cam-1", key.public_key())
+    fleet.site.content_keys[card.digest] = KEY
+    return fleet.site
+
+
+@pytest.mark.parametrize("code", ["bad_nonce", "bad_device_token"])
+def test_a_server_that_was_restarted_between_nonce_and_request_is_asked_once_more(
+    card: Card, known: Any, code: str
+) -> None:
+    known.key_answers = [(401, refusal(code))]
+    assert card.open(server_url=known.url)["bytes"] > 0
+    assert sum(path.startswith("/device/v1/keys/") for path in known.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [(401, refusal("bad_nonce"))] * 2,
+        [(401, refusal("unknown_device"))],
+        [(403, refusal("key_not_allowed"))],
+        [(404, refusal("not_found"))],
+        [(422, refusal("a_code_of_later"))],
+        [(200, {})],
+        [(200, {"wrapped": {"scheme": "x"}})],
+    ],
+    ids=["nonce twice", "unknown", "not allowed", "not there", "another code", "no key", "rubbish"],
+)
+def test_whatever_the_server_says_for_a_content_key_is_no_word_about_the_bundle(
+    card: Card, known: Any, answers: list[tuple[int, Any]]
+) -> None:
+    known.key_answers = list(answers)
+    with pytest.raises(Transient) as failed:
+        card.open(server_url=known.url)
+    assert failed.value.code == "key_not_given"
+    assert not eligibility.is_verdict_on_bundle(failed.value.code)
+    assert card.shows_no_model()
+    assert card.open(server_url=known.url)["bytes"] > 0, "the next try finds a server that gives it"
+
+
+def test_the_key_of_another_bundle_from_the_server_is_not_kept(card: Card, known: Any) -> None:
+    known.content_keys[card.digest] = bytes(32)
+    assert card.code(server_url=known.url) == "key_not_given"
+    assert not card.wrapped.exists()
+
+
+def test_a_key_that_is_kept_is_had_without_a_server_and_no_other_is(card: Card) -> None:
+    request = requests.Unseal(**card.message())
+    assert content_keys.kept(request, card.digest, sealed.key_id(KEY)) == KEY
+    assert content_keys.kept(request, card.digest, sealed.key_id(bytes(32))) == b""
+    assert content_keys.kept(request, "ab" * 32, sealed.key_id(KEY)) == b""
+    card.give(KEY, device="cam-2")
+    assert content_keys.kept(request, card.digest, sealed.key_id(KEY)) == b""
 
 
 def test_no_room_in_memory_is_said_before_anything_is_opened(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,13 +79,16 @@ def test_a_client_that_cannot_be_is_wrong_use_and_no_refusal_for_safety(
         return code, capsys.readouterr().err
 
     code, said = token("add", "Not A Name")
-    assert code == cli.USAGE
+    assert code == conversation.USAGE
     assert "client_invalid: name: wanted a-z, 0-9 and dashes inside, at most 64, got 'Not A Name'" in said
-    assert token("add", "press")[0] == cli.OK
+    assert token("add", "press")[0] == conversation.OK
     again = "wanted a new one, got 'press', which is there\n  skerry-agent token remove press, then add it again\n"
-    assert token("add", "press") == (cli.USAGE, f"skerry-agent: client_exists: name: {again}")
+    assert token("add", "press") == (conversation.USAGE, f"skerry-agent: client_exists: name: {again}")
     code, said = token("remove", "lathe")
-    assert (code, "client_unknown: name: wanted a client that is there, got 'lathe'" in said) == (cli.USAGE, True)
+    assert (code, "client_unknown: name: wanted a client that is there, got 'lathe'" in said) == (
+        conversation.USAGE,
+        True,
+    )
     assert "known are: press" in said
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from skerry_agent import cli
+from skerry_agent import cli, scraps
 from skerry_agent.clock import Clock
 from skerry_agent.control import Answer, ControlServer, ask
 from skerry_agent.errand import Errands
@@ -83,6 +83,64 @@ def test_a_courier_that_hangs_is_killed() -> None:
     with pytest.raises(Transient) as caught:
         courier("import time; time.sleep(600)", timeout_s=0.3)
     assert caught.value.code == "timeout"
+
+
+@pytest.mark.parametrize(("verb", "field"), [("unseal", "folder"), ("fetch", "opened")])
+def test_what_a_killed_courier_had_in_the_clear_goes_with_it_and_what_a_living_one_has_stays(
+    tmp_path: Path, verb: str, field: str
+) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir(mode=0o700)
+    names = f".delta-{'ab' * 32}", f".{'cd' * 32}.new"
+    (memory / ("ef" * 32)).mkdir()
+    script = f"""
+import pathlib, time
+from skerry_agent import scraps
+with scraps.held(pathlib.Path({str(memory)!r}), {names[0]!r}) as place:
+    (place / "target").write_bytes(b"weights")
+    time.sleep(600)
+"""
+    errands = Errands((sys.executable, "-c", script))
+    with scraps.held(memory, names[1]) as living:
+        (living / "file").write_bytes(b"weights of another")
+        with pytest.raises(Transient, match="timeout"):
+            asyncio.run(errands.run(verb, {field: str(memory)}, timeout_s=3.0))
+        assert sorted(path.name for path in memory.iterdir()) == sorted((names[1], "ef" * 32))
+        assert (living / "file").exists()
+    assert [path.name for path in memory.iterdir()] == ["ef" * 32]
+
+
+def test_a_courier_begins_with_room_that_one_before_it_left_taken_when_the_agent_was_killed_too(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    for name in (f".delta-{'ab' * 32}", f".{'cd' * 32}.new", ".of-somebody", "ef" * 32):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "target").write_bytes(b"weights")
+    with scraps.held(tmp_path, f".{'cd' * 32}.new") as place:
+        assert list(place.iterdir()) == []
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted((place.name, ".of-somebody", "ef" * 32))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".of-somebody", "ef" * 32]
+
+
+@pytest.mark.attack("symlink")
+def test_links_in_the_place_of_a_folder_in_memory_are_not_followed(tmp_path: Path) -> None:
+    name = f".delta-{'ab' * 32}"
+    own = tmp_path / "own"
+    (own / name).mkdir(parents=True, mode=0o700)
+    own.chmod(0o700)
+    (own / name / "precious").write_text("x")
+    (tmp_path / "link").symlink_to(own)
+    scraps.tidy(tmp_path / "link")
+    memory = tmp_path / "memory"
+    memory.mkdir(mode=0o700)
+    (memory / name).symlink_to(own / name)
+    scraps.tidy(memory)
+    with pytest.raises(OSError, match=r"Not a directory|symbolic"), scraps.held(memory, name):
+        pass
+    open_to_all = tmp_path / "open"
+    (open_to_all / name).mkdir(parents=True)
+    open_to_all.chmod(0o777)
+    scraps.tidy(open_to_all)
+    assert (own / name / "precious").exists() and (open_to_all / name).exists()
 
 
 # --- the control socket ----------------------------------------------------------------------------------------------

@@ -146,12 +146,16 @@ def test_a_key_file_is_read_back_and_a_damaged_one_is_not() -> None:
 NAMES = {"base": "ab" * 32, "target": "cd" * 32}
 
 
-def seal_delta(data: bytes, salt: bytes = bytes(32)) -> bytes:
-    return b"".join(sealed.seal_delta(io.BytesIO(data), KEY, **NAMES, salt=salt, new_cipher=AESGCM))
+BASE_KEY = bytes(range(32, 64))
 
 
-def opened_delta(data: bytes, key: bytes = KEY, **names: str) -> bytes:
-    return b"".join(sealed.opened_delta(io.BytesIO(data), key, **{**NAMES, **names}, new_cipher=AESGCM))
+def seal_delta(data: bytes, salt: bytes = bytes(32), base_key: bytes = BASE_KEY) -> bytes:
+    return b"".join(sealed.seal_delta(io.BytesIO(data), KEY, base_key=base_key, **NAMES, salt=salt, new_cipher=AESGCM))
+
+
+def opened_delta(data: bytes, key: bytes = KEY, base_key: bytes = BASE_KEY, **names: str) -> bytes:
+    wanted = {**NAMES, **names}
+    return b"".join(sealed.opened_delta(io.BytesIO(data), key, base_key=base_key, **wanted, new_cipher=AESGCM))
 
 
 def test_a_delta_opens_between_its_two_files_alone_and_is_never_the_same_twice() -> None:
@@ -161,7 +165,7 @@ def test_a_delta_opens_between_its_two_files_alone_and_is_never_the_same_twice()
     other = seal_delta(data, salt=b"\x01" * 32)
     assert opened_delta(other) == data
     assert sum(a == b for a, b in zip(stored[40:1040], other[40:1040], strict=True)) < 40
-    for change in ({"base": "ef" * 32}, {"target": "ef" * 32}, {"key": bytes(32)}):
+    for change in ({"base": "ef" * 32}, {"target": "ef" * 32}, {"key": bytes(32)}, {"base_key": bytes(32)}):
         with pytest.raises(sealed.CannotOpen):
             opened_delta(stored, **change)
     for harmed in (
@@ -170,9 +174,40 @@ def test_a_delta_opens_between_its_two_files_alone_and_is_never_the_same_twice()
         stored[:39],
         b"",
         b"SKRYENC1" + stored[8:],
+        b"SKRYDLT1" + stored[8:],
         stored[:8] + b"\x01" + stored[9:],
     ):
         with pytest.raises(sealed.CannotOpen):
             opened_delta(harmed)
     with pytest.raises(Malformed):
         seal_delta(data, salt=b"short")
+
+
+@pytest.mark.attack("leaked content key")
+@pytest.mark.parametrize("keys", [(KEY, b""), (KEY, KEY), (BASE_KEY, b""), (BASE_KEY, BASE_KEY), (BASE_KEY, KEY)])
+def test_one_content_key_of_two_opens_no_delta(keys: tuple[bytes, bytes]) -> None:
+    # A delta is a difference: whoever has one of its files and opens it has the other.
+    with pytest.raises(sealed.CannotOpen):
+        opened_delta(seal_delta(b"patch" * 100), key=keys[0], base_key=keys[1])
+
+
+def test_a_delta_from_a_file_in_the_clear_wants_the_key_of_its_target_alone() -> None:
+    stored = seal_delta(b"patch" * 100, base_key=b"")
+    assert opened_delta(stored, base_key=b"") == b"patch" * 100
+    with pytest.raises(sealed.CannotOpen):
+        opened_delta(stored, base_key=KEY)
+
+
+def test_the_delta_key_is_hkdf_of_both_content_keys_as_others_compute_it() -> None:
+    info = b"skerry delta 2\0" + b"\xab" * 32 + b"\xcd" * 32
+    for base_key in (BASE_KEY, b""):
+        key = HKDF(algorithm=hashes.SHA256(), length=32, salt=b"s" * 32, info=info).derive(base_key + KEY)
+        stored = seal_delta(b"a patch", salt=b"s" * 32, base_key=base_key)
+        assert stored[:40] == b"SKRYDLT2" + b"s" * 32
+        assert AESGCM(key).decrypt(bytes(11) + b"\x01", stored[40:], b"SKRYDLT2") == b"a patch"
+
+
+@pytest.mark.parametrize("size", [1, 31, 33, 64])
+def test_what_is_no_content_key_seals_no_delta(size: int) -> None:
+    with pytest.raises(Malformed):
+        seal_delta(b"patch", base_key=bytes(size))
