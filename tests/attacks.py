@@ -33,7 +33,7 @@ ATTACKS = {
     "foreign names in a CSR": "a certificate request asks for another's name",
     "path traversal": "a name leads out of its folder",
     "decompression bomb": "few bytes unpack to very many",
-    "symlink": "a bundle holds links",
+    "symlink": "a link stands where a file or a folder of ours is to be",
     "oversized manifest": "a manifest has no bounds",
     "duplicate JSON key": "two readers of one document understand two things",
     "homoglyph name": "a name looks like another",

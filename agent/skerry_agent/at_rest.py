@@ -11,55 +11,81 @@ Switching either way takes along what is there: a ring that was not folded yet i
 from __future__ import annotations
 
 import fcntl
-import hashlib
+import logging
 import os
 import shutil
-import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from skerry_agent import memory_folder
 from skerry_agent import workerwire as ww
 from skerry_agent.config import Config
 from skerry_agent.errors import Degraded
+from skerry_agent.logs import kv
 from skerry_agent.sealing import CannotOpen, Sealer, is_sealed, telemetry_key
 
-IN_MEMORY = ("tmpfs", "ramfs")
 _WAIT_S = 10.0
 """A worker whose supervisor was killed is gone by then, and gives up its rings."""
+
+_KIND = "rings"
+
+log = logging.getLogger(__name__)
 
 
 def prepare(config: Config) -> None:
     """Puts the folder of rings where the configuration wants it. Before any worker is started.
 
     Raises:
-        Degraded: ``no_memory_folder`` when ``telemetry.memory_dir`` is no place in memory of our own; ``rings_in_use``;
-            ``no_cipher``.
+        Degraded: ``no_memory_folder`` when ``telemetry.memory_dir`` is no place in memory; ``rings_in_use``; ``no_cipher``.
     """
-    folder, former = config.state_dir / "rings", config.state_dir / "rings.former"
+    folder, former, coming = (config.state_dir / name for name in ("rings", "rings.former", "rings.new"))
+    if os.path.lexists(former) and not os.path.lexists(folder):
+        former.rename(folder)  # a move that ended between its two renames: once more, from what was there before it
+    for left in (former, coming):
+        _drop(config, left)
+    target = folder.readlink() if folder.is_symlink() else None
+    held = folder.exists() if target is None else memory_folder.is_ours(target)
     if config.telemetry.encrypt:
         Sealer(telemetry_key(config.identity_dir))  # says now what it would say at the first sample
-        target = _memory_folder(config)
-        if not folder.is_symlink():
-            if folder.exists():
-                _copy(folder, target)
-                folder.rename(former)
-            folder.symlink_to(target)
-        elif folder.readlink() != target:
-            if folder.exists():
-                _copy(folder, target)
-            folder.unlink()
-            folder.symlink_to(target)
-    elif folder.is_symlink():
-        here = config.state_dir / "rings.new"
-        here.mkdir(mode=0o700, exist_ok=True)
-        if folder.exists():
-            _copy(folder, here)
-            shutil.rmtree(folder.readlink(), ignore_errors=True)
+        place = Path(config.telemetry.memory_dir)
+        if why := memory_folder.unfit(place):
+            raise _no_folder(why)
+        if target is not None and held and target.parent == place and _is_drawn(config, target):
+            return
+        if target is not None and (stranger := memory_folder.stranger(target)):
+            log.warning("folder in memory not ours, another is made", extra=kv(found=stranger))
+        made = memory_folder.draw(place, _KIND, config.state_dir)
+        # The link first: it knows what a crash leaves in memory.
+        coming.symlink_to(made)
+        try:
+            made.mkdir(mode=0o700)
+        except OSError as error:
+            raise _no_folder(f"{made}: {error.strerror}") from None
+    elif target is not None:
+        coming.mkdir(mode=0o700)
+    else:
+        return
+    if held:
+        _copy(folder, coming)
+    if os.path.lexists(folder):
+        folder.rename(former)
+    coming.rename(folder)
+    _drop(config, former)
+
+
+def _drop(config: Config, folder: Path) -> None:
+    """Removes a folder of rings; of a link also what it leads to, where that is this agent's."""
+    if folder.is_symlink():
+        if _is_drawn(config, folder.readlink()):
+            memory_folder.remove(folder.readlink())
         folder.unlink()
-        here.rename(folder)
-    # What a crash in the middle left: all of it was copied before it got this name.
-    shutil.rmtree(former, ignore_errors=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_drawn(config: Config, folder: Path) -> bool:
+    return memory_folder.is_drawn(folder, _KIND, config.state_dir)
 
 
 def seal_of(config: Config) -> Callable[[bytes], bytes] | None:
@@ -97,45 +123,10 @@ def sampling_rules(config: Config, rate: float, kept: Mapping[str, int]) -> ww.S
     )
 
 
-def _memory_folder(config: Config) -> Path:
-    parent = Path(config.telemetry.memory_dir)
-    kind = file_system(parent)
-    if kind not in IN_MEMORY:
-        raise _no_folder(f"{parent}: wanted a tmpfs, it is {kind or 'not there'}")
-    name = hashlib.sha256(str(config.state_dir).encode()).hexdigest()[:16]
-    folder = parent / f"skerry-{os.getuid()}-{name}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        # Others may write beside it: a link or a folder of theirs under our name is refused.
-        found = os.lstat(folder)
-    except OSError as error:
-        raise _no_folder(f"{folder}: {error.strerror}") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise _no_folder(f"{folder}: wanted a folder of ours with mode 0700")
-    return folder
-
-
 def _no_folder(detail: str) -> Degraded:
     return Degraded(
         "no_memory_folder", detail, advice="set telemetry.memory_dir to a tmpfs, or unset telemetry.encrypt"
     )
-
-
-def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
-    """The kind of file system that a folder lies on; empty when it is not there."""
-    if not path.is_dir():
-        return ""
-    real = path.resolve()
-    best, kind = -1, ""
-    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
-        parts = line.split()
-        if len(parts) < 3:
-            continue
-        point = Path(parts[1].replace("\\040", " "))
-        # Of two mounts on one folder the later one is seen.
-        if (real == point or point in real.parents) and len(point.parts) >= best:
-            best, kind = len(point.parts), parts[2]
-    return kind
 
 
 def _copy(source: Path, target: Path) -> None:

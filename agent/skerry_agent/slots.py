@@ -21,6 +21,7 @@ import msgspec
 from skerry_contract import manifest as m
 from skerry_contract.errors import ContractError
 
+from skerry_agent import memory_folder
 from skerry_agent.core.effects import Arm
 from skerry_agent.errors import Degraded, Rejected
 from skerry_agent.logs import kv
@@ -240,7 +241,13 @@ class Slots:
 
     def load_path(self, digest: str) -> Path:
         """The folder that a bundle is loaded from: its slot, or where it was opened."""
-        return self.opened / digest if self.opened is not None and self.encrypted(digest) else self.path(digest)
+        return self._memory() / digest if self.encrypted(digest) else self.path(digest)
+
+    def _memory(self) -> Path:
+        """The folder of opened bundles; where it is not ours, one that is never there."""
+        if self.opened is not None and memory_folder.is_ours(self.opened):
+            return self.opened
+        return self.root / ".closed"
 
     def encrypted(self, digest: str) -> bool:
         """Whether the bundle that is here is encrypted."""
@@ -250,11 +257,12 @@ class Slots:
     def is_open(self, digest: str, variant: str) -> bool:
         """Whether an encrypted bundle lies in the clear, every file in the right size. Hashes are read at load."""
         manifest = self.manifest(digest)
-        if manifest is None or self.opened is None or not (self.opened / digest / m.MANIFEST_FILE).is_file():
+        folder = self._memory() / digest
+        if manifest is None or not (folder / m.MANIFEST_FILE).is_file():
             return False
         try:
             files = manifest.variant(variant).files
-            return all((self.opened / digest / file.path).stat().st_size == file.content.size for file in files)
+            return all((folder / file.path).stat().st_size == file.content.size for file in files)
         except (KeyError, OSError):
             return False
 
@@ -492,15 +500,12 @@ class Slots:
                 if path.stem not in named:
                     path.unlink(missing_ok=True)
         if self.opened is not None:
-            with contextlib.suppress(OSError):
-                for path in self.opened.iterdir():
-                    if path.name not in named and not path.name.startswith("."):
-                        shutil.rmtree(path, ignore_errors=True)
+            memory_folder.drop(self.opened, lambda name: name not in named and not name.startswith("."))
 
     def _drop_scraps(self) -> None:
         """What couriers of an earlier life left half opened; none runs yet."""
-        for path in self.opened.glob(".*") if self.opened is not None else ():
-            shutil.rmtree(path, ignore_errors=True)
+        if self.opened is not None:
+            memory_folder.drop(self.opened, lambda name: name.startswith("."))
 
     def _drop_other_variants(self) -> str:
         """Files of variants that no pointer names any more: a worker reads every file that is there, and one that rots stops it.

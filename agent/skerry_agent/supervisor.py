@@ -481,7 +481,7 @@ class Supervisor:
             "lower_bound_keys": list(self._remembered.bound_keys),
             "now_s": self._clock.wall_s(),
             "encryption_key": self._config.encryption.key,
-            "opened": str(opening.folder_of(self._config)),
+            "opened": str(self._slots.opened or ""),
         }
 
     def _update_input(self) -> dict[str, Any]:

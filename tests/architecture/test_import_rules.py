@@ -43,7 +43,7 @@ LAYERS = {
         ),
         ("link store slots workers leftovers errand control notify local_socket", False),
         (
-            "config configtree identity clients clock logring logs migrations channel spilling workerwire appwire asking socket_path errors sealing scraps",
+            "config configtree identity clients clock logring logs migrations channel spilling workerwire appwire asking socket_path errors sealing scraps memory_folder",
             True,
         ),
         ("core", True),
@@ -171,7 +171,7 @@ def test_the_processes_of_the_agent_share_only_errors_and_the_wire_between_them(
         ".clients",
         ".errors",
         ".logs",
-        ".scraps",
+        ".scraps .memory_folder",
         ".socket_path",
         ".spilling",
         ".workerwire",

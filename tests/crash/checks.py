@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 from skerry_agent import config as configuration
-from skerry_agent import opening
+from skerry_agent import memory_folder, opening
 from skerry_agent.control import ask
 from skerry_agent.slots import Slots, read_pointers
 from skerry_contract import ids, wire
@@ -314,8 +314,9 @@ def boot_after(boot_id: str, way: Way) -> str:
 
 
 def forget_opened(config: Path) -> None:
-    """What was encrypted lies opened in memory, in a folder named after the device's."""
-    shutil.rmtree(opening.folder_of(configuration.load(config, {})), ignore_errors=True)
+    """What was encrypted lies opened in memory, in a folder that the device noted."""
+    if (folder := opening.folder_of(configuration.load(config, {}))) is not None:
+        memory_folder.remove(folder)
 
 
 def _sort_of(path: str) -> str:

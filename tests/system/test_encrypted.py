@@ -38,7 +38,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
     finally:
         found.close()
         for state in tmp_path.rglob("agent.toml"):
-            shutil.rmtree(opening.folder_of(config.load(state, {})), ignore_errors=True)
+            if (folder := opening.folder_of(config.load(state, {}))) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def found_in(folder: Path, needles: list[bytes]) -> list[str]:
@@ -49,6 +50,12 @@ def found_in(folder: Path, needles: list[bytes]) -> list[str]:
             wrong += [str(path) for needle in needles if needle in data]
     assert looked > 5
     return wrong
+
+
+def in_memory(state: Path) -> Path:
+    found = opening.folder_of(config.load(state.parent / "agent.toml", {}))
+    assert found is not None
+    return found
 
 
 def needles(site: Site, number: int) -> list[bytes]:
@@ -92,7 +99,7 @@ def test_an_encrypted_bundle_is_served_and_lies_in_the_clear_in_memory_alone(sit
     first = site.publish(1, {"weights.bin": WEIGHTS[0]}, KEYS[0])
     site.assign(first)
     state = site.fleet.device_folder(DEVICE) / "state"
-    opened = opening.folder_of(config.load(state.parent / "agent.toml", {}))
+    opened = in_memory(state)
     assert (opened / first / "weights.bin").read_bytes() == WEIGHTS[0]
     assert opened.stat().st_mode & 0o777 == 0o700
     # A stolen repository, and a stolen card as it lies: no piece of a file, no content key.
@@ -116,16 +123,21 @@ def test_an_encrypted_bundle_is_served_and_lies_in_the_clear_in_memory_alone(sit
     assert (opened / second / "weights.bin").read_bytes() == WEIGHTS[1]
     assert found_in(state, needles(site, 1) + needles(site, 2)) == []
 
-    # Power is lost: memory is empty, and so is the network. A key that cannot be used keeps down what it opens, and nothing else.
+    # Power is lost: memory is empty, and so is the network. A key that cannot be used keeps down what it opens, and nothing else. Nor does another
+    # user of the device who saw the folder's name and takes it first, with a link to where he may not write himself.
     beside_it(site)
     site.fleet.processes.stop([DEVICE, "server"])
     shutil.rmtree(opened)
+    opened.symlink_to(state)
+    taken = opened
     key = state / "identity" / "encryption.key"
     kept = key.read_bytes()
     key.write_bytes(b"rotten")
     site.fleet.start_agent(DEVICE)
     site.fleet.wait("the other model", lambda: ask_itself(site, "hum").get("state") == "confirmed_on_golden", 60.0)
     assert "encryption_key_unusable" in site.fleet.processes.log(DEVICE).read_text()
+    opened = in_memory(state)
+    assert opened != taken
     assert not any(opened.glob("*/weights.bin"))
     site.fleet.processes.stop([DEVICE])
 
@@ -135,12 +147,15 @@ def test_an_encrypted_bundle_is_served_and_lies_in_the_clear_in_memory_alone(sit
     site.fleet.wait("the model to answer without a network", lambda: ask_itself(site).get("digest") == second, 60.0)
     assert (opened / second / "weights.bin").read_bytes() == WEIGHTS[1]
     site.fleet.processes.stop([DEVICE])
+    assert taken.is_symlink()
+    assert (state / "identity" / "device.key").exists(), "what the link leads to is as it was"
+    taken.unlink()
 
     # A thief of the card. With the key in a file on it, he opens the model: that is what a token is for.
     card = tmp_path / "card"
     shutil.copytree(state, card, ignore=shutil.ignore_patterns("*.sock", "run"))
     loot = tmp_path / "loot"
-    loot.mkdir()
+    loot.mkdir(mode=0o700)
     message = {
         "state_dir": str(card), "server_url": site.fleet.server.url, "now_s": time.time(), "digest": second,
         "variant": "onnx-fp32", "folder": str(loot),

@@ -23,6 +23,7 @@ from skerry_contract import bases, layout
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
+from skerry_agent import memory_folder
 from skerry_agent.courier import durable, parts, requests, resuming, spending, transport, watch
 from skerry_agent.courier.acquiring import Wanted, is_whole
 from skerry_agent.courier.meter import Meter
@@ -354,6 +355,8 @@ def _bases(slots: Path, request: requests.Fetch) -> dict[str, Sequence[_Base]]:
         target = manifests.parse(request.manifest.encode()).variant(request.variant)
     except (ContractError, KeyError):
         return {}
+    # A folder in memory that is not ours holds nothing.
+    opened = Path(request.opened if request.opened and memory_folder.is_ours(Path(request.opened)) else "/nowhere")
     found: dict[str, list[_Base]] = {}
     for one in request.held:
         manifest = _manifest(slots, one.digest)
@@ -368,7 +371,7 @@ def _bases(slots: Path, request: requests.Fetch) -> dict[str, Sequence[_Base]]:
             listed = found.setdefault(file.sha256, [])
             if len(listed) < MOST_BASES and all(base.sha256 != known.sha256 for known in listed):
                 # What is in an encrypted file lies in memory, if anywhere.
-                folder = slots if base.plain is None else Path(request.opened or "/nowhere")
+                folder = slots if base.plain is None else opened
                 path = folder / one.digest / base.path
                 listed.append(_Base(path, base.sha256, base.size, base.content, bundle, key_id))
     return {sha256: tuple(listed) for sha256, listed in found.items()}

@@ -16,7 +16,7 @@ from skerry_contract import ids, sealed
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
-from skerry_agent import scraps
+from skerry_agent import memory_folder, scraps
 from skerry_agent.courier import content_keys, durable, requests
 from skerry_agent.errors import Degraded, Rejected
 
@@ -32,7 +32,7 @@ def unseal(request: requests.Unseal) -> dict[str, Any]:
 
     Raises:
         Rejected: ``malformed_manifest``, ``cannot_decrypt``, ``hash_mismatch``, ``size_mismatch``, ``bad_request``.
-        Degraded: ``not_enough_memory``, ``storage_failed``. And as ``content_keys.obtain``.
+        Degraded: ``no_memory_folder``, ``not_enough_memory``, ``storage_failed``. And as ``content_keys.obtain``.
     """
     manifest, data = _manifest(request)
     try:
@@ -43,6 +43,8 @@ def unseal(request: requests.Unseal) -> dict[str, Any]:
         raise Rejected("bad_request", f"bundle {request.digest[:12]} is not encrypted")
     slot = Path(request.state_dir) / "slots" / request.digest
     folder = Path(request.folder)
+    if not memory_folder.is_ours(folder):
+        raise Degraded("no_memory_folder", f"{folder}: wanted a folder of ours with mode 0700, and no link to one")
     target = folder / request.digest
     try:
         with durable.alone(

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
-from skerry_agent import facts, opening
+from skerry_agent import facts, memory_folder, opening
 from skerry_agent.doctor.finding import NET_S, Finding, Patient
 from skerry_agent.slots import Slots, read_pointers
 
@@ -198,12 +199,22 @@ def check_runtime(patient: Patient) -> Iterator[Finding]:
             yield Finding(
                 check="runtime",
                 verdict="warn",
-                detail=f"{name} {slot.version} is encrypted, and not open in memory: nothing is built from it",
+                detail=f"{name} {slot.version} is encrypted, and not open in memory: nothing is built from it{_why_not(patient)}",
                 advice="the agent opens it when it starts; its log says why it could not",
             )
             continue
         path = slots.load_path(slot.digest)
         yield _built(f"{name} {slot.version}", (str(path), slot.digest, slot.variant))
+
+
+def _why_not(patient: Patient) -> str:
+    """What the folder in memory has to do with it; empty where that is nothing."""
+    folder = opening.folder_of(patient.config)
+    stranger = memory_folder.stranger(folder) if folder is not None else ""
+    why = memory_folder.unfit(Path(patient.config.encryption.memory_dir)) or (
+        stranger and f"{stranger} has the folder's name; the agent makes another"
+    )
+    return f" ({why})" if why else ""
 
 
 _OF_THE_FILES = ("hash_mismatch", "size_mismatch", "malformed_manifest", "model_damaged")

@@ -64,7 +64,7 @@ MEANINGS: dict[str, str] = {
     "encryption_key_differs": "the server knows another encryption key of this device, and gives content keys to that one alone: `skerry device forget-key`, or erase its state and enrol it anew",
     "encryption_key_unusable": "the device's encryption key cannot be used: its file, its token or its PIN",
     "cannot_decrypt": "a file of an encrypted bundle does not open with its content key",
-    "no_memory_folder": "`encryption.memory_dir` is no tmpfs, or not to be had with mode 0700: encrypted models are opened nowhere else",
+    "no_memory_folder": "`encryption.memory_dir` is no tmpfs, or no folder with mode 0700 can be made in it: encrypted models are opened nowhere else",
     "storage_failed": "this device could not write",
     "model_damaged": "the runtime refuses the model file",
     "operator_unknown": "the runtime lacks an operator",

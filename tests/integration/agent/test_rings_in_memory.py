@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from skerry_agent.at_rest import file_system
+from skerry_agent.memory_folder import file_system
 
 from tests.integration.agent.rig import Device, Server, wait_for
 from tests.integration.agent.test_full_disk import fill, lacking, small_disk

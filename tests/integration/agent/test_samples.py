@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from skerry_agent.at_rest import file_system
+from skerry_agent.memory_folder import file_system
 from skerry_agent.sealing import MAGIC
 from skerry_contract import group, wire
 

@@ -25,7 +25,7 @@ from skerry_contract import ids, layout, sealed
 from skerry_contract import manifest as m
 from skerry_server.core import eligibility
 
-from tests import models
+from tests import models, strangers
 from tests.machines import Token
 
 KEY = secrets.token_bytes(32)
@@ -51,7 +51,7 @@ class Card:
     def __init__(self, folder: Path, point: bytes = b"") -> None:
         self.state = folder / "state"
         self.memory = folder / "memory"
-        self.memory.mkdir(parents=True)
+        self.memory.mkdir(parents=True, mode=0o700)
         identity = self.state / "identity"
         keys.make_key(identity)
         (identity / "enrolled.json").write_text(json.dumps({"device_id": "cam-1", "group": "g"}))
@@ -283,6 +283,14 @@ def test_no_room_in_memory_is_said_before_anything_is_opened(card: Card, monkeyp
     monkeypatch.setattr(os, "statvfs", small)
     assert card.code() == "not_enough_memory"
     assert card.shows_no_model()
+
+
+@pytest.mark.attack("symlink")
+@pytest.mark.parametrize("way", strangers.WAYS)
+def test_nothing_is_opened_into_a_folder_of_others_or_behind_a_link(card: Card, tmp_path: Path, way: str) -> None:
+    theirs = strangers.take(tmp_path / "taken", way)
+    assert card.code(folder=str(tmp_path / "taken")) == "no_memory_folder"
+    assert list(theirs.iterdir()) == []
 
 
 def test_a_damaged_key_file_is_named_and_not_replaced(card: Card) -> None:

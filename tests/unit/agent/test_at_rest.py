@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Iterator
@@ -11,14 +12,17 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from skerry_agent import at_rest, config, sealing
+from skerry_agent import at_rest, config, memory_folder, sealing
 from skerry_agent.at_rest import Opener
 from skerry_agent.errors import BadConfig, Degraded
+from skerry_agent.memory_folder import is_ours
 from skerry_agent.sealing import MAGIC, CannotOpen, Sealer, telemetry_key
 from skerry_agent.store import Entry, open_store
 from skerry_agent.upload import Upload
 from skerry_contract import window as w
 from skerry_contract import wire
+
+from tests import strangers
 
 AT = w.Instant("b" * 32, 1, 2, True)
 
@@ -93,7 +97,7 @@ def test_rings_move_into_memory_and_back_with_what_they_hold(tmp_path: Path, mem
     (folder / "1-gas-0.ring").write_bytes(b"ring of before")
     at_rest.prepare(on)
     assert folder.is_symlink()
-    assert at_rest.file_system(folder) == "tmpfs"
+    assert memory_folder.file_system(folder) == "tmpfs"
     assert (folder / "1-gas-0.ring").read_bytes() == b"ring of before"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     (folder / "2-gas-0.ring").write_bytes(b"ring of now")
@@ -109,13 +113,15 @@ def test_rings_move_into_memory_and_back_with_what_they_hold(tmp_path: Path, mem
 def test_after_a_reboot_the_folder_in_memory_is_made_anew(tmp_path: Path, memory: Path) -> None:
     found = configured(tmp_path, memory)
     at_rest.prepare(found)
-    (folder,) = memory.iterdir()
-    folder.rmdir()
-    at_rest.prepare(found)
-    assert (found.state_dir / "rings").is_dir()
-    folder.rmdir()
+    for _ in range(2):
+        (folder,) = memory.iterdir()
+        folder.rmdir()
+        at_rest.prepare(found)
+        assert (found.state_dir / "rings").is_dir()
+    (found.state_dir / "rings").readlink().rmdir()
     at_rest.prepare(configured(tmp_path, memory, encrypt=False))
     assert not (found.state_dir / "rings").is_symlink()
+    assert list(memory.iterdir()) == []
 
 
 def test_a_crash_in_the_middle_of_the_move_loses_nothing(tmp_path: Path, memory: Path) -> None:
@@ -123,13 +129,19 @@ def test_a_crash_in_the_middle_of_the_move_loses_nothing(tmp_path: Path, memory:
     at_rest.prepare(found)
     folder = found.state_dir / "rings"
     (folder / "1-gas-0.ring").write_bytes(b"kept")
-    # As if the first move had ended between putting the old folder aside and making the link.
-    (found.state_dir / "rings.former").mkdir()
-    (found.state_dir / "rings.former" / "1-gas-0.ring").write_bytes(b"kept")
-    folder.unlink()
-    at_rest.prepare(found)
-    assert (folder / "1-gas-0.ring").read_bytes() == b"kept"
-    assert not (found.state_dir / "rings.former").exists()
+    # As if a move back had ended between its two renames, then the move in again, with what it had copied so far.
+    off = configured(tmp_path, memory, encrypt=False)
+    for again in (off, found, off):
+        folder.rename(found.state_dir / "rings.former")
+        half = memory_folder.draw(memory, "rings", found.state_dir)
+        half.mkdir(mode=0o700)
+        (half / "1-gas-0.ring").write_bytes(b"ke")
+        (found.state_dir / "rings.new").symlink_to(half)
+        at_rest.prepare(again)
+        assert folder.is_symlink() == again.telemetry.encrypt
+        assert (folder / "1-gas-0.ring").read_bytes() == b"kept"
+        assert [path.name for path in found.state_dir.iterdir() if path.name.startswith("rings")] == ["rings"]
+        assert len(list(memory.iterdir())) == again.telemetry.encrypt, "nothing is left in memory"
 
 
 def test_a_ring_that_a_worker_still_writes_is_waited_for(tmp_path: Path, memory: Path) -> None:
@@ -153,32 +165,48 @@ def test_a_ring_that_a_worker_still_writes_is_waited_for(tmp_path: Path, memory:
     assert ring.read_bytes() == b"whole"
 
 
-def test_a_folder_that_is_not_ours_or_not_in_memory_is_refused(tmp_path: Path, memory: Path) -> None:
+def test_a_place_that_is_not_in_memory_is_refused(tmp_path: Path, memory: Path) -> None:
     with pytest.raises(Degraded, match="wanted a tmpfs, it is not there"):
         at_rest.prepare(configured(tmp_path, tmp_path / "nowhere"))
     with pytest.raises(Degraded, match="wanted a tmpfs"):
         at_rest.prepare(configured(tmp_path, "/proc"))
+
+
+@pytest.mark.attack("symlink")
+def test_rings_come_into_no_folder_of_others_and_none_keeps_them_from_memory(tmp_path: Path, memory: Path) -> None:
     found = configured(tmp_path, memory)
-    at_rest.prepare(found)
-    (folder,) = memory.iterdir()
-    folder.chmod(0o755)
-    with pytest.raises(Degraded, match="mode 0700"):
+    folder = found.state_dir / "rings"
+    for way in strangers.WAYS:
         at_rest.prepare(found)
-    folder.rmdir()
-    folder.symlink_to("/dev/shm")
-    with pytest.raises(Degraded, match="a folder of ours"):
+        name = folder.readlink()
+        (folder / "1-gas-0.ring").write_bytes(b"ours")
+        shutil.rmtree(name)
+        theirs = strangers.take(name, way)
+        (theirs / "2-gas-0.ring").write_bytes(b"made up")
         at_rest.prepare(found)
+        assert folder.readlink() != name
+        assert list(folder.iterdir()) == [], "what others wrote is no ring of ours"
+        assert is_ours(folder.readlink())
+        (folder / "1-gas-0.ring").write_bytes(b"ours")
+        # Nor does switching back take along or remove what is theirs.
+        shutil.rmtree(folder.readlink())
+        theirs = strangers.take(folder.readlink(), way)
+        (theirs / "2-gas-0.ring").write_bytes(b"made up")
+        at_rest.prepare(configured(tmp_path, memory, encrypt=False))
+        assert list(folder.iterdir()) == []
+        if way != "open":
+            assert (theirs / "2-gas-0.ring").read_bytes() == b"made up"
 
 
 def test_which_file_system_a_folder_is_on_is_the_nearest_and_latest_mount(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     (tmp_path / "a" / "b").mkdir(parents=True)
     mounts.write_text(f"/dev/sda / ext4 rw 0 0\ntmpfs {tmp_path}/a tmpfs rw 0 0\n/dev/sdb {tmp_path}/ab xfs rw 0 0\n")
-    assert at_rest.file_system(tmp_path, mounts) == "ext4"
-    assert at_rest.file_system(tmp_path / "a" / "b", mounts) == "tmpfs"
+    assert memory_folder.file_system(tmp_path, mounts) == "ext4"
+    assert memory_folder.file_system(tmp_path / "a" / "b", mounts) == "tmpfs"
     mounts.write_text(mounts.read_text() + f"overlay {tmp_path}/a overlay rw 0 0\n")
-    assert at_rest.file_system(tmp_path / "a" / "b", mounts) == "overlay"
-    assert at_rest.file_system(tmp_path / "none", mounts) == ""
+    assert memory_folder.file_system(tmp_path / "a" / "b", mounts) == "overlay"
+    assert memory_folder.file_system(tmp_path / "none", mounts) == ""
 
 
 def test_the_configuration_refuses_a_relative_place_and_an_unknown_treatment() -> None:

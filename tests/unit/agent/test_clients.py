@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from skerry_agent import cli
 from skerry_agent import clients as c
+from skerry_agent.commands import conversation
 from skerry_agent.errors import Degraded, Rejected
 
 
