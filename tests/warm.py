@@ -4,7 +4,7 @@ A fresh interpreter spends up to two seconds of a core on imports, and the tests
 ``subprocess.Popen`` and ``subprocess.run`` are: the process has an environment, arguments, descriptors, signals and an end of its own. What an
 import loads, and that a program starts from nothing, is shown by tests that do start it so: the architecture's and the whole systems'.
 
-``python -m tests.warm MODULE...`` is the process that forks, one per pytest process and set of modules. Its standard input is a socket. For each
+``python -m tests.warm MODULE...`` is the process that forks, one per pytest process, set of modules and PYTHONPATH. Its standard input is a socket. For each
 message with four descriptors (standard input, output and error, and a pipe for the exit status) it answers with a process id.
 """
 
@@ -100,14 +100,14 @@ class Forked:
 
 
 class _Source:
-    """The process that forks, and the way to it."""
+    """The process that forks, and the way to it. ``path``: its PYTHONPATH; what it has imported came from there."""
 
-    def __init__(self, modules: Sequence[str]) -> None:
+    def __init__(self, modules: Sequence[str], path: str) -> None:
         self._mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST_BYTES)
         self._lock = threading.Lock()
         command = [sys.executable, "-m", "tests.warm", *modules]
-        self._process = subprocess.Popen(command, stdin=its, cwd=ROOT)
+        self._process = subprocess.Popen(command, stdin=its, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
         its.close()
         atexit.register(self._close)
 
@@ -124,8 +124,8 @@ class _Source:
 
 
 @functools.cache
-def _source(modules: tuple[str, ...]) -> _Source:
-    return _Source(modules)
+def _source(modules: tuple[str, ...], path: str) -> _Source:
+    return _Source(modules, path)
 
 
 def start(
@@ -147,7 +147,7 @@ def start(
     status, its_status = os.pipe()
     asked = {"module": module, "arguments": list(arguments), "env": dict(env), "cwd": str(cwd or Path.cwd())}
     try:
-        pid = _source(PRELOADED[module.rpartition("/")[2]]).fork(asked, [stdin, theirs, stderr, its_status])
+        pid = _source(PRELOADED[module.rpartition("/")[2]], env.get("PYTHONPATH", "")).fork(asked, [stdin, theirs, stderr, its_status])
     finally:
         os.close(its_status)
         if ours is not None:

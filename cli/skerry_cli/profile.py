@@ -8,6 +8,7 @@ The file is ``~/.config/skerry/config.toml`` (or ``SKERRY_CONFIG``)::
     ca = "~/.config/skerry/fleet-ca.pem"      # or ca_sha256 = "<hex fingerprint of the CA certificate>"
     keys = "~/skerry-keys"                    # the ceremony's folder, for approve and enrolment tokens
     model_signers = "~/signers"               # public keys; approve takes only bundles that one of them signed
+    encrypted_models = "gas, oil"             # push and approve take these only encrypted; "*" for all
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from pathlib import Path
 from skerry_contract import enrolment, ids
 from skerry_contract.errors import ContractError
 
+from skerry_cli import encrypted_models
 from skerry_cli.errors import Usage
 
-_KEYS = {"server", "token_file", "token_env", "ca", "ca_sha256", "keys", "model_signers"}
+_KEYS = {"server", "token_file", "token_env", "ca", "ca_sha256", "keys", "model_signers", "encrypted_models"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,7 @@ class Profile:
         ca: PEM file of the fleet's CA; ca_sha256: fingerprint of its DER, when there is no file.
         keys: folder of the ceremony.
         model_signers: a public key, or a folder of them, of those who sign bundles.
+        encrypted_models: names of those that must be encrypted; ``*`` for all.
     """
 
     server: str | None = None
@@ -43,6 +46,7 @@ class Profile:
     ca_sha256: str | None = None
     keys: Path | None = None
     model_signers: Path | None = None
+    encrypted_models: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +81,11 @@ def load(options: Options, environment: Mapping[str, str]) -> Profile:
         ca_sha256=_fingerprint(ca_sha256) if ca_sha256 else None,
         keys=options.keys or _path(environment.get("SKERRY_KEYS") or stored.get("keys")),
         model_signers=_path(environment.get("SKERRY_MODEL_SIGNERS") or stored.get("model_signers")),
+        # One does not take the other's place: a variable that is set by chance must not lift what the file asks for.
+        encrypted_models=encrypted_models.read(
+            environment.get("SKERRY_ENCRYPTED_MODELS", ""), "SKERRY_ENCRYPTED_MODELS"
+        )
+        | encrypted_models.read(stored.get("encrypted_models", ""), f"{path}: profiles.{name}.encrypted_models"),
     )
 
 

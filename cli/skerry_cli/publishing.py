@@ -20,7 +20,7 @@ from skerry_contract import floors as floor_rules
 from skerry_contract import ids, layout
 from skerry_contract import manifest as m
 
-from skerry_cli import catalog, rebasing, restoring, sealing
+from skerry_cli import catalog, encrypted_models, rebasing, restoring, sealing
 from skerry_cli.bundle import Bundle, check_files
 from skerry_cli.bundle_source import open_pool
 from skerry_cli.client import Api, quote
@@ -42,17 +42,26 @@ class Pushed:
 
 
 def push(
-    api: Api, bundle: Bundle, *, content_key: Path | None = None, say: Callable[[str], None] = lambda _: None
+    api: Api,
+    bundle: Bundle,
+    *,
+    content_key: Path | None = None,
+    must_be_encrypted: frozenset[str] = frozenset(),
+    clear: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Pushed:
     """Sends manifest and missing files, and has the server validate the bundle.
 
     Args:
         content_key: file with that of an encrypted bundle; None for the one beside its folder.
+        must_be_encrypted: as ``encrypted_models.read``; of these nothing is sent in the clear.
+        clear: in the clear is meant, though another version of the model is encrypted.
 
     Raises:
-        RefusedForSafety: the folder does not match its manifest.
+        RefusedForSafety: the folder does not match its manifest; it is in the clear and must not be.
         Failed, Usage: the server does not take it; an encrypted bundle has no content key here.
     """
+    encrypted_models.require(bundle.manifest, must_be_encrypted)
     check_files(bundle)
     encrypted = bundle.manifest.encryption is not None
     if content_key is not None and not encrypted:
@@ -61,7 +70,7 @@ def push(
     signature = bundle.signature or b""
     short = 0 < len(signature) <= _MOST_IN_A_HEADER
     headers = {"X-Skerry-Signature": base64.b64encode(signature).decode()} if short else None
-    answer = api.send("POST", "/api/v1/bundles", bundle.data, headers)
+    answer = api.send("POST", f"/api/v1/bundles{'?clear=true' if clear else ''}", bundle.data, headers)
     if answer.get("digest") != bundle.digest:
         raise RefusedForSafety(f"the server calls the bundle {answer.get('digest')}, it is {bundle.digest}")
     if signature and not short:
@@ -135,6 +144,7 @@ class Approver:
         repository_url: where the catalog is read; root: bytes of the operator's root.json.
         cache_dir: remembers what was seen, against rollback; one per fleet.
         model_signers: name -> public key (PEM); one of them must have signed each added bundle. None asks for nobody's.
+        must_be_encrypted: as ``encrypted_models.read``; of these no bundle in the clear is signed.
         say: told who signed what.
         names: key id -> who holds it, for what a person is shown.
     """
@@ -149,11 +159,13 @@ class Approver:
         cache_dir: Path,
         repository_url: str | None = None,
         model_signers: Mapping[str, bytes] | None = None,
+        must_be_encrypted: frozenset[str] = frozenset(),
         say: Callable[[str], None] = lambda _: None,
         names: Mapping[str, str] | None = None,
     ) -> None:
         self._names = dict(names or {})
         self._model_signers = model_signers
+        self._must_be_encrypted = must_be_encrypted
         self._say = say
         self._api = api
         self._root = root
@@ -274,6 +286,7 @@ class Approver:
         )
         if folder is not None:
             source = catalog.FolderSource(folder, self._content_key)
+        source = encrypted_models.EncryptedSource(source, self._must_be_encrypted)
         if self._model_signers is None:
             return source
         from skerry_cli.model_signers import SignedSource

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
-from skerry_contract import misfit
+from skerry_contract import ids, misfit
+from skerry_contract.errors import ContractError
 
 from skerry_server.errors import BadSettings
 
@@ -186,10 +187,19 @@ class Deltas(msgspec.Struct, frozen=True, kw_only=True):
     quota_mb: Megabytes = 10_240
 
 
+EVERY_MODEL = "*"
+
+
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """``model_signers``: files with public keys (PEM, P-256), below the data folder when relative; a bundle must be signed by one."""
+    """What bundles must be.
+
+    Attributes:
+        model_signers: files with public keys (PEM, P-256), below the data folder when relative; a bundle must be signed by one.
+        encrypted_models: names of models whose bundles must be encrypted; ``*`` for all.
+    """
 
     model_signers: tuple[str, ...] = ()
+    encrypted_models: tuple[str, ...] = ()
 
 
 class Devices(msgspec.Struct, frozen=True, kw_only=True):
@@ -322,6 +332,11 @@ def _build(kind: type[msgspec.Struct], found: dict[str, tuple[str, Any, bool]], 
 
 def _check(settings: Settings) -> list[str]:
     faults = []
+    for model in sorted({*settings.policy.encrypted_models} - {EVERY_MODEL}):
+        try:
+            ids.model_name(model)
+        except ContractError as error:
+            faults.append(f"policy.encrypted_models: wanted names of models, or {EVERY_MODEL}: {error}")
     if settings.drift.persist > settings.drift.of:
         faults.append(f"drift.persist: wanted at most drift.of ({settings.drift.of}), got {settings.drift.persist}")
     try:

@@ -7,7 +7,7 @@ more than it says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from skerry_contract import ids
@@ -19,7 +19,7 @@ from skerry_server import audit
 from skerry_server.core import bundles as core
 from skerry_server.db import queries
 from skerry_server.db import tables as t
-from skerry_server.errors import Conflict, NotFound, TooLarge
+from skerry_server.errors import Conflict, Invalid, NotFound, TooLarge
 
 MAX_SIGNATURE_BYTES = signatures.MAX_BYTES
 _MAY_BE_SIGNED_ANEW = ("draft", "rejected")
@@ -68,6 +68,41 @@ def push(
         conn.execute(update(t.bundles).where(c.digest == digest).values(signature=signature))
         audit.record(conn, at_ms=now_ms, actor=actor, action="bundle.sign", subject=f"bundle:{digest}")
     return {"digest": str(digest), "state": held.state if held else "draft", "missing": missing(conn, parsed)}
+
+
+def require_encryption(conn: Connection, manifest: bytes, *, every: bool, models: Collection[str], clear: bool) -> None:
+    """Refuses a bundle in the clear where that is hardly meant, before its version is taken and a file of it can be sent.
+
+    Args:
+        every, models: bundles of which models must be encrypted.
+        clear: whoever pushes it means it, though another version of the model is encrypted.
+
+    Raises:
+        Malformed, UnsupportedVersion: the manifest cannot be read.
+        Invalid: ``must_be_encrypted``. Conflict: ``encrypted_before``.
+    """
+    parsed = m.parse(manifest)
+    if parsed.encryption is not None:
+        return
+    c = t.bundles.c
+    rows = conn.execute(select(c.digest, c.version, c.state, c.manifest).where(c.model == parsed.model)).all()
+    own = next((row.state for row in rows if row.digest == m.digest(manifest)), None)
+    if (every or parsed.model in models) and own in (None, *_MAY_BE_SIGNED_ANEW):
+        raise Invalid(
+            "must_be_encrypted",
+            f"{parsed.model} {parsed.version} is in the clear, and this server's policy.encrypted_models asks for encryption: "
+            "build it with --encrypt",
+        )
+    if clear or own is not None:
+        return
+    for row in rows:
+        if b'"encryption"' in row.manifest and m.parse(row.manifest).encryption is not None:
+            raise Conflict(
+                "encrypted_before",
+                f"{parsed.model} {parsed.version} is in the clear, and {parsed.model} {row.version} is encrypted: build it with --encrypt, "
+                "or push it with --clear if it may be read by all who reach the repository",
+                version=row.version,
+            )
 
 
 def missing(conn: Connection, manifest: m.Manifest) -> list[str]:

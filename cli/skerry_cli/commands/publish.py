@@ -41,11 +41,21 @@ def push(
         Path | None,
         typer.Option("--content-key", help="Of an encrypted bundle, when it does not lie beside the folder."),
     ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="In the clear is meant, though another version of the model is encrypted.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Sends a bundle to the server's register, which validates it."""
-    made = bundle.read_bundle(folder)
-    pushed = publishing.push(session(context).api, made, content_key=content_key, say=output.note)
+    made, run = bundle.read_bundle(folder), session(context)
+    pushed = publishing.push(
+        run.api,
+        made,
+        content_key=content_key,
+        must_be_encrypted=run.profile.encrypted_models,
+        clear=clear,
+        say=output.note,
+    )
     if as_json:
         output.show_json(
             {"digest": pushed.digest, "state": pushed.state, "reason": pushed.reason, "sent_bytes": pushed.sent_bytes}
@@ -195,6 +205,7 @@ def approver_of(run: Session, name: str) -> publishing.Approver:
         names={str(key["keyid"]): str(key["name"]) for key in ceremony.record["keys"]},
         cache_dir=seen.folder(run.keys, ceremony.root_sha256),
         model_signers=None if wanted is None else model_signers.read(wanted),
+        must_be_encrypted=run.profile.encrypted_models,
         say=output.note,
     )
 

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, select, tuple_
 from skerry_server import content_keys, groups, registry
 from skerry_server.api.bodies import Route
 from skerry_server.api.context import After, Ctx, Engineer, Limit, Operator, RawBody, Viewer, page, read_cursor
+from skerry_server.config import EVERY_MODEL
 from skerry_server.core.bundles import Action
 from skerry_server.db import tables as t
 from skerry_server.db.engine import reading, writing
@@ -25,6 +26,7 @@ from skerry_server.validation import Outcome
 router = APIRouter(prefix="/api/v1", tags=["bundles"], route_class=Route)
 _PIECE_BYTES = 1 << 20
 _OF_THE_DISK = frozenset({"hash_mismatch", "size_mismatch", "file_missing", "model_damaged"})
+Clear = Annotated[bool, Query(description="In the clear is meant, though another version is encrypted")]
 Again = Annotated[bool, Query(description="Also a bundle that was rejected")]
 
 
@@ -46,16 +48,20 @@ def push(
     caller: Engineer,
     body: RawBody,
     x_skerry_signature: Annotated[str | None, Header(description="base64 of model.sig")] = None,
+    clear: Clear = False,
 ) -> dict[str, Any]:
     """The body is the manifest's bytes. The answer names the files that are not here yet, and of an encrypted bundle whether its
     content key is here. The same manifest again is fine;
-    another bundle under the same model and version is refused with 409.
+    another bundle under the same model and version is refused with 409, and so is one in the clear of a model that has an encrypted
+    version (`encrypted_before`), unless that is meant; of a model in `policy.encrypted_models` it is refused with 422 whatever is meant.
     """
     try:
         signature = None if x_skerry_signature is None else base64.b64decode(x_skerry_signature, validate=True)
     except binascii.Error:
         raise Invalid("bad_request", "header X-Skerry-Signature: wanted base64") from None
+    asked = context.settings.policy.encrypted_models
     with writing(context.engine) as conn:
+        registry.require_encryption(conn, body, every=EVERY_MODEL in asked, models=asked, clear=clear)
         pushed = registry.push(
             conn,
             manifest=body,

@@ -402,6 +402,19 @@ def test_an_approver_who_asks_for_signed_bundles_approves_no_other(cli: Cli, tmp
     assert good.code == OK and "its files were signed by ci" in good.err
 
 
+def test_a_model_that_must_be_encrypted_is_neither_pushed_nor_approved_in_the_clear(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    digest = models.build_bundle(folder, model="bare", version="1.0.0")
+    asked = {"SKERRY_ENCRYPTED_MODELS": "other bare"}
+    refused = cli("push", folder, "--clear", **asked)
+    assert refused.code == REFUSED and "bare@1.0.0 is in the clear" in refused.err and "--encrypt" in refused.err
+    # Somebody else, or a server of a thief's, has it all the same: the approver's own list counts.
+    assert cli("push", folder).code == OK
+    for how in ((), ("--from", folder)):
+        refused = cli("approve", digest, "--yes", *how, **asked)
+        assert refused.code == REFUSED and "bare@1.0.0 is in the clear" in refused.err, refused.err
+
+
 def test_a_place_without_keys_of_signers_is_no_list_of_them(tmp_path: Path) -> None:
     with pytest.raises(Usage, match=r"\*\.pem or \*\.pub\.json"):
         model_signers.read(tmp_path)

@@ -248,6 +248,41 @@ def test_people_who_had_the_key_stand_in_the_audit_and_a_viewer_never_does(
     assert base64.b64encode(KEY).decode() not in json.dumps(rows)
 
 
+def test_an_operators_token_is_refused_the_key_and_who_enrols_a_device_for_it_stands_in_the_records(
+    server: ServerRig, approved: tuple[str, Path], tmp_path: Path
+) -> None:
+    """What the attacker table says of this role: no key for itself, and a device of its own in the group has every key of the group."""
+    digest, _ = approved
+    token = server.good("POST", "/api/v1/tokens", {"name": "hand", "role": "operator"})["token"]
+    assert server.ask("GET", f"/api/v1/bundles/{digest}/key", token=token).status == 403
+    wish = {"device_id": "of-his-own", "group": "press", "expires_s": 600}
+    made = server.ask("POST", "/api/v1/enrolment-tokens", wish, token=token)
+    thief, key = DeviceRig(server, "of-his-own", tmp_path), ec.generate_private_key(ec.SECP256R1())
+    thief.enrol(made.json()["token"], encryption_key=pem(key))
+    found = thief.ask("POST", f"/device/v1/keys/{digest}", {"encryption_key": pem(key)})
+    assert unwrap(found.json(), key, thief.id, digest) == KEY
+    rows = server.good("GET", "/api/v1/audit?limit=1000")["items"]
+    assert [row for row in rows if row["actor"] == "token:hand"], "who made the enrolment token"
+    given = server.good("GET", f"/api/v1/bundles/{digest}/releases?limit=1000")["items"]
+    assert thief.id in {one["device"] for one in given}
+
+
+def test_a_version_in_the_clear_of_an_encrypted_model_is_refused_before_a_file_is_sent_unless_it_is_meant(
+    server: ServerRig, operator: Operator, approved: tuple[str, Path], tmp_path: Path
+) -> None:
+    digest = models.build_bundle(tmp_path / "b", "veiled", "7.0.0", seed=77)
+    bundle = read_bundle(tmp_path / "b")
+    with pytest.raises(Failed, match=r"encrypted_before.*--encrypt"):
+        push(operator.api, bundle)
+    assert server.ask("GET", f"/api/v1/bundles/{digest}").status == 404, "nor is its version taken"
+    weights = next(file for file in bundle.manifest.files() if file.path == "model.onnx")
+    assert not list((server.data / "repository").rglob(weights.sha256))
+    with pytest.raises(RefusedForSafety, match="in the clear"):
+        push(operator.api, bundle, must_be_encrypted=frozenset({"*"}), clear=True)
+    assert push(operator.api, bundle, clear=True).state == "validated"
+    assert push(operator.api, bundle).sent_files == 0, "what is here already is not asked about again"
+
+
 @pytest.mark.slow
 def test_a_database_without_its_release_key_says_so_and_a_push_mends_it(tmp_path: Path) -> None:
     rig = ServerRig(tmp_path / "server").start()

@@ -113,10 +113,13 @@ def p256(folder: Path, name: str) -> bytes:
     )
 
 
-def test_a_server_that_asks_for_signed_bundles_takes_no_other(tmp_path: Path) -> None:
+def test_a_server_that_asks_for_signed_or_encrypted_bundles_takes_no_other(tmp_path: Path) -> None:
     ci, stranger = p256(tmp_path, "ci"), p256(tmp_path, "stranger")
     (tmp_path / "second.pem").write_bytes((tmp_path / "ci.pem").read_bytes())
-    rig = ServerRig(tmp_path / "server", {"POLICY_MODEL_SIGNERS": f"{tmp_path / 'second.pem'},{tmp_path / 'ci.pem'}"})
+    rig = ServerRig(
+        tmp_path / "server",
+        {"POLICY_MODEL_SIGNERS": f"{tmp_path / 'second.pem'},{tmp_path / 'ci.pem'}", "POLICY_ENCRYPTED_MODELS": "oil"},
+    )
     rig.start()
     try:
         folder = tmp_path / "b"
@@ -129,6 +132,10 @@ def test_a_server_that_asks_for_signed_bundles_takes_no_other(tmp_path: Path) ->
             assert rig.ask("POST", "/api/v1/bundles", data=manifest_of(folder), headers=headers).status == 200
             upload(rig, folder)
             return rig.good("POST", f"/api/v1/bundles/{digest}/validate?again=true")
+
+        models.build_bundle(tmp_path / "oil", "oil", "1.0.0")
+        clear = rig.ask("POST", "/api/v1/bundles?clear=true", data=manifest_of(tmp_path / "oil"))
+        assert (clear.status, clear.code) == (422, "must_be_encrypted")
 
         bare = pushed(None)
         assert bare["state"] == "rejected" and bare["reason"].startswith("unsigned: ")

@@ -59,6 +59,17 @@ def test_a_server_without_tls_or_with_more_than_an_origin_is_refused(server: str
         Api(load(Options(server=server, ca="ab" * 32), {"SKERRY_TOKEN": "x", "SKERRY_CONFIG": "/nonexistent"}))
 
 
+def test_what_must_be_encrypted_is_what_file_and_environment_ask_for_together(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[profiles.default]\nencrypted_models = "gas, oil"\n')
+    assert load(Options(config=path), {}).encrypted_models == {"gas", "oil"}
+    # A variable of a script lifts nothing.
+    assert load(Options(config=path), {"SKERRY_ENCRYPTED_MODELS": ""}).encrypted_models == {"gas", "oil"}
+    assert load(Options(config=path), {"SKERRY_ENCRYPTED_MODELS": "*"}).encrypted_models == {"gas", "oil", "*"}
+    with pytest.raises(Usage, match="SKERRY_ENCRYPTED_MODELS: wanted names of models"):
+        load(Options(config=path), {"SKERRY_ENCRYPTED_MODELS": "no/model"})
+
+
 def test_the_token_never_shows(config: Path) -> None:
     assert "secret" not in repr(load(Options(config=config), {"MY_TOKEN": "secret"}))
 

@@ -105,3 +105,14 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "server.toml").write_bytes(b"\xff= [")
     with pytest.raises(BadSettings, match="TOML"):
         config.load(tmp_path, {})
+
+
+def test_what_must_be_encrypted_is_named_as_models_are_or_is_all(tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text('[policy]\nencrypted_models = ["gas", "*"]\n')
+    assert config.load(tmp_path, {}).policy.encrypted_models == ("gas", "*")
+    # A name that no model can have would protect nothing, in silence.
+    (tmp_path / "server.toml").write_text('[policy]\nencrypted_models = ["Gas /"]\n')
+    with pytest.raises(BadSettings) as refused:
+        config.load(tmp_path, {})
+    assert len(refused.value.faults) == 1
+    assert "policy.encrypted_models: wanted names of models" in refused.value.faults[0]
