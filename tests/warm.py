@@ -147,7 +147,9 @@ def start(
     status, its_status = os.pipe()
     asked = {"module": module, "arguments": list(arguments), "env": dict(env), "cwd": str(cwd or Path.cwd())}
     try:
-        pid = _source(PRELOADED[module.rpartition("/")[2]], env.get("PYTHONPATH", "")).fork(asked, [stdin, theirs, stderr, its_status])
+        pid = _source(PRELOADED[module.rpartition("/")[2]], env.get("PYTHONPATH", "")).fork(
+            asked, [stdin, theirs, stderr, its_status]
+        )
     finally:
         os.close(its_status)
         if ours is not None:

@@ -191,6 +191,9 @@ def check_runtime(patient: Patient) -> Iterator[Finding]:
     chosen = [(name, p.active or p.confirmed) for name, p in sorted(named.items())]
     if said and not any(slot for _, slot in chosen):
         yield Finding(check="runtime", verdict="ok", detail=f"{said}; no bundle here to build an interpreter from")
+    if not chosen:
+        # A folder would be made; who looks leaves a device as it is.
+        return
     slots = Slots(patient.config.state_dir / "slots", opening.folder_of(patient.config))
     for name, slot in chosen:
         if slot is None:

@@ -227,7 +227,8 @@ def test_a_model_moves_into_a_worker_of_its_own_and_back_without_a_failed_reques
 def test_requests_wait_for_the_worker_of_their_model_and_are_turned_away_when_it_does_not_come(
     make_device: Callable[..., Device], server: Server
 ) -> None:
-    device = make_device(backoff_scale=20)
+    # The draw of a wait may be near nothing: even a hundredth of this one is longer than requests wait.
+    device = make_device(backoff_scale=1000)
     device.config.write_text(device.config.read_text() + "[pool]\nwaiting = 2\nwait_s = 1.5\n")
     start(device)
     assert device.process is not None

@@ -45,7 +45,8 @@ def send(device: Device, rows: int, largest: float) -> socket.socket:
 def test_a_generation_that_hangs_on_the_first_real_row_goes_back_and_is_never_confirmed(
     make_device: Callable[..., Device], server: Server, rows: int, said: str
 ) -> None:
-    device = make_device(**QUIET)
+    # A trial long enough for a slow machine to get the request into it.
+    device = make_device(**{**QUIET, "trial_s": 20})
     serving(device)
     device.publish(device.bundle("2.0.0", kind="slow-on-rows"))
     device.sync()
