@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 import zlib
 
 import pytest
@@ -16,6 +17,8 @@ from skerry_server.db import tables as t
 from skerry_server.db.engine import writing
 from skerry_server.ingest import IngestSettings
 from sqlalchemy import select
+
+_BOMB_BYTES = 96 << 20
 
 
 def once(fleet, sender, total):
@@ -159,6 +162,32 @@ def test_rubbish_is_counted_and_the_good_goes_on(fleet, peers):
     # The empty state is how MQTT clears a retained message: no fault.
     assert counts == {"malformed": 7, "oversized": 2}
     assert fleet.counted("dev-a") == 0
+
+
+@pytest.mark.attack("decompression bomb")
+def test_a_message_that_unpacks_to_very_much_is_set_aside_at_the_price_of_its_bound(fleet, peers):
+    ingest = fleet.start_ingest()
+    device = peers(peers.Peer, fleet, "dev-a").open()
+    honest = peers(peers.Sender, fleet, "dev-b").open()
+    packer = zlib.compressobj(level=9, wbits=-15)
+    bomb = packer.compress(bytes(_BOMB_BYTES)) + packer.flush()
+    assert len(bomb) < wire.MAX_MESSAGE_BYTES < wire.MAX_INFLATED_BYTES < _BOMB_BYTES // 8
+    # Ingest runs in this process. What zlib unpacks is counted, wherever it goes then.
+    tracemalloc.start()
+    try:
+        for n in range(3):
+            device.publish(topics.up("dev-a"), bomb)
+            honest.count(1)
+            peers.until(lambda n=n: ingest.totals.quarantined > n, "it is set aside")
+        once(fleet, honest, 3)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < _BOMB_BYTES // 4
+    counts = {
+        row.name: row.n for row in fleet.rows(select(t.ingest_counters).where(t.ingest_counters.c.device == "dev-a"))
+    }
+    assert counts == {"malformed": 3}
 
 
 def test_replayed_messages_are_taken_once(fleet, peers):
