@@ -5,6 +5,8 @@ the database: a copy of the database, like a copy of the repository, opens no mo
 
 A device gets a content key wrapped for its **encryption key**, a P-256 key of its own beside the one it signs with. The first one that it names
 stays: a thief of its signing key cannot put another in its place. An operator's ``forget``, or a new enrolment with a fresh token, makes room for another.
+
+To a device without a network a person may carry it, wrapped all the same.
 """
 
 from __future__ import annotations
