@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.x509.oid import NameOID
-from skerry_agent.courier import content_keys, encryption_key, keys, requests, unsealing
+from skerry_agent.courier import content_keys, download, encryption_key, keys, requests, unsealing
 from skerry_agent.errors import AgentError, Transient
 from skerry_contract import ids, layout, sealed
 from skerry_contract import manifest as m
@@ -135,6 +135,13 @@ def test_a_key_that_was_carried_here_opens_without_any_server(card: Card, tmp_pa
     assert card.code() == "unreachable"
     said = carried(card, tmp_path / "elsewhere")
     assert "skerry export-update --device cam-1" in said
+    asked = requests.Fetch(
+        state_dir=str(card.state), server_url=NOWHERE, now_s=1e9, encryption_key="file", digest=card.digest,
+        manifest=(card.plain / m.MANIFEST_FILE).read_text(), files=(), folder=str(tmp_path / "elsewhere"),
+    )  # fmt: skip
+    with pytest.raises(AgentError) as failed:
+        download.fetch(asked, lambda _: None)
+    assert (failed.value.code, failed.value.detail.endswith(said)) == ("unreachable", True), failed.value.detail
     assert card.code() == "unreachable"
     assert carried(card, tmp_path / "stick") == ""
     assert card.open()["bytes"] > 200_000
