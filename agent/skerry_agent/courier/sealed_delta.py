@@ -14,7 +14,7 @@ from skerry_contract import manifest as manifests
 from skerry_contract import sealed
 from skerry_runtime import delta
 
-from skerry_agent import scraps
+from skerry_agent import memory_folder, scraps
 from skerry_agent.courier import content_keys, requests
 from skerry_agent.errors import Degraded
 
@@ -45,8 +45,12 @@ class Sealed:
 
         Raises:
             DeltaError: it does not open, or gives another file.
-            Degraded: ``not_enough_memory``.
+            Degraded: ``not_enough_memory``; ``no_memory_folder``: what opens here would open in a folder that others can read.
         """
+        if not memory_folder.is_ours(self._folder):
+            raise Degraded(
+                "no_memory_folder", f"{self._folder}: wanted a folder of ours with mode 0700, and no link to one"
+            )
         wanted = self._files[target].content
         with scraps.held(self._folder, f".delta-{target}") as scratch:
             self._check_room(wanted.size + patch.stat().st_size)

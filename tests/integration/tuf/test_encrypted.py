@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import io
 import json
 import os
 import secrets
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.x509.oid import NameOID
-from skerry_agent.courier import content_keys, download, encryption_key, keys, requests, unsealing
+from skerry_agent.courier import content_keys, download, encryption_key, keys, requests, sealed_delta, unsealing
 from skerry_agent.errors import AgentError, Transient
 from skerry_contract import ids, layout, sealed
 from skerry_contract import manifest as m
@@ -278,6 +279,32 @@ def test_a_key_that_is_kept_is_had_without_a_server_and_no_other_is(card: Card) 
     assert content_keys.kept(request, "ab" * 32, sealed.key_id(KEY)) == b""
     card.give(KEY, device="cam-2")
     assert content_keys.kept(request, card.digest, sealed.key_id(KEY)) == b""
+
+
+@pytest.mark.parametrize("how", ["link", "open to others", "not there"])
+def test_a_delta_is_opened_in_no_folder_that_is_not_ours(card: Card, how: str) -> None:
+    memory = card.memory
+    if how == "link":
+        memory = card.memory.with_name("link")
+        memory.symlink_to(card.memory)
+    elif how == "open to others":
+        memory.chmod(0o755)
+    else:
+        memory = card.memory.with_name("nowhere")
+    manifest, file = (card.plain / m.MANIFEST_FILE).read_bytes(), card.manifest.files()[0]
+    told = {name: value for name, value in card.message().items() if name not in ("variant", "folder")}
+    request = requests.Fetch(**told, manifest=manifest.decode(), files=(), opened=str(memory))
+    patch = card.state / "patch"
+    stored = sealed.seal_delta(
+        io.BytesIO(b"patch"), KEY, base_key=KEY, base="ab" * 32, target=file.sha256, salt=bytes(32), new_cipher=AESGCM
+    )
+    patch.write_bytes(b"".join(stored))
+    with pytest.raises(AgentError) as failed:
+        sealed_delta.Sealed(request, KEY).apply(
+            patch, patch, card.state / "made", base_key=KEY, base="ab" * 32, target=file.sha256
+        )
+    assert failed.value.code == "no_memory_folder"
+    assert list(card.memory.iterdir()) == []
 
 
 def test_no_room_in_memory_is_said_before_anything_is_opened(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
