@@ -61,11 +61,10 @@ class Wrong:
         return expiry.alerts(roles, {}, now_ms, clock_behind=self.repository.clock_behind)
 
 
-@pytest.mark.parametrize("days", [3, 4000])
 @pytest.mark.attack("clock poisoning")
-def test_a_server_whose_clock_is_behind_stops_no_device(fleet, device_here, days):
+def test_a_server_whose_clock_is_behind_stops_no_device(fleet, device_here):
     server = Wrong(fleet)
-    server.off = dt.timedelta(days=-days)
+    server.off = dt.timedelta(days=-4000)
     for generation in range(1, 4):
         for _ in server.spend(1):
             assert server.signed()[1] > server.now()
@@ -89,8 +88,8 @@ def test_a_server_whose_clock_is_behind_stops_no_device(fleet, device_here, days
 def test_a_server_whose_clock_is_behind_may_be_started_again_and_again(fleet):
     server = Wrong(fleet)
     server.off = dt.timedelta(days=-30)
-    for day in range(4):
-        for _ in server.spend(1, step_s=3600.0):
+    for day in range(3):
+        for _ in server.spend(1, step_s=7200.0):
             assert server.signed()[1] > server.now(), day
         server.restart()
 
