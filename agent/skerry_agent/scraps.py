@@ -11,9 +11,10 @@ import fcntl
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from skerry_agent import memory_folder
 
 _OURS = re.compile(r"\.(?:delta-[0-9a-f]{64}|[0-9a-f]{64}\.new)")
 """Names of such folders; what is called otherwise is left alone."""
@@ -48,10 +49,9 @@ def held(folder: Path, name: str) -> Iterator[Path]:
 
 def tidy(folder: Path) -> None:
     """Removes every such folder that no living process holds. Raises nothing; a link, or a folder of another user's, is not followed."""
+    if not memory_folder.is_ours(folder):
+        return
     with contextlib.suppress(OSError):
-        about = os.lstat(folder)
-        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
-            return
         for name in os.listdir(folder):
             if _OURS.fullmatch(name) is not None:
                 _drop(folder / name)

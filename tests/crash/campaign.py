@@ -206,7 +206,10 @@ class Life:
 
 def _lived(story: Story) -> Life:
     disk = Disk(story.state_dir)
-    disk.take(story.tell())
+    try:
+        disk.take(story.tell())
+    finally:
+        forget_opened(story.config)
     return Life(world=story.world, state_dir=story.state_dir, disk=disk, stages=story.stages)
 
 

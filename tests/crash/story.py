@@ -89,7 +89,7 @@ class Story:
         self._environment = {
             "LD_PRELOAD": str(library), "SKERRY_BELOW": str(state_dir), "SKERRY_RECORD": str(self._record),
         }  # fmt: skip
-        self._config = world.config(state_dir, state_dir.with_name(f"{state_dir.name}.toml"))
+        self.config = world.config(state_dir, state_dir.with_name(f"{state_dir.name}.toml"))
 
     @property
     def agent(self) -> Agent:
@@ -99,7 +99,7 @@ class Story:
     def start(self) -> None:
         """Starts an agent."""
         log = self.state_dir.with_name(f"{self.state_dir.name}.log")
-        self.agents.append(Agent(self._config, self.state_dir, log, self._environment))
+        self.agents.append(Agent(self.config, self.state_dir, log, self._environment))
 
     def stage(self, name: str, offered: str, after: str, what: Callable[[], None], code: str = "", **more: Any) -> None:
         """Lives a part."""
