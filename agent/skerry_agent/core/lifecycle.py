@@ -58,11 +58,13 @@ ATTEMPTS: dict[str, int] = {
     "trial_crashed": 1, "trial_errors": 1, "trial_slow": 1, "reverted_by_operator": 1, "crash_loop": 1,
     "worker_leaked": 1, "worker_spun": 1, "trial_silent": 2, "cancelled": 1, "too_many_moves": 1,
     "runtime_crashed@boot": 3, "trial_crashed@boot": 2, "too_many_moves@boot": 1, "crash_loop@boot": 2,
+    "interrupted@trial": 12,
 }  # fmt: skip
 """How often a bundle may fail for a reason before it is refused with ``attempts_exhausted``, until a person clears it.
 
 Codes that are not here never exhaust: they speak of the network, of who served the bytes, or of this device's room, which change.
-``@boot`` marks an update that ended with the supervisor's own process: a power cut is likelier than the bundle's fault.
+``@boot`` marks an update that ended with the supervisor's own process: a power cut is likelier than the bundle's fault. ``@trial``: an agent
+that is stopped in order in a trial, each time, is stopped for the bundle's sake, or never runs for as long as a trial lasts.
 """
 
 MOMENTARY: frozenset[str] = frozenset(
@@ -157,6 +159,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def penalty(self) -> str:
         """The entry of ``ATTEMPTS`` that this failure counts under."""
+        if self.code == "interrupted" and self.failed_in == "trial":
+            return f"{self.code}@trial"
         return f"{self.code}@boot" if self.at_boot else self.code
 
 
@@ -199,9 +203,10 @@ def _table() -> dict[tuple[State, type[e.Event]], Move]:
         ("prove", e.Booted): Move(to="idle", effects=(penalise, record), code="runtime_crashed"),
         ("trial", e.Booted): Move(to="idle", effects=(penalise, record), code="trial_crashed"),
         ("revert", e.Booted): Move(to="idle", effects=(record,)),
-        # Who ends in order says so: it was not the bundle. It begins again after the start.
+        # Who ends in order says so: it was not the bundle. It begins again after the start; out of a trial after a wait, since what answers badly
+        # may be why somebody stops the agent.
         ("prove", e.Stopped): Move(to="idle", effects=(record,), code="interrupted"),
-        ("trial", e.Stopped): Move(to="idle", effects=(record,), code="interrupted"),
+        ("trial", e.Stopped): Move(to="idle", effects=(penalise, record), code="interrupted"),
         # Recorded again: power may have failed between the stored state and the word of it. What was said is not said twice.
         ("idle", e.Booted): Move(to="idle", effects=(record,)),
         ("confirmed", e.Booted): Move(to="confirmed", effects=(Effect.CONFIRM, record)),

@@ -246,10 +246,11 @@ def test_an_order_that_could_not_be_stored_is_not_called_obeyed_and_is_heard_aga
 
 
 @pytest.mark.parametrize("state", ["prove", "trial"])
-def test_a_stop_in_order_is_told_as_such_before_the_agent_is_gone_and_costs_no_attempt(
+def test_a_stop_in_order_is_told_as_such_before_the_agent_is_gone_and_bars_no_bundle(
     life: Life, state: lc.State
 ) -> None:
     async def main() -> None:
+        waits: list[float] = []
         for _ in range(10):
             life.until(state)
             await life.updating.stop(in_order=True)
@@ -259,8 +260,19 @@ def test_a_stop_in_order_is_told_as_such_before_the_agent_is_gone_and_costs_no_a
             life.updating.booted()
             await asyncio.sleep(0.02)
             assert (life.updating.update.code, life.updating.update.failed_in) == ("interrupted", state)
-            assert life.updating.failures.wait_s(DIGEST) == 0
+            waits.append(life.updating.failures.wait_s(DIGEST))
         assert not life.refused
+        if state == "prove":
+            # Nothing of it has answered yet.
+            assert set(waits) == {0}
+            return
+        # Who stops the agent may do so for what the bundle answers: it comes up again, and not in circles.
+        assert 0 < waits[0] <= 5
+        assert waits[-1] > 400
+        for _ in range(2):
+            life.until(state)
+            await life.updating.stop(in_order=True)
+        assert life.refused
 
     asyncio.run(main())
 

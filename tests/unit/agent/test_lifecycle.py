@@ -297,7 +297,7 @@ def test_an_agent_that_ends_in_order_holds_nothing_against_the_bundle(state: lc.
         return
     assert (update.state, update.code, update.failed_in, update.at_boot) == ("idle", "interrupted", state, False)
     assert update.waits
-    assert effects == [Effect.RECORD]
+    assert effects == ([Effect.PENALISE, Effect.RECORD] if state == "trial" else [Effect.RECORD])
 
 
 @pytest.mark.parametrize("state", lc.STATES)
