@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from skerry_agent.slots import read_pointers
 
 from tests import models
 from tests.integration.agent.rig import Broker, Device, Load, Server, wait_for
@@ -144,8 +145,19 @@ def test_a_supervisor_killed_in_a_trial_starts_with_what_was_confirmed(serving: 
     serving.sync()
     serving.wait_running("1.1.0", "trial")
     serving.kill()
+    # This time the disk takes neither the pointer file nor another, which keeps nobody from serving.
+    slots = serving.state_dir / "slots"
+    refused = [slots / "pointers.json.new", serving.state_dir / "run" / "supervisor.pid.new"]
+    for path in refused:
+        path.symlink_to(slots / "nowhere" / "file")
     serving.start()
     serving.wait_running("1.0.0", "confirmed")
+    assert read_pointers(slots)["gas"].active != read_pointers(slots)["gas"].confirmed
+    for path in refused:
+        path.unlink()
+    wait_for(
+        lambda: read_pointers(slots)["gas"].active == read_pointers(slots)["gas"].confirmed, why="the pointer file"
+    )
     serving.synced()
     assert serving.status()["update"]["state"] == "idle"
     assert serving.running() == ("1.0.0", "confirmed")
