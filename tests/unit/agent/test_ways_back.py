@@ -232,7 +232,7 @@ def test_a_lock_that_comes_in_the_middle_of_a_proof_has_the_next_worker_started_
         ready = msgspec.structs.replace(life.updating.update, state="ready")
         life.slots.revert_active("gas")
         life.updating.update = ready
-        now_s = life.clock.boot_s()
+        now_s: float = life.clock.boot_s()
         monkeypatch.setattr(life.clock, "boot_s", lambda: now_s)
         for wait_s in (0.025, 0.05):
             life.updating.tick()
