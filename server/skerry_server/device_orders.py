@@ -1,6 +1,6 @@
 """Orders to a device: try again what it gave up, or end the update under way; and, to the server, to renew its certificate.
 
-An order is a row of the audit. Its number is the wall time in ms, more than any number before it that the server knows: a server that
+An order is a row of the audit. Its number is the wall time in ms, more than any number before it of its device and that one's group: a server that
 was restored from a backup never gives a number that a device has obeyed already. The device reads the newest of each kind in
 ``/self`` after its bell, obeys a number once, and says so with an event ``order``. A whole group can be ordered to try again: one
 row, which every device of the group reads. An order that no device took within ``LIFE_MS`` is over: what a person wanted last week is not
@@ -35,13 +35,15 @@ def give(conn: Connection, *, device: str, kind: Kind, reason: str, actor: str, 
     Raises:
         NotFound: no such device. Conflict: it is revoked, and so will never ask what is wanted of it.
     """
-    query = select(t.devices.c.status).where(t.devices.c.id == ids.device_id(device)).with_for_update()
+    query = (
+        select(t.devices.c.status, t.devices.c.group).where(t.devices.c.id == ids.device_id(device)).with_for_update()
+    )
     row = conn.execute(query).first()
     if row is None:
         raise NotFound("device", device)
     if row.status == "revoked":
         raise Conflict("revoked", f"device {device!r} is revoked: it is not heard any more")
-    _record(conn, f"device:{device}", kind, reason=reason, actor=actor, now_ms=now_ms)
+    _record(conn, f"device:{device}", kind, beside=f"group:{row.group}", reason=reason, actor=actor, now_ms=now_ms)
     queries.bump_bell(conn, f"d/{device}")
     (made,) = audit.about(conn, f"device:{device}", action=_action("device", kind), limit=1)
     return _shape(kind, made, None)
@@ -65,9 +67,14 @@ def give_group(conn: Connection, *, group: str, reason: str, actor: str, now_ms:
     return _shape("retry", made, None) | {"devices": conn.execute(count).scalar_one()}
 
 
-def _record(conn: Connection, subject: str, kind: Kind, *, reason: str, actor: str, now_ms: int) -> None:
-    action = _action(subject.partition(":")[0], kind)
-    before = audit.about(conn, subject, action=action, limit=1)
+def _record(
+    conn: Connection, subject: str, kind: Kind, *, reason: str, actor: str, now_ms: int, beside: str = ""
+) -> None:
+    """``beside``: the group whose orders the device obeys as well. A device that hears several obeys them by their numbers."""
+    of = subject.partition(":")[0]
+    action = _action(of, kind)
+    actions = [(subject, _action(of, one)) for one in KINDS] + ([(beside, "group.retry")] if beside else [])
+    before = [row for about, done in actions for row in audit.about(conn, about, action=done, limit=1)]
     number = max([now_ms, *(_number(row) + 1 for row in before)])
     audit.record(
         conn,
@@ -97,9 +104,11 @@ def may_renew(conn: Connection, device: str, now_ms: int) -> bool:
 
 def listed(conn: Connection, device: str, group: str) -> list[dict[str, Any]]:
     """The newest order of each kind, and when the device said that it obeyed it."""
-    told = {(row.data or {}).get("number"): row for row in reversed(_told(conn, device))}
+    told = {
+        (str(row.data.get("kind")), row.data.get("number")): row for row in reversed(_told(conn, device)) if row.data
+    }
     newest = {kind: _newest(conn, device, group, kind) for kind in KINDS}
-    found = [_shape(kind, row, told.get(_number(row))) for kind, row in newest.items() if row is not None]
+    found = [_shape(kind, row, told.get((kind, _number(row)))) for kind, row in newest.items() if row is not None]
     order = newest["renew"]
     renewed = audit.about(conn, f"device:{device}", action="device.renew", limit=1) if order is not None else []
     if order is not None and renewed and renewed[0]["id"] > order["id"]:
@@ -124,7 +133,8 @@ def _newest(conn: Connection, device: str, group: str, kind: Kind) -> dict[str, 
     rows = audit.about(conn, f"device:{device}", action=_action("device", kind), limit=1)
     if kind == "retry":
         rows += audit.about(conn, f"group:{group}", action="group.retry", limit=1)
-    return max(rows, key=_number, default=None)
+    # By when it was given: numbers follow a clock that somebody may have set back.
+    return max(rows, key=lambda row: row["id"], default=None)
 
 
 def _action(of: str, kind: Kind) -> str:

@@ -242,12 +242,12 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
             via=_via(
                 conn,
                 row["model"],
-                [
+                {
                     row["stable"],
                     *([row["fallback"]] if row["fallback"] else []),
                     *([rollout["candidate"]] if rollout is not None else []),
                     *(pin.digest for pin in pins if pin.model == row["model"]),
-                ],
+                },
             ),
         )
     pinned: dict[str, dict[str, g.Target]] = {}
@@ -267,7 +267,7 @@ def compose(conn: Connection, name: str, generation: int, settings: dict[str, An
     )
 
 
-def _via(conn: Connection, model: str, digests: list[str]) -> tuple[g.Target, ...]:
+def _via(conn: Connection, model: str, digests: set[str]) -> tuple[g.Target, ...]:
     """What the bundles want confirmed before them, and what that wants in turn, as far as it is approved.
 
     Where the very version is not to be had (it was retired, say), the lowest later one that lies below the bundle: a device asks for the
@@ -276,21 +276,22 @@ def _via(conn: Connection, model: str, digests: list[str]) -> tuple[g.Target, ..
     c = t.bundles.c
     listed: list[g.Target] | None = None
     found: dict[str, g.Target] = {}
-    ahead = list(digests)
+    rows = conn.execute(select(c.manifest, c.version).where(c.digest.in_(sorted(digests)))).all()
+    ahead = sorted(rows, key=lambda one: ids.version_key(one.version))
     while ahead and len(found) < g.MOST_VIA:
-        row = conn.execute(select(c.manifest, c.version).where(c.digest == ahead.pop())).first()
-        after = m.parse(bytes(row.manifest)).after if row is not None else ""
-        if row is None or not after:
+        row = ahead.pop()
+        after = m.parse(bytes(row.manifest)).after
+        if not after:
             continue
         if listed is None:
             query = select(c.digest, c.version).where(c.model == model, c.state.in_(RUNNABLE))
-            rows = sorted(conn.execute(query), key=lambda one: ids.version_key(one.version))
-            listed = [g.Target(digest=one.digest, version=one.version) for one in rows]
+            known = sorted(conn.execute(query), key=lambda one: ids.version_key(one.version))
+            listed = [g.Target(digest=one.digest, version=one.version) for one in known]
         low, high = ids.version_key(after), ids.version_key(row.version)
         first = next((one for one in listed if low <= ids.version_key(one.version) < high), None)
         if first is not None and first.version not in found:
             found[first.version] = first
-            ahead.append(first.digest)
+            ahead += conn.execute(select(c.manifest, c.version).where(c.digest == first.digest)).all()
     return tuple(sorted(found.values(), key=lambda one: ids.version_key(one.version)))
 
 

@@ -12,6 +12,7 @@ from skerry_server.db import tables as t
 from skerry_server.db.engine import open_engine, reading, sqlite_url, writing
 from skerry_server.db.migrations import migrate
 from sqlalchemy import Engine, insert, update
+from sqlalchemy import event as hooks
 
 from tests import models
 
@@ -37,6 +38,13 @@ class Line:
         with writing(self.engine) as conn:
             conn.execute(t.group_models.delete())
             conn.execute(insert(t.group_models).values(group="line", model="gas", **columns))
+
+    def pins(self, device: str, digest: str) -> None:
+        row = {"id": device, "group": "line", "status": "enrolled", "enrolled_ms": 0, "public_key_sha256": "", "public_key_pem": "", "certificate_serial": "1", "certificate_expires_ms": 0}  # fmt: skip
+        pin = {"device": device, "model": "gas", "digest": digest, "set_by": "x", "set_ms": 0}
+        with writing(self.engine) as conn:
+            conn.execute(insert(t.devices).values(**row))
+            conn.execute(insert(t.pins).values(**pin))
 
     def via(self) -> list[str]:
         with reading(self.engine) as conn:
@@ -66,6 +74,25 @@ def test_where_the_version_to_pass_through_is_gone_the_next_later_one_is_named(l
     assert line.via() == ["2.9.0"], "1.5.0 or later below it is nowhere"
     line.bundle("1.6.0")
     assert line.via() == ["1.6.0", "2.9.0"]
+
+
+def test_a_document_costs_no_more_for_many_devices_that_are_pinned_to_one_bundle(line: Line) -> None:
+    line.bundle("1.0.0")
+    pinned = line.bundle("2.0.0", after="1.0.0", requires=["after"])
+    line.gives(stable=line.bundle("3.0.0"))
+    said: list[str] = []
+    hooks.listen(line.engine, "before_cursor_execute", lambda _c, _cur, statement, *_: said.append(statement))
+
+    def cost() -> int:
+        said.clear()
+        assert line.via() == ["1.0.0"]
+        return len(said)
+
+    line.pins("d-0", pinned)
+    one = cost()
+    for number in range(1, 20):
+        line.pins(f"d-{number}", pinned)
+    assert cost() == one
 
 
 def test_what_the_fallback_goes_after_is_named_too(line: Line) -> None:
