@@ -44,13 +44,15 @@ class Failures:
         self._scale = scale
 
     def penalise(self, update: Update) -> None:
-        """Counts a failure under its penalty; the oftener the bundle failed, the longer it waits."""
+        """Counts a failure under its penalty; the oftener the bundle failed, the longer it waits; for a mirror by what mirrors did."""
         failures = self._store.get("failures", {})
         mine = failures.setdefault(update.digest, {})
         mine[update.penalty] = mine.get(update.penalty, 0) + 1
         waits = self._store.get("waits", {})
-        tries = sum(mine.values())
-        cause = "mirror" if update.code == "mirror_wrong" else "update"
+        of_mirror = update.code == "mirror_wrong"
+        # Each cause by its own: a week on the wrong network is no reason to wait hours for one wrong file of a mirror.
+        tries = mine[update.penalty] if of_mirror else sum(mine.values()) - mine.get("mirror_wrong", 0)
+        cause = "mirror" if of_mirror else "update"
         delay_s = backoff.delay_s(cause, tries, self._draw(), scale=self._scale)
         waits[update.digest] = {
             "code": update.code, "boot_id": self._clock.boot_id, "until_s": self._clock.boot_s() + delay_s, "delay_s": delay_s,

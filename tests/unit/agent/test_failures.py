@@ -35,3 +35,25 @@ def test_what_is_tried_again_keeps_its_room_until_it_is_spent_or_its_wait_is_ove
     clock.now += 3600.0
     assert failures.may_come() == set()
     store.close()
+
+
+def test_one_wrong_file_of_a_mirror_is_waited_for_as_the_first_whatever_failed_before(tmp_path: Path) -> None:
+    store, _ = open_store(
+        tmp_path / "state.db", binding="m", device=ids.device_id("d-1"), new_epoch=lambda: "e" * 32, wall_s=0.0,
+        bound_bytes=1_000_000,
+    )  # fmt: skip
+    failures = Failures(store, Turned(), lambda: 0.999, 1.0)
+    digest = "1" * 64
+
+    def waits_s(code: str) -> float:
+        failures.penalise(Update(state="revert", digest=digest, code=code, failed_in="fetch"))
+        return failures.wait_s(digest)
+
+    for _ in range(12):
+        waits_s("network_not_allowed")
+    assert waits_s("mirror_wrong") < 5.0
+    assert 5.0 < waits_s("mirror_wrong") < 10.0
+    for _ in range(12):
+        waits_s("mirror_wrong")
+    assert waits_s("mirror_wrong") > 20_000.0
+    store.close()
