@@ -82,7 +82,9 @@ class Downloads:
         still_s = lifecycle.left_s("fetch", 0.0) or 0.0
         errand = self._errands.run("fetch", request, timeout_s=still_s, on_progress=take)
         errand = self._in_time(errand, self._end_s - self._clock.boot_s())
-        return await self._networks.while_allowed(errand, overtaken=lambda: self._max_kib_s() != cap)
+        return await self._networks.while_allowed(
+            errand, digest=str(request.get("digest", "")), overtaken=lambda: self._max_kib_s() != cap
+        )
 
     @staticmethod
     async def _in_time(errand: Coroutine[None, None, dict[str, Any]], most_s: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from skerry_contract import wire
+from skerry_contract import group, wire
 from skerry_contract.errors import ContractError
 
 from skerry_agent.config import Config
@@ -39,6 +39,7 @@ class Importing:
         ready: whether anything may be taken up now.
         on_event: something to tell the server: name, code, data.
         running: what answers, by model, for whoever asks what came of it.
+        document: the group's that holds already.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Importing:
         ready: Callable[[], bool],
         on_event: Callable[[str, str, dict[str, Any]], None],
         running: Callable[[], dict[str, wire.Running]],
+        document: Callable[[], group.GroupDocument | None],
     ) -> None:
         self._config = config
         self._store = store
@@ -59,6 +61,7 @@ class Importing:
         self._ready = ready
         self._on_event = on_event
         self._running = running
+        self._document = document
         self._task: asyncio.Task[None] | None = None
         self._now: dict[str, Any] = dict(store.get(_KEY, {}))
         if self._now.get("state") == "checking":
@@ -73,6 +76,10 @@ class Importing:
     def active(self) -> bool:
         """Whether updates may come from a folder now."""
         return self._now.get("state") == "taken"
+
+    def brings(self, digest: str) -> bool:
+        """Whether the bundle comes with the folder: it was in the group's document when that was taken, and the import has not ended."""
+        return self.active and digest in self._now.get("digests", ())
 
     def fields(self) -> dict[str, Any]:
         """What the couriers of updates get beside the rest."""
@@ -105,7 +112,7 @@ class Importing:
     def status(self) -> dict[str, Any]:
         """``state``: none, checking, refused (``code``, ``detail``), taken or ended; ``updates`` that came to rest; ``running``."""
         running = {model: {"version": one.version, "state": one.state} for model, one in self._running().items()}
-        told = {name: value for name, value in self._now.items() if name != "before"}
+        told = {name: value for name, value in self._now.items() if name not in ("before", "digests")}
         return {"state": "none", "folder": "", "code": "", "detail": "", "updates": [], **told, "running": running}
 
     async def _take(self, folder: str) -> None:
@@ -127,12 +134,15 @@ class Importing:
     def _begin(self, folder: str, answer: dict[str, Any]) -> None:
         # Behind what was verified, before what follows from it.
         before = self._key(self._updating.update)
+        text = answer.get("group_document")
+        document = group.parse(str(text).encode()) if text else self._document()
         self._now = {
             "folder": folder,
             "state": "taken",
             "tuf": answer.get("tuf") or {},
             "updates": [],
             "before": before,
+            "digests": _digests(document) if document is not None else [],
         }
         self._keep()
         self._updating.failures.hurry()
@@ -146,13 +156,14 @@ class Importing:
         self._on_event("import", code, {"state": "refused", "folder": folder, "detail": detail[:500]})
 
     def rested(self) -> None:
-        """An update came to rest, or none was begun. When nothing waits for another try either, the import has ended."""
+        """An update came to rest, or none was begun. When nothing of the folder waits for another try either, the import has ended."""
         if not self.active or not self._ready():
             # Whoever starts looks at what follows first, and then here.
             return
         update = self._updating.update
         self._note(update)
-        if not update.resting or self._updating.failures.next_try_s() is not None:
+        failures = self._updating.failures
+        if not update.resting or any(failures.wait_s(digest) > 0 for digest in self._now.get("digests", ())):
             return
         self._now = {**self._now, "state": "ended"}
         self._keep()
@@ -191,3 +202,12 @@ class Importing:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+
+
+def _digests(document: group.GroupDocument) -> list[str]:
+    """Every bundle that the document gives to anybody."""
+    targets = [target for pinned in document.pins.values() for target in pinned.values()]
+    for plan in document.models.values():
+        candidate = plan.rollout.candidate if plan.rollout is not None else None
+        targets += [one for one in (plan.stable, plan.fallback, plan.shadow, candidate, *plan.via) if one is not None]
+    return sorted({target.digest for target in targets})

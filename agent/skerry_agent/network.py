@@ -35,7 +35,7 @@ class Networks:
     Args:
         wanted: the group's ``networks``; empty for any.
         windows: the group's ``fetch_windows``; empty for any hour.
-        carried: whether updates come from a folder that a person carried here: who does that pays for nothing.
+        carried: whether a bundle comes with a folder that a person carried here: who does that pays for nothing.
         proc, sys: where the kernel tells.
     """
 
@@ -45,7 +45,7 @@ class Networks:
         clock: Clock,
         *,
         wanted: Callable[[], tuple[str, ...]],
-        carried: Callable[[], bool],
+        carried: Callable[[str], bool],
         windows: Callable[[], tuple[opening.Window, ...]] = lambda: (),
         proc: Path = Path("/proc/net"),
         sys: Path = Path("/sys/class/net"),
@@ -88,8 +88,8 @@ class Networks:
         found = self._refusal()
         return found.detail if found is not None else ""
 
-    def _refusal(self) -> Transient | None:
-        if self._carried():
+    def _refusal(self, digest: str = "") -> Transient | None:
+        if self._carried(digest):
             return None
         for code, found in zip(CODES, (self._off_network(), self._out_of_hours()), strict=True):
             if found:
@@ -118,26 +118,27 @@ class Networks:
         return not self._hindered
 
     async def while_allowed(
-        self, download: Coroutine[None, None, _T], *, overtaken: Callable[[], bool] = lambda: False
+        self, download: Coroutine[None, None, _T], *, digest: str = "", overtaken: Callable[[], bool] = lambda: False
     ) -> _T:
         """What the download gives. It ends as soon as the network is another one that may not be used, or the hours are over; what came
         stays.
 
         Args:
+            digest: of the bundle that is downloaded.
             overtaken: whether the rules that it was begun by are others now.
 
         Raises:
             Transient: one of ``CODES``; what the download raises.
             Overtaken: see there.
         """
-        if found := self._refusal():
+        if found := self._refusal(digest):
             download.close()
             raise found
         task = asyncio.get_running_loop().create_task(download)
         try:
             while not task.done():
                 await asyncio.wait([task], timeout=_LOOK_S)
-                if not task.done() and (found := self._refusal()):
+                if not task.done() and (found := self._refusal(digest)):
                     raise found
                 if not task.done() and overtaken():
                     raise Overtaken

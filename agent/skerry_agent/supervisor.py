@@ -176,7 +176,7 @@ class Supervisor:
             )  # fmt: skip
         self._restoring = Restoring(self._slots, self._serving, on_damage=self._damaged)
         self._networks = Networks(
-            config, self._clock, wanted=lambda: self._orders.settings.networks, carried=lambda: self._importing.active,
+            config, self._clock, wanted=lambda: self._orders.settings.networks, carried=lambda digest: bool(digest) and self._importing.brings(digest),
             windows=lambda: self._orders.settings.fetch_windows,
         )  # fmt: skip
         self._updating = Updating(
@@ -187,7 +187,7 @@ class Supervisor:
         )  # fmt: skip
         self._importing = Importing(
             config, self._store, self._syncing, self._updating, ready=lambda: self._booted and not self._stop.is_set(),
-            on_event=self._uplink.event, running=lambda: reporting.running(self._snapshot()),
+            on_event=self._uplink.event, running=lambda: reporting.running(self._snapshot()), document=lambda: self._orders.document,
         )  # fmt: skip
         self._obeying = Obeying(self._store, self._updating, on_event=self._uplink.event)
         self._diversity = Diversity(

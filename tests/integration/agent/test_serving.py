@@ -65,7 +65,7 @@ class Bench:
             self.config, self.store, self.slots, self.serving, Errands(refuses), self.clock,
             Runtimes(self.config, self.clock, lambda: 0.5), Restoring(self.slots, self.serving, on_damage=lambda *_: None),
             Holding(self.config, self.store, self.slots, self.clock, windows=lambda: (), opens_at=lambda _model, _digest: 0),
-            Networks(self.config, self.clock, wanted=lambda: (), carried=lambda: False), errand_input=dict,
+            Networks(self.config, self.clock, wanted=lambda: (), carried=lambda _digest: False), errand_input=dict,
             on_change=lambda _code, _data: None, on_progress=lambda: None, on_rest=lambda: None, on_fault=self.faults.append,
             draw=lambda: 0.5,
         )  # fmt: skip

@@ -66,7 +66,7 @@ class Life:
             self.config, self.store, self.slots, serving, Errands(("sleep", "60")), self.clock,
             Runtimes(self.config, self.clock, lambda: 0.5), Restoring(self.slots, serving, on_damage=lambda *_: None),
             self.holding,
-            Networks(self.config, self.clock, wanted=lambda: (), carried=lambda: False), errand_input=dict,
+            Networks(self.config, self.clock, wanted=lambda: (), carried=lambda _digest: False), errand_input=dict,
             on_change=lambda code, data: self.changes.append((code, data)), on_progress=lambda: None, on_rest=lambda: self.rests.append(self.updating.update.state),
             on_fault=lambda _: None, draw=lambda: 0.5,
         )  # fmt: skip

@@ -33,7 +33,9 @@ print(json.dumps({"ok": {"bytes": steps}}), flush=True)
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Downloads, list[int]]:
     monkeypatch.setattr("skerry_agent.network._LOOK_S", 0.05)
     clock, cap = Clock(), [0]
-    rules = Networks(config.build({"state_dir": str(tmp_path)}, {}), clock, wanted=lambda: (), carried=lambda: False)
+    rules = Networks(
+        config.build({"state_dir": str(tmp_path)}, {}), clock, wanted=lambda: (), carried=lambda _digest: False
+    )
     errands = Errands((sys.executable, "-c", COURIER))
     return Downloads(errands, clock, rules, max_kib_s=lambda: cap[0]), cap
 

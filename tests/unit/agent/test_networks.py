@@ -77,7 +77,7 @@ def made(
         config.build(tree, {}),
         Clock(),
         wanted=lambda: wanted,
-        carried=lambda: False,
+        carried=lambda _digest: False,
         windows=lambda: tuple(windows or ()),
         proc=folder / "net",
         sys=folder / "sys",
@@ -146,6 +146,19 @@ def test_a_download_ends_when_the_network_changes_to_one_that_may_not_be_used(
     found._looked_s = 0.0
     assert found.opened()
     assert not found.opened(), "it is said once"
+
+
+def test_only_the_bundle_that_a_person_carried_here_comes_over_any_network(tmp_path: Path) -> None:
+    found = made(tmp_path, "ppp0", wanted=("wifi",))
+    found._carried = lambda digest: digest == "a" * 64
+
+    async def life() -> None:
+        await found.while_allowed(asyncio.sleep(0), digest="a" * 64)
+        with pytest.raises(Transient, match="network_not_allowed"):
+            await found.while_allowed(asyncio.sleep(0), digest="b" * 64)
+
+    asyncio.run(life())
+    assert found.hindrance()
 
 
 ALWAYS, NEVER = opening.Window(start="00:00", end="24:00"), opening.Window(start="00:00", end="00:01", days=("mon",))

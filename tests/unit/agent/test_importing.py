@@ -1,0 +1,49 @@
+"""How long an import lasts, and which bundles come with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from skerry_agent.core import lifecycle as lc
+from skerry_agent.importing import Importing
+from skerry_contract import group
+
+from tests.unit.agent.test_attempts import Life
+
+CARRIED, OTHER = "a" * 64, "b" * 64
+TARGET = group.Target(digest=CARRIED, version="2.0.0")
+DOCUMENT = group.GroupDocument(schema=1, group="line", generation=1, models={"gas": group.ModelPlan(stable=TARGET)})
+
+
+@pytest.fixture
+def life(tmp_path: Path) -> Iterator[Life]:
+    one = Life(tmp_path)
+    yield one
+    one.store.close()
+
+
+def importing(life: Life, events: list[dict[str, Any]]) -> Importing:
+    # It is not asked to look into a folder: that needs no syncing.
+    return Importing(
+        life.config, life.store, cast("Any", None), life.updating, ready=lambda: True,
+        on_event=lambda _name, _code, data: events.append(data), running=dict, document=lambda: None,
+    )  # fmt: skip
+
+
+def test_an_import_lasts_for_its_own_bundles_and_speaks_for_no_other(life: Life) -> None:
+    events: list[dict[str, Any]] = []
+    one = importing(life, events)
+    one._begin("/media/stick", {"group_document": group.encode(DOCUMENT).decode()})
+    assert (one.brings(CARRIED), one.brings(OTHER)) == (True, False)
+    for digest in (CARRIED, OTHER):
+        life.updating.failures.penalise(lc.Update(digest=digest, code="not_enough_memory", failed_in="fetch"))
+    one.rested()
+    assert one.active, "its bundle is tried again"
+    assert importing(life, events).brings(CARRIED), "over a restart, too"
+    life.updating.failures.forgive(CARRIED)
+    one.rested()
+    # What waits for another reason does not keep it.
+    assert (one.active, one.brings(CARRIED), events[-1]["state"]) == (False, False, "ended")
