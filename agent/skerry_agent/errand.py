@@ -8,6 +8,7 @@ stays small. A courier that dies or says nothing is a transient failure.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ _MAX_LINE = 16 << 20
 _KEPT_STDERR = 2000
 _IN_MEMORY = {"unseal": "folder", "fetch": "opened"}
 """Of these verbs, which field says where in memory the courier works in the clear: one that was killed leaves that there."""
+_GRACE_S = 2.0
 
 
 class Errands:
@@ -84,11 +86,11 @@ class Errands:
             # A line without end.
             raise Transient("courier_crashed", f"courier {verb}: {fault}") from None
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-            if process.returncode and verb in _IN_MEMORY and message.get(_IN_MEMORY[verb]):
-                scraps.tidy(Path(message[_IN_MEMORY[verb]]))
+            try:
+                await _end(process)
+            finally:
+                if process.returncode and verb in _IN_MEMORY and message.get(_IN_MEMORY[verb]):
+                    scraps.tidy(Path(message[_IN_MEMORY[verb]]))
         if answer is None:
             detail = complaint.strip().splitlines()[-1:] or ["no answer"]
             raise Transient("courier_crashed", f"courier {verb} ended with {process.returncode}: {detail[0]}")
@@ -96,6 +98,21 @@ class Errands:
             return dict(answer["ok"])
         said = answer["error"]
         raise by_kind(str(said.get("kind")), str(said.get("code")), str(said.get("detail", "")), said.get("after_s"))
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """In order where it hears that: what it was in the middle of is then not held against anything."""
+    try:
+        with contextlib.suppress(TimeoutError, ProcessLookupError):
+            if process.returncode is None:
+                process.terminate()
+                async with asyncio.timeout(_GRACE_S):
+                    await process.wait()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
 
 async def _converse(

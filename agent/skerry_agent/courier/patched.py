@@ -312,8 +312,18 @@ class Patched:
         tries = self._spending.of(wanted.hashes["sha256"]).tries
         if tries >= MOST_TRIES:
             raise _Useless("delta_crashed", f"{wanted.name}: applying its delta ended the process {tries} times")
-        # Remembered on disk before it is begun, so that what ends this process is not begun for ever.
-        self._spending.charge(wanted.hashes["sha256"], tries=1)
+        try:
+            with watch.ended_in_order():
+                # Remembered on disk before it is begun, so that what ends this process is not begun for ever.
+                self._spending.charge(wanted.hashes["sha256"], tries=1)
+                self._make(key, base, wanted, path, base_key)
+        except SystemExit:
+            # It was not the delta: the network changed, say, or the agent is stopped.
+            begun = self._spending.of(wanted.hashes["sha256"]).tries
+            self._spending.charge(wanted.hashes["sha256"], tries=tries - begun)
+            raise
+
+    def _make(self, key: str, base: _Base, wanted: Wanted, path: Path, base_key: bytes) -> None:
         from skerry_runtime import delta
 
         made = self._folder / f"{key}.patched"

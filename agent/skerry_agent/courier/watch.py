@@ -7,7 +7,9 @@ and nothing that the interruption could harm: everything it writes is complete o
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 from skerry_agent.errors import Transient
@@ -18,6 +20,20 @@ class Overdue(Transient):
 
     def __init__(self, limit_s: float) -> None:
         super().__init__("timeout", f"the peer was too slow: nothing useful within {limit_s:g} s")
+
+
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM raises ``SystemExit`` inside, so that what it cuts off can be put right."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class Watch:

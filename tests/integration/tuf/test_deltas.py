@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -430,28 +431,40 @@ def test_a_device_that_is_short_of_something_keeps_nothing_of_the_delta(place, m
     assert not (place.state_dir / "result").exists()
 
 
+def tries(place):
+    for path in (place.slots / ".parts").glob("*.spent"):
+        return json.loads(path.read_bytes()).get("tries", 0)
+    return 0
+
+
+def in_the_middle(place, device, nth, how):
+    """A courier that is ended while it applies a delta for the nth time."""
+    process = device.start("fetch", **json.loads(place.request()))
+    deadline = time.monotonic() + 60
+    while tries(place) < nth:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(how)
+    process.communicate()
+    assert not (place.staging / "model.onnx").exists()
+
+
+def test_a_courier_that_is_ended_in_order_while_it_applies_a_delta_loses_no_try(place, make_device):
+    place.make()
+    device = make_device(place.fleet, "device")
+    in_the_middle(place, device, 1, signal.SIGTERM)
+    assert tries(place) == 0
+
+
 def test_kill_9_while_a_delta_is_applied_goes_on_without_the_network_and_a_third_time_takes_the_whole_file(
     place, make_device
 ):
     size = place.make()
     device = make_device(place.fleet, "device")
-    fields = json.loads(place.request())
-
-    def tries():
-        for path in (place.slots / ".parts").glob("*.spent"):
-            return json.loads(path.read_bytes()).get("tries", 0)
-        return 0
 
     def killed(nth):
-        process = device.start("fetch", **fields)
-        deadline = time.monotonic() + 60
-        while tries() < nth:
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.001)
-        process.kill()
-        process.communicate()
-        assert not (place.staging / "model.onnx").exists()
+        in_the_middle(place, device, nth, signal.SIGKILL)
 
     killed(1)
     # As power that fails between a write and its rename leaves it.

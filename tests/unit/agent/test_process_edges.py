@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -61,6 +62,37 @@ def test_a_courier_gets_the_verb_and_the_request_and_its_answer_comes_back() -> 
     )
     assert courier(script, seen=seen) == {"verb": "sync", "got": {"a": 1}}
     assert seen == [{"n": 1}]
+
+
+@pytest.mark.parametrize("hears", [True, False])
+def test_a_courier_that_is_not_wanted_any_more_is_ended_in_order_or_at_last_by_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hears: bool
+) -> None:
+    monkeypatch.setattr("skerry_agent.errand._GRACE_S", 30.0 if hears else 0.1)
+    put_right = tmp_path / "put-right"
+    script = (
+        "import json, os, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, {'lambda *_: sys.exit(1)' if hears else 'signal.SIG_IGN'})\n"
+        "print(json.dumps({'progress': {'pid': os.getpid()}}), flush=True)\n"
+        f"try: time.sleep(60)\nfinally: open({str(put_right)!r}, 'w')\n"
+    )
+    pids: list[int] = []
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def take(said: dict[str, Any]) -> None:
+            pids.append(said["pid"])
+            task.cancel()
+
+        await Errands((sys.executable, "-c", script)).run("sync", {}, timeout_s=60.0, on_progress=take)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(main())
+    assert put_right.exists() is hears
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
 
 
 @pytest.mark.parametrize(
