@@ -39,7 +39,7 @@ MEANINGS: dict[str, str] = {
         "bytes of a file came in vain, three times its size and more: the connection breaks and the server, or a proxy before it, does not resume"
     ),
     "timeout": "a step took longer than it may",
-    "interrupted": "the agent was stopped or restarted in the middle of it; it begins again",
+    "interrupted": "the agent was stopped or restarted in the middle of it; it begins again, out of a trial after a wait",
     "withdrawn": "the group no longer gives this bundle to this device",
     "expired": "metadata is past its date; what serves goes on serving",
     "rollback": "metadata went back to an older version",
