@@ -66,6 +66,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         found.close()
 
 
+@pytest.mark.slow  # `test_encrypted` takes a delta by default, on the same way
 def test_an_update_by_delta_takes_fewer_bytes_and_one_that_rots_on_the_server_only_costs_them(site: Site) -> None:
     first = site.publish(1, {"weights.bin": WEIGHTS[0]})
     site.assign(first)
