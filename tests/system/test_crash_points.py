@@ -30,7 +30,7 @@ from tests.crash.kept import Kept, faults
 
 BOUNDED = {"slots/.parts/*": 8, "slots/.parts/*.lost": 8, "rings/*-gas-*.labels": 16, "tuf/root_history/*.root.json": 2}
 """What may grow: files that came in part (the eight that grew last), books that labels may still come for, and one root for each ceremony."""
-STARTS, PARTS, FINISHED = 165, 3, ("first", "update", "withdrawn")
+STARTS, PARTS, FINISHED = 132, 3, ("first", "update", "withdrawn")
 LATER_STARTS, LATER_PARTS, SECOND_CUTS_EACH = 56, 2, 24
 SECOND_CUTS = (("life", 6), ("later", 1))
 """Lives, and which of the drawn cases of each is followed by another cut: of a way back, of an activation."""

@@ -138,6 +138,7 @@ main(["demo"])
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_demo_takes_its_fleet_along(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     with (tmp_path / "out").open("wb") as out:

@@ -112,7 +112,7 @@ def test_what_the_worker_of_a_killed_supervisor_still_answers_is_counted_when_it
     wait_for(lambda: len(list((serving.state_dir / "rings").glob("*.ring"))) == 1, why="only the live ring")
 
 
-@pytest.mark.parametrize("address", ["kept", "changed"])
+@pytest.mark.parametrize("address", [pytest.param("kept", marks=pytest.mark.slow), "changed"])
 def test_a_worker_that_hangs_when_its_supervisor_is_killed_is_ended_and_its_address_and_counts_are_taken_over(
     serving: Device, server: Server, address: str
 ) -> None:

@@ -73,8 +73,9 @@ def test_a_courier_that_is_not_wanted_any_more_is_ended_in_order_or_at_last_by_f
     script = (
         "import json, os, signal, sys, time\n"
         f"signal.signal(signal.SIGTERM, {'lambda *_: sys.exit(1)' if hears else 'signal.SIG_IGN'})\n"
-        "print(json.dumps({'progress': {'pid': os.getpid()}}), flush=True)\n"
-        f"try: time.sleep(60)\nfinally: open({str(put_right)!r}, 'w')\n"
+        "try:\n"
+        "    print(json.dumps({'progress': {'pid': os.getpid()}}), flush=True)\n"
+        f"    time.sleep(60)\nfinally: open({str(put_right)!r}, 'w')\n"
     )
     pids: list[int] = []
 

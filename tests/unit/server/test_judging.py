@@ -52,7 +52,7 @@ class Fleet:
         self.seq = 0
         self.faults: list[str] = []
         pace = Pace()
-        idle = SimpleNamespace(publish=lambda _bell: None, resign=lambda: None)
+        idle = SimpleNamespace(publish=lambda _bell: None, resign=lambda: None, clock_behind=False)
         self.loop = Orchestrator(
             self.engine, idle, None, pace, lambda: self.now_ms, lambda *_: None, self.faults.append
         )
