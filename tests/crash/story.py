@@ -6,6 +6,7 @@ in another way.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import http.client
 import shutil
@@ -71,7 +72,7 @@ class Stage:
     repeat: Callable[[Path], None] | None = field(default=None, compare=False)
 
 
-class Story:
+class Story(abc.ABC):
     """The life of a device, recorded. ``tell`` lives it; ``stages`` in order.
 
     Args:
@@ -131,9 +132,9 @@ class Story:
                 agent.stop()
         return self._record.read_bytes()
 
+    @abc.abstractmethod
     def live(self) -> None:
         """The parts."""
-        raise NotImplementedError
 
     def tried(self, version: str) -> None:
         """A version comes, is asked during its trial, and is confirmed."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator
-from typing import IO, BinaryIO
+from typing import BinaryIO
 from urllib.parse import unquote
 
 from tuf.api import exceptions as tuf_errors
-from tuf.ngclient import FetcherInterface
 
 from skerry_agent.courier.folder import PIECE_BYTES, Absent, UpdateFolder, unreadable
+from skerry_agent.courier.safe_updater import MemoryFetcher
 
 URL = "folder:"
 """Stands for the folder where the updater wants the repository's address."""
 
 
-class Fetcher(FetcherInterface):
+class Fetcher(MemoryFetcher):
     """As ``safe_updater.Fetcher``, from a folder: addresses begin with ``URL``."""
 
     def __init__(self, folder: UpdateFolder) -> None:
@@ -30,17 +28,6 @@ class Fetcher(FetcherInterface):
                     yield piece
             except OSError as error:
                 raise unreadable(self._folder, error) from None
-
-    @contextlib.contextmanager
-    def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
-        """As the interface says, in memory."""
-        data = io.BytesIO()
-        for piece in self._fetch(url):
-            data.write(piece)
-            if data.tell() > max_length:
-                raise tuf_errors.DownloadLengthMismatchError(f"{url}: more than {max_length} bytes")
-        data.seek(0)
-        yield data
 
     def _open(self, url: str) -> BinaryIO:
         name = unquote(url.removeprefix(URL).lstrip("/"))

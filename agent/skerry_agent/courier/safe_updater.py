@@ -34,8 +34,23 @@ from skerry_agent.courier import durable, transport
 from skerry_agent.errors import AgentError, Rejected, Transient
 
 
-class Fetcher(FetcherInterface):
-    """Fetches metadata and documents into memory, no longer than tuf says they may be."""
+class MemoryFetcher(FetcherInterface):
+    """Takes metadata and documents into memory, no longer than tuf says they may be."""
+
+    @contextlib.contextmanager
+    def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
+        """As the interface says; the base class would copy through a temporary file, often on a small tmpfs."""
+        data = io.BytesIO()
+        for piece in self._fetch(url):
+            data.write(piece)
+            if data.tell() > max_length:
+                raise tuf_errors.DownloadLengthMismatchError(f"{url}: more than {max_length} bytes")
+        data.seek(0)
+        yield data
+
+
+class Fetcher(MemoryFetcher):
+    """From the repository's server."""
 
     def __init__(self, web: transport.Connections) -> None:
         self._web = web
@@ -50,17 +65,6 @@ class Fetcher(FetcherInterface):
                 )  # leave the connection clean: a missing next root is the usual case
                 raise tuf_errors.DownloadHTTPError(f"{url}: HTTP {response.status}", response.status)
             yield from transport.pieces(response, url)
-
-    @contextlib.contextmanager
-    def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
-        """As the interface says; the base class would copy through a temporary file, often on a small tmpfs."""
-        data = io.BytesIO()
-        for piece in self._fetch(url):
-            data.write(piece)
-            if data.tell() > max_length:
-                raise tuf_errors.DownloadLengthMismatchError(f"{url}: more than {max_length} bytes")
-        data.seek(0)
-        yield data
 
 
 class SafeUpdater(Updater):
