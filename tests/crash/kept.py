@@ -15,6 +15,7 @@ from typing import Any
 
 from skerry_agent.core.admission import exhausted
 from skerry_agent.core.lifecycle import ATTEMPTS
+from skerry_agent.slots import read_pointers
 from skerry_contract import ids, wire
 
 _UNDER_WAY = frozenset({"fetch", "verify", "stage", "ready", "prove", "trial"})
@@ -30,6 +31,9 @@ class Kept:
         locks: owners that hold updates back.
         obeyed: kind of order -> the number obeyed last, or all that is noted of it.
         floors, forced: model -> version.
+        activates: the digest that a person wants to begin in spite of what holds it; empty for none.
+        way_back: the digest that a person gave up, or a crash loop, while another update was under way; empty for none.
+        confirmed: digests that the pointer file calls confirmed; empty where it was not looked at.
     """
 
     update: Mapping[str, Any] = field(default_factory=dict)
@@ -39,6 +43,9 @@ class Kept:
     obeyed: Mapping[str, Any] = field(default_factory=dict)
     floors: Mapping[str, str] = field(default_factory=dict)
     forced: Mapping[str, str] = field(default_factory=dict)
+    activates: str = ""
+    way_back: str = ""
+    confirmed: frozenset[str] = frozenset()
 
     @property
     def penalty(self) -> str:
@@ -70,6 +77,8 @@ def kept(path: Path) -> Kept:
     finally:
         database.close()
     state = {key: json.loads(value) for key, value in rows}
+    slots = path.parent / "slots"
+    pointers = read_pointers(slots) if slots.is_dir() else {}
     return Kept(
         update=state.get("update", {}),
         failures=state.get("failures", {}),
@@ -78,6 +87,9 @@ def kept(path: Path) -> Kept:
         obeyed=state.get("obeyed", {}),
         floors=state.get("floors", {}),
         forced=state.get("forced", {}),
+        activates=state.get("activate", {}).get("digest", ""),
+        way_back=state.get("way_back", {}).get("digest", ""),
+        confirmed=frozenset(mine.confirmed.digest for mine in pointers.values() if mine.confirmed is not None),
     )
 
 
@@ -106,6 +118,20 @@ def faults(
         }
         if lower:
             found.append(f"{name} fell: {lower}")
+    return found + _of_orders(before, now, told)
+
+
+def _of_orders(before: Kept, now: Kept, told: Collection[wire.Event]) -> list[str]:
+    """Of what a person ordered and the device could not do at once."""
+    found = []
+    if before.way_back and now.way_back != before.way_back and before.way_back in now.confirmed:
+        found.append(f"a way back from {before.way_back[:12]} is forgotten, and it is confirmed")
+    states = {
+        event.data["state"] for event in told if event.name == "update" and event.data.get("digest") == before.activates
+    }
+    lies = now.update.get("state") == "ready" and now.update["digest"] == before.activates
+    if before.activates and lies and states <= {"ready"} and now.activates != before.activates:
+        found.append(f"the order to begin {before.activates[:12]} is forgotten")
     return found
 
 

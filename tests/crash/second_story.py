@@ -1,4 +1,4 @@
-"""A device's later life: an update that is held, orders, a delta, a forced floor, and an encrypted bundle that comes on a stick."""
+"""A device's later life: an update that is held, orders, a delta, a way back that overtakes a download, a forced floor, and an encrypted bundle that comes on a stick."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class SecondStory(Story):
         self.stage("retried", "1.8.0", "1.8.0", self._retried, pardons=True)
         self._make_delta("1.8.0", "1.9.0")
         self.stage("delta", "1.9.0", "1.9.0", self._delta)
-        self.stage("forced", "1.9.0", "", self._forced)
+        world.spoil("1.10.0", slowly)
+        self.stage("overtaken", "1.10.0", "1.8.0", self._overtaken)
+        self.stage("forced", "1.8.0", "", self._forced)
         self.stage("carried", "2.0.0", "2.0.0", self._carried, repeat=self._import)
 
     def _lock(self, state_dir: Path) -> None:
@@ -58,12 +60,16 @@ class SecondStory(Story):
     def _order(self, **orders: int) -> None:
         self.world.fleet.site.membership["orders"] = orders
 
-    def _cancelled(self) -> None:
-        self.world.publish("1.8.0")
+    def _fetching(self, version: str) -> None:
+        """In the middle of a download that goes no further."""
+        self.world.publish(version)
         self.agent.sync()
-        self.agent.wait(lambda s: (u := s["update"]) and (u["version"], u["state"]) == ("1.8.0", "fetch"), "a fetch")
-        part = self.state_dir / "slots" / ".parts" / self.world.largest("1.8.0")
+        self.agent.wait(lambda s: (u := s["update"]) and (u["version"], u["state"]) == (version, "fetch"), "a fetch")
+        part = self.state_dir / "slots" / ".parts" / self.world.largest(version)
         wait_for(lambda: part.stat().st_size, why="a part of a download")
+
+    def _cancelled(self) -> None:
+        self._fetching("1.8.0")
         self._order(cancel=11)
         self.agent.sync()
         self.agent.wait_ended("1.8.0", "cancelled")
@@ -101,6 +107,15 @@ class SecondStory(Story):
         name = layout.delta(self.world.largest("1.8.0"), self.world.largest("1.9.0"))
         assert f"/repository/{name}" in asked
         assert f"/repository/{layout.blob(self.world.largest('1.9.0'))}" not in asked
+
+    def _overtaken(self) -> None:
+        # A person's way back is owed until the download has made way for it.
+        self._fetching("1.10.0")
+        assert self.agent.call("POST", "/skerry/v1/revert", {"model": MODEL}).status == 200
+        self.agent.wait_running("1.8.0")
+        self.world.publish("1.8.0")
+        self.agent.sync()
+        self.agent.wait(lambda s: s["update"]["state"] in ("idle", *CONFIRMED) and not s["sync"]["code"], "its rest")
 
     def _forced(self) -> None:
         change = catalog.Change(add=(), floors={MODEL: FLOOR}, forced={MODEL: FLOOR})

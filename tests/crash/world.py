@@ -71,7 +71,7 @@ class World:
         content_key = secrets.token_bytes(sealed.KEY_BYTES)
         more: dict[str, dict[str, Any]] = {
             "1.7.0": {}, "1.8.0": {"further": {"weights.bin": weights}}, "1.9.0": {"further": {"weights.bin": changed}},
-            "2.0.0": {"content_key": content_key},
+            "1.10.0": {}, "2.0.0": {"content_key": content_key},
         }  # fmt: skip
         for seed, (version, choices) in enumerate(more.items(), len(self.bundles)):
             self.bundles[version] = Built(folder / f"bundle-{version}", version, seed=seed, n_golden=3, **choices)

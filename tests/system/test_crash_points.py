@@ -167,9 +167,10 @@ BEFORE = Kept(
     update={"digest": "a" * 64, "version": "2.0.0", "state": "revert", "code": "cancelled", "at_boot": False},
     failures={"a" * 64: {"cancelled": 1}, "b" * 64: {"hash_mismatch": 2}},
     waits={"a" * 64: "cancelled"}, locks=frozenset({"welder"}), obeyed={"cancel": 7}, floors={"gas": "1.10.0"},
-    forced={"gas": "1.9.0"},
+    forced={"gas": "1.9.0"}, activates="c" * 64, way_back="d" * 64,
 )  # fmt: skip
 AT_REST = {**BEFORE.update, "state": "idle"}
+READY = {**AT_REST, "digest": "c" * 64, "state": "ready", "code": ""}
 
 
 def _event(**data: str) -> wire.Event:
@@ -190,6 +191,10 @@ def _event(**data: str) -> wire.Event:
         ({"obeyed": {}}, (), "orders that were obeyed are forgotten"),
         ({"floors": {"gas": "1.9.9"}}, (), "floors fell"),
         ({"forced": {}}, (), "forced fell"),
+        ({"way_back": "", "confirmed": frozenset({"e" * 64})}, (), ""),
+        ({"way_back": "", "confirmed": frozenset({"d" * 64})}, (), "a way back"),
+        ({"activates": "", "update": READY}, (), "the order to begin"),
+        ({"activates": "", "update": READY}, (_event(digest="c" * 64, version="2.0.0", state="trial"),), ""),
     ],
 )
 def test_what_is_forgotten_over_a_cut_is_found(now: dict[str, Any], told: tuple[wire.Event, ...], said: str) -> None:
