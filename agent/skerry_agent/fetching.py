@@ -12,7 +12,7 @@ from typing import Any
 
 from skerry_contract import manifest as m
 
-from skerry_agent import facts
+from skerry_agent import facts, opening
 from skerry_agent.config import Config
 from skerry_agent.core import admission
 from skerry_agent.core import effects as e
@@ -181,6 +181,7 @@ class Fetching:
         """Brings what the slot lacks of the variant's files."""
         digest = self._update().digest
         if not self._slots.whole(digest, self._update().variant):
+            assert self.manifest is not None
             self.progress.begin()
             self.fetched.begin()
             answer: dict[str, Any] | None = None
@@ -196,6 +197,7 @@ class Fetching:
                         "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in self._files()],
                         "variant": self._update().variant,
                         "held": held(self._slots, self._update().model),
+                        "opened": opening.for_download(self._config, self._slots, self.manifest),
                     },
                     on_progress=self._take_progress,
                 )

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from skerry_contract import manifest as m
+
 from skerry_agent import memory_folder
 from skerry_agent.config import Config
 from skerry_agent.errand import Errands
@@ -60,6 +62,20 @@ class Opening:
                 **self._errand_input(), "digest": digest, "variant": variant, "folder": str(self._slots.opened),
             }  # fmt: skip
             await self._errands.run("unseal", message, timeout_s=_UNSEAL_S)
+
+
+def for_download(config: Config, slots: Slots, manifest: m.Manifest) -> str:
+    """The folder for a courier that fetches this bundle; empty where there is none: then no delta is asked for.
+
+    It is made here where the bundle is encrypted: the first one of its kind is opened only after it was fetched.
+    """
+    if manifest.encryption is not None:
+        try:
+            slots.opened = prepared(config, slots.opened)
+        except Degraded as error:
+            log.warning("no delta of an encrypted bundle", extra=kv(code=error.code, detail=error.detail))
+            return ""
+    return str(slots.opened or "")
 
 
 def prepared(config: Config, held: Path | None) -> Path:

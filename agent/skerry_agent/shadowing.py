@@ -23,7 +23,7 @@ from skerry_contract import group as g
 from skerry_contract import manifest as m
 from skerry_contract.errors import ContractError
 
-from skerry_agent import at_rest, facts
+from skerry_agent import at_rest, facts, opening
 from skerry_agent import workerwire as ww
 from skerry_agent.clock import Clock
 from skerry_agent.config import Config
@@ -281,6 +281,7 @@ class Shadowing:
                     "files": [{"path": f.path, "sha256": f.sha256, "size": f.size} for f in variant.files],
                     "variant": variant.id,
                     "held": held(self._slots, shadow.model),
+                    "opened": opening.for_download(self._config, self._slots, manifest),
                 }
             )
             await asyncio.to_thread(self._slots.verify, target.digest, variant.files)

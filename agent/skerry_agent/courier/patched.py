@@ -105,14 +105,17 @@ class Patched:
         self._spending = spending.Spending(self._folder)
         self._bases = _bases(slots, request)
         self._sealed = None
+        self.refused: dict[str, int] = {}
         if content_key:
             from skerry_agent.courier import sealed_delta
 
             self._sealed = sealed_delta.Sealed(request, content_key)
+            if self._bases and not memory_folder.is_ours(Path(request.opened)):
+                # It would come in vain: there is no place to open it in.
+                self.refused, self._bases = {"no_memory_folder": len(self._bases)}, {}
         self._keys = {_key(base, target): target for target, found in self._bases.items() for base in found}
         self.bytes = 0
         self.whole_bytes = 0
-        self.refused: dict[str, int] = {}
         self._tidy(lambda key: key not in self._keys)
 
     def bring(self, wanted: Wanted, path: Path) -> bool:

@@ -431,6 +431,22 @@ def test_a_device_that_is_short_of_something_keeps_nothing_of_the_delta(place, m
     assert not (place.state_dir / "result").exists()
 
 
+def test_no_delta_of_an_encrypted_bundle_is_asked_for_where_none_could_be_opened(place):
+    place.make()
+    request = requests.parse(requests.Fetch, place.request())
+    web = transport.Web(server_url=place.site.url, ca_pem=place.fleet.authority.pem, now_s=time.time(), gap_s=1.0)
+    with watch.Watch(30.0) as overdue:
+        meter = Meter(lambda _progress: None, overdue, max_bytes_s=0, limits=LIMITS)
+        source = patched.Patched(
+            web, place.fleet.url, place.slots, request, meter, lambda _files, _bytes: "", content_key=b"k" * 32
+        )
+        wanted = Wanted(name="model.onnx", size=len(NEW), hashes={"sha256": sha256(NEW)})
+        assert source.bring(wanted, place.state_dir / "result") is False
+        assert meter.received == 0
+    web.close()
+    assert source.told() == {"delta_bytes": 0, "patched_bytes": 0, "refused": {"no_memory_folder": 1}}
+
+
 def tries(place):
     for path in (place.slots / ".parts").glob("*.spent"):
         return json.loads(path.read_bytes()).get("tries", 0)

@@ -14,6 +14,7 @@ from skerry_agent.config import Config
 from skerry_agent.doctor.finding import Patient
 from skerry_agent.doctor.models import check_runtime
 from skerry_agent.slots import Slot, Slots
+from skerry_contract import manifest as m
 
 from tests import models, strangers
 
@@ -49,6 +50,24 @@ def test_the_folder_stays_while_it_is_there_and_has_another_name_after_a_power_c
     second = prepared(found)
     assert second != first, "a name that others saw is theirs to take"
     assert list(memory.iterdir()) == [second]
+
+
+def test_a_courier_that_fetches_the_first_encrypted_bundle_has_a_place_for_its_delta(
+    tmp_path: Path, memory: Path
+) -> None:
+    found = configured(tmp_path / "state", memory)
+    slots = Slots(found.state_dir / "slots")
+    manifests = []
+    for name, key in (("plain", b""), ("encrypted", KEY)):
+        models.build_bundle(tmp_path / name, **({"content_key": key} if key else {}))
+        manifests.append(m.parse((tmp_path / name / m.MANIFEST_FILE).read_bytes()))
+    assert opening.for_download(found, slots, manifests[0]) == ""
+    assert list(memory.iterdir()) == [], "nothing is opened of a bundle in the clear"
+    folder = opening.for_download(found, slots, manifests[1])
+    assert memory_folder.is_ours(Path(folder))
+    assert slots.opened == Path(folder)
+    nowhere = configured(tmp_path / "state", tmp_path)
+    assert opening.for_download(nowhere, slots, manifests[1]) == "", "the delta is left away, the bundle is fetched"
 
 
 @pytest.mark.parametrize("note", ["", "/", "relative", "/etc", "\0", "cut"])
