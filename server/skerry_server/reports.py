@@ -53,7 +53,7 @@ class Reports:
     Attributes:
         went_back: candidate -> code with which it last went back from the bundle or refused it. A single device whose agent went
             without a word once is not among them.
-        unable: candidates that said that they cannot run it.
+        unable: candidates that said that they cannot run it, and have not run it since.
         disbelieved: devices of the group that say they went back from it, and are no candidates.
         crashed: device of either arm -> when its worker last crashed or hung with the model, by the server's clock.
     """
@@ -69,7 +69,7 @@ def fold(connection: Connection, events: Sequence[TakenEvent]) -> None:
     told = [
         e
         for e in events
-        if (e.name == "update" and (e.code or _is_confirmed(e))) or (e.name == "worker" and e.code in CRASHES)
+        if (e.name == "update" and (e.code or _answers(e))) or (e.name == "worker" and e.code in CRASHES)
     ]
     if not told:
         return
@@ -83,29 +83,39 @@ def fold(connection: Connection, events: Sequence[TakenEvent]) -> None:
     for row in connection.execute(query):
         moving.setdefault(row.device, []).append(row)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    withdrawn: dict[str, set[str]] = {}
+    able: dict[str, set[str]] = {}
+    confirmed: dict[str, set[str]] = {}
     for event in told:
         for rollout in moving.get(event.device, ()):
             key = (rollout.id, event.device)
-            if _is_confirmed(event) and _is_about(event, rollout):
-                # It was the power: the bundle runs there.
-                withdrawn.setdefault(rollout.id, set()).add(event.device)
-                if rows.get(key, {}).get("went_back", "").endswith(_AT_BOOT):
-                    rows[key]["went_back"] = ""
+            if _answers(event) and _is_about(event, rollout):
+                # It is able now: from here on it is missed when it falls silent.
+                able.setdefault(rollout.id, set()).add(event.device)
+                held = rows.get(key, {})
+                held["unable"] = ""
+                if event.data["state"] in _CONFIRMED:
+                    # It was the power: the bundle runs there.
+                    confirmed.setdefault(rollout.id, set()).add(event.device)
+                    if held.get("went_back", "").endswith(_AT_BOOT):
+                        held["went_back"] = ""
                 continue
             news = _news(event, rollout)
             if news:
                 nothing = {"rollout": key[0], "device": key[1], "went_back": "", "unable": "", "crashed_ms": 0}
                 rows.setdefault(key, nothing).update(news)
     c = t.rollout_reports.c
-    for name, devices in withdrawn.items():
+    for name, devices in able.items():
+        unable = update(t.rollout_reports).where(c.rollout == name, c.device.in_(sorted(devices)), c.unable != "")
+        connection.execute(unable.values(unable=""))
+    for name, devices in confirmed.items():
         alone = update(t.rollout_reports).where(c.rollout == name, c.device.in_(sorted(devices)))
         connection.execute(alone.where(c.went_back.endswith(_AT_BOOT, autoescape=True)).values(went_back=""))
     _REPORTS.run(connection, list(rows.values()))
 
 
-def _is_confirmed(event: TakenEvent) -> bool:
-    return event.name == "update" and not event.code and event.data.get("state") in _CONFIRMED
+def _answers(event: TakenEvent) -> bool:
+    """Whether the device says that a bundle answers requests there."""
+    return event.name == "update" and not event.code and event.data.get("state") in ("trial", *_CONFIRMED)
 
 
 def _is_about(event: TakenEvent, rollout: Any) -> bool:

@@ -116,6 +116,25 @@ def test_a_device_that_confirms_the_bundle_takes_its_power_cut_back_and_nothing_
     assert fleet.gather().reverted == {"golden_failed": 1}
 
 
+@pytest.mark.parametrize("state", ["trial", "confirmed", "confirmed_on_golden"])
+def test_a_device_that_was_unable_for_a_moment_is_missed_when_the_candidate_silences_it_later(fleet, state):
+    about = {"model": "gas", "digest": fleet.make.CANDIDATE, "rollout": "r-1"}
+
+    def goes():
+        with writing(fleet.server.engine) as conn:
+            here = t.devices.c.id == fleet.candidate
+            conn.execute(update(t.devices).where(here).values(online=False, gone_ms=10**12))
+
+    fleet.says(fleet.candidate, "store_busy", **about)
+    goes()
+    assert fleet.gather().silent_ids == (), "nobody waits for what cannot run it"
+    fleet.says(fleet.candidate, "", **about, state="fetch")
+    assert fleet.reports().unable == {fleet.candidate}
+    fleet.says(fleet.candidate, "", **about, state=state)
+    goes()
+    assert (fleet.reports().unable, fleet.gather().silent_ids) == (frozenset(), (fleet.candidate,))
+
+
 def test_agents_of_two_devices_that_go_without_a_word_speak_of_the_bundle(fleet):
     fleet.change(stage=1, cuts={"*": str(g.EVERYONE)})
     said = {"model": "gas", "digest": fleet.make.CANDIDATE, "rollout": "r-1", "at_boot": True, "attempt": 1}
