@@ -81,8 +81,10 @@ class Failures:
         known = self._store.get("recorded", {}).get(update.digest)
         if refused:
             self._store.put("recorded", {update.digest: refused})
-        # A bundle that is refused again and again for the same reason is worth one line, not one per try.
-        return update.attempt > 3 and (update.state == "fetch" or refused == known)
+        # A bundle that is refused again and again for the same reason is worth one line, not one per try. What counts towards a bar is
+        # said each time: that ends, and a rollout goes by how often it was.
+        again = refused == known and update.penalty not in ATTEMPTS
+        return update.attempt > 3 and (update.state == "fetch" or again)
 
     def of(self, digest: str) -> dict[str, int]:
         """Penalty -> how often the bundle failed so."""

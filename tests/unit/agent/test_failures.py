@@ -57,3 +57,29 @@ def test_one_wrong_file_of_a_mirror_is_waited_for_as_the_first_whatever_failed_b
         waits_s("mirror_wrong")
     assert waits_s("mirror_wrong") > 20_000.0
     store.close()
+
+
+def test_what_counts_towards_a_bar_is_said_each_time_however_often_the_link_broke_before(tmp_path: Path) -> None:
+    store, _ = open_store(
+        tmp_path / "state.db", binding="m", device=ids.device_id("d-1"), new_epoch=lambda: "e" * 32, wall_s=0.0,
+        bound_bytes=1_000_000,
+    )  # fmt: skip
+    failures = Failures(store, Turned(), lambda: 0.5, 1.0)
+    digest = "1" * 64
+
+    def said(code: str, failed_in: str, *, at_boot: bool = False) -> bool:
+        ended = Update(
+            state="idle",
+            digest=digest,
+            attempt=failures.attempt_of(digest),
+            code=code,
+            failed_in=failed_in,
+            at_boot=at_boot,
+        )
+        failures.penalise(ended)
+        return not failures.was_said(ended)
+
+    assert [said("unreachable", "fetch") for _ in range(5)] == [True, True, True, False, False]
+    assert [said("trial_crashed", "trial", at_boot=True) for _ in range(2)] == [True, True]
+    assert failures.spent() == {digest}
+    store.close()
