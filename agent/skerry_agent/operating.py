@@ -103,9 +103,11 @@ class Operating:
         sync, certificate = snapshot.sync, snapshot.sync["certificate"]
         now_ms, ends_s = snapshot.now_ms, certificate["ends_s"]
         refused = "" if certificate["code"] in ("unreachable", "timeout") else certificate["code"]
+        coming = {name: (slot.version, why.STOPPED) for name, slot in self._serving.trying().items()}
+        running = {name: (one.version, one.state) for name, one in reporting.running(snapshot).items()}
         facts = replace(
             self._updating.why(),
-            running={n: (one.version, one.state) for n, one in reporting.running(snapshot).items()},
+            running=coming | running,
             sync_code=sync["code"],
             sync_detail=sync["detail"],
             sync_age_s=sync["age_s"],

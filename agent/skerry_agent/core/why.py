@@ -58,6 +58,8 @@ _NEEDS: Mapping[str, str] = {
     "start_timeout": "a less busy machine, or a smaller bundle",
 }
 """By code, what has to come from outside."""
+STOPPED = "stopped"
+"""The standing of what should answer, and has no worker that does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,7 @@ class Facts:
     """What is known.
 
     Attributes:
-        running: model -> version and standing, of what answers.
+        running: model -> version and standing, of what answers; ``STOPPED`` of what should.
         since_s: how long the update has been in its state; None where the device started since and no clock says it.
         left_s: until its state's deadline; None without one.
         wait_s: until its bundle may be tried again; 0: at the next look.
@@ -120,10 +122,7 @@ class Told:
 
 def explain(facts: Facts) -> tuple[Told, ...]:
     """What runs and the update first, then what keeps the device from news."""
-    found = [
-        Told(about=model, says=f"answers as {version}, {standing.replace('_', ' ')}")
-        for model, (version, standing) in sorted(facts.running.items())
-    ]
+    found = [_serves(facts, model, *running) for model, running in sorted(facts.running.items())]
     if not found:
         stopped = facts.update.code == "below_forced_floor"
         waits_for = _NEEDS["below_forced_floor"] if stopped else "a first bundle"
@@ -138,6 +137,18 @@ def explain(facts: Facts) -> tuple[Told, ...]:
             found.append(_ended(one.update, one.since_s, one.wait_s, one.spent))
     found += _outside(facts)
     return tuple(found)
+
+
+def _serves(facts: Facts, model: str, version: str, standing: str) -> Told:
+    if standing != STOPPED:
+        return Told(about=model, says=f"answers as {version}, {standing.replace('_', ' ')}")
+    update = facts.update
+    if update.model == model and update.code == "below_forced_floor":
+        return Told(about=model, says=f"nothing answers: {version} must not any more", waits_for=_NEEDS[update.code])
+    return Told(
+        about=model, says=f"nothing answers: {version} should, and no worker does", waits_for="a worker, which is started again after a growing wait",
+        do="`skerry-agent logs` says why it does not; `skerry-agent revert` goes back to the bundle before it, where there is one",
+    )  # fmt: skip
 
 
 def _under_way(facts: Facts) -> Told:

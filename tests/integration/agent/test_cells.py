@@ -251,6 +251,8 @@ def test_requests_wait_for_the_worker_of_their_model_and_are_turned_away_when_it
     assert b"skerry_agent_requests_refused_total 3" in device.call("GET", "/metrics").body
     running = device.status()["running"]
     assert (running["gas"]["state"], running["pump"]["state"]) == ("confirmed", "stopped")
+    told = {one["about"]: one["says"] for one in device.call("GET", "/skerry/v1/why").body["told"]}
+    assert told["gas"].startswith("answers as ") and told["pump"].startswith("nothing answers: ")
 
 
 def crash(device: Device, model: str) -> None:

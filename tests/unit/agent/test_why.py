@@ -59,3 +59,18 @@ def test_what_keeps_the_device_from_news_is_named_with_its_cure() -> None:
     assert "ended 1 d 1 h ago" in ended["certificate"].says
     assert "broker" not in ended
     assert why.explain(why.Facts())[0].says == "nothing answers"
+
+
+def test_of_what_should_answer_and_does_not_it_says_so_and_what_to_do() -> None:
+    dead = why.explain(
+        why.Facts(running={"gas": ("2.0.0", "stopped"), "pump": ("1.0.0", "confirmed_on_golden")}, sync_age_s=3.0)
+    )
+    assert [one.says for one in dead] == [
+        "nothing answers: 2.0.0 should, and no worker does",
+        "answers as 1.0.0, confirmed on golden",
+    ]
+    assert dead[0].waits_for.startswith("a worker")
+    assert "skerry-agent logs" in dead[0].do and "skerry-agent revert" in dead[0].do
+    forced = why.explain(why.Facts(running={"gas": ("2.0.0", "stopped")}, update=update("idle", "below_forced_floor")))
+    assert (forced[0].says, forced[0].do) == ("nothing answers: 2.0.0 must not any more", "")
+    assert "floor that the approvers forced" in forced[0].waits_for
