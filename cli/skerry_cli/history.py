@@ -168,17 +168,22 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_names(folder: Path) -> dict[str, str]:
-    """Who holds which key as far as this folder's record, history and own keys say: key id -> name."""
+    """Who holds which key as far as this folder's record, history and own keys say: key id -> name.
+
+    Raises:
+        Usage: one of them is damaged, or holds what is no name.
+    """
     found: dict[str, str] = {}
     try:
         record = json.loads((folder / "ceremony.json").read_bytes())
-        found |= {str(entry["keyid"]): str(entry["name"]) for entry in record["keys"]}
+        said = {str(entry["keyid"]): entry["name"] for entry in record["keys"]}
+        found |= keyring.checked_names(said, str(folder / "ceremony.json"))
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Usage(f"{folder / 'ceremony.json'}: wanted a ceremony's record: {error!r}") from None
     for line in read_history(folder):
-        found |= {str(keyid): str(name) for keyid, name in (line.get("names") or {}).items()}
+        found |= keyring.checked_names(line.get("names") or {}, str(folder / HISTORY_FILE))
     return found | {own.key.keyid: name for name, own in keyring.read_keyring(folder).items()}
 
 

@@ -164,8 +164,20 @@ def public_part(document: Mapping[str, Any], what: str) -> PublicPart:
 def check_name(name: str) -> str:
     """A holder's name. Raises ``Usage`` when it cannot be one."""
     if not isinstance(name, str) or NAME.fullmatch(name) is None:
-        raise Usage(f"a holder's name must match {NAME.pattern}, got {name!r}")
+        raise Usage(f"a holder's name must match {NAME.pattern}, got {repr(name)[:60]}")
     return name
+
+
+def checked_names(named: Mapping[str, Any], what: str) -> dict[str, str]:
+    """Key id -> holder, as somebody else wrote it: shown beside fingerprints, so no text that could be taken for more than a name.
+
+    Raises:
+        Usage: a name that cannot be one. ``AttributeError`` for no mapping.
+    """
+    try:
+        return {str(keyid): check_name(name) for keyid, name in named.items()}
+    except Usage as error:
+        raise Usage(f"{what}: {error.message}") from None
 
 
 def _key(entry: Mapping[str, Any], what: str) -> Key:

@@ -21,7 +21,7 @@ from securesystemslib.signer import Key
 from skerry_contract import canonical, layout
 from tuf.api.metadata import Root, Targets
 
-from skerry_cli import cosigning, history, key_files, offline_roles
+from skerry_cli import cosigning, history, key_files, keyring, offline_roles
 from skerry_cli.errors import CliError, RefusedForSafety, Usage
 from skerry_cli.offline_roles import RootWish, TargetsWish, spoken
 
@@ -218,6 +218,7 @@ def _keys(folder: Path, record: Mapping[str, Any]) -> str:
                 f"{role}: {holders.threshold} must sign, the record says {record['thresholds'].get(role)}"
             )
     for entry in record["keys"]:
+        keyring.check_name(entry["name"])
         if "key" in entry:
             key_files.read_online_keys(json.dumps({"keyid": entry["keyid"], **entry["key"]}), what=str(entry["name"]))
     if sorted(root.online) != sorted(record["online_keys"]):

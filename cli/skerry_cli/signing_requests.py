@@ -5,7 +5,8 @@ A request is one file: the documents of one change, the signatures so far, and w
 - Nobody signs bytes blindly. ``review`` holds each document against the holder's own last verified version: it must be the next
   one, hold nothing but keys, thresholds and an expiry, and live no longer than its role may. What it changes is said in
   words, with whole fingerprints, and only then may it be signed.
-- Names in a request are its maker's word; a holder's own record wins, and a key that it does not know is marked.
+- Names in a request are its maker's word; a holder's own record wins, and a key that it does not know is marked. They are of the grammar of
+  names or the request is refused: a text of any length before a fingerprint could draw lines of its own on the screen.
 - Documents of a ceremony are first versions: they have no base, so everything in them is shown, and the fingerprints are what
   the holders compare.
 """
@@ -24,7 +25,7 @@ from skerry_contract import canonical, layout
 from skerry_contract.errors import Malformed
 from tuf.api.metadata import Metadata, Root, Targets
 
-from skerry_cli import cosigning, key_files, offline_roles
+from skerry_cli import cosigning, key_files, keyring, offline_roles
 from skerry_cli.cosigning import Authority, Standing
 from skerry_cli.errors import RefusedForSafety, Usage
 from skerry_cli.history import Trusted
@@ -118,7 +119,7 @@ def read(path: Path) -> Request:
             for role in ORDER
             if role in value["documents"]
         }
-        names = {str(keyid): str(name) for keyid, name in value["names"].items()}
+        names = keyring.checked_names(value["names"], str(path))
     except (KeyError, TypeError, AttributeError) as error:
         raise Usage(f"{path}: wanted a signing request: {error!r}") from None
     return Request(documents=documents, names=names)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,9 @@ __all__ = ["approve", "find_bundle", "floor_app", "push", "restore"]
 
 floor_app = typer.Typer(no_args_is_help=True, help="The lowest version of a model that devices may activate.")
 
-_MOST_USERS, _MOST_OF_A_USER = 20, 160
-"""Of what the server says to use a bundle: it stands between the difference and the question, and may not push the one away."""
+_MOST_USERS, _USER = 20, re.compile(r"(?:group|rollout|pin):[a-z0-9][a-z0-9-]{0,62}")
+"""Of what the server says to use a bundle: it stands between the difference and the question, and may neither push the one away nor look
+like a part of it."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 ApproverName = Annotated[str, typer.Option("--as", help="Name of the approver whose key signs.")]
@@ -289,9 +291,7 @@ def unused(api: Api, *, force: bool) -> Callable[[catalog.Difference], None]:
             used = (api.find(f"/api/v1/bundles/{quote(entry.digest)}") or {}).get("used_by") or []
             if not used:
                 continue
-            named = [str(one)[:_MOST_OF_A_USER] for one in used[:_MOST_USERS]]
-            more = f" and {len(used) - len(named)} more" if len(used) > len(named) else ""
-            said = f"{entry.model}@{entry.version} is in use by {', '.join(named)}{more}"
+            said = f"{entry.model}@{entry.version} is in use by {users(used)}"
             if not force:
                 raise RefusedForSafety(
                     f"{said}; devices that do not hold it yet could not fetch it any more",
@@ -300,6 +300,17 @@ def unused(api: Api, *, force: bool) -> Callable[[catalog.Difference], None]:
             output.note(f"skerry: {said}; taken out all the same")
 
     return check
+
+
+def users(used: Sequence[object]) -> str:
+    """What the server says to use a bundle, in words that nobody can take for anything else.
+
+    >>> users(["group:field", "pin:press-7", "group:x   + gas@9.0.0"])
+    'group:field, pin:press-7 and 1 more'
+    """
+    named = [str(one) for one in used if _USER.fullmatch(str(one))][:_MOST_USERS]
+    more = f"{len(used) - len(named)} more" if len(used) > len(named) else ""
+    return " and ".join(part for part in (", ".join(named), more) if part)
 
 
 def confirm(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from securesystemslib.signer import CryptoSigner
+from skerry_cli.offline_roles import spoken
 from skerry_contract import layout
 from tuf.api.metadata import Metadata
 
@@ -331,6 +332,41 @@ def test_a_strangers_key_under_a_holders_fingerprint_is_signed_by_nobody(
         assert done.code == REFUSED and "does not follow from its key" in done.err
         assert part["keyid"][:16] in done.err and theirs["keyid"][:16] in done.err
     assert json.loads(request.read_bytes())["documents"][role]["signatures"] == []
+
+
+@pytest.mark.attack("homoglyph name")
+def test_a_name_that_draws_lines_of_its_own_beside_a_fingerprint_is_shown_and_signed_by_nobody(
+    person: People, online: Path
+) -> None:
+    """A request on its way: the stranger's key stands where dan's was, and its name looks like the line that was there."""
+    held = Ceremony(person, online).hold()
+    dan = person("dan").ok("keys", "make", "dan", "--json").json()
+    theirs = person("thief").ok("keys", "make", "dan", "--json").json()
+    text = rotated(held, "--add-approver", theirs["public"]).read_text()
+    line = f"+ catalog: dan (as the request says)  {spoken(dan['keyid'])}"
+    padded = line.ljust(160)[len("+ catalog: ") :] + "- catalog: dan-old"
+    request = held.bea.folder / "next.json"
+    for name in (padded, "d\u0430n", "dan ", "", "x" * 200_000, 7, None):
+        value = json.loads(text)
+        assert value["names"][theirs["keyid"]] == "dan"
+        value["names"][theirs["keyid"]] = name
+        request.write_text(json.dumps(value))
+        done = held.bea("keys", "review", request)
+        assert done.code == USAGE and "a holder's name must match" in done.err and len(done.err) < 300, done
+        assert not done.out
+    done = held.bea("keys", "sign", request, "--as", "bea-root", given="y\n")
+    assert done.code == USAGE and json.loads(request.read_bytes()) == value
+    # Nor does it come by what was taken in before: a record that somebody else led, or the history.
+    record = held.folder / "ceremony.json"
+    kept = record.read_text()
+    record.write_text(kept.replace('"name": "ada"', json.dumps({"name": padded})[1:-1], 1))
+    done = person("eve")("keys", "join", held.folder, "--root-sha256", held.root_sha256)
+    assert done.code == REFUSED and "a holder's name must match" in done.err
+    record.write_text(kept)
+    with (held.bea.keys / "history.jsonl").open("a") as file:
+        file.write(json.dumps({"at": "", "what": "", "sha256": "", "names": {theirs["keyid"]: padded}}) + "\n")
+    done = held.bea("keys", "rotate", "--root", "--out", held.bea.folder / "other.json")
+    assert done.code == USAGE and "history.jsonl: a holder's name must match" in done.err
 
 
 def test_a_strangers_key_in_a_first_root_is_signed_by_nobody(person: People, online: Path) -> None:
