@@ -17,6 +17,8 @@ import numpy as np
 
 LOW_RATE = ("tenth-rate-adam", "tenth-rate-sgd", "hundredth-rate-sgd", "hundredth-rate-adam")
 """All weights trained further at a low rate: what ``delta_finetune`` is about, the worst of them its figure."""
+DRAWN = ("large-trees-grown", "weights-beside")
+"""Too large to be trained here in passing: numbers are drawn, the files are as exporters write them."""
 NAMES = ("last-layer", *LOW_RATE, "int8-recalibrated", "int8-per-channel", "trees-grown")
 
 
@@ -27,7 +29,10 @@ def pairs(folder: Path) -> Iterator[tuple[str, Path, Path]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _train(folder)
-    for name in NAMES:
+    for name in DRAWN:
+        if not (folder / f"{name}-new.onnx").is_file():
+            _put(folder, name, *(_large_trees() if name == DRAWN[0] else _weights_beside()))
+    for name in (*NAMES, *DRAWN):
         yield name, folder / f"{name}-old.onnx", folder / f"{name}-new.onnx"
 
 
@@ -75,8 +80,12 @@ def _train(folder: Path) -> None:
         "trees-grown": _trees(x, y),
     }
     for name, (old, new) in made.items():
-        (folder / f"{name}-old.onnx").write_bytes(old)
-        (folder / f"{name}-new.onnx").write_bytes(new)
+        _put(folder, name, old, new)
+
+
+def _put(folder: Path, name: str, old: bytes, new: bytes) -> None:
+    (folder / f"{name}-old.onnx").write_bytes(old)
+    (folder / f"{name}-new.onnx").write_bytes(new)
 
 
 def _network(solver: str, rate: float) -> Any:
@@ -137,3 +146,47 @@ def _trees(x: np.ndarray, y: np.ndarray) -> tuple[bytes, bytes]:
     trees.n_estimators = 110
     trees.fit(x, y > 4)
     return old, _export(trees, x)
+
+
+def _large_trees() -> tuple[bytes, bytes]:
+    """A boosted ensemble of 400 trees of depth eight, 7 MB, and twenty trees more."""
+    from onnx import TensorProto, helper
+
+    rng = np.random.default_rng(3)
+    inner, leaves = 255, 256
+    places = np.arange(inner + leaves)
+    branch = places < inner
+    trees = [
+        (
+            np.where(branch, rng.integers(0, 200, len(places)), 0).tolist(),
+            np.where(branch, rng.normal(size=len(places)), 0).astype(np.float32).tolist(),
+            (rng.normal(size=leaves) / 100).astype(np.float32).tolist(),
+        )
+        for _ in range(420)
+    ]
+
+    def ensemble(count: int) -> bytes:
+        grown = trees[:count]
+        node = helper.make_node(
+            "TreeEnsembleRegressor", ["x"], ["y"], domain="ai.onnx.ml", n_targets=1,
+            nodes_treeids=[number for number in range(count) for _ in places], nodes_nodeids=places.tolist() * count,
+            nodes_featureids=[one for tree in grown for one in tree[0]], nodes_values=[one for tree in grown for one in tree[1]],
+            nodes_modes=[mode for _ in grown for mode in ["BRANCH_LEQ"] * inner + ["LEAF"] * leaves],
+            nodes_truenodeids=np.where(branch, 2 * places + 1, 0).tolist() * count,
+            nodes_falsenodeids=np.where(branch, 2 * places + 2, 0).tolist() * count,
+            target_treeids=[number for number in range(count) for _ in range(leaves)],
+            target_nodeids=places[inner:].tolist() * count, target_ids=[0] * leaves * count,
+            target_weights=[one for tree in grown for one in tree[2]],
+        )  # fmt: skip
+        x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, n]) for name, n in (("x", 200), ("y", 1)))
+        made: bytes = helper.make_model(helper.make_graph([node], "trees", [x], [y])).SerializeToString()
+        return made
+
+    return ensemble(400), ensemble(420)
+
+
+def _weights_beside() -> tuple[bytes, bytes]:
+    """What lies in ``model.onnx.data``: 5 MB of floats, all of them moved by some tenths of a per cent of their spread."""
+    rng = np.random.default_rng(3)
+    old = (rng.normal(size=1_300_000) / 20).astype(np.float32)
+    return old.tobytes(), (old + rng.normal(size=len(old)) / 5000).astype(np.float32).tobytes()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from skerry_runtime.delta import container
+from skerry_runtime.delta import container, weights
 from skerry_runtime.delta.applying import element_steps_most, steps_most
+from skerry_runtime.delta.blocks import Blocks
 from skerry_runtime.delta.choosing import Choice, Chooser
 from skerry_runtime.delta.coder import U64, Encoder
 from skerry_runtime.delta.container import (
@@ -44,7 +45,7 @@ _WORTH_A_STEP = 64
 _OTHER_DIFFERS = (1, 100)
 """What a difference costs in programs, whose addresses move, and in lists that only grow."""
 _SORTED_MOST = 1 << 23
-"""Bytes of base and target beyond which only tensors are matched: sorting all places takes some 160 times their memory."""
+"""Bytes of base and target, outside of tensors, beyond which they are matched by blocks: sorting all places takes some 160 times their memory."""
 _SMALL_MODEL = 1 << 19
 """Bytes of base and target of a model up to which it is tried as bytes, too."""
 
@@ -86,12 +87,17 @@ def _plans(base: Bytes, target: Bytes, parts: list[Part], old_parts: list[Part])
         return
     if parts:
         yield _by_tensors(base, target, parts, old_parts)
-    if len(base) + len(target) <= (_SORTED_MOST if not parts else _SMALL_MODEL):
-        matches = Matches(base, target, [(0, len(target))])
+    if not parts and (alike := weights.segments(base, target)):
+        yield _by_tensors(base, target, alike, alike)
+    if not parts or len(base) + len(target) <= _SMALL_MODEL:
+        matches = _matches(base, target, [(0, len(target))], [(0, len(base))])
         for differs in (DIFFERS, *_OTHER_DIFFERS):
             plan = Plan()
             generic(plan, matches, 0, len(target), differs)
             yield plan
+            if all(one.method == Op.LITERAL.name.lower() for one in plan.segments):
+                # The base has nothing of it, however differences count.
+                return
     alone = Plan()
     alone.literal(target.tobytes())
     yield alone
@@ -107,9 +113,7 @@ def _by_tensors(base: Bytes, target: Bytes, parts: list[Part], old_parts: list[P
     ]
     asked = _between([part for part, _ in aligned], len(target))
     searched = _between(sorted((old for _, old in aligned), key=lambda part: part.start), len(base))
-    if sum(end - start for start, end in asked + searched) > _SORTED_MOST:
-        asked = searched = []
-    index = Matches(base, target, asked, searched)
+    index = _matches(base, target, asked, searched)
     at = 0
     for part, old in zip(parts, beside, strict=True):
         generic(plan, index, at, part.start)
@@ -117,6 +121,11 @@ def _by_tensors(base: Bytes, target: Bytes, parts: list[Part], old_parts: list[P
         at = part.start + part.size
     generic(plan, index, at, len(target))
     return plan
+
+
+def _matches(base: Bytes, target: Bytes, asked: list[tuple[int, int]], searched: list[tuple[int, int]]) -> Matches:
+    large = sum(end - start for start, end in asked + searched) > _SORTED_MOST
+    return (Blocks if large else Matches)(base, target, asked, searched)
 
 
 def _between(parts: list[Part], size: int) -> list[tuple[int, int]]:

@@ -57,15 +57,14 @@ class Matches:
     def within(self, start: int, end: int, differs: int = DIFFERS) -> Iterator[Match]:
         """Matches in ``target[start:end]``, in order, apart from each other; one difference costs as many agreeing bytes."""
         base, part = self.base, self.target[start:end]
-        best = self._best[start:end]
-        found = np.flatnonzero(best >= 0)
+        found, beside = self._between(start, end)
         covered, shift, step = 0, None, 0
         while step < len(found):
             place = int(found[step])
             if place < covered:
                 step = int(np.searchsorted(found, covered))
                 continue
-            where = int(best[place])
+            where = int(beside[step])
             size = _agree(base, part, where, place)
             # Where the last match would go on as well, nothing need be said of it.
             if shift is not None and 0 <= place + shift < len(base):
@@ -79,6 +78,12 @@ class Matches:
             size = back + _forward(base, part, where, place, differs)
             yield Match(start + place - back, where - back, size)
             covered, shift = place - back + size, where - place
+
+    def _between(self, start: int, end: int) -> tuple[_Ints, _Ints]:
+        """Places of ``target[start:end]``, from its begin, that the base has, in order; and where."""
+        best = self._best[start:end]
+        found = np.flatnonzero(best >= 0)
+        return found, best[found]
 
 
 def _places(parts: list[tuple[int, int]]) -> _Ints:
