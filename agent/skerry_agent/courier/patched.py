@@ -33,10 +33,12 @@ MOST_BASES = 2
 """So many files of this device are tried as the base of one."""
 MOST_TRIES = 2
 """So often applying a delta of one file may be begun: of processes that they ended they get two and no more."""
+MOST_ENDED = 6
+"""So often a process that applies one may be ended in order without that counting as a try."""
 _ATTEMPTS = 10
 _IDLE_ATTEMPTS = 2
-_LEAST_S, _BYTES_S = 60.0, 64 * 1024
-"""Applying may take so long, and a second more for so many bytes of the file."""
+_LEAST_S, _BYTES_S, _MOST_S = 60.0, 64 * 1024, 2700.0
+"""Applying may take so long, and a second more for so many bytes of the file; and never as long as a courier may be silent."""
 _SMALL_BYTES = 4096
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 _OWN = re.compile(r"\.?([0-9a-f]{64})\.(?:delta|delta\.new|patched|patched\.patching)")
@@ -321,9 +323,10 @@ class Patched:
                 self._spending.charge(wanted.hashes["sha256"], tries=1)
                 self._make(key, base, wanted, path, base_key)
         except SystemExit:
-            # It was not the delta: the network changed, say, or the agent is stopped.
-            begun = self._spending.of(wanted.hashes["sha256"]).tries
-            self._spending.charge(wanted.hashes["sha256"], tries=tries - begun)
+            # It was not the delta: the network changed, say, or the agent is stopped. But where it never gets to its end, the whole file has to do.
+            now = self._spending.of(wanted.hashes["sha256"])
+            if now.ended < MOST_ENDED:
+                self._spending.charge(wanted.hashes["sha256"], tries=tries - now.tries, ended=1)
             raise
 
     def _make(self, key: str, base: _Base, wanted: Wanted, path: Path, base_key: bytes) -> None:
@@ -331,7 +334,7 @@ class Patched:
 
         made = self._folder / f"{key}.patched"
         try:
-            with self._meter.own_work(_LEAST_S + wanted.size / _BYTES_S):
+            with self._meter.own_work(min(_LEAST_S + wanted.size / _BYTES_S, _MOST_S)):
                 patch, sha256 = self._folder / key, wanted.hashes["sha256"]
                 if self._sealed is not None:
                     self._sealed.apply(base.path, patch, made, base_key=base_key, base=base.sha256, target=sha256)

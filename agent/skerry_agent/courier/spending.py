@@ -16,11 +16,12 @@ _MOST = 64
 """Of so many files that nobody wants now it is remembered."""
 
 
-class Spent(msgspec.Struct, frozen=True, kw_only=True):
-    """``size_bytes``: of deltas, or parts of them, that were thrown away; ``tries``: so often applying one was begun."""
+class Spent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """``size_bytes``: of deltas, or parts of them, that were thrown away; ``tries``: so often applying one was begun; ``ended``: and ended in order."""
 
     size_bytes: int = 0
     tries: int = 0
+    ended: int = 0
 
 
 class Spending:
@@ -36,11 +37,13 @@ class Spending:
         except (OSError, msgspec.MsgspecError):
             return Spent()
 
-    def charge(self, target: str, *, size_bytes: int = 0, tries: int = 0) -> None:
+    def charge(self, target: str, *, size_bytes: int = 0, tries: int = 0, ended: int = 0) -> None:
         """So much more. On return it is on disk. Raises ``OSError``."""
-        if size_bytes or tries:
+        if size_bytes or tries or ended:
             before = self.of(target)
-            after = Spent(size_bytes=before.size_bytes + size_bytes, tries=before.tries + tries)
+            after = Spent(
+                size_bytes=before.size_bytes + size_bytes, tries=before.tries + tries, ended=before.ended + ended
+            )
             durable.write(self._path(target), msgspec.json.encode(after))
 
     def forget(self, target: str) -> None:

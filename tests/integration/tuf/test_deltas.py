@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from skerry_agent.core import lifecycle
 from skerry_agent.courier import download, patched, requests, transport, watch
 from skerry_agent.courier.acquiring import Wanted
 from skerry_agent.courier.meter import Meter
@@ -399,10 +400,16 @@ def test_the_rest_of_a_whole_file_is_preferred_where_it_is_less(place):
     assert answer["bytes"] < size
 
 
-def test_applying_has_its_time(place, monkeypatch):
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_applying_has_its_time(place, monkeypatch, size):
+    # Else the supervisor would end the courier in the middle of a large one, in order, again and again.
+    assert lifecycle.DEADLINES_S["fetch"] > patched._MOST_S
     place.make()
-    monkeypatch.setattr(patched, "_LEAST_S", 1e-4)
-    monkeypatch.setattr(patched, "_BYTES_S", 1e12)
+    if size == "small":
+        monkeypatch.setattr(patched, "_LEAST_S", 1e-4)
+        monkeypatch.setattr(patched, "_BYTES_S", 1e12)
+    else:
+        monkeypatch.setattr(patched, "_MOST_S", 1e-4)
     answer = place.fetch()
     assert answer["refused"] == {"delta_slow": 1}
     assert answer["files"]["resuming"] == 1
@@ -471,6 +478,26 @@ def test_a_courier_that_is_ended_in_order_while_it_applies_a_delta_loses_no_try(
     device = make_device(place.fleet, "device")
     in_the_middle(place, device, 1, signal.SIGTERM)
     assert tries(place) == 0
+
+
+def test_a_delta_that_never_gets_to_its_end_before_the_courier_is_ended_in_order_is_given_up(place, monkeypatch):
+    """Windows that are shorter than applying takes, say, or a network that changes every minute."""
+    place.make()
+    begun = 0
+
+    def ended(*_arguments, **_more):
+        nonlocal begun
+        begun += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(delta, "apply", ended)
+    for _ in range(patched.MOST_ENDED + patched.MOST_TRIES):
+        with pytest.raises(SystemExit):
+            place.fetch()
+    answer = place.fetch()
+    assert answer["refused"] == {"delta_crashed": 1}
+    assert (answer["bytes"], begun) == (len(NEW), patched.MOST_ENDED + patched.MOST_TRIES)
 
 
 def test_kill_9_while_a_delta_is_applied_goes_on_without_the_network_and_a_third_time_takes_the_whole_file(
