@@ -185,8 +185,7 @@ class Turnover:
         """The model and the bundle that a way back leads to which has not been gone to its end; None without any."""
         update = self._update()
         pointers = self._slots.pointers(update.model)
-        ordered = update.code in lifecycle.STEPS_BACK and update.failed_in in lifecycle.RESTING
-        if not ordered or pointers.confirmed is None or pointers.confirmed.digest != update.digest:
+        if not lifecycle.steps_back(update) or pointers.confirmed is None or pointers.confirmed.digest != update.digest:
             return None
         back = pointers.previous
         return (
@@ -251,11 +250,7 @@ class Turnover:
     async def give_up(self) -> None:
         """The way back does not come to its end: what serves goes on, and what does not is tried on and on in the background."""
         await self.stop_new()
-        ordered = self.ordered_back()
-        if ordered is not None:
-            self.went_back(*ordered, None)
-        else:
-            self._slots.revert_active(self._update().model)
+        self._slots.revert_active(self._update().model)
         wanted = self._confirmed_models()
         if not self._serving.runs(wanted):
             self._keep_trying(wanted)

@@ -252,6 +252,17 @@ STEPS_BACK: frozenset[str] = frozenset({"reverted_by_operator", "crash_loop"})
 STEPS_BACK_EVENTS = (e.RevertOrdered, e.CrashLooped)
 """What begins one."""
 
+
+def steps_back(update: Update) -> bool:
+    """Whether the update is such a revert, which has not been given up."""
+    return update.code in STEPS_BACK and update.failed_in in RESTING
+
+
+def restores(update: Update) -> bool:
+    """Whether the update is a revert from a bundle that served: what ran before it is being brought up."""
+    return update.state == "revert" and (update.failed_in == "trial" or update.failed_in in RESTING)
+
+
 CRASHES, CRASHES_WITHIN_S = 5, 600.0
 """So often a confirmed bundle may bring its worker down within so many seconds; then the one before it is worth more."""
 
@@ -316,6 +327,10 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
     if failing or (isinstance(event, e.Booted | e.Stopped) and move.code):
         changed["failed_in"] = update.failed_in or update.state
         changed["at_boot"] = isinstance(event, e.Booted)
+    if move is GIVE_UP and steps_back(update):
+        # What had to go stays confirmed, and no start goes that way on.
+        ended = event.detail if isinstance(event, e.Cancelled) else f"{overdue} deadlines passed"
+        changed.update(failed_in="revert", detail=f"the way back was given up ({ended}): {update.version} goes on")
     return msgspec.structs.replace(update, **changed), move.effects
 
 

@@ -209,7 +209,9 @@ class Driving:
                 # With the state: power that fails behind it must not forget a person's word or a bad bundle's only attempt.
                 self.failures.penalise(after)
             self.failures.rested(after)
-            if isinstance(event, (e.TrialKept, e.TrialQuiet)) and after.state in lifecycle.CONFIRMED:
+            kept = isinstance(event, (e.TrialKept, e.TrialQuiet)) and after.state in lifecycle.CONFIRMED
+            if kept or (Effect.GIVE_UP in effects and lifecycle.steps_back(before)):
+                # Confirmed, or still: a way back that is given up holds nothing against what had to go.
                 self.failures.forgive(after.digest)
             self._endings.note(after)
             self.returning.note(after, event)

@@ -57,10 +57,11 @@ class Updating(Driving):
         worker of its own. Of several in one worker the suspects are those that were in work.
         """
         slot = generation.models.get(self.update.model)
-        if slot is not None and slot.digest == self.update.digest and self.update.state in ("trial", "revert"):
-            if self.update.state == "revert" and self.turnover.ordered_back() is not None:
-                # It goes anyway: what comes back is being brought up, and its end must not end that.
-                return True
+        own = slot is not None and slot.digest == self.update.digest
+        if own and lifecycle.restores(self.update):
+            # It goes anyway: what comes back is being brought up, and its end must not end that.
+            return True
+        if own and self.update.state == "trial":
             self.feed(e.Failed(code="trial_crashed", detail=f"the worker died: {how}"))
             # Without room to store the way back, the trial's bundle is what can answer.
             return not self._owed

@@ -155,6 +155,20 @@ def test_every_state_under_way_ends_by_its_deadlines_alone(state: lc.State) -> N
     assert Effect.GIVE_UP in effects
 
 
+@pytest.mark.parametrize("event", [e.Cancelled(detail="cancelled by a person"), e.Deadline()])
+def test_a_step_back_that_is_given_up_is_none_any_more(event: e.Event) -> None:
+    looped = e.CrashLooped(model="gas", digest=DIGEST, version="2.0.0")
+    update, _ = run(looped, update=lc.Update(state="confirmed"))
+    assert lc.steps_back(update)
+    while not update.resting:
+        assert lc.steps_back(update)
+        update, effects = lc.step(update, event, AT)
+    assert Effect.GIVE_UP in effects
+    assert (update.code, update.failed_in, lc.steps_back(update)) == ("crash_loop", "revert", False)
+    told = "cancelled by a person" if isinstance(event, e.Cancelled) else "3 deadlines passed"
+    assert update.detail == f"the way back was given up ({told}): 2.0.0 goes on"
+
+
 @pytest.mark.parametrize("state", ["fetch", "verify", "stage"])
 def test_an_agent_that_dies_before_anything_is_started_waits_and_gives_nothing_up(state: lc.State) -> None:
     update, effects = run(e.Booted(), update=to(state))

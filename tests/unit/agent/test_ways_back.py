@@ -111,6 +111,30 @@ def test_a_trial_goes_back_on_a_disk_that_takes_no_pointer_file(life: Life, bund
     asyncio.run(main())
 
 
+def test_a_worker_that_dies_while_its_trial_goes_back_holds_the_way_back_up_no_more(
+    life: Life, bundles: dict[str, Path]
+) -> None:
+    async def main() -> None:
+        new = on_trial(life, bundles)
+        life.serving.site.on_crash = lambda generation, _code: not life.updating.crashed(generation, "killed")
+        trying = msgspec.structs.replace(new, standing="trial")
+        await life.serving.switch(await life.serving.start({"gas": trying}, timeout_s=60))
+        generation = life.serving.generation_of("gas")
+        assert generation is not None
+        life.updating.feed(e.Failed(code="trial_errors", detail="failed requests: 90 of 100"))
+        generation.worker.kill()
+        async with asyncio.timeout(30):
+            while not generation.gone:
+                await asyncio.sleep(0.005)
+        assert life.updating.update.state == "revert"
+        await life.rest()
+        assert life.updating.update.code == "trial_errors"
+        assert (life.serving.models()["gas"].version, life.serving.answering("gas")) == ("1.0.0", True)
+        await life.serving.stop()
+
+    asyncio.run(main())
+
+
 def test_a_step_back_on_such_a_disk_stands_and_is_known_after_a_cut(life: Life, bundles: dict[str, Path]) -> None:
     async def main() -> None:
         life.slots.confirm("gas", put(life.slots, bundles["1.0.0"]))
@@ -134,6 +158,27 @@ def test_a_step_back_on_such_a_disk_stands_and_is_known_after_a_cut(life: Life, 
         owed = life.updating.turnover.ordered_back()
         assert owed is not None
         assert owed[1].version == "1.0.0"
+
+    asyncio.run(main())
+
+
+def test_a_way_back_that_a_person_cancelled_is_gone_by_no_start(life: Life, bundles: dict[str, Path]) -> None:
+    async def main() -> None:
+        life.slots.confirm("gas", put(life.slots, bundles["1.0.0"]))
+        new = put(life.slots, bundles["2.0.0"])
+        life.slots.confirm("gas", new)
+        await life.serving.switch(await life.serving.start({"gas": new}, timeout_s=60))
+        life.updating.order_revert("gas")
+        life.updating.cancel("a person")
+        assert life.updating.failures.of(new.digest) == {}, "it goes on, whatever becomes of power now"
+        await settled(life)
+        assert life.serving.models()["gas"].version == "2.0.0"
+        (told,) = [data["detail"] for code, data in life.changes if code == "reverted_by_operator"]
+        assert told == "the way back was given up (cancelled by a person): 2.0.0 goes on"
+        await life.serving.stop()
+        life.cut()
+        life.updating.booted()
+        assert life.updating.turnover.ordered_back() is None
 
     asyncio.run(main())
 
