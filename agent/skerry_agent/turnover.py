@@ -137,14 +137,7 @@ class Turnover:
         return e.HandedOver()
 
     def finish(self) -> None:
-        """Before the first start: carries out what power cut off between the stored state and the pointer file."""
-        try:
-            self.finish_confirm()
-        except OSError as error:
-            log.error("pointer file not written", extra=kv(model=self._update().model, detail=str(error)))
-
-    def finish_confirm(self) -> None:
-        """The pointer file follows a stored ``confirmed``; once per update, also when a restart came in between."""
+        """The pointers follow a stored ``confirmed``, before the first start too: power may have cut it off. Once per update."""
         update = self._update()
         if update.state not in _CONFIRMED:
             return
@@ -154,21 +147,11 @@ class Turnover:
         if not same and self._slots.whole(update.digest, update.variant):
             self._slots.confirm(update.model, self._slot(update.state))
 
-    async def confirm(self) -> None:
-        """The bundle is what a boot starts from now on; tries until the pointer file says so."""
+    def confirm(self) -> None:
+        """The bundle is what a boot starts from now on."""
         self.standby.end()
         model = self._update().model
-        failures = 0
-        while True:
-            try:
-                self.finish_confirm()
-                break
-            except OSError as error:
-                # The bundle serves and is confirmed; only a boot would not know it yet.
-                failures += 1
-                log.error("pointer file not written", extra=kv(detail=str(error), failures=failures))
-                wait_s = backoff.delay_s("worker", failures, self._draw(), scale=self._config.timing.backoff_scale)
-                await asyncio.sleep(wait_s)
+        self.finish()
         generation = self._serving.generation_of(model)
         if generation is not None:
             slot = generation.models[model]

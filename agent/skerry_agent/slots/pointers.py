@@ -1,7 +1,7 @@
 """The pointer file, ``slots/pointers.json``: per model what is confirmed, what it replaced and what answers requests now.
 
-It is written whole, synced and renamed. A change that leads forward is on disk when it was made, or was not made; one that leads back
-is made whatever the disk says, and owed to the disk until that takes it. What the names mean for a boot is ``running``'s.
+It is written whole, synced and renamed. What begins a trial is on disk when it was done, or was not done. What the stored update stands
+behind, a confirmation or a way back, holds whatever the disk says, and is owed to it until it takes it. What the names mean for a boot is ``running``'s.
 """
 
 from __future__ import annotations
@@ -82,17 +82,17 @@ class PointerFile:
             return {}
 
     def write(self, model: str, pointers: Pointers) -> None:
-        """Of a way forward: on disk when it returns; it raises ``OSError`` where nothing changed."""
+        """On disk when it returns; it raises ``OSError`` where nothing changed."""
         self._put({**self._models, model: pointers})
 
-    def write_back(self, model: str, pointers: Pointers) -> None:
-        """Of a way back: it is gone whatever the disk says."""
+    def owe(self, model: str, pointers: Pointers) -> None:
+        """They hold from now on whatever the disk says, and are on it as soon as it takes them."""
         self._models = {**self._models, model: pointers}
         self.settle()
 
     @property
     def unwritten(self) -> bool:
-        """Whether the pointer file lacks a way back that was gone."""
+        """Whether the pointer file lacks something that holds."""
         return self._models is not self._on_disk
 
     def settle(self) -> bool:

@@ -19,8 +19,8 @@ from skerry_agent.slots.pointers import PointerFile, Pointers, Slot
 class Slots(Bundles):
     """The folder ``slots``: its bundles, and which of them run.
 
-    What leads forward (``activate``, ``confirm``) is on disk when the method returns, or it raises and nothing changed. What leads back
-    holds at once, also on a disk that takes no file: then it is on disk with the next change, or with ``settle``.
+    ``activate`` is on disk when the method returns, or it raises and nothing changed. All others hold at once, also on a disk that takes no
+    file: then they are on disk with the next change, or with ``settle``.
 
     Attributes:
         damage: why the pointer file was set aside at the start; empty when it was not.
@@ -40,7 +40,7 @@ class Slots(Bundles):
 
     @property
     def unwritten(self) -> bool:
-        """Whether the pointer file lacks a way back that was gone."""
+        """Whether the pointer file lacks something that holds."""
         return self._file.unwritten
 
     def settle(self) -> bool:
@@ -73,13 +73,13 @@ class Slots(Bundles):
         """``slot`` is what a boot starts from now on. Doing it twice is doing it once."""
         now = self.pointers(model)
         same = now.confirmed is not None and now.confirmed.digest == slot.digest
-        self._file.write(model, Pointers(confirmed=slot, previous=now.previous if same else now.confirmed, active=slot))
+        self._file.owe(model, Pointers(confirmed=slot, previous=now.previous if same else now.confirmed, active=slot))
 
     def revert_active(self, model: str) -> None:
         """A trial is over: what is confirmed answers again."""
         now = self.pointers(model)
         if now.active != now.confirmed:
-            self._file.write_back(model, msgspec.structs.replace(now, active=now.confirmed))
+            self._file.owe(model, msgspec.structs.replace(now, active=now.confirmed))
 
     def step_back(self, model: str) -> bool:
         """A person's revert: previous becomes confirmed, and there is nothing before it. False without a previous."""
@@ -87,7 +87,7 @@ class Slots(Bundles):
         if now.previous is None:
             return False
         back = msgspec.structs.replace(now.previous, arm="none", rollout="", stage=0)
-        self._file.write_back(model, Pointers(confirmed=back, previous=None, active=back))
+        self._file.owe(model, Pointers(confirmed=back, previous=None, active=back))
         return True
 
     def rekey(self, model: str, *, arm: Arm, rollout: str, stage: int) -> None:
@@ -99,9 +99,7 @@ class Slots(Bundles):
                 return slot
             return msgspec.structs.replace(slot, arm=arm, rollout=rollout, stage=stage)
 
-        self._file.write_back(
-            model, Pointers(confirmed=keyed(now.confirmed), previous=now.previous, active=keyed(now.active))
-        )
+        self._file.owe(model, Pointers(confirmed=keyed(now.confirmed), previous=now.previous, active=keyed(now.active)))
 
     def runnable(self, model: str, *, unless: Collection[str] = ()) -> Slot | None:
         """What a boot starts of a model: confirmed, else previous, whichever is whole and not in ``unless`` (digests)."""

@@ -1,4 +1,4 @@
-"""A way back that the disk took no note of is noted later, by tries that grow rarer; until then nothing new is taken up."""
+"""Pointers that the disk took no note of are noted later, by tries that grow rarer; until then nothing new is taken up."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Steps:
                 self._watching.on = True
                 self._judge()
             case Effect.CONFIRM:
-                await self._turnover.confirm()
+                self._turnover.confirm()
             case Effect.DISCARD:
                 self._fetching.discard()
                 return e.Reverted()

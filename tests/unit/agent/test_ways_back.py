@@ -135,6 +135,34 @@ def test_a_worker_that_dies_while_its_trial_goes_back_holds_the_way_back_up_no_m
     asyncio.run(main())
 
 
+def test_a_confirmation_stands_on_such_a_disk_and_holds_no_way_back_up(life: Life, bundles: dict[str, Path]) -> None:
+    async def main() -> None:
+        new = on_trial(life, bundles)
+        with no_pointer_file(life.slots):
+            life.updating.feed(e.TrialKept(detail="100 requests, 0 failed"))
+            async with asyncio.timeout(30):
+                while not life.rests:
+                    await asyncio.sleep(0.01)
+            assert [data["state"] for _, data in life.changes if data] == ["confirmed"]
+            assert life.slots.unwritten
+            # A start finds the word in the store, and begins with that bundle.
+            life.slots = Slots(life.slots.root)
+            life.cut()
+            life.updating.turnover.finish()
+            found, _ = life.slots.boot()
+            assert found["gas"].digest == new.digest
+            life.updating.booted()
+            life.updating.tick()
+            assert life.updating.order_revert("gas").version == "1.0.0"
+            await life.rest()
+            assert life.serving.models()["gas"].version == "1.0.0"
+        await settled(life)
+        assert active_on_disk(life.slots) == "1.0.0"
+        await life.serving.stop()
+
+    asyncio.run(main())
+
+
 def test_a_step_back_on_such_a_disk_stands_and_is_known_after_a_cut(life: Life, bundles: dict[str, Path]) -> None:
     async def main() -> None:
         life.slots.confirm("gas", put(life.slots, bundles["1.0.0"]))
