@@ -95,6 +95,7 @@ class Syncing:
         self._idle_bells = 0
         self._renew_after_s = 0.0
         self._self_code = self._certificate_code = ""
+        self._ended_s = 0.0
         self._status: dict[str, Any] = {"at_ms": 0, "code": "", "detail": "", "membership": ""}
         self._bells: dict[str, int] = dict(store.get("bells", {}))
         self._heard: dict[str, int] = {}
@@ -106,7 +107,7 @@ class Syncing:
     def status(self) -> dict[str, Any]:
         """When the last sync was, and how it ended; the certificate's end and why it was not renewed."""
         ends_s = self._store.get("certificate", {}).get("ends_s")
-        age_s = self._clock.boot_s() - self._synced_s if self._status["at_ms"] else None
+        age_s = self._clock.boot_s() - self._ended_s if self._status["at_ms"] else None
         return {**self._status, "age_s": age_s, "certificate": {"ends_s": ends_s, "code": self._certificate_code}}
 
     # --- when --------------------------------------------------------------------------------------------------------
@@ -213,9 +214,7 @@ class Syncing:
                 self._errand.cancel()
                 self._errand = None
             self._take(answer)
-        self._status = {
-            "at_ms": self._clock.instant().wall_ms, "code": "", "detail": "", "membership": self._self_code,
-        }  # fmt: skip
+        self._note("", "")
         self._on_synced()
         self._uplink.report_if_online()
         held = {"renew_at_s": answer.get("renew_at_s"), "ends_s": answer.get("ends_s")}
@@ -319,18 +318,26 @@ class Syncing:
     def _failed(self, error: AgentError | ContractError, failures: int) -> None:
         code, detail = error.code, error.detail if isinstance(error, AgentError) else str(error)
         known = self._status["code"] == code
-        self._status = {
-            "at_ms": self._clock.instant().wall_ms, "code": code, "detail": detail[:500], "membership": self._self_code,
-        }  # fmt: skip
+        self._note(code, detail)
         log.warning("sync failed", extra=kv(code=code, detail=detail, failures=failures))
         if not known and isinstance(error, (Rejected, Degraded, ContractError)):
             # The repository is there and wrong: worth the server's record. That it is away, the server knows better.
             self._uplink.event("sync", code, {"detail": detail[:500]})
 
+    def _note(self, code: str, detail: str) -> None:
+        """How a look ended, now."""
+        self._ended_s = self._clock.boot_s()
+        self._status = {
+            "at_ms": self._clock.instant().wall_ms, "code": code, "detail": detail[:500], "membership": self._self_code,
+        }  # fmt: skip
+
     def _membership(self, found: Any, error: Any) -> None:
+        if isinstance(error, dict) and error.get("kind") == "transient":
+            # Who was not reached refuses nothing, and takes back nothing that was said before.
+            return
         # What the server says of this device when it does not know it any more belongs in the log of the device, too.
         code = str(error.get("code", "")) if isinstance(error, dict) else ""
-        if code != self._self_code and code not in ("", "unreachable", "timeout"):
+        if code not in ("", self._self_code):
             log.warning("the server refuses this device", extra=kv(code=code, detail=error.get("detail")))
             self._uplink.event("membership", code, {"detail": str(error.get("detail", ""))[:500]})
         self._self_code = code

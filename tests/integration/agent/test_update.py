@@ -364,6 +364,18 @@ def test_a_server_that_refuses_the_device_is_told_of_once(serving: Device, serve
     assert [e.code for e in server.events("membership")] == ["unknown_device"]
 
 
+def test_a_server_that_is_not_reached_refuses_nobody_and_takes_no_refusal_back(serving: Device, server: Server) -> None:
+    def told(kind: str, code: str) -> str:
+        serving.world["self_error"] = {"kind": kind, "code": code, "detail": ""}
+        serving.save()
+        serving.synced()
+        return str(serving.status()["sync"]["membership"])
+
+    assert told("transient", "unreachable") == ""
+    assert told("rejected", "revoked") == "revoked"
+    assert told("transient", "timeout") == "revoked"
+
+
 BROKEN_LITERT = """
 raise ImportError("numpy.core.multiarray failed to import: built for another numpy")
 """
