@@ -14,6 +14,7 @@ import msgspec
 
 from skerry_contract import canonical, ids, opening
 from skerry_contract.errors import Malformed, UnsupportedVersion, misfit_in
+from skerry_contract.reading import ready
 
 SCHEMA = 1
 MAX_BYTES = 4 << 20
@@ -351,3 +352,6 @@ def _check_rollout(rollout: Rollout, where: str) -> None:
             raise Malformed(
                 "group document", "wanted a decimal number from 0 to 2**64", where=f"{where}.cuts.{stratum}"
             )
+
+
+ready(GroupDocument, Settings)

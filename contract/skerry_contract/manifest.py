@@ -16,6 +16,7 @@ import msgspec
 
 from skerry_contract import canonical, ids, layout, sealed
 from skerry_contract.errors import Malformed, UnsupportedVersion, misfit_in
+from skerry_contract.reading import ready
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20
@@ -625,3 +626,6 @@ def _unique(names: list[str], where: str, *, nonempty: bool) -> None:
         where,
         f"wanted each name once, got {', '.join(sorted({n for n in names if names.count(n) > 1}))} twice",
     )
+
+
+ready(Manifest, Transform)

@@ -20,6 +20,7 @@ from skerry_contract import histogram as h
 from skerry_contract import ids
 from skerry_contract import window as w
 from skerry_contract.errors import Malformed, UnsupportedVersion
+from skerry_contract.reading import ready
 
 SCHEMA = 1
 MAX_MESSAGE_BYTES = 256 * 1024
@@ -392,3 +393,6 @@ def digest(record: Record) -> bytes:
 def decode_window(body: bytes) -> w.Window:
     """Reads and checks the body of a ``window`` record. Raises ``Malformed``."""
     return w.check(decode(w.Window, body, max_bytes=MAX_INFLATED_BYTES))
+
+
+ready(Ack, Batch, Bell, Event, Sample, ServerState, State, Tombstone, w.Window)

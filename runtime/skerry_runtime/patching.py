@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+from skerry_contract.reading import ready
 
 from skerry_runtime import child
 
@@ -44,6 +45,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     code: str = ""
     detail: str = ""
     took_s: float = 0.0
+
+
+ready(Outcome)
 
 
 def make_patch(

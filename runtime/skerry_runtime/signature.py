@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from skerry_contract import manifest as mf
+from skerry_contract.reading import ready
 
 from skerry_runtime.bundle import open_bundle
 from skerry_runtime.errors import Rejected
@@ -89,6 +90,9 @@ class _Statement(msgspec.Struct, frozen=True, rename={"type_": "_type", "predica
     subject: tuple[_Subject, ...]
     predicate_type: str
     predicate: _Predicate
+
+
+ready(_SigstoreBundle, _Statement)
 
 
 def sign_bundle(folder: str | Path, private_key_pem: bytes, password: bytes | None = None) -> bytes:

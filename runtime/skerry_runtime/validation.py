@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+from skerry_contract.reading import ready
 
 from skerry_runtime import child
 from skerry_runtime.errors import ADVICE
@@ -89,6 +90,9 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     progress: Progress | None = None
     result: ValidationResult | None = None
+
+
+ready(Line)
 
 
 def validate_bundle(

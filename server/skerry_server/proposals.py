@@ -20,6 +20,7 @@ import msgspec
 from skerry_contract import floors as floor_rules
 from skerry_contract import layout
 from skerry_contract.errors import ContractError
+from skerry_contract.reading import ready
 from sqlalchemy import Engine, delete, func, insert, select, update
 from tuf.api.metadata import Metadata, Root, Targets
 
@@ -313,6 +314,9 @@ class _Envelope(msgspec.Struct, frozen=True):
     """Of metadata as it is kept; what is signed is passed over, a megabyte that nobody asks for."""
 
     signatures: tuple[_Kept, ...]
+
+
+ready(_Envelope)
 
 
 def _kept_signatures(metadata: bytes, delegator: Targets) -> trust.Signatures:

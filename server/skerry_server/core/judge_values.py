@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import msgspec
+from skerry_contract.reading import ready
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO_DATA"]
 Kind = Literal["rate", "level", "incidence"]
@@ -267,3 +268,6 @@ class Ruling(_Value):
     findings: tuple[Finding, ...]
     uncontrolled: bool = False
     missing: tuple[str, ...] = ()
+
+
+ready(Look, Memory, Ruling)
