@@ -268,9 +268,11 @@ class MetadataFolder:
         timestamp of a key is bounded by when the offline roles were signed.
         """
         now_s, at_s = int(self._now().timestamp()), self._monotonic_s()
-        last_s = 0
+        last_s = clock_s = 0
         if timestamp is not None and _holds(root.signed, Timestamp.type, timestamp):
             last_s = _signed_at(timestamp)
+            # What is signed ends a day after the later of the two.
+            clock_s = int((timestamp.signed.expires - TIMESTAMP_LIFE).timestamp())
         count = self._count
         if not signing_time.plausible(last_s):
             offline = {Root.type: root, Targets.type: targets, layout.CATALOG_ROLE: catalog}
@@ -280,7 +282,7 @@ class MetadataFolder:
             now_s = max(now_s, last_s)
             count = Count.begun(now_s, known_s if signing_time.plausible(known_s) else now_s, at_s)
         elif count is None or last_s < count.last_s:
-            count = self._count = Count.begun(now_s, last_s, at_s)
+            count = self._count = Count.begun(now_s, last_s, at_s, clock_s)
         elif last_s > count.last_s:
             # Another process signed it.
             count = self._count = replace(count, last_s=last_s, at_s=at_s)

@@ -3,7 +3,8 @@
 Devices take it as a lower bound of now, for good; so it never goes back, and a clock that ran ahead must not run away with it. Nor may
 it stand still where the clock is behind: what is signed then would have ended for every device whose clock is right. So it keeps
 to a line, what the last timestamp said and the time that this process measured since, by a clock that nobody sets. It is never
-behind that line, and goes before it, on the wall clock's word, by a week at most, and by as much more as time goes by.
+behind that line, and goes before it, on the wall clock's word, by a week at most, and by as much more as time goes by. A process that
+begins where the clock was further ahead than that has no other week: else each start of a server whose clock is wrong would add one.
 
 Only where this process saw the clock leave for ahead and come back to where it had been does the time stand still until the clock
 has caught up: then what was signed in between was wrong, and the clock is not.
@@ -43,10 +44,18 @@ class Count:
     home_s: float | None
 
     @classmethod
-    def begun(cls, now_s: int, last_s: int, at_s: float) -> Count:
-        """Of a process that finds a timestamp which says ``last_s``."""
+    def begun(cls, now_s: int, last_s: int, at_s: float, clock_s: int = 0) -> Count:
+        """Of a process that finds a timestamp which says ``last_s`` and was signed when the wall clock said ``clock_s``.
+
+        >>> [Count.begun(900, last_s=300, at_s=0.0, clock_s=clock_s).spare_s for clock_s in (300, 880, 1000)]
+        [604800.0, 20.0, 0.0]
+        """
         home_s = now_s - at_s if now_s >= last_s else None
-        return cls(last_s=last_s, at_s=at_s, spare_s=MOST_AHEAD_S, home_s=home_s)
+        spare_s = float(MOST_AHEAD_S)
+        if clock_s > last_s:
+            # It was believed as far as it is: what it may be believed beyond that is what went by since.
+            spare_s = min(spare_s, max(0.0, float(now_s - clock_s)))
+        return cls(last_s=last_s, at_s=at_s, spare_s=spare_s, home_s=home_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

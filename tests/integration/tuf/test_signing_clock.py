@@ -111,6 +111,25 @@ def test_a_clock_that_runs_ahead_after_months_is_believed_no_further_than_at_onc
 
 
 @pytest.mark.attack("clock poisoning")
+def test_a_server_whose_clock_is_ahead_goes_no_further_for_being_started_again_and_again(fleet, device_here):
+    server = Wrong(fleet)
+    server.off = dt.timedelta(days=400)
+    for _ in range(30):
+        server.gone_s += 60.0
+        server.restart()
+    # What went by, twice: once measured, once as the clock had it.
+    assert 0 < server.ahead_days() < 7.1
+    for _ in server.spend(1):
+        pass
+    assert server.ahead_days() < 8.1
+    server.off = dt.timedelta()
+    server.restart()
+    server.repository.publish_group("line-1", fleet.document(2))
+    synced = device_here.sync(now_s=server.now().timestamp())
+    assert json.loads(synced["group_document"])["generation"] == 2 and synced["catalog_error"] is None
+
+
+@pytest.mark.attack("clock poisoning")
 def test_the_first_time_of_a_new_online_key_is_bounded_by_when_its_root_was_signed(fleet, device_here):
     new = online_keys.add(fleet.folder / "keys")
     named = {new.public_key.keyid: new.public_key}
