@@ -168,6 +168,21 @@ def sizes(folder: Path) -> dict[str, int]:
     return found
 
 
+def is_held(folder: Path, key: str) -> bool:
+    """Whether a courier works with the part of that name now."""
+    try:
+        descriptor = os.open(folder / key, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def tidy(folder: Path, wanted: Collection[str], keep: int = KEPT) -> None:
     """Removes parts that nobody wants, but the ``keep`` that grew last. One that another courier fetches stays."""
     idle: list[tuple[float, str]] = []

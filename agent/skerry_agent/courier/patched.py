@@ -176,9 +176,16 @@ class Patched:
         self.refused[code] = self.refused.get(code, 0) + 1
 
     def _tidy(self, gone: Callable[[str], bool]) -> None:
+        busy: dict[str, bool] = {}
         for entry in list(self._folder.iterdir()) if self._folder.is_dir() else []:
             found = _OWN.fullmatch(entry.name)
-            if found is not None and gone(found[1]):
+            if found is None or not gone(found[1]):
+                continue
+            key = found[1]
+            if key not in busy:
+                # Another courier, of a shadow say, may be making a file of it.
+                busy[key] = parts.is_held(self._folder, key)
+            if not busy[key]:
                 entry.unlink(missing_ok=True)
         self._spending.tidy(self._bases)
 

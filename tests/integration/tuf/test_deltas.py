@@ -480,6 +480,30 @@ def test_a_courier_that_is_ended_in_order_while_it_applies_a_delta_loses_no_try(
     assert tries(place) == 0
 
 
+def test_a_fetch_of_another_bundle_beside_it_takes_nothing_away_of_a_delta_that_is_applied(
+    place, make_bundle, make_device, monkeypatch
+):
+    """As a shadow of another model comes while an update does."""
+    size = place.make()
+    other = place.fleet.push(make_bundle("air", "3.0.0", weights=os.urandom(5000)))
+    device = make_device(place.fleet, "device")
+    between = {"digest": other.digest, "manifest": other.manifest.decode(), "files": other.files, "held": []}
+    whole, apply = [], delta.apply
+
+    def beside(base, patch, target, **wanted):
+        (target.parent / f".{target.name}.patching").write_bytes(b"half of it")
+        process = device.start("fetch", **json.loads(place.request(**between)))
+        whole.append(process.communicate(timeout=60)[0])
+        assert (target.parent / f".{target.name}.patching").exists()
+        apply(base, patch, target, **wanted)
+
+    monkeypatch.setattr(delta, "apply", beside)
+    answer = place.fetch()
+    assert b'"ok"' in whole[0]
+    assert (answer["bytes"], answer["refused"]) == (size, {})
+    assert place.leftovers() == []
+
+
 def test_a_delta_that_never_gets_to_its_end_before_the_courier_is_ended_in_order_is_given_up(place, monkeypatch):
     """Windows that are shorter than applying takes, say, or a network that changes every minute."""
     place.make()
