@@ -107,7 +107,9 @@ class Connections(abc.ABC):
     def _redirected(self, url: str, location: str) -> str:
         try:
             found = urljoin(url, location)
-            self._origin(found)
+            host, _ = self._origin(found)
+            # A name that no resolver takes is told here, of whoever redirects to it.
+            host.encode("idna")
         except (ValueError, Rejected):
             raise MirrorWrong(f"{url}: redirects to {location[:200]!r}, wanted https://host[:port]/...") from None
         return found
@@ -255,7 +257,8 @@ def _named(url: str) -> Iterator[None]:
         raise Transient("timeout", f"{where}: {error}") from error
     except ssl.SSLCertVerificationError as error:
         raise Transient("unreachable", f"{where}: its certificate is not trusted: {error.verify_message}") from error
-    except (http.client.HTTPException, OSError) as error:
+    except (http.client.HTTPException, OSError, UnicodeError) as error:
+        # UnicodeError: a name or a path that cannot be asked for.
         raise Transient("unreachable", f"{where}: {type(error).__name__}: {error}") from error
 
 

@@ -290,6 +290,11 @@ def elsewhere(handler, _data):
     return True
 
 
+def nowhere(handler, _data):
+    head(handler, 0, 302, Location="https://a..b/delta")
+    return True
+
+
 def unlimited(handler, _data):
     head(handler, 1 << 50)
     return True
@@ -305,7 +310,7 @@ def dripping(handler, data):
 
 @pytest.mark.parametrize(
     "spoil",
-    [endless, silent, broken_off, refused, failing, elsewhere, unlimited, dripping],
+    [endless, silent, broken_off, refused, failing, elsewhere, nowhere, unlimited, dripping],
     ids=lambda how: how.__name__,
 )
 @pytest.mark.attack("endless data", "slow retrieval")

@@ -106,10 +106,11 @@ def test_an_error_page_with_status_200_is_gone_a_moment_later_and_what_came_stay
     assert (len(pages), answer["bytes"]) == (2, len(WEIGHTS) - 200_000 + small["size"])
 
 
-def test_a_redirect_to_plain_http_speaks_of_the_mirror(fleet, device, big):
+@pytest.mark.parametrize("where", ["http://127.0.0.1:1/blob", "https://a..b/blob", f"https://{'a' * 64}.example/"])
+def test_a_redirect_to_plain_http_or_to_no_name_speaks_of_the_mirror(fleet, device, big, where):
     def redirect(handler, _data):
         handler.send_response(302)
-        handler.send_header("Location", "http://127.0.0.1:1/blob")
+        handler.send_header("Location", where)
         handler.send_header("Content-Length", "0")
         handler.end_headers()
         return True
