@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from skerry_contract import group as g
 from skerry_contract import ids
-from sqlalchemy import Connection, Insert, case, literal_column, select, update
+from sqlalchemy import ColumnElement, Connection, Insert, and_, case, func, literal_column, select, update
 
 from skerry_server.core import eligibility
 from skerry_server.core import rollout as core
@@ -96,13 +96,15 @@ def fold(connection: Connection, events: Sequence[TakenEvent]) -> None:
                 if event.data["state"] in _CONFIRMED:
                     # It was the power: the bundle runs there.
                     confirmed.setdefault(rollout.id, set()).add(event.device)
-                    if held.get("went_back", "").endswith(_AT_BOOT):
+                    if _is_soft(held.get("went_back", "")):
                         held["went_back"] = ""
                 continue
             news = _news(event, rollout)
             if news:
                 nothing = {"rollout": key[0], "device": key[1], "went_back": "", "unable": "", "crashed_ms": 0}
-                rows.setdefault(key, nothing).update(news)
+                mine = rows.setdefault(key, nothing)
+                if not (_is_soft(news.get("went_back", "")) and mine["went_back"] and not _is_soft(mine["went_back"])):
+                    mine.update(news)
     c = t.rollout_reports.c
     for name, devices in able.items():
         unable = update(t.rollout_reports).where(c.rollout == name, c.device.in_(sorted(devices)), c.unable != "")
@@ -116,6 +118,11 @@ def fold(connection: Connection, events: Sequence[TakenEvent]) -> None:
 def _answers(event: TakenEvent) -> bool:
     """Whether the device says that a bundle answers requests there."""
     return event.name == "update" and not event.code and event.data.get("state") in ("trial", *_CONFIRMED)
+
+
+def _is_soft(code: str) -> bool:
+    """Whether a power cut may have been it. What the device found before stays."""
+    return code.endswith(_AT_BOOT)
 
 
 def _is_about(event: TakenEvent, rollout: Any) -> bool:
@@ -172,7 +179,7 @@ def of_rollout(connection: Connection, row: Mapping[str, Any]) -> Reports:
             went_back[one.device] = one.went_back
         if one.unable:
             unable.add(one.device)
-    alone = [device for device, code in went_back.items() if code.endswith(_AT_BOOT)]
+    alone = [device for device, code in went_back.items() if _is_soft(code)]
     if len(alone) == 1:
         # Nobody can tell a power cut from a bundle that brings its device down; two devices, or the same one twice, can.
         del went_back[alone[0]]
@@ -185,6 +192,11 @@ def _upsert(connection: Connection) -> Insert:
     c, new = t.rollout_reports.c, fresh.excluded
     nothing = {"went_back": "''", "unable": "''", "crashed_ms": "0"}
     newer = {n: case((new[n] != literal_column(none), new[n]), else_=c[n]) for n, none in nothing.items()}
+    at_boot: ColumnElement[str] = literal_column(f"'{_AT_BOOT}'")
+    empty: ColumnElement[str] = literal_column("''")
+    told, said = (func.replace(one.went_back, at_boot, empty) for one in (c, new))
+    softer = and_(said != new.went_back, told == c.went_back, told != empty)
+    newer["went_back"] = case((softer, c.went_back), else_=newer["went_back"])
     statement: Insert = fresh.on_conflict_do_update(index_elements=["rollout", "device"], set_=newer)
     return statement
 

@@ -99,6 +99,24 @@ def test_attempts_that_a_bad_link_ended_make_a_power_cut_no_second_one(fleet):
     assert fleet.decision().action == "roll_back"
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_a_device_found_before_its_power_cut_stays_a_verdict(fleet, at_once):
+    fleet.change(stage=1, cuts={"*": str(g.EVERYONE)})
+    about = {"model": "gas", "digest": fleet.make.CANDIDATE, "rollout": "r-1"}
+    said = [("start_timeout", about), ("trial_crashed", {**about, "at_boot": True, "ended_so": 1})]
+    if at_once:
+        # As a device delivers that was offline meanwhile.
+        bodies = [wire.encode(wire.Event(at=fleet.make.at(), name="update", code=c, data=d)) for c, d in said]
+        records = [fleet.make.record(i, body, kind="event") for i, body in enumerate(bodies, 1)]
+        fleet.server.take(fleet.make.up(fleet.candidate, *records))
+    else:
+        for code, data in said:
+            fleet.says(fleet.candidate, code, **data)
+    assert (fleet.gather().reverted, fleet.decision().action) == ({"start_timeout": 1}, "roll_back")
+    fleet.says(fleet.control, said[1][0], **said[1][1])
+    assert fleet.gather().reverted == {"start_timeout": 1}
+
+
 @pytest.mark.parametrize("state", ["confirmed", "confirmed_on_golden"])
 def test_a_device_that_confirms_the_bundle_takes_its_power_cut_back_and_nothing_else(fleet, state):
     fleet.change(stage=1, cuts={"*": str(g.EVERYONE)})
