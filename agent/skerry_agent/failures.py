@@ -76,15 +76,18 @@ class Failures:
                     self._store.put(name, kept)
 
     def was_said(self, update: Update) -> bool:
-        """Whether saying it again is of no use. Remembers a refusal."""
-        refused = update.code if update.state in ("revert", "idle") else ""
+        """Whether saying it again is of no use."""
+        refused = _refusal(update)
         known = self._store.get("recorded", {}).get(update.digest)
-        if refused:
-            self._store.put("recorded", {update.digest: refused})
         # A bundle that is refused again and again for the same reason is worth one line, not one per try. What counts towards a bar is
         # said each time: that ends, and a rollout goes by how often it was.
         again = refused == known and update.penalty not in ATTEMPTS
         return update.attempt > 3 and (update.state == "fetch" or again)
+
+    def said(self, update: Update) -> None:
+        """Remembers what it was refused for, once that was said."""
+        if refused := _refusal(update):
+            self._store.put("recorded", {update.digest: refused})
 
     def of(self, digest: str) -> dict[str, int]:
         """Penalty -> how often the bundle failed so."""
@@ -164,3 +167,7 @@ class Failures:
             for key in ("failures", "waits", "moves", "recorded"):
                 self._store.delete(key)
         return cleared
+
+
+def _refusal(update: Update) -> str:
+    return update.code if update.state in ("revert", "idle") else ""

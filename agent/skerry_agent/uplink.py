@@ -111,20 +111,28 @@ class Uplink:
         self.link.publish(topics.state(self._identity.device), wire.encode(said), retain=True)
 
     def event(self, name: str, code: str, data: dict[str, Any]) -> None:
-        """Puts an event into the outbox, and sends it soon."""
-        body = wire.encode(wire.Event(at=self._clock.instant(), name=name, code=code, data=data))
+        """Puts an event into the outbox, and sends it soon. One that cannot be stored is lost."""
         try:
-            self._store.append([Entry(kind="event", body=body)])
+            self._keep(name, code, data)
         except Degraded as error:
             log.error("event not stored", extra=kv(code=error.code, detail=error.detail, event=name))
-            return
+
+    def _keep(self, name: str, code: str, data: dict[str, Any]) -> None:
+        body = wire.encode(wire.Event(at=self._clock.instant(), name=name, code=code, data=data))
+        self._store.append([Entry(kind="event", body=body)])
         self.pump_soon()
 
     def changed(self, code: str, data: dict[str, Any]) -> None:
-        """The update or what runs changed: an event of it where there is something to say, and the state anew."""
-        if data:
-            self.event("update", code, data)
-        self.report_if_online()
+        """The update or what runs changed: an event of it where there is something to say, and the state anew.
+
+        Raises:
+            Degraded: the event could not be stored; only the state was said.
+        """
+        try:
+            if data:
+                self._keep("update", code, data)
+        finally:
+            self.report_if_online()
 
     def report_if_online(self) -> None:
         """The state anew, where the server listens: else it is said when it does."""

@@ -170,6 +170,7 @@ class Driving:
         """Takes the events that could not be stored when they came; looks at the trial's time."""
         self._up = True
         self._catch_up()
+        self._telling.tick(self.update)
         self._go_back_first()
         if self._settling.tick() and self.at_rest:
             self._on_rest()
@@ -246,7 +247,7 @@ class Driving:
             try:
                 event = await self._steps.do(effect)
             except AgentError as error:
-                if effect in (Effect.RECORD, Effect.CONFIRM):
+                if effect is Effect.CONFIRM:
                     # What is only noted must not hold back what brings the device home.
                     log.error("effect not noted", extra=kv(effect=effect.name, code=error.code, detail=error.detail))
                     continue

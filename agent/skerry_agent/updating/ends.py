@@ -153,9 +153,14 @@ class Updating(Driving):
         given_up, _ = lifecycle.step(Update(state="confirmed"), looped, self._clock.instant())
         # A power cut is likelier than the bundle's fault.
         given_up = msgspec.structs.replace(given_up, at_boot=True)
-        with self._store.transaction():
-            self._store.put("update", given_up)
-            self.failures.penalise(given_up)
+        try:
+            with self._store.transaction():
+                self._store.put("update", given_up)
+                self.failures.penalise(given_up)
+        except Degraded as error:
+            # On a full disk, say. No reason not to start.
+            log.error("way back not stored", extra=kv(model=model, code=error.code, detail=error.detail))
+            return False
         self.update = given_up
         self._telling.record(self.update)
         return True

@@ -6,6 +6,7 @@ What was said last is noted in the store: a start after it was said already says
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,10 @@ from skerry_agent.endings import Endings
 from skerry_agent.errors import Degraded
 from skerry_agent.failures import Failures
 from skerry_agent.fetched import Fetched
+from skerry_agent.logs import kv
 from skerry_agent.store import Store
+
+log = logging.getLogger(__name__)
 
 
 class Telling:
@@ -26,7 +30,7 @@ class Telling:
 
     Args:
         fetched: what downloads took.
-        on_change: the update or what runs changed: report it.
+        on_change: the update or what runs changed: report it; raises ``Degraded`` where the word of it could not be kept.
     """
 
     def __init__(
@@ -45,9 +49,28 @@ class Telling:
         self._endings = endings
         self._fetched = fetched
         self._on_change = on_change
+        self._owing = False
 
     def record(self, update: Update) -> None:
-        """Says what became of the update; of a start after it was said already, only how things stand."""
+        """Says what became of the update; of a start after it was said already, only how things stand.
+
+        What cannot be kept for the server now is said as soon as it can be; nothing else waits for it.
+        """
+        try:
+            self._record(update)
+        except Degraded as error:
+            if not self._owing:
+                log.error("update not told", extra=kv(code=error.code, detail=error.detail, state=update.state))
+            self._owing = True
+        else:
+            self._owing = False
+
+    def tick(self, update: Update) -> None:
+        """Says what could not be said when it was due."""
+        if self._owing:
+            self.record(update)
+
+    def _record(self, update: Update) -> None:
         data = self._word(update)
         said = {**data, "code": update.code, "since": update.since}
         if not update.model or self._store.get("said") == msgspec.to_builtins(said):
@@ -62,7 +85,9 @@ class Telling:
             data = {**data, "at_boot": True, "ended_so": ended}
         self._on_change("" if quiet else update.code, {} if quiet else data)
         # Behind the event: power that fails between the two has it said twice, and never not at all.
-        self._store.put("said", said)
+        with self._store.transaction():
+            self._failures.said(update)
+            self._store.put("said", said)
 
     def _word(self, update: Update) -> dict[str, Any]:
         return {

@@ -297,6 +297,26 @@ def test_a_store_that_is_busy_when_a_trial_ends_swallows_no_word_and_keeps_no_fa
     asyncio.run(main())
 
 
+def test_a_start_that_cannot_note_whom_it_blames_goes_on(
+    life: Life, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life.slots.confirm("gas", put(life.slots, bundles["1.0.0"]))
+    new = put(life.slots, bundles["2.0.0"])
+    life.slots.confirm("gas", new)
+    update = lc.Update(state="confirmed", model="gas", digest=new.digest, version="2.0.0", variant=new.variant)
+    life.updating.update = update
+
+    def full(*_: object) -> None:
+        raise Degraded("store_full", "no room", advice="")
+
+    monkeypatch.setattr(life.store, "put", full)
+    assert not life.updating.blame("the agent itself ended 5 times")
+    assert life.updating.update == update
+    monkeypatch.undo()
+    assert life.updating.blame("the agent itself ended 5 times")
+    assert life.updating.update.code == "crash_loop"
+
+
 def test_a_lock_that_comes_in_the_middle_of_a_proof_has_the_next_worker_started_after_a_wait(
     life: Life, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
