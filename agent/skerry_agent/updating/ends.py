@@ -211,15 +211,27 @@ class Updating(Driving):
             self._order(e.Cancelled(detail=f"cancelled by {who}"))
             return (self.update,)
         ended = (update, *self._endings.beside(update.model))
-        waits = [one for one in ended if one.resting and one.code and self.failures.wait_s(one.digest) > 0]
-        waits = [one for one in waits if model in ("", one.model)]
+        ended = tuple(one for one in ended if one.resting and one.code not in ("", "cancelled"))
+        waits = [one for one in ended if model in ("", one.model) and self.failures.wait_s(one.digest) > 0]
         if not waits:
             of_it = f" of {model}" if model else ""
             raise Rejected("nothing_to_cancel", f"no update{of_it} is under way, and none waits for its next try")
+        how = {"code": "cancelled", "detail": f"cancelled by {who}", "at_boot": False, "since": self._clock.instant()}
+        cancelled = tuple(msgspec.structs.replace(one, **how) for one in waits)
+        own = next((one for one in cancelled if one.model == update.model), update)
         with self._store.transaction():
-            for one in waits:
+            for one in cancelled:
                 self.failures.hold(one.digest, "cancelled")
-        return tuple(waits)
+                self._endings.note(one)
+            if own != update:
+                self._store.put("update", own)
+        self.update = own
+        for one in cancelled:
+            if one.model == own.model:
+                self._telling.record(one)
+            else:
+                self._telling.beside(one)
+        return cancelled
 
     def pardon(self) -> int:
         """A person clears all failures, those of the attempt under way too. Returns how many bundles had some."""

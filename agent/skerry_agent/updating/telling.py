@@ -65,6 +65,13 @@ class Telling:
         else:
             self._owing = False
 
+    def beside(self, update: Update) -> None:
+        """Says what became of one that is not the last; what cannot be kept now is lost."""
+        try:
+            self._on_change(update.code, self._word(update))
+        except Degraded as error:
+            log.error("update not told", extra=kv(code=error.code, detail=error.detail, model=update.model))
+
     def tick(self, update: Update) -> None:
         """Says what could not be said when it was due."""
         if self._owing:

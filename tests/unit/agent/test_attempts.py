@@ -197,10 +197,35 @@ def test_a_model_that_waits_is_told_and_can_be_cancelled_whatever_others_did_sin
         assert DIGEST in life.updating.failures.spent()
         told = {one.about: one for one in why.explain(life.updating.why())}
         assert told["update to gas 2.0.0"].waits_for == "another bundle, or a person's word"
+        assert "cancelled by a person" in told["update to gas 2.0.0"].says
+        assert [(code, data["model"], data["state"]) for code, data in life.changes[-1:]] == [
+            ("cancelled", "gas", "idle")
+        ]
+        with pytest.raises(Rejected, match="none waits"):
+            life.updating.cancel("a person")
         # Once it is confirmed, nothing of that is told any more.
         life.until("trial")
         life.updating.feed(e.TrialKept())
         assert not [one for one in why.explain(life.updating.why()) if "gas" in one.about]
+
+    asyncio.run(main())
+
+
+def test_that_what_waited_was_cancelled_is_said_once_and_stands_over_a_start(life: Life) -> None:
+    async def main() -> None:
+        life.until("fetch")
+        life.updating.feed(e.Failed(code="unreachable"))
+        await life.rest()
+        await asyncio.sleep(0.02)
+        (ended,) = life.updating.cancel("an operator")
+        assert (ended.state, ended.code, ended.failed_in) == ("idle", "cancelled", "fetch")
+        life.cut()
+        assert life.updating.update == ended
+        life.updating.booted()
+        await asyncio.sleep(0.02)
+        told = [(code, data["digest"], data["detail"]) for code, data in life.changes if code == "cancelled"]
+        assert told == [("cancelled", DIGEST, "cancelled by an operator")]
+        assert life.refused
 
     asyncio.run(main())
 
