@@ -94,7 +94,7 @@ def _full(ring: Path) -> Recorder:
     )
     answer = {"p": np.array([[0.2, 0.5, 0.3]], np.float32)}
     for ident in np.random.default_rng(int(ring.stem)).integers(1, 1 << 64, PREDICTIONS, dtype=np.uint64).tolist():
-        recorder.ok({}, answer, 1, 1, 0, 0, 1, 1, ident=ident)
+        recorder.ok({}, answer, 1, 1, 0, 0, 1, time.clock_gettime_ns(time.CLOCK_BOOTTIME), ident=ident)
     recorder.cut()
     return recorder
 
