@@ -1,5 +1,6 @@
 """Writing an update into a folder: what an operator's machine does for whoever holds the server, or had the stick."""
 
+import datetime as dt
 import json
 import os
 
@@ -53,10 +54,10 @@ def bundle(fleet):
 def export(fleet, tmp_path):
     """The tool's own work, with its own client."""
 
-    def run(folder, *groups, say=lambda _: None):
+    def run(folder, *groups, say=lambda _: None, later=dt.timedelta()):
         api = Api(Profile(server=fleet.site.url, token="secret", ca=fleet.authority.files.ca))
         return exporting.export(
-            api, folder, root=fleet.ceremony.root, cache_dir=tmp_path / "seen" / "catalog", now=fleet.clock(),
+            api, folder, root=fleet.ceremony.root, cache_dir=tmp_path / "seen" / "catalog", now=fleet.clock() + later,
             groups=groups, say=say,
         )  # fmt: skip
 
@@ -154,6 +155,55 @@ def test_roots_without_end_fill_no_stick(fleet, bundle, export, tmp_path) -> Non
         export(tmp_path / "stick")
     assert [path for path in asked if path.endswith(".root.json")] == ["/repository/metadata/2.root.json"]
     assert all_files(tmp_path / "stick") == {}
+
+
+@pytest.mark.attack("freeze")
+def test_a_repository_that_nobody_signed_for_days_is_not_carried(fleet, bundle, export, tmp_path) -> None:
+    with pytest.raises(RefusedForSafety, match="ExpiredMetadataError"):
+        export(tmp_path / "stick", later=dt.timedelta(days=2))
+    assert all_files(tmp_path / "stick") == {}
+
+
+@pytest.mark.attack("endless data")
+def test_a_file_without_end_is_cut_off_at_its_signed_size(fleet, bundle, export, tmp_path) -> None:
+    sent, most = [0], 64 << 20
+
+    def endless(handler, _data):
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        while sent[0] < most:
+            handler.wfile.write(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+            sent[0] += 0x10000
+        return True
+
+    fleet.site.spoils["/repository/blobs/"] = endless
+    with pytest.raises(RefusedForSafety, match="not what its name says"):
+        export(tmp_path / "stick")
+    assert sent[0] < most / 2
+    assert not list((tmp_path / "stick").rglob("blobs/*/*/*"))
+
+
+def test_documents_that_are_not_what_is_listed_are_neither_carried_nor_followed(
+    fleet, bundle, export, tmp_path
+) -> None:
+    def changed(handler, data):
+        return fleet.site.send_file(handler, data.replace(b'"generation":1', b'"generation":2')) is None
+
+    fleet.site.spoils["/repository/targets/fleet/"] = changed
+    with pytest.raises(RefusedForSafety, match="sha256"):
+        export(tmp_path / "stick")
+    assert all_files(tmp_path / "stick") == {}
+    fleet.site.spoils.clear()
+    # Under the online key, a version by another digest than the approvers listed.
+    other = group.Target(version="1.0.0", digest="0" * 64)
+    document = group.GroupDocument(
+        schema=1, group="line-1", generation=2, models={"gas": group.ModelPlan(stable=other)}
+    )
+    fleet.repository.publish_group("line-1", group.encode(document))
+    done = export(tmp_path / "stick")
+    assert [(one["model"], one["version"]) for one in done.missing] == [("gas", "1.0.0")]
+    assert done.bundles == [] and not [path for path in all_files(tmp_path / "stick") if path.startswith("blobs/")]
 
 
 @pytest.mark.attack("symlink")
