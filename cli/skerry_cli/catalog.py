@@ -35,7 +35,7 @@ from tuf.api.metadata import Metadata, TargetFile, Targets
 from skerry_cli import cosigning, output
 from skerry_cli.bundle_source import BundleSource, FolderSource, RepositorySource, checked_bundle
 from skerry_cli.errors import RefusedForSafety, Usage
-from skerry_cli.offline_roles import CATALOG_LIFE
+from skerry_cli.offline_roles import CATALOG_LIFE, CLOCK_SLACK
 from skerry_cli.verified_catalog import Entry, VerifiedCatalog, entries, read_catalog, under_targets
 
 __all__ = [
@@ -262,8 +262,12 @@ def cosign(
             advice="another catalog appeared since: its signatures are void, rebase it",
         )
     require_colleague(verified, theirs)
-    if not now < theirs.signed.expires <= now + CATALOG_LIFE:
-        raise RefusedForSafety(f"proposal: it expires {theirs.signed.expires}, wanted within {CATALOG_LIFE.days} days")
+    if not now < theirs.signed.expires <= now + CATALOG_LIFE + CLOCK_SLACK:
+        raise RefusedForSafety(
+            f"proposal: it expires {theirs.signed.expires:%Y-%m-%d}, wanted within {CATALOG_LIFE.days} days from now, {now:%Y-%m-%d %H:%M} UTC by "
+            "this machine's clock",
+            advice="compare the clocks of who proposed it and of this machine",
+        )
     before, after = entries(verified.catalog), entries(theirs.signed)
     added = {key: entry for key, entry in after.items() if before.get(key) != entry}
     names = {entry.approvers for entry in added.values()}

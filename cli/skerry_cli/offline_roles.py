@@ -26,6 +26,8 @@ from skerry_cli.errors import RefusedForSafety, Usage
 ROOT_LIFE = dt.timedelta(days=365)
 TARGETS_LIFE = dt.timedelta(days=365)
 CATALOG_LIFE = dt.timedelta(days=180)
+CLOCK_SLACK = dt.timedelta(days=1)
+"""So far another's clock may be ahead of one's own before what they signed lives too long."""
 EMPTY_FLOORS = floors.encode({})
 
 _S = TypeVar("_S", Root, Targets)

@@ -29,13 +29,12 @@ from skerry_cli import cosigning, key_files, keyring, offline_roles
 from skerry_cli.cosigning import Authority, Standing
 from skerry_cli.errors import RefusedForSafety, Usage
 from skerry_cli.history import Trusted
-from skerry_cli.offline_roles import CATALOG_LIFE, ROOT_LIFE, TARGETS_LIFE, RootWish, TargetsWish
+from skerry_cli.offline_roles import CATALOG_LIFE, CLOCK_SLACK, ROOT_LIFE, TARGETS_LIFE, RootWish, TargetsWish
 
 KIND = "skerry signing request"
 ORDER = ("root", "targets", "catalog")
 _KINDS: dict[str, type[Root] | type[Targets]] = {"root": Root, "targets": Targets, "catalog": Targets}
 _LIVES = {"root": ROOT_LIFE, "targets": TARGETS_LIFE, "catalog": CATALOG_LIFE}
-_CLOCK_SLACK = dt.timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,9 +205,10 @@ def review(
                 f"{role}: wanted version {wanted}, got {signed.version}",
                 advice="take the versions between in with 'skerry keys accept'" if signed.version > wanted else "",
             )
-        if not now < signed.expires <= now + _LIVES[role] + _CLOCK_SLACK:
+        if not now < signed.expires <= now + _LIVES[role] + CLOCK_SLACK:
             raise RefusedForSafety(
-                f"{role}: it expires {signed.expires:%Y-%m-%d}, wanted within {_LIVES[role].days} days from now"
+                f"{role}: it expires {signed.expires:%Y-%m-%d}, wanted within {_LIVES[role].days} days from now, {now:%Y-%m-%d %H:%M} UTC by "
+                "this machine's clock"
             )
         metadata = request.documents[role]
         authorities: tuple[Authority, ...]

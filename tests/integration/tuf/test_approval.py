@@ -239,7 +239,7 @@ class TestTwoOfThree:
             source=fleet.source(),
             signer=fleet.signer(more.pop("key", approver)),
             approver=approver,
-            now=fleet.clock(),
+            now=fleet.clock() + more.pop("off", dt.timedelta()),
             **more,
         )
 
@@ -277,6 +277,12 @@ class TestTwoOfThree:
         fleet.install(both)
         assert fleet.repository.catalog_entries()[0].custom["approvers"] == ["ada", "bea"]
         make_device(fleet, "device").enrol().manifest(gas)
+
+    def test_clocks_that_differ_stop_no_second_signature_unless_by_days(self, fleet, gas):
+        made = fleet.propose(catalog.Change(add=(gas.addition(),)), others=("bea",))
+        with pytest.raises(RefusedForSafety, match="by this machine's clock"):
+            self.cosign(fleet, made, "bea", off=dt.timedelta(days=-2))
+        assert self.cosign(fleet, made, "bea", off=dt.timedelta(hours=-2)).complete
 
     def test_the_same_approver_twice_counts_once(self, fleet, gas):
         made = fleet.propose(catalog.Change(add=(gas.addition(),)), others=("bea",))
