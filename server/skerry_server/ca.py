@@ -32,7 +32,10 @@ SERVER_LIFE = dt.timedelta(days=397)
 RENEW_BEFORE = dt.timedelta(days=60)
 DEVICE_LIFE = dt.timedelta(days=365)
 CLOCK_SLACK = dt.timedelta(hours=1)
-"""Certificates begin this much earlier: a device's clock may be behind."""
+"""Devices' certificates begin this much earlier: a device's clock may be behind."""
+SINCE = dt.datetime(2024, 1, 1, tzinfo=dt.UTC)
+"""The CA and the server's own certificates begin here, or with the CA: one that was made while the clock ran ahead is good when it is right
+again. Only devices go by when theirs began (they renew at two thirds)."""
 MAX_CSR_BYTES = 16 * 1024
 
 DeviceKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
@@ -83,7 +86,9 @@ class FleetCA:
         pem = public_key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
         digest = hashlib.sha256(spki).hexdigest()
         names = [x509.DNSName(str(device)), x509.UniformResourceIdentifier(ids.key_uri(digest))]
-        certificate = self._sign(str(device), public_key, now, DEVICE_LIFE, names, server=False)
+        certificate = self._sign(
+            str(device), public_key, now, DEVICE_LIFE, names, server=False, begins=now - CLOCK_SLACK
+        )
         return Issued(
             certificate_pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
             serial=f"{certificate.serial_number:x}",
@@ -164,8 +169,10 @@ class FleetCA:
         sans: Sequence[x509.GeneralName],
         *,
         server: bool,
+        begins: dt.datetime | None = None,
     ) -> x509.Certificate:
         usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+        begins = begins or min(now - CLOCK_SLACK, self._certificate.not_valid_before_utc)
         end = min(now + life, self._certificate.not_valid_after_utc)
         return (
             x509.CertificateBuilder()
@@ -173,7 +180,7 @@ class FleetCA:
             .issuer_name(self._certificate.subject)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - CLOCK_SLACK)
+            .not_valid_before(begins)
             .not_valid_after(end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.SubjectAlternativeName(sans), critical=False)
@@ -219,8 +226,8 @@ def _make_ca(key_path: Path, certificate_path: Path, now: dt.datetime) -> None:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_SLACK)
-        .not_valid_after(now + CA_LIFE)
+        .not_valid_before(min(now - CLOCK_SLACK, SINCE))
+        .not_valid_after(max(now, SINCE) + CA_LIFE)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(ca=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)

@@ -31,6 +31,8 @@ class DeviceApi:
         self._web = web
         self._url = server_url.rstrip("/")
         self._now_s = now_s
+        self.told_s = 0.0
+        """What time it is by the server's last answer, seconds since 1970; 0 before one."""
 
     def enrol(self, token: str, csr_pem: str, asked_id: str, encryption_key: str = "") -> dict[str, Any]:
         """Trades the enrolment token and a certificate request for an identity. ``encryption_key``: PEM of the public part.
@@ -92,7 +94,7 @@ class DeviceApi:
             data = transport.read(response, MAX_ANSWER_BYTES, url)
             date = email.utils.parsedate_tz(response.headers.get("Date", ""))
         if date is not None:
-            self._now_s = float(email.utils.mktime_tz(date))
+            self._now_s = self.told_s = float(email.utils.mktime_tz(date))
         try:
             value = json.loads(data)
         except (ValueError, RecursionError):

@@ -43,7 +43,7 @@ def sync(request: requests.Sync, report: Callable[[dict[str, Any]], None]) -> di
         ``tuf`` {role: version}, ``signed_at`` with ``signed_by`` whose word it is, ``online_keys`` that root names for it, ``group``, ``group_document`` (canonical
         JSON text, None when the group has none), ``floors`` and ``forced``, ``catalog_error`` {code, detail} or None, ``membership`` (None
         when the server could not be asked, then ``self_error`` {kind, code, detail}), ``renew_at_s`` and ``ends_s`` (when two
-        thirds of the certificate's life are over, and when it ends, seconds since 1970; None when it cannot be read).
+        thirds of the certificate's life are over, 0 for at once, and when it ends, seconds since 1970; None when it cannot be read).
 
     Raises:
         AgentError: what keeps the device from knowing its group document.
@@ -54,7 +54,7 @@ def sync(request: requests.Sync, report: Callable[[dict[str, Any]], None]) -> di
         raise Rejected("bad_request", str(error)) from None
     web = _web(request)
     with durable.alone(request.tuf / "lock", _LOCK_WAIT_S):
-        membership, self_error = (None, None) if request.folder else _membership(request, web)
+        membership, self_error, told_s = (None, None, 0.0) if request.folder else _membership(request, web)
         if not request.folder:
             report({"membership": membership, "self_error": self_error})
         if membership is not None:
@@ -80,7 +80,7 @@ def sync(request: requests.Sync, report: Callable[[dict[str, Any]], None]) -> di
         "catalog_error": catalog_error,
         "membership": membership,
         "self_error": self_error,
-        **_certificate(request),
+        **_certificate(request, told_s),
     }
 
 
@@ -201,14 +201,16 @@ def _named(error: Exception) -> Exception:
     return safe_updater.explain(error) or error
 
 
-def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, Any] | None, dict[str, str] | None]:
-    """What the server says of this device. Its silence must not keep the device from its group document."""
+def _membership(
+    request: requests.Sync, web: transport.Web
+) -> tuple[dict[str, Any] | None, dict[str, str] | None, float]:
+    """What the server says of this device, and of the time. Its silence must not keep the device from its group document."""
     from skerry_agent.courier import device_api, keys
 
+    api = device_api.DeviceApi(web, request.server_url, request.now_s)
     try:
         enrolled = json.loads((request.identity / "enrolled.json").read_bytes())
         key = keys.load_key(request.identity)
-        api = device_api.DeviceApi(web, request.server_url, request.now_s)
         answer = api.membership(key, str(enrolled["device_id"]))
         membership = {
             "group": ids.group_name(answer.get("group")),
@@ -220,13 +222,14 @@ def _membership(request: requests.Sync, web: transport.Web) -> tuple[dict[str, A
             "alone": answer.get("alone") is True,
         }
     except AgentError as error:
-        return None, {"kind": type(error).__name__.lower(), "code": error.code, "detail": error.detail}
+        return None, {"kind": type(error).__name__.lower(), "code": error.code, "detail": error.detail}, api.told_s
     except (OSError, ValueError, KeyError, TypeError, ContractError) as error:
-        return None, {"kind": "rejected", "code": "malformed_answer", "detail": f"{type(error).__name__}: {error}"}
-    return membership, None
+        fault = {"kind": "rejected", "code": "malformed_answer", "detail": f"{type(error).__name__}: {error}"}
+        return None, fault, api.told_s
+    return membership, None, api.told_s
 
 
-def _certificate(request: requests.Common) -> dict[str, float | None]:
+def _certificate(request: requests.Common, told_s: float) -> dict[str, float | None]:
     from cryptography import x509
 
     from skerry_agent.courier import keys
@@ -236,7 +239,9 @@ def _certificate(request: requests.Common) -> dict[str, float | None]:
     except (OSError, ValueError):
         return {"renew_at_s": None, "ends_s": None}
     begins, ends = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
-    return {"renew_at_s": begins + (ends - begins) * 2 / 3, "ends_s": ends}
+    # Made while the server's clock ran ahead: it is right again, and its broker takes nobody whose certificate has not begun.
+    unbegun = 0.0 < told_s < begins
+    return {"renew_at_s": 0.0 if unbegun else begins + (ends - begins) * 2 / 3, "ends_s": ends}
 
 
 def _check_group(document: bytes, name: str) -> None:

@@ -1,6 +1,10 @@
 """Ceremony to verified bundle on disk, through every real part."""
 
+import datetime as dt
 import json
+import time
+
+from cryptography import x509
 
 
 def test_a_bundle_goes_from_the_approvers_key_to_a_verified_slot(fleet, device, make_bundle):
@@ -51,3 +55,16 @@ def test_renewal_brings_a_new_certificate_for_the_same_key(device):
     assert (device.state_dir / "identity" / "device.pem").read_bytes() != before
     assert (device.state_dir / "identity" / "device.key").read_bytes() == key
     assert (device.state_dir / "identity" / "device.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_certificate_that_has_not_begun_by_the_servers_time_is_renewed_at_once(fleet, device):
+    """It was issued while the server's clock ran a year ahead; now that is right, no broker takes it, and two thirds of its life are far off."""
+    place = device.state_dir / "identity" / "device.pem"
+    key = x509.load_pem_x509_certificate(place.read_bytes()).public_key()
+    ahead = fleet.clock() + dt.timedelta(days=400)
+    place.write_text(fleet.site.authority.issue_device("d-1", key, ahead).certificate_pem)
+    assert device.sync()["renew_at_s"] == 0.0
+    # Whatever the device takes the time for; nor does a silent server make it ask.
+    assert device.sync(now_s=1.0)["renew_at_s"] == 0.0
+    device.ok("renew")
+    assert device.sync(now_s=1.0)["renew_at_s"] > time.time() + 200 * 86_400

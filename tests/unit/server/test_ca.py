@@ -71,6 +71,24 @@ def test_own_certificates_are_kept_until_they_near_their_end_or_lack_a_name(tmp_
     assert "other.example" in names(files.server_certificate)
 
 
+def test_what_is_made_while_the_clock_is_wrong_is_good_when_it_is_right_again(tmp_path: Path) -> None:
+    for number, off in enumerate((dt.timedelta(days=400), dt.timedelta(days=20_000), dt.timedelta(days=-20_000))):
+        authority = ca.open_ca(tmp_path / f"{number}", NOW + off)
+        authority.ensure_own([], NOW + off)
+        authority.ensure_own([], NOW)
+        files = authority.files
+        for path in (files.ca, files.server_certificate, files.client_certificate):
+            assert load(path).not_valid_before_utc < NOW < load(path).not_valid_after_utc - ca.RENEW_BEFORE, (off, path)
+    # A fleet that is there, an hour with a clock a year ahead, and one with a clock at 1970.
+    authority = ca.open_ca(tmp_path / "there", NOW)
+    for off in (dt.timedelta(), dt.timedelta(days=400), dt.timedelta(days=-20_000)):
+        authority.ensure_own([], NOW + off)
+        for path in (authority.files.server_certificate, authority.files.client_certificate):
+            assert load(path).not_valid_before_utc < NOW < load(path).not_valid_after_utc, off
+    authority.issue_listener(tmp_path / "broker", ["broker.example"], NOW + dt.timedelta(days=400))
+    assert load(tmp_path / "broker" / "broker.pem").not_valid_before_utc < NOW
+
+
 def test_a_torn_certificate_is_made_anew(tmp_path: Path) -> None:
     authority = ca.open_ca(tmp_path, NOW)
     authority.ensure_own([], NOW)
