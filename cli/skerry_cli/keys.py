@@ -176,7 +176,7 @@ def read_ceremony(directory: Path) -> Ceremony:
     """Reads a ceremony's folder. Needs no password: private keys stay closed.
 
     Raises:
-        Usage: a file is missing or unreadable.
+        Usage: a file is missing or unreadable, or the record names a holder by what is no name.
         RefusedForSafety: ``root.json`` is not the one that the record names.
     """
     try:
@@ -189,7 +189,9 @@ def read_ceremony(directory: Path) -> Ceremony:
     try:
         record = json.loads(record_text)
         recorded = record["root_sha256"]
-        _ = [(entry["name"], entry["keyid"]) for entry in record["keys"]]
+        _ = keyring.checked_names(
+            {entry["keyid"]: entry["name"] for entry in record["keys"]}, str(directory / RECORD_FILE)
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise Usage(f"{directory / RECORD_FILE} is not a ceremony's record: {error!r}") from None
     root_sha256 = canonical.sha256(root)

@@ -362,6 +362,8 @@ def test_a_name_that_draws_lines_of_its_own_beside_a_fingerprint_is_shown_and_si
     record.write_text(kept.replace('"name": "ada"', json.dumps({"name": padded})[1:-1], 1))
     done = person("eve")("keys", "join", held.folder, "--root-sha256", held.root_sha256)
     assert done.code == REFUSED and "a holder's name must match" in done.err
+    done = held.cleo("keys", "show", "--dir", held.folder)
+    assert done.code == USAGE and "ceremony.json: a holder's name must match" in done.err
     record.write_text(kept)
     with (held.bea.keys / "history.jsonl").open("a") as file:
         file.write(json.dumps({"at": "", "what": "", "sha256": "", "names": {theirs["keyid"]: padded}}) + "\n")
