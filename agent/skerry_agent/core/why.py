@@ -89,6 +89,7 @@ class Facts:
         certificate_left_s: until its certificate ends, below 0 since; None where that is not known.
         restarts: starts of the agent before this one that did not last.
         trial: inferences so far, wanted, and seconds of its time that are left.
+        unwritten: the disk does not take the pointer file, so that no update is taken up.
     """
 
     running: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -106,6 +107,7 @@ class Facts:
     certificate_left_s: float | None = None
     restarts: int = 0
     trial: tuple[int, int, float] = (0, 0, 0.0)
+    unwritten: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +137,10 @@ def explain(facts: Facts) -> tuple[Told, ...]:
     for one in facts.beside:
         if one.spent or one.wait_s > 0:
             found.append(_ended(one.update, one.since_s, one.wait_s, one.spent))
+    if facts.unwritten:
+        says = "takes no file: what was confirmed or went back holds all the same, and nothing new is taken up"
+        do = "make room on it, or see whether it can be written"
+        found.append(Told(about="disk", says=says, waits_for=_NEEDS["not_enough_disk"], do=do, code="not_enough_disk"))
     found += _outside(facts)
     return tuple(found)
 
@@ -142,9 +148,9 @@ def explain(facts: Facts) -> tuple[Told, ...]:
 def _serves(facts: Facts, model: str, version: str, standing: str) -> Told:
     if standing != STOPPED:
         return Told(about=model, says=f"answers as {version}, {standing.replace('_', ' ')}")
-    update = facts.update
-    if update.model == model and update.code == "below_forced_floor":
-        return Told(about=model, says=f"nothing answers: {version} must not any more", waits_for=_NEEDS[update.code])
+    last = next((u for u in (facts.update, *(one.update for one in facts.beside)) if u.model == model), None)
+    if last is not None and last.code == "below_forced_floor":
+        return Told(about=model, says=f"nothing answers: {version} must not any more", waits_for=_NEEDS[last.code])
     return Told(
         about=model, says=f"nothing answers: {version} should, and no worker does", waits_for="a worker, which is started again after a growing wait",
         do="`skerry-agent logs` says why it does not; `skerry-agent revert` goes back to the bundle before it, where there is one",

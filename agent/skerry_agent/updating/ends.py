@@ -7,6 +7,7 @@ and fed to the table, or owed until what is under way has made way for it (``ret
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -267,4 +268,5 @@ class Updating(Driving):
         """What is known here of the update, for ``core.why``."""
         when_s = None if self.update.resting else self._deadline.when_s()
         left_s = None if when_s is None else when_s - asyncio.get_running_loop().time()
-        return self._telling.facts(self.update, left_s=left_s, trial=self._watching.so_far(self.rules))
+        told = self._telling.facts(self.update, left_s=left_s, trial=self._watching.so_far(self.rules))
+        return dataclasses.replace(told, unwritten=self._slots.unwritten)

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from skerry_agent.core import effects as e
 from skerry_agent.core import lifecycle as lc
+from skerry_agent.core import why
 from skerry_agent.errors import Degraded
 from skerry_agent.forcing import Forcing
 from skerry_agent.remembered import Remembered
@@ -145,6 +146,7 @@ def test_a_confirmation_stands_on_such_a_disk_and_holds_no_way_back_up(life: Lif
                     await asyncio.sleep(0.01)
             assert [data["state"] for _, data in life.changes if data] == ["confirmed"]
             assert life.slots.unwritten
+            assert any(one.about == "disk" and one.do for one in why.explain(life.updating.why()))
             # A start finds the word in the store, and begins with that bundle.
             life.slots = Slots(life.slots.root)
             life.cut()
@@ -158,6 +160,7 @@ def test_a_confirmation_stands_on_such_a_disk_and_holds_no_way_back_up(life: Lif
             assert life.serving.models()["gas"].version == "1.0.0"
         await settled(life)
         assert active_on_disk(life.slots) == "1.0.0"
+        assert all(one.about != "disk" for one in why.explain(life.updating.why()))
         await life.serving.stop()
 
     asyncio.run(main())

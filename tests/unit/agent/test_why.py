@@ -74,3 +74,7 @@ def test_of_what_should_answer_and_does_not_it_says_so_and_what_to_do() -> None:
     forced = why.explain(why.Facts(running={"gas": ("2.0.0", "stopped")}, update=update("idle", "below_forced_floor")))
     assert (forced[0].says, forced[0].do) == ("nothing answers: 2.0.0 must not any more", "")
     assert "floor that the approvers forced" in forced[0].waits_for
+    other = why.Ended(update=update("idle", "below_forced_floor"), since_s=None, wait_s=0.0, spent=False)
+    since = lc.Update(state="confirmed", model="pump", digest="b" * 64, version="3.0.0")
+    beside = why.explain(why.Facts(running={"gas": ("2.0.0", "stopped")}, update=since, beside=(other,)))
+    assert beside[0] == forced[0]
