@@ -57,8 +57,7 @@ class Updating(Driving):
         A confirmed bundle that brings its worker down again and again goes back too, when there is one before it; else it gets a
         worker of its own. Of several in one worker the suspects are those that were in work.
         """
-        slot = generation.models.get(self.update.model)
-        own = slot is not None and slot.digest == self.update.digest
+        own = self._is_own(generation)
         if own and lifecycle.restores(self.update):
             # It goes anyway: what comes back is being brought up, and its end must not end that.
             return True
@@ -68,13 +67,21 @@ class Updating(Driving):
             return not self._owed
         return self._looped(generation)
 
+    def _is_own(self, generation: Generation) -> bool:
+        """Whether it has the update's bundle."""
+        slot = generation.models.get(self.update.model)
+        return slot is not None and slot.digest == self.update.digest
+
     def unruly(self, generation: Generation, found: liveness.Unruly) -> bool:
         """The serving generation leaks or spins. True when it was on trial, or did so too often: the update goes back.
 
         Otherwise another generation of the same models takes over from it.
         """
-        slot = generation.models.get(self.update.model)
-        if slot is not None and slot.digest == self.update.digest and self.update.state == "trial":
+        own = self._is_own(generation)
+        if own and lifecycle.restores(self.update):
+            # What comes back takes its place; another of the same would take the memory that this needs.
+            return True
+        if own and self.update.state == "trial":
             self.feed(e.Failed(code=found.code, detail=found.detail))
             return not self._owed
         return self._looped(generation)

@@ -326,3 +326,14 @@ def test_the_table_prints_every_cell() -> None:
     lines = lc.printed().splitlines()
     assert len([line for line in lines if " -> " in line]) == len(lc.TABLE) + 1
     assert any(line.startswith("trial") and "TrialQuiet" in line and "confirmed_on_golden" in line for line in lines)
+
+
+@pytest.mark.parametrize("state", sorted(lc.STATES))
+def test_a_revert_brings_back_what_ran_before_exactly_where_the_bundle_served(state: lc.State) -> None:
+    for event, move in ((event, move) for (of, event), move in lc.TABLE.items() if of == state):
+        if state == "revert" or move.to != "revert":
+            continue
+        about = {"model": "gas", "digest": DIGEST, "version": "1.0.0", "code": "x", "detail": ""}
+        made = msgspec.convert({k: v for k, v in about.items() if k in event.__struct_fields__}, event)
+        update, effects = lc.step(lc.Update(state=state), made, AT)
+        assert lc.restores(update) == (Effect.RESTORE in effects), event

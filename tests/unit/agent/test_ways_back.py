@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from skerry_agent.core import effects as e
 from skerry_agent.core import lifecycle as lc
-from skerry_agent.core import why
+from skerry_agent.core import liveness, why
 from skerry_agent.errors import Degraded
 from skerry_agent.forcing import Forcing
 from skerry_agent.remembered import Remembered
@@ -123,6 +123,8 @@ def test_a_worker_that_dies_while_its_trial_goes_back_holds_the_way_back_up_no_m
         generation = life.serving.generation_of("gas")
         assert generation is not None
         life.updating.feed(e.Failed(code="trial_errors", detail="failed requests: 90 of 100"))
+        spins = liveness.Unruly(code="worker_spun", detail="90 % of a core for 60 s")
+        assert life.updating.unruly(generation, spins), "no other of it is started: what ran before takes its place"
         generation.worker.kill()
         async with asyncio.timeout(30):
             while not generation.gone:
