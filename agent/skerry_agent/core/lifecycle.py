@@ -318,8 +318,11 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
         case _:
             pass
     failing = move.to == "revert" and update.state != "revert"
-    if isinstance(event, e.Failed) and (failing or update.state == "revert"):
+    if isinstance(event, e.Failed) and failing:
         changed.update(code=event.code, detail=event.detail)
+    elif isinstance(event, e.Failed) and update.state == "revert":
+        # Why it had to go stays; that what ran before does not come is said behind it.
+        changed["detail"] = "; ".join(filter(None, (update.detail, f"the way back: {event.code}: {event.detail}")))
     elif move.code:
         changed["code"] = move.code
     if move.code == "too_many_moves":
@@ -327,9 +330,11 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
     if failing or (isinstance(event, e.Booted | e.Stopped) and move.code):
         changed["failed_in"] = update.failed_in or update.state
         changed["at_boot"] = isinstance(event, e.Booted)
-    if move is GIVE_UP and steps_back(update):
+    if steps_back(update) and (move is GIVE_UP or isinstance(event, e.Failed)):
         # What had to go stays confirmed, and no start goes that way on.
-        ended = event.detail if isinstance(event, e.Cancelled) else f"{overdue} deadlines passed"
+        ended = f"{overdue} deadlines passed"
+        if isinstance(event, e.Cancelled | e.Failed):
+            ended = ": ".join(filter(None, (getattr(event, "code", ""), event.detail)))
         changed.update(failed_in="revert", detail=f"the way back was given up ({ended}): {update.version} goes on")
     return msgspec.structs.replace(update, **changed), move.effects
 

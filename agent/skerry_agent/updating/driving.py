@@ -211,7 +211,8 @@ class Driving:
                 self.failures.penalise(after)
             self.failures.rested(after)
             kept = isinstance(event, (e.TrialKept, e.TrialQuiet)) and after.state in lifecycle.CONFIRMED
-            if kept or (Effect.GIVE_UP in effects and lifecycle.steps_back(before)):
+            given_up = before.state == "revert" and lifecycle.steps_back(before) and not lifecycle.steps_back(after)
+            if kept or given_up:
                 # Confirmed, or still: a way back that is given up holds nothing against what had to go.
                 self.failures.forgive(after.digest)
             self._endings.note(after)

@@ -155,18 +155,30 @@ def test_every_state_under_way_ends_by_its_deadlines_alone(state: lc.State) -> N
     assert Effect.GIVE_UP in effects
 
 
-@pytest.mark.parametrize("event", [e.Cancelled(detail="cancelled by a person"), e.Deadline()])
-def test_a_step_back_that_is_given_up_is_none_any_more(event: e.Event) -> None:
+@pytest.mark.parametrize(
+    ("event", "told"),
+    [
+        (e.Cancelled(detail="cancelled by a person"), "cancelled by a person"),
+        (e.Failed(code="not_enough_memory", detail="1 MB is free"), "not_enough_memory: 1 MB is free"),
+        (e.Deadline(), "3 deadlines passed"),
+    ],
+)
+def test_a_step_back_that_is_given_up_is_none_any_more(event: e.Event, told: str) -> None:
     looped = e.CrashLooped(model="gas", digest=DIGEST, version="2.0.0")
     update, _ = run(looped, update=lc.Update(state="confirmed"))
     assert lc.steps_back(update)
     while not update.resting:
         assert lc.steps_back(update)
         update, effects = lc.step(update, event, AT)
-    assert Effect.GIVE_UP in effects
+    assert (Effect.GIVE_UP in effects) == (not isinstance(event, e.Failed))
     assert (update.code, update.failed_in, lc.steps_back(update)) == ("crash_loop", "revert", False)
-    told = "cancelled by a person" if isinstance(event, e.Cancelled) else "3 deadlines passed"
     assert update.detail == f"the way back was given up ({told}): 2.0.0 goes on"
+
+
+def test_why_a_bundle_had_to_go_stays_where_what_ran_before_does_not_come() -> None:
+    update, effects = run(e.Failed(code="start_timeout", detail="not ready after 180 s"), update=reverting())
+    assert (update.state, update.code, update.failed_in, effects) == ("idle", "trial_errors", "trial", [Effect.RECORD])
+    assert update.detail == "the way back: start_timeout: not ready after 180 s"
 
 
 @pytest.mark.parametrize("state", ["fetch", "verify", "stage"])
