@@ -156,14 +156,14 @@ class Importing:
         self._on_event("import", code, {"state": "refused", "folder": folder, "detail": detail[:500]})
 
     def rested(self) -> None:
-        """An update came to rest, or none was begun. When nothing of the folder waits for another try either, the import has ended."""
+        """An update came to rest, or none was begun. When nothing of the folder will be tried again either, the import has ended."""
         if not self.active or not self._ready():
             # Whoever starts looks at what follows first, and then here.
             return
         update = self._updating.update
         self._note(update)
-        failures = self._updating.failures
-        if not update.resting or any(failures.wait_s(digest) > 0 for digest in self._now.get("digests", ())):
+        goes_on = not self._updating.at_rest or self._updating.returning.owed is not None
+        if goes_on or not self._updating.failures.may_come().isdisjoint(self._now.get("digests", ())):
             return
         self._now = {**self._now, "state": "ended"}
         self._keep()

@@ -323,7 +323,6 @@ class Supervisor:
         if self._importing.active or any(self._following.must_be_replaced(name, slot) for name, slot in models.items()):
             # What to run instead may be here, and the network may not.
             self._follow_plan()
-            self._importing.rested()
 
     def _damaged(self, model: str, slot: Slot, detail: str) -> None:
         log.error("slot damaged", extra=kv(model=model, version=slot.version, digest=slot.digest, detail=detail))
@@ -421,6 +420,8 @@ class Supervisor:
         self._forcing.recall()
         self._forcing.tick()
         self._following.look()
+        # A wait of what it brought may be over, and nothing have followed.
+        self._importing.rested()
 
     def _rested(self) -> None:
         self._following.rested()

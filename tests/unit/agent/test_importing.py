@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from skerry_agent.core import effects as e
 from skerry_agent.core import lifecycle as lc
 from skerry_agent.importing import Importing
 from skerry_contract import group
@@ -47,3 +49,24 @@ def test_an_import_lasts_for_its_own_bundles_and_speaks_for_no_other(life: Life)
     one.rested()
     # What waits for another reason does not keep it.
     assert (one.active, one.brings(CARRIED), events[-1]["state"]) == (False, False, "ended")
+
+
+@pytest.mark.parametrize("code", ["golden_failed", "cancelled"])
+def test_an_import_whose_bundle_failed_for_good_has_ended_and_says_how(life: Life, code: str) -> None:
+    async def main() -> None:
+        events: list[dict[str, Any]] = []
+        one = importing(life, events)
+        one._begin("/media/stick", {"group_document": group.encode(DOCUMENT).decode()})
+        life.until("prove")
+        life.updating.feed(e.Cancelled() if code == "cancelled" else e.Failed(code=code))
+        one.rested()
+        assert one.active, "its way back is under way"
+        async with asyncio.timeout(30):
+            while not life.updating.at_rest:
+                await asyncio.sleep(0.005)
+        assert life.updating.failures.wait_s(CARRIED) > 0
+        one.rested()
+        assert (one.active, events[-1]["state"]) == (False, "ended")
+        assert [(told["version"], told["code"]) for told in events[-1]["updates"]] == [("2.0.0", code)]
+
+    asyncio.run(main())
