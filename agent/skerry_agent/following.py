@@ -7,6 +7,7 @@ and the shadows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from skerry_agent.core import admission, turns
 from skerry_agent.core import effects as e
 from skerry_agent.core.lifecycle import Update
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, Step, plan
+from skerry_agent.errors import Degraded
 from skerry_agent.identity import Identity
 from skerry_agent.orders import Orders
 from skerry_agent.runtimes import Runtimes
@@ -157,7 +159,9 @@ class Following:
         lacking = ", ".join(group.missing_abilities(document))
         if self._store.get("too_old") == lacking:
             return
-        self._store.put("too_old", lacking)
+        with contextlib.suppress(Degraded):
+            # Without room for the note it is said again; that keeps nobody from going on.
+            self._store.put("too_old", lacking)
         told = {"detail": f"the group document requires {lacking}", "state": "idle"}
         self._on_event("update", "agent_too_old", told)
 

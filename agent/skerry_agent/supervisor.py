@@ -136,7 +136,7 @@ class Supervisor:
         self._syncing = Syncing(
             config, self._store, self._slots, self._clock, self._errands, self._uplink, self._orders, self._asked_logs,
             self._remembered, errand_input=self._errand_input, on_document=self._apply_settings, on_orders=self._ordered,
-            on_synced=self._follow_plan, on_fault=self._fault, device=self._identity.device, draw=self._draw,
+            on_synced=self._follow_plan, on_failed=self._follow_folder, on_fault=self._fault, device=self._identity.device, draw=self._draw,
         )  # fmt: skip
         self._chronicle = Chronicle(self._store, self._slots, self._runtimes, on_event=self._uplink.event)
         self._notify = Notify(environment)
@@ -422,6 +422,11 @@ class Supervisor:
         self._following.look()
         # A wait of what it brought may be over, and nothing have followed.
         self._importing.rested()
+
+    def _follow_folder(self) -> None:
+        # What a person carried here and waits for its next try waits for no network.
+        if self._importing.active:
+            self._follow_plan()
 
     def _rested(self) -> None:
         self._following.rested()

@@ -43,7 +43,7 @@ class Syncing:
         errand_input: fields that every courier gets.
         on_document: a group document was taken.
         on_orders: what the server orders this device, as it came.
-        on_synced: a sync went through: look what follows.
+        on_synced: a sync went through: look what follows. on_failed: none did; what is known already may go on.
         on_fault: the store cannot be used any more.
         device: this one's id, which its place within the group's jitter comes from.
         draw: uniform in [0, 1).
@@ -65,6 +65,7 @@ class Syncing:
         on_document: Callable[[], None],
         on_orders: Callable[[object], None],
         on_synced: Callable[[], None],
+        on_failed: Callable[[], None],
         on_fault: Callable[[Degraded], None],
         device: str,
         draw: Callable[[], float],
@@ -82,6 +83,7 @@ class Syncing:
         self._on_document = on_document
         self._on_orders = on_orders
         self._on_synced = on_synced
+        self._on_failed = on_failed
         self._on_fault = on_fault
         self._device = device
         self._draw = draw
@@ -204,6 +206,7 @@ class Syncing:
                 # The metadata cannot be refreshed. What the server says of this device, its orders too, is heard all the same.
                 if said:
                     self._membership(said.get("membership"), said.get("self_error"))
+                self._on_failed()
                 raise
             except asyncio.CancelledError:
                 current = asyncio.current_task()

@@ -100,6 +100,21 @@ def test_a_bad_bundle_of_a_folder_goes_back_as_any_other_and_is_said(serving: De
     assert serving.running() == ("1.0.0", "confirmed_on_golden")
 
 
+@pytest.mark.slow
+def test_what_did_not_come_at_the_first_try_is_tried_again_from_the_folder_without_any_network(serving: Device) -> None:
+    folder = carried(serving, serving.bundle("2.0.0"))
+    world = json.loads((folder / "world.json").read_text())
+    (folder / "world.json").write_text(
+        json.dumps({**world, "errors": {"fetch": ["degraded", "not_enough_disk", "full"]}})
+    )
+    imported(serving, folder, "--no-wait")
+    serving.wait_update("idle", "not_enough_disk", version="2.0.0")
+    (folder / "world.json").write_text(json.dumps(world))
+    serving.wait_running("2.0.0", "confirmed_on_golden")
+    ended = serving.call("GET", "/skerry/v1/import").body
+    assert (ended["state"], [one["code"] for one in ended["updates"]]) == ("ended", [""])
+
+
 def test_an_import_goes_on_where_the_power_was_cut_with_no_network(serving: Device) -> None:
     digest = serving.bundle("2.0.0")
     folder = carried(serving, digest)
