@@ -70,8 +70,13 @@ def _followed(options: argparse.Namespace, ask: Ask) -> tuple[dict[str, Any], di
         time.sleep(_LOOK_S)
 
 
+def _ended(update: dict[str, Any]) -> str:
+    """The state in which it came to rest: of what failed the lifecycle says no more than that it rests."""
+    return "failed" if update["state"] == "idle" and update["code"] else str(update["state"])
+
+
 def _words(update: dict[str, Any]) -> str:
-    words = f"{update['model']} {update['version']}: {update['state']}"
+    words = f"{update['model']} {update['version']}: {_ended(update)}"
     if progress := update.get("progress"):
         words += f", {progress['done_bytes'] / 1e6:.1f} of {progress['size_bytes'] / 1e6:.1f} MB"
     return words
@@ -83,7 +88,7 @@ def _say(told: dict[str, Any], update: dict[str, Any] | None) -> None:
         return
     for one in told["updates"]:
         why = f": {one['code']} ({one['detail']})" if one["code"] else ""
-        print(f"{one['model']} {one['version']} {one['state']}{why}")
+        print(f"{one['model']} {one['version']} {_ended(one)}{why}")
     if update is not None:
         why = f" ({update['code']}: {update['detail']}); it is tried again" if update["code"] else ""
         print(f"{_words(update)}{why or (', waits for ' + update['detail'] if update['state'] == 'ready' else '')}")

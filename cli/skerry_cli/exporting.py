@@ -49,6 +49,16 @@ class Exported:
     came: int = 0
     expires: str = ""
 
+    @property
+    def encrypted(self) -> list[dict[str, Any]]:
+        """Of the bundles."""
+        return [one for one in self.bundles if "devices" in one]
+
+    def keyless(self, devices: Iterable[str]) -> list[str]:
+        """Of these devices, who opens no encrypted bundle with it; empty where there is none to open."""
+        able = {device for one in self.encrypted for device in one["devices"]}
+        return [device for device in devices if device not in able] if self.encrypted else []
+
 
 def export(
     api: Api,

@@ -60,11 +60,13 @@ def sync(request: requests.Sync, report: Callable[[dict[str, Any]], None]) -> di
         if membership is not None:
             name = membership["group"]
         fresh = _open_folder(request) if request.folder else _open(request, web)
+        refreshed = False
         try:
             fresh.refresh()
+            refreshed = True
             document = fresh.document(layout.group_target(name), group.MAX_BYTES)
         except Exception as error:
-            raise _named(error) from error
+            raise _told_of_folder(_named(error), request.folder, name if refreshed else "") from error
         if document is not None:
             _check_group(document, name)
         found, forced, catalog_error = _floors(fresh)
@@ -199,6 +201,18 @@ def _updater(
 
 def _named(error: Exception) -> Exception:
     return safe_updater.explain(error) or error
+
+
+def _told_of_folder(error: Exception, folder: str, group_name: str) -> Exception:
+    """What a folder lacks, as whoever carried it here can mend it. ``group_name``: of the device, once the folder's metadata held."""
+    if folder and isinstance(error, AgentError):
+        if error.code == "rollback":
+            error.detail = f"{folder} is older than what this device has seen: export the update anew ({error.detail})"
+        elif error.code == "folder_incomplete" and group_name:
+            error.detail = (
+                f"{folder} brings nothing for this device's group: export it with --group {group_name} ({error.detail})"
+            )
+    return error
 
 
 def _membership(

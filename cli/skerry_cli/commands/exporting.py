@@ -11,6 +11,7 @@ import typer
 from skerry_cli import exporting, keys, output
 from skerry_cli.commands.publish import seen_dir
 from skerry_cli.commands.session import now, session
+from skerry_cli.errors import Failed
 
 
 def export_update(
@@ -37,8 +38,11 @@ def export_update(
         devices=devices or [],
         say=output.note,
     )
+    keyless = done.keyless(devices or [])
     if as_json:
         output.show_json({"folder": str(folder), **dataclasses.asdict(done)})
+        if keyless:
+            raise typer.Exit(1)
         return
     output.say(f"{folder}: {done.files} files, {done.bytes / 1e6:.1f} MB, {done.came / 1e6:.1f} MB of it fetched now.")
     rows = [(one["model"], one["version"], output.short(one["digest"]), one["bytes"]) for one in done.bundles]
@@ -49,7 +53,7 @@ def export_update(
         output.say(f"! {one['device']} gets no content key of {one['model']} {one['version']}: {one['why']}")
     for one in done.bundles:
         if "devices" in one:
-            able = ", ".join(one["devices"]) or "none"
+            able = ", ".join(one["devices"]) or "no device"
             output.say(f"! {one['model']} {one['version']} is encrypted: its content key is in it for {able}.")
             output.say(
                 "  Other devices open it only when they had the key before, or have a network. --device ID brings it along."
@@ -57,3 +61,7 @@ def export_update(
     output.say(
         f"Signed to {done.expires}; devices take it for updates.import_age_s after that (30 days where nothing is set)."
     )
+    if keyless:
+        raise Failed(f"no content key was written for {', '.join(keyless)}, see above; all the rest is in the folder")
+    if devices and not done.encrypted:
+        output.say("No bundle of it is encrypted: --device brings nothing along.")

@@ -66,6 +66,8 @@ def test_a_folder_older_than_what_the_device_saw_is_a_rollback(fleet, device, bu
     device.sync()
     before = device.files()
     assert device.error("sync", group="line-1", folder=str(old)) == ("rejected", "rollback")
+    said = device.ask("sync", group="line-1", folder=str(old))["error"]["detail"]
+    assert f"{old} is older than what this device has seen: export the update anew" in said
     assert device.files() == before
 
 
@@ -216,6 +218,14 @@ def test_a_folder_that_lacks_something_or_cannot_be_read_says_what(device, stick
     answer = device.ask("sync", group="line-1", folder=str(stick))["error"]
     assert (answer["kind"], answer["code"]) == ("rejected", "folder_incomplete")
     assert "fleet.json" in answer["detail"]
+
+
+def test_a_folder_for_another_group_says_for_which_it_should_be_made(device, stick):
+    for path in stick.glob("targets/fleet/*"):
+        path.unlink()
+    answer = device.ask("sync", group="line-1", folder=str(stick))["error"]
+    assert (answer["kind"], answer["code"]) == ("rejected", "folder_incomplete")
+    assert "brings nothing for this device's group: export it with --group line-1" in answer["detail"]
 
 
 @pytest.mark.attack("endless data")
