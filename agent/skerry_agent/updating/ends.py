@@ -177,7 +177,7 @@ class Updating(Driving):
         """A person wants the previous bundle back; what is under way makes way first. Returns the slot that comes back.
 
         Raises:
-            Rejected: ``no_previous`` or ``busy``.
+            Rejected: ``no_previous``, ``busy``, or ``below_floor`` for what ran before and was outdated by the approvers since.
             Degraded: it could not be stored.
         """
         pointers = self._slots.pointers(model)
@@ -192,6 +192,11 @@ class Updating(Driving):
         back, going = (pointers.confirmed, pointers.active) if stale else (pointers.previous, pointers.confirmed)
         if back is None or going is None or not self._slots.may_serve(model, back):
             raise Rejected("no_previous", f"there is no bundle of {model} to go back to")
+        floor = str(self._store.get("floors", {}).get(model, ""))
+        if not on_trial and floor and ids.version_key(back.version) < ids.version_key(floor):
+            raise Rejected(
+                "below_floor", f"{model} {back.version}, which ran before, is below the signed floor {floor}"
+            )
         ordered = e.RevertOrdered(model=model, digest=going.digest, version=going.version, variant=going.variant)
         if on_trial or self.at_rest:
             self._order(ordered)

@@ -13,7 +13,7 @@ import pytest
 from skerry_agent.core import effects as e
 from skerry_agent.core import lifecycle as lc
 from skerry_agent.core import liveness, why
-from skerry_agent.errors import Degraded
+from skerry_agent.errors import Degraded, Rejected
 from skerry_agent.forcing import Forcing
 from skerry_agent.remembered import Remembered
 from skerry_agent.slots import Slot, Slots, read_pointers
@@ -191,6 +191,26 @@ def test_a_step_back_on_such_a_disk_stands_and_is_known_after_a_cut(life: Life, 
         owed = life.updating.turnover.ordered_back()
         assert owed is not None
         assert owed[1].version == "1.0.0"
+
+    asyncio.run(main())
+
+
+@pytest.mark.attack("rollback of a model")
+def test_a_person_goes_back_to_nothing_below_a_floor_that_the_device_has_seen(
+    life: Life, bundles: dict[str, Path]
+) -> None:
+    async def main() -> None:
+        life.slots.confirm("gas", put(life.slots, bundles["1.0.0"]))
+        life.slots.confirm("gas", put(life.slots, bundles["2.0.0"]))
+        life.store.put("floors", {"gas": "2.0.0"})
+        with pytest.raises(
+            Rejected, match=r"below_floor: gas 1\.0\.0, which ran before, is below the signed floor 2\.0\.0"
+        ):
+            life.updating.order_revert("gas")
+        life.store.put("floors", {"gas": "1.0.0"})
+        assert life.updating.order_revert("gas").version == "1.0.0"
+        await life.rest()
+        await life.serving.stop()
 
     asyncio.run(main())
 
