@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import fcntl
 import os
 import shutil
@@ -25,6 +26,15 @@ from skerry_contract import wire
 from tests import strangers
 
 AT = w.Instant("b" * 32, 1, 2, True)
+
+
+def test_the_packaged_unit_empties_no_memory_of_the_agents_at_a_stop_and_lets_none_reach_the_disk() -> None:
+    """systemd takes all of /dev/shm that is the unit's user's, where it is told so; a core dump holds what is opened."""
+    unit = configparser.RawConfigParser(strict=False, delimiters=("=",))
+    unit.read(Path(__file__).parents[3] / "packaging" / "deb" / "files" / "skerry-agent.service")
+    service = unit["Service"]
+    assert service.get("RemoveIPC", "no") == "no"
+    assert service["LimitCORE"] == "0"
 
 
 @pytest.fixture
