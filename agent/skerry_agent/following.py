@@ -14,7 +14,7 @@ from typing import Any
 from skerry_contract import group, ids
 
 from skerry_agent.clock import Clock
-from skerry_agent.core import admission, turns
+from skerry_agent.core import admission, lifecycle, turns
 from skerry_agent.core import effects as e
 from skerry_agent.core.lifecycle import Update
 from skerry_agent.core.plan import Change, Keep, Rekey, Running, Step, plan
@@ -27,6 +27,8 @@ from skerry_agent.shadowing import Shadowing
 from skerry_agent.slots import Slot, Slots
 from skerry_agent.store import Store
 from skerry_agent.updating import Updating
+
+_MOST_PAIRS = 64
 
 
 class Following:
@@ -69,6 +71,8 @@ class Following:
         self._ready = ready
         self._on_event = on_event
         self._ask_sync = ask_sync
+        # Which bundles made way for which, the latest.
+        self._made_way: dict[tuple[str, str], None] = {}
 
     def look(self) -> None:
         """Asks what follows from the document now, and does it."""
@@ -102,7 +106,7 @@ class Following:
                 confirmed=self._confirmed(update.model),
             )
         steps = plan(document, self._identity.device, self._stratum, running, refused)
-        for step in sorted(steps, key=self._turn, reverse=True):
+        for step in sorted(steps, key=self._place, reverse=True):
             match step:
                 case Keep(why="agent_too_old"):
                     self._too_old(document)
@@ -189,11 +193,19 @@ class Following:
     def _turn(self, step: Step) -> int:
         return turns.turn(held=self._is_held(step), back=self._leads_back(step))
 
+    def _place(self, step: Step) -> tuple[int, bool]:
+        """By its turn; of two alike what made way comes behind."""
+        is_back_in_turn = isinstance(step, Change) and step.digest == self._updating.turnover.parked
+        return self._turn(step), not is_back_in_turn
+
     def _goes_before(self, step: Change, update: Update) -> bool:
         """Whether the update under way, of another model, makes way."""
         answering = self._slots.answering(update.model)
         back = answering is not None and ids.version_key(update.version) < ids.version_key(answering.version)
-        return turns.makes_way(update.state, back=back, comes=self._turn(step))
+        # For the same one only once: where there is no room for both in part, each would throw away what came of the other.
+        again = (update.digest, step.digest) in self._made_way
+        in_it_s = 0.0 if again else lifecycle.lain_s(0.0, update.since, self._clock.instant())
+        return turns.makes_way(update.state, back=back, comes=self._turn(step), in_it_s=in_it_s)
 
     def _change(self, step: Change, waiting: set[str]) -> None:
         update = self._updating.update
@@ -204,6 +216,7 @@ class Following:
                 if self._updating.fetching.lacks_room(step.digest):
                     # It would be refused again, and what lies ready would be checked anew each time.
                     return
+                self._made_way = dict([*self._made_way.items(), ((update.digest, step.digest), None)][-_MOST_PAIRS:])
                 self._updating.make_way(f"for {step.model} {step.version}")
             return
         if step.digest in waiting or self._slots.unwritten:

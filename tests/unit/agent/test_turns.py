@@ -41,3 +41,23 @@ def test_a_way_back_goes_first_and_so_does_what_nothing_holds(
 ) -> None:
     comes = turns.turn(held=held, back=comes_back)
     assert turns.makes_way(state, back=back, comes=comes) == makes_way
+
+
+@pytest.mark.parametrize(
+    ("state", "in_it_s", "back", "held", "comes_back", "makes_way"),
+    [
+        ("fetch", turns.LONG_S, False, False, False, True),
+        ("fetch", turns.LONG_S - 1, False, False, False, False),
+        ("fetch", turns.LONG_S, False, True, True, False),
+        ("fetch", turns.LONG_S, True, False, False, False),
+        ("fetch", turns.LONG_S, True, False, True, True),
+        ("prove", turns.LONG_S, False, False, False, False),
+        ("ready", turns.LONG_S, False, True, False, False),
+        ("trial", turns.LONG_S, False, False, True, False),
+    ],
+)
+def test_what_downloads_for_an_hour_makes_way_for_what_is_as_urgent(
+    state: lifecycle.State, in_it_s: float, back: bool, held: bool, comes_back: bool, makes_way: bool
+) -> None:
+    comes = turns.turn(held=held, back=comes_back)
+    assert turns.makes_way(state, back=back, comes=comes, in_it_s=in_it_s) == makes_way
