@@ -47,6 +47,13 @@ class Beginning:
         """What holds the update, in words; empty when nothing does."""
         return self._holding.why(self._update())
 
+    def pause(self) -> str | None:
+        """What it waits for though nothing holds it, in words; None where it does not."""
+        update, left_s = self._update(), self._looks_again_s - self._clock.boot_s()
+        if update.state != "ready" or self._held_in_proof[0] != update.digest or left_s <= 0 or self.why_held():
+            return None
+        return f"the end of a pause, in {left_s:.0f} s, since locks came while its worker started"
+
     def look(self) -> e.Event | None:
         """Whether what lies ready may begin, or is held by something else than before; None where neither is so."""
         update = self._update()
@@ -54,8 +61,7 @@ class Beginning:
             return None
         why_held = self.why_held()
         if not why_held:
-            due = self._held_in_proof[0] != update.digest or self._clock.boot_s() >= self._looks_again_s
-            return e.Opened() if due else None
+            return e.Opened() if self.pause() is None else None
         return e.Held(detail=why_held) if why_held != update.detail else None
 
     def order(self, *, despite_locks: bool) -> str:

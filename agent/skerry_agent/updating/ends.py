@@ -206,7 +206,7 @@ class Updating(Driving):
         return back
 
     def cancel(self, who: str, model: str = "") -> tuple[Update, ...]:
-        """A person ends the update under way, or else what waits for its next try; it is not tried again before a pardon.
+        """A person ends the update under way, or else what waits for its next try or turn; it is not tried again before a pardon.
 
         Args:
             who: in words.
@@ -225,7 +225,8 @@ class Updating(Driving):
             return (self.update,)
         ended = (update, *self._endings.beside(update.model))
         ended = tuple(one for one in ended if one.resting and one.code not in ("", "cancelled"))
-        waits = [one for one in ended if model in ("", one.model) and self.failures.wait_s(one.digest) > 0]
+        parked, wait_s = self.turnover.parked, self.failures.wait_s
+        waits = [o for o in ended if model in ("", o.model) and (wait_s(o.digest) > 0 or o.digest == parked)]
         if not waits:
             of_it = f" of {model}" if model else ""
             raise Rejected("nothing_to_cancel", f"no update{of_it} is under way, and none waits for its next try")
@@ -280,5 +281,8 @@ class Updating(Driving):
         """What is known here of the update, for ``core.why``."""
         when_s = None if self.update.resting else self._deadline.when_s()
         left_s = None if when_s is None else when_s - asyncio.get_running_loop().time()
-        told = self._telling.facts(self.update, left_s=left_s, trial=self._watching.so_far(self.rules))
+        pause = self._beginning.pause()
+        # What is stored held it last: while it pauses, nothing does.
+        update = self.update if pause is None else msgspec.structs.replace(self.update, detail=pause)
+        told = self._telling.facts(update, left_s=left_s, trial=self._watching.so_far(self.rules))
         return dataclasses.replace(told, unwritten=self._slots.unwritten)

@@ -230,6 +230,18 @@ def test_that_what_waited_was_cancelled_is_said_once_and_stands_over_a_start(lif
     asyncio.run(main())
 
 
+def test_what_made_way_and_waits_for_its_turn_can_be_cancelled(life: Life) -> None:
+    async def main() -> None:
+        life.until("ready")
+        life.updating.make_way("for pump 7.0.0")
+        await life.rest()
+        assert life.updating.update.code == "yielded"
+        (ended,) = life.updating.cancel("a person", "gas")
+        assert (ended.digest, ended.code, life.refused) == (DIGEST, "cancelled", True)
+
+    asyncio.run(main())
+
+
 def test_a_pardon_in_the_middle_of_an_attempt_stands(life: Life) -> None:
     async def main() -> None:
         life.until("prove", moves=lc.MOST_MOVES - 8)

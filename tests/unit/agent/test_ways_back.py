@@ -363,6 +363,8 @@ def test_a_lock_that_comes_in_the_middle_of_a_proof_has_the_next_worker_started_
             now_s += wait_s - 0.001
             life.updating.tick()
             assert (life.updating.update.state, life.updating.update.since) == ("ready", ready.since)
+            (told,) = [one for one in why.explain(life.updating.why()) if one.about == "update to gas 2.0.0"]
+            assert "a pause" in told.waits_for and "robot" not in told.waits_for
             now_s += 0.002
         assert life.updating.update.digest == new.digest
         # A person's word ends the wait.
