@@ -62,9 +62,10 @@ def explain(
         lacks_certificate=_certificate(row, now_ms, grace_s),
     )
     events = _events(conn, device)
+    worker_events = _events(conn, device, "worker")
     forgiven = device_orders.forgiven_by(conn, device)
     models = [
-        _model(conn, row, known, document, name, events, forgiven, now_ms=now_ms, seen_s=seen_s)
+        _model(conn, row, known, document, name, events, worker_events, forgiven, now_ms=now_ms, seen_s=seen_s)
         for name in _names(document, row)
     ]
     if revoked:
@@ -101,6 +102,7 @@ def _model(
     document: g.GroupDocument | None,
     name: str,
     events: Sequence[Mapping[str, Any]],
+    worker_events: Sequence[Mapping[str, Any]],
     forgiven: int,
     *,
     now_ms: int,
@@ -118,6 +120,11 @@ def _model(
     pin = _pin(conn, row["id"], name) if assigned is not None and assigned.reason == "pin" else []
     course = _course(conn, row, name, now_ms=now_ms, seen_s=seen_s)
     failure = _failure(events, assigned.digest, forgiven) if assigned is not None else None
+    silence = (
+        None
+        if running
+        else _silence(events, [one for one in worker_events if one["received_ms"] >= (row["gone_ms"] or 0)], name)
+    )
     told = core.explain(
         device,
         core.Model(
@@ -127,6 +134,7 @@ def _model(
             update=update,
             failure=failure,
             course=course,
+            silence=silence,
             wants=_wants(manifest),
             fits=manifest is None or eligibility.has_variant(manifest, row["state"] or {}),
             pinned_by=_by(pin, now_ms),
@@ -145,7 +153,7 @@ def _model(
         "assignment": told.assignment,
         "waits_for": told.waits_for,
         "do": told.do,
-        "since_ms": _since_ms(told.state, row, about_it(events, name), update, running, failure),
+        "since_ms": _since_ms(told.state, row, about_it(events, name), update, running, failure, silence),
         "assigned": None if assigned is None else _assigned(conn, assigned, row["id"]),
         "running": running or None,
         "update": {
@@ -155,7 +163,13 @@ def _model(
         "failure": None if failure is None else _told(failure),
         "evidence": {
             "audit": sorted(ids_of),
-            "events": sorted({*(event["id"] for event in about[:EVIDENCE]), *([failure.event] if failure else [])}),
+            "events": sorted(
+                {
+                    *(event["id"] for event in about[:EVIDENCE]),
+                    *([failure.event] if failure else []),
+                    *([silence.event] if silence else []),
+                }
+            ),
             "decisions": [] if course is None else _decisions(conn, course.id),
         },
     }
@@ -173,6 +187,7 @@ def _since_ms(
     update: Mapping[str, Any],
     running: Mapping[str, Any],
     failure: core.Failure | None,
+    silence: core.Silence | None,
 ) -> int | None:
     """When the server first heard that it is so; None where nobody said. ``events``: of the model, newest first."""
     if state == "offline":
@@ -180,6 +195,8 @@ def _since_ms(
         return None if ms is None else int(ms)
     if state in ("refused", "reverted", "retrying", "unfit"):
         return None if failure is None else failure.at_ms
+    if state == "stopped":
+        return None if silence is None else silence.at_ms
     wanted = (update.get("digest"), update.get("state"))
     if state in ("as_assigned", "waiting_for_stage", "on_trial"):
         wanted = (running.get("digest"), running.get("state"))
@@ -241,6 +258,36 @@ def _failure(events: Sequence[Mapping[str, Any]], digest: str, forgiven: int) ->
                 failed_in=str(data.get("failed_in") or ""),
                 forgiven=event["id"] < forgiven,
             )
+    return None
+
+
+def _silence(
+    events: Sequence[Mapping[str, Any]], worker_events: Sequence[Mapping[str, Any]], model: str
+) -> core.Silence | None:
+    """The newest word of a bundle of the model that does not start, or that a forced floor stopped, unless one was confirmed since.
+
+    Args:
+        worker_events: of the device's present life: before it, what did not start may have started since.
+    """
+    for event in sorted([*events, *worker_events], key=lambda one: one["id"], reverse=True):
+        data = event["data"] or {}
+        loaded = data.get("models")
+        digest = (
+            loaded.get(model)
+            if isinstance(loaded, dict)
+            else data.get("digest")
+            if data.get("model") == model
+            else None
+        )
+        if digest is None:
+            continue
+        if data.get("state") in ("confirmed", "confirmed_on_golden"):
+            return None
+        if event["code"] and (isinstance(loaded, dict) or event["code"] == "below_forced_floor"):
+            return core.Silence(
+                event=event["id"], at_ms=event["received_ms"], digest=str(digest), code=event["code"],
+                detail=str(data.get("detail") or ""),
+            )  # fmt: skip
     return None
 
 
@@ -334,9 +381,9 @@ def _behind(conn: Connection, row: Mapping[str, Any], device: core.Device, roles
     }
 
 
-def _events(conn: Connection, device: str) -> list[dict[str, Any]]:
+def _events(conn: Connection, device: str, name: str = "update") -> list[dict[str, Any]]:
     c = t.events.c
-    query = select(c.id, c.received_ms, c.code, c.data).where(c.device == device, c.name == "update")
+    query = select(c.id, c.received_ms, c.code, c.data).where(c.device == device, c.name == name)
     return [dict(row) for row in conn.execute(query.order_by(c.id.desc()).limit(EVENTS)).mappings()]
 
 

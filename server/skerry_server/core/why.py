@@ -131,6 +131,21 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Silence:
+    """What a device reported of a bundle that answered, or should, and does not: it does not start, or a forced floor stopped it.
+
+    Attributes:
+        event: id of its row; at_ms: when the server received it; digest: of the bundle.
+    """
+
+    event: int
+    at_ms: int
+    digest: str
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Course:
     """The rollout that a model of the group is in, or was in last.
 
@@ -160,6 +175,7 @@ class Model:
 
     Attributes:
         running, update: as the device reported them.
+        silence: why nothing answers for it, where nothing does and the device said why.
         wants: runtimes and architectures of the assigned bundle's variants, in words; fits: whether one fits what the device reported.
         pinned_by: who pinned it, when and why, in words.
     """
@@ -170,6 +186,7 @@ class Model:
     update: Mapping[str, Any]
     failure: Failure | None
     course: Course | None
+    silence: Silence | None
     wants: str
     fits: bool
     pinned_by: str
@@ -262,13 +279,18 @@ def _runs_it(device: Device, model: Model, assigned: g.Assignment, answer: Calla
 
 def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Callable[..., Answer]) -> Answer:
     runs = f"it runs {_runs(model)} instead"
-    failure = model.failure
+    failure, silence = model.failure, model.silence
+    if silence is not None:
+        runs += f", since {silence.code}: {MEANINGS.get(silence.code, '')}"
     if device.lacks:
         because = f"agent_too_old: {MEANINGS['agent_too_old']} ({', '.join(device.lacks)}); {runs}"
         return answer("unfit", because, "a newer agent on the device")
     trying = _is_trying(model, assigned)
     if trying and device.online:
         return _trying(device, model, answer, runs)
+    if silence is not None and silence.digest == assigned.digest and device.online:
+        because = f"it has the bundle, and no worker starts with it: {_meant(silence.code, silence.detail)}; it runs {_runs(model)}"
+        return answer("stopped", because, _UNFIT.get(silence.code, "the agent to bring a worker up; it goes on trying"))
     if trying or (failure is not None and failure.forgiven):
         # What it said before is over: it tries again, or will when it is heard again.
         failure = None
@@ -300,7 +322,7 @@ def _does_not(device: Device, model: Model, assigned: g.Assignment, answer: Call
         return answer(
             "retrying",
             f"the last try did not get through: {_said(failure)}; {runs}",
-            "its next try, after a growing pause",
+            _ADMITS.get(failure.code, "its next try, after a growing pause"),
         )
     if device.generation < device.published:
         because = f"it has not read the group's newest document: it obeys generation {device.generation} of {device.published}; {runs}"
@@ -362,8 +384,12 @@ def _assignment(device: Device, model: Model) -> str:
 
 
 def _said(failure: Failure) -> str:
-    meaning = MEANINGS.get(failure.code, "a code that this server does not know")
-    return f"{failure.code}: {meaning}" + (f" ({failure.detail})" if failure.detail else "")
+    return _meant(failure.code, failure.detail)
+
+
+def _meant(code: str, detail: str) -> str:
+    meaning = MEANINGS.get(code, "a code that this server does not know")
+    return f"{code}: {meaning}" + (f" ({detail})" if detail else "")
 
 
 def _after(failure: Failure) -> str:
@@ -385,11 +411,15 @@ def _do(state: State, device: Device, model: Model) -> str:
     course, code = model.course, model.failure.code if model.failure is not None else ""
     if state == "waiting_for_stage" and course is not None and course.state == "paused":
         return f"`skerry rollout resume {course.id}`, or abort it"
+    if state == "updating" and model.update.get("state") == "ready":
+        return f"nothing; `skerry-agent activate` on the device starts it (`--despite-locks`: past a lock too), `skerry device cancel {device.id}` ends it"
     if state == "retrying" and (model.failure is None or not model.failure.forgiven):
         return _outside(code) or end
     if state in ("refused", "reverted") and code in _MENDED_BY:
         return _MENDED_BY[code]
-    if state == "unfit" and code == "encryption_key_differs":
+    if state == "stopped" and model.silence is not None:
+        code = model.silence.code
+    if state in ("unfit", "stopped") and code == "encryption_key_differs":
         return f"`skerry device forget-key {device.id}`, if its board or token was replaced"
     if state == "unfit":
         return "install a newer agent on the device" if code == "agent_too_old" or device.lacks else again
@@ -409,10 +439,17 @@ def _do(state: State, device: Device, model: Model) -> str:
 def _outside(code: str) -> str:
     """What keeps every device from its repository, and who can change it."""
     if code == "expired":
-        return "publish metadata anew: `skerry server status` says which role has ended"
+        return "publish metadata anew: `skerry info` says which role has ended"
     if code == "key_not_given":
         return "push the bundle again with its content key: `skerry push`"
     return "let the device reach its repository" if code in ("unreachable", "timeout") else ""
+
+
+_ADMITS = {
+    "network_not_allowed": "another network, or other `networks` of its group",
+    "fetch_window_closed": "the hours of its group's `fetch_windows`, by a clock that is set",
+}
+"""By code, what a download waits for that its group's settings hold back."""
 
 
 _UNFIT = {
@@ -429,7 +466,7 @@ _UNFIT = {
 
 _MENDED_BY = {
     "below_forced_floor": "publish a version at or above the forced floor, approve it, and roll it out to the group; no retry helps",
-    "below_floor": "publish a version at or above the floor, or have the approvers lower it: `skerry floor set --lower`",
+    "below_floor": "give it a version at or above the floor: a device that has seen a floor keeps it, `skerry floor set --lower` reaches only others",
     "not_in_catalog": "have the approvers approve it: `skerry approve`",
 }
 """By code, what lets a bundle in that the signed catalog keeps out: no word to the device does."""

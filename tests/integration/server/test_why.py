@@ -259,6 +259,32 @@ def test_a_device_that_went_back_says_why(bench: Bench) -> None:
     assert "server or repository does not answer" in bench.until(other, "retrying")["because"]
 
 
+def test_a_device_on_which_nothing_answers_says_what_keeps_its_bundle_from_starting(bench: Bench) -> None:
+    device = bench.group("a")["a"]
+    bench.runs(device, "1.0.0")
+    bench.update(device, "1.0.0", "confirmed")
+    bench.until(device, "as_assigned")
+    data = {"models": {MODEL: bench.digests["1.0.0"]}, "detail": "HTTP 403", "starts": 1}
+    event = wire.Event(at=w.Instant("b" * 32, 1, 1, True), name="worker", code="encryption_key_differs", data=data)
+    device.send(("event", wire.encode(event)))
+    bench.runs(device, "")
+    found = bench.until(device, "stopped")
+    assert (
+        "no worker starts with it: encryption_key_differs: the server knows another encryption key" in found["because"]
+    )
+    assert found["do"].startswith(f"`skerry device forget-key {device.id}`")
+    assert found["since_ms"] and found["evidence"]["events"]
+    bench.runs(device, "1.0.0")
+    bench.until(device, "as_assigned")
+    # A forced floor stopped it, and what its group gives it is refused.
+    bench.update(device, "2.0.0", "idle", "below_forced_floor")
+    bench.update(device, "1.0.0", "idle", "below_floor", failed_in="fetch")
+    bench.runs(device, "")
+    found = bench.until(device, "refused")
+    assert "it runs no gas instead, since below_forced_floor: what served is below a floor" in found["because"]
+    assert "--lower` reaches only others" in found["do"]
+
+
 def test_an_offline_device_keeps_its_reason_when_it_has_one(bench: Bench) -> None:
     devices = bench.group("a", "b", stable="2.0.0")
     for device in devices.values():
