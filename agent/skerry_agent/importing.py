@@ -98,8 +98,8 @@ class Importing:
             return Answer(409, {"error": f"{self._now['folder']} is being looked at", "code": "busy"})
         if not self._ready():
             return Answer(409, {"error": "the agent is starting, or stopping: try again soon", "code": "busy"})
-        if not os.access(folder, os.R_OK | os.X_OK):
-            error = f"{folder}: the agent's user {os.geteuid()} may not read it, or it is not there"
+        if not os.access(f"{folder}/.", os.R_OK | os.X_OK):
+            error = f"{folder}: wanted a folder that is there, and that the agent's user {os.geteuid()} may read"
             return Answer(409, {"error": error, "code": "folder_unreadable"})
         self._now = {"folder": folder, "state": "checking"}
         self._task = asyncio.get_running_loop().create_task(self._take(folder), name="import")

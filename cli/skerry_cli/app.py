@@ -103,6 +103,12 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(run(arguments))
 
 
+def _words(error: Exception) -> str:
+    """What was wrong with the arguments, by the name of the option: typer's own text of a missing one names the variable."""
+    message = getattr(error, "format_message", None)
+    return str(message() if message is not None else error)
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     try:
@@ -124,7 +130,7 @@ def run(arguments: list[str] | None = None) -> int:
         return errors.FAILED
     except _ClickException as error:
         if type(error).__name__ != "NoArgsIsHelpError":
-            for line in f"skerry: {error}".splitlines():
+            for line in f"skerry: {_words(error)}".splitlines():
                 note(line)
         return errors.USAGE
     except KeyboardInterrupt:

@@ -222,7 +222,10 @@ def propose(
         Failed: a bundle cannot be fetched.
     """
     if len(approvers) < verified.threshold or len(set(approvers)) != len(approvers):
-        raise Usage(f"approvers: wanted {verified.threshold} different names at least, got {list(approvers)}")
+        raise Usage(
+            f"approvers: wanted {verified.threshold} different names at least, got {', '.join(approvers)}",
+            advice="name who else will sign with --with",
+        )
     expires = (now.astimezone(dt.UTC) + CATALOG_LIFE).replace(microsecond=0)
     new, floors = _apply(verified, change, tuple(approvers), expires, source)
     difference = _difference(verified, new, floors)
@@ -375,7 +378,8 @@ def _new_floors(what: str, old: Mapping[str, str], wanted: Mapping[str, str | No
             raise Usage(f"{what} of {model!r}: {error}") from None
         if _goes_down(old.get(model), version) and not lower:
             raise RefusedForSafety(
-                f"{what} of {model}: {old.get(model)} -> {version or 'none'} lowers it; say so to allow it"
+                f"{what} of {model}: {old.get(model)} -> {version or 'none'} lowers it",
+                advice="--lower allows it, for devices that have not seen the higher one: those that have keep it",
             )
         if version is None:
             floors.pop(model, None)

@@ -161,7 +161,9 @@ def note_device_key(conn: Connection, device: str, pem: str, *, now_ms: int, rep
 def forget_device_key(conn: Connection, device: str, *, reason: str, actor: str, now_ms: int) -> None:
     """The next encryption key that the device names is taken. Raises ``NotFound`` when none is known."""
     c = t.encryption_keys.c
-    held = conn.execute(select(c.sha256).where(c.device == ids.device_id(device))).scalar()
+    if conn.execute(select(t.devices.c.id).where(t.devices.c.id == ids.device_id(device))).first() is None:
+        raise NotFound("device", device)
+    held = conn.execute(select(c.sha256).where(c.device == device)).scalar()
     if held is None:
         raise NotFound("encryption key of device", device)
     conn.execute(delete(t.encryption_keys).where(c.device == device))

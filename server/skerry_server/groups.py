@@ -172,7 +172,9 @@ def runnable(conn: Connection, digest: str, *, model: str, states: tuple[str, ..
         raise Conflict("wrong_model", f"the bundle is of model {row['model']!r}, not {model!r}")
     if row["state"] not in states:
         raise Conflict(
-            "not_approved", f"the bundle is {row['state']}; wanted {' or '.join(states)}", state=row["state"]
+            "not_approved",
+            f"{model} {row['version']} is {row['state']}; wanted {' or '.join(states)}",
+            state=row["state"],
         )
     return dict(row)
 

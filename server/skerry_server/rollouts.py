@@ -95,7 +95,7 @@ def create(
     c = t.group_models.c
     stable = conn.execute(select(c.stable).where(c.group == group, c.model == model)).scalar()
     if stable == candidate:
-        raise Conflict("already_stable", f"{group!r} runs this bundle already")
+        raise Conflict("already_stable", f"{group!r} runs {model} {bundle['version']} already")
     if stable is None:
         wanted = p.whole_fleet(wanted)
         conn.execute(insert(t.group_models).values(group=group, model=model, stable=candidate))

@@ -79,7 +79,9 @@ def _owner(options: argparse.Namespace) -> str:
 
 def _lock(options: argparse.Namespace) -> int:
     body = {"owner": _owner(options), "reason": options.reason, "for_s": options.for_s}
-    return conversation.ordered(options, "/skerry/v1/lock", body, "locked by {owner}; `skerry-agent unlock` ends it")
+    named = "" if options.owner is None else " --owner {owner}"
+    said = f"locked by {{owner}}; `skerry-agent unlock{named}` ends it"
+    return conversation.ordered(options, "/skerry/v1/lock", body, said)
 
 
 def _unlock(options: argparse.Namespace) -> int:

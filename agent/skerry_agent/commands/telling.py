@@ -37,7 +37,7 @@ def _status(options: argparse.Namespace) -> int:
         if engine.get("fallback"):
             print(f"    on the CPU: {engine['fallback']}")
     if not body["running"]:
-        print("  nothing runs yet")
+        print("  nothing runs; skerry-agent why says what it waits for")
     update = body["update"]
     if update is not None:
         reason = f": {update['code']} ({update['detail']})" if update["code"] else ""

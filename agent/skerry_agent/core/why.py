@@ -168,7 +168,8 @@ def _under_way(facts: Facts) -> Told:
     do = _CANCEL
     if update.state == "ready":
         waits = f"{update.detail or 'what holds it to end'}, at most {_time(facts.left_s)}"
-        do = f"`skerry-agent activate` starts it now; {_CANCEL.partition('; ')[2]}"
+        past = " --despite-locks" if update.detail.startswith("the lock of ") else ""
+        do = f"`skerry-agent activate{past}` starts it now; {_CANCEL.partition('; ')[2]}"
     says = f"{_DOES[update.state]}, attempt {update.attempt}{why}"
     return Told(about=what, says=says, since_s=facts.since_s, waits_for=waits, do=do, code=update.code)
 

@@ -11,7 +11,7 @@ from skerry_agent.core import why
 
 def update(state: str, code: str = "", **more: Any) -> lc.Update:
     return lc.Update(
-        state=state, model="gas", digest="a" * 64, version="2.0.0", attempt=2, code=code, detail="so it is" if code else "", **more
+        state=state, model="gas", digest="a" * 64, version="2.0.0", attempt=2, code=code, detail=more.pop("detail", "so it is" if code else ""), **more
     )  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -29,7 +29,9 @@ def test_every_state_under_way_says_what_it_waits_for_and_what_ends_it(state: st
     assert "skerry-agent cancel" in found.do
     if state == "ready":
         assert found.waits_for == "what holds it to end, at most 55 s"
-        assert "skerry-agent activate" in found.do
+        assert "`skerry-agent activate`" in found.do
+        locked = update("ready", detail="the lock of welder to end (a seam)")
+        assert "`skerry-agent activate --despite-locks`" in told(update=locked)["update to gas 2.0.0"].do
         return
     assert found.waits_for == (
         "70 of 100 inferences, or the end of its time in 20 s" if state == "trial" else "the end of that, within 55 s"
