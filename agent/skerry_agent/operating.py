@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ class Operating:
         reload: reads the configuration again.
         ring: the log's last lines, None where none are kept.
         restarts: starts of the agent before this one that did not last.
+        unstarted: model -> code and detail of the last start that failed.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Operating:
         reload: Callable[[], Answer],
         ring: LogRing | None,
         restarts: Callable[[], int],
+        unstarted: Mapping[str, tuple[str, str]],
         importing: Importing,
     ) -> None:
         self._serving = serving
@@ -60,6 +62,7 @@ class Operating:
         self._reload = reload
         self._ring = ring
         self._restarts = restarts
+        self._unstarted = unstarted
         self._importing = importing
 
     def routes(self) -> dict[tuple[str, str], Handler]:
@@ -115,6 +118,7 @@ class Operating:
             linked=snapshot.linked,
             certificate_left_s=None if ends_s is None else ends_s - now_ms / 1e3,
             restarts=self._restarts(),
+            unstarted=self._unstarted,
         )
         told = [asdict(one) for one in why.explain(facts)]
         return Answer(200, {"device": snapshot.device, "at_ms": now_ms, "told": told})

@@ -214,7 +214,8 @@ class Supervisor:
         )  # fmt: skip
         self._operating = Operating(
             self._serving, self._updating, self._shadowing, self._throttle, self._holding, snapshot=self._snapshot, ask_sync=self.sync,
-            reload=self._reload, ring=ring, restarts=lambda: self._restarts.in_a_row, importing=self._importing,
+            reload=self._reload, ring=ring, restarts=lambda: self._restarts.in_a_row, unstarted=self._unstarted.last,
+            importing=self._importing,
         )  # fmt: skip
         self._stop = asyncio.Event()
         self._ended: Degraded | None = None

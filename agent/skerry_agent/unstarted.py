@@ -28,6 +28,9 @@ class Unstarted:
         on_event: reports: about what, code, data.
         on_damage: looks at the files of these models.
         go_back: gives a bundle up for the one before it, and why; answers whether it is done.
+
+    Attributes:
+        last: model -> code and detail of the last start that failed, until one did not.
     """
 
     def __init__(
@@ -42,10 +45,12 @@ class Unstarted:
         self._go_back = go_back
         self._failed: Counter[str] = Counter()
         self._own: Counter[str] = Counter()
+        self.last: dict[str, tuple[str, str]] = {}
 
     def started(self, models: Mapping[str, Slot]) -> None:
         """These did start: what was before counts no more."""
-        for slot in models.values():
+        for name, slot in models.items():
+            self.last.pop(name, None)
             del self._failed[slot.digest], self._own[slot.digest]
 
     def failed(self, models: Mapping[str, Slot], error: AgentError) -> None:
@@ -54,6 +59,7 @@ class Unstarted:
         culprit = models.get(error.model)
         counted = digests.values() if culprit is None else (culprit.digest,)
         self._failed.update(counted)
+        self.last.update(dict.fromkeys(models if culprit is None else (error.model,), (error.code, error.detail[:500])))
         times = max((self._failed[digest] for digest in counted), default=1)
         if times & (times - 1) == 0:
             self._on_event("worker", error.code, {"models": digests, "detail": error.detail[:500], "starts": times})

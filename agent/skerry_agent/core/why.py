@@ -88,6 +88,7 @@ class Facts:
         linked: whether the broker hears it.
         certificate_left_s: until its certificate ends, below 0 since; None where that is not known.
         restarts: starts of the agent before this one that did not last.
+        unstarted: model -> code and detail of the last start that failed, of what should answer.
         trial: inferences so far, wanted, and seconds of its time that are left.
         unwritten: the disk does not take the pointer file, so that no update is taken up.
     """
@@ -106,6 +107,7 @@ class Facts:
     linked: bool = True
     certificate_left_s: float | None = None
     restarts: int = 0
+    unstarted: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     trial: tuple[int, int, float] = (0, 0, 0.0)
     unwritten: bool = False
 
@@ -127,7 +129,8 @@ def explain(facts: Facts) -> tuple[Told, ...]:
     found = [_serves(facts, model, *running) for model, running in sorted(facts.running.items())]
     if not found:
         stopped = facts.update.code == "below_forced_floor"
-        waits_for = _NEEDS["below_forced_floor"] if stopped else "a first bundle"
+        waits_for = "a bundle that may run here" if facts.update.code else "a first bundle"
+        waits_for = _NEEDS["below_forced_floor"] if stopped else waits_for
         found.append(Told(about="models", says="nothing answers", waits_for=waits_for, do=""))
     update = facts.update
     if update.model and not update.resting:
@@ -151,8 +154,17 @@ def _serves(facts: Facts, model: str, version: str, standing: str) -> Told:
     last = next((u for u in (facts.update, *(one.update for one in facts.beside)) if u.model == model), None)
     if last is not None and last.code == "below_forced_floor":
         return Told(about=model, says=f"nothing answers: {version} must not any more", waits_for=_NEEDS[last.code])
+    waits_for = "a worker, which is started again after a growing wait"
+    code, detail = facts.unstarted.get(model, ("", ""))
+    if code:
+        needs = _NEEDS.get(code, "")
+        return Told(
+            about=model, says=f"nothing answers: {version} should, and does not start: {_reason(code, detail)}",
+            waits_for=waits_for + (f"; it needs {needs}" if needs else ""),
+            do=f"see to it: {needs}" if needs else "`skerry-agent revert` goes back to the bundle before it, where there is one", code=code,
+        )  # fmt: skip
     return Told(
-        about=model, says=f"nothing answers: {version} should, and no worker does", waits_for="a worker, which is started again after a growing wait",
+        about=model, says=f"nothing answers: {version} should, and no worker does", waits_for=waits_for,
         do="`skerry-agent logs` says why it does not; `skerry-agent revert` goes back to the bundle before it, where there is one",
     )  # fmt: skip
 

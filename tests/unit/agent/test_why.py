@@ -80,3 +80,10 @@ def test_of_what_should_answer_and_does_not_it_says_so_and_what_to_do() -> None:
     since = lc.Update(state="confirmed", model="pump", digest="b" * 64, version="3.0.0")
     beside = why.explain(why.Facts(running={"gas": ("2.0.0", "stopped")}, update=since, beside=(other,)))
     assert beside[0] == forced[0]
+    lost = why.explain(
+        why.Facts(running={"gas": ("2.0.0", "stopped")}, unstarted={"gas": ("encryption_key_differs", "HTTP 403")})
+    )[0]
+    assert lost.says == "nothing answers: 2.0.0 should, and does not start: encryption_key_differs (HTTP 403)"
+    assert "skerry device forget-key" in lost.waits_for and "skerry device forget-key" in lost.do
+    refused = why.explain(why.Facts(update=update("idle", "below_floor")))[0]
+    assert refused.waits_for == "a bundle that may run here"
