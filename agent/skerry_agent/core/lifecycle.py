@@ -53,7 +53,7 @@ do not go in circles. A person's pardon starts anew, also in the middle of an at
 """
 
 ATTEMPTS: dict[str, int] = {
-    "bad_signature": 3, "hash_mismatch": 3, "size_mismatch": 3, "malformed_manifest": 1, "download_wasted": 3, "cannot_decrypt": 3,
+    "hash_mismatch": 3, "size_mismatch": 3, "malformed_manifest": 1, "download_wasted": 3, "cannot_decrypt": 3,
     "model_damaged": 2, "operator_unknown": 1, "golden_failed": 1, "runtime_crashed": 2, "start_timeout": 2,
     "trial_crashed": 1, "trial_errors": 1, "trial_slow": 1, "reverted_by_operator": 1, "crash_loop": 1,
     "worker_leaked": 1, "worker_spun": 1, "trial_silent": 2, "cancelled": 1, "too_many_moves": 1,
@@ -62,7 +62,7 @@ ATTEMPTS: dict[str, int] = {
 }  # fmt: skip
 """How often a bundle may fail for a reason before it is refused with ``attempts_exhausted``, until a person clears it.
 
-Codes that are not here never exhaust: they speak of the network, of who served the bytes, or of this device's room, which change.
+Codes that are not here never exhaust: they speak of the network, of who served or signed the metadata, or of this device's room, which change.
 ``@boot`` marks an update that ended with the supervisor's own process: a power cut is likelier than the bundle's fault. ``@trial``: an agent
 that is stopped in order in a trial, each time, is stopped for the bundle's sake, or never runs for as long as a trial lasts.
 """

@@ -18,13 +18,13 @@ UNABLE = frozenset(
 """Codes by which a device says that it cannot run the bundle, or must not by a person's word: nothing about the bundle itself."""
 ELSEWHERE = frozenset(
     {
-        "unreachable", "timeout", "expired", "rollback", "withdrawn", "interrupted", "busy", "courier_crashed",
+        "unreachable", "timeout", "expired", "rollback", "bad_signature", "malformed_metadata", "withdrawn", "interrupted", "busy", "courier_crashed",
         "process_not_started", "blob_missing", "download_wasted", "activation_overdue", "network_not_allowed",
         "yielded", "mirror_wrong", "key_not_given", "fetch_window_closed",
     }
 )  # fmt: skip
-"""Codes about the way to the repository, about the agent's own helpers on that way, or about a change of plan: nothing is said about
-the bundle, and the device tries again."""
+"""Codes about the way to the repository and its metadata, which whoever serves it can spoil, about the agent's own helpers on that way, or
+about a change of plan: nothing is said about the bundle, and the device tries again."""
 OWN_COPY = frozenset({"hash_mismatch", "size_mismatch"})
 """What differs from its hash is a copy on the device's own disk, or on a stick: wrong bytes of the network are ``mirror_wrong``, and what
 the repository has was hashed when it was taken in. The device tries again a few times."""

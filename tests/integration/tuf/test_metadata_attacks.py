@@ -7,8 +7,12 @@ import time
 
 import pytest
 from securesystemslib.signer import CryptoSigner
+from skerry_agent.core import lifecycle
 from skerry_contract import canonical, layout
+from skerry_server.core import eligibility
 from tuf.api.metadata import Metadata, MetaFile, TargetFile
+
+from tests.integration.tuf.conftest import DeviceHere
 
 
 @pytest.fixture
@@ -52,6 +56,48 @@ class Thief:
     def role(self, name, data, version):
         (self.fleet.path / layout.METADATA_DIR / f"{version}.{name}.json").write_bytes(data)
         self.snapshot(lambda s: s.meta.__setitem__(f"{name}.json", meta_of(data, version)))
+
+
+def test_metadata_that_a_mirror_spoils_between_two_looks_is_no_verdict_on_the_bundle(fleet, device, gas):
+    """It is honest until the device knows what to take, and then costs neither the bundle an attempt nor a rollout its candidate."""
+    here = DeviceHere(fleet, device.state_dir)
+    here.sync()
+    honest = {path.name: path.read_bytes() for path in fleet.metadata_file("").glob("*.json")}
+    timestamp = json.loads(honest["timestamp.json"])
+    flipped = timestamp["signatures"][0]["sig"]
+    root = json.loads(fleet.ceremony.root)
+    root["signed"]["version"] = 2
+    moved = json.loads(honest["timestamp.json"])
+    moved["signed"]["version"] += 1
+    lies = {
+        "a flipped signature": {
+            "timestamp.json": json.dumps(
+                {**timestamp, "signatures": [{**timestamp["signatures"][0], "sig": "00" + flipped[2:]}]}
+            )
+        },
+        "a next version that nobody signed": {"timestamp.json": json.dumps(moved)},
+        "no signature": {"timestamp.json": json.dumps({**timestamp, "signatures": []})},
+        "a next root that nobody signed": {"2.root.json": json.dumps(root)},
+        "an error page": {"timestamp.json": "<html>busy</html>"},
+        "a page in place of a root": {"2.root.json": "<html>gone</html>"},
+        "nothing": {"timestamp.json": ""},
+        "without end": {"timestamp.json": "[" * 20_000},
+    }
+    codes = {}
+    for what, files in lies.items():
+        for name, text in files.items():
+            fleet.metadata_file(name).write_text(text)
+        kind, codes[what] = here.error(
+            "manifest", model="gas", version="1.0.0", digest=gas.digest, limits={"idle_attempts": 1}
+        )
+        assert not eligibility.is_verdict_on_bundle(codes[what]), (what, kind, codes)
+        assert codes[what] not in lifecycle.ATTEMPTS, (what, kind, codes)
+        for name in files:
+            fleet.metadata_file(name).unlink()
+        for name, data in honest.items():
+            fleet.metadata_file(name).write_bytes(data)
+    assert codes["a flipped signature"] == codes["a next root that nobody signed"] == "bad_signature", "people see it"
+    here.manifest(gas)
 
 
 @pytest.mark.attack("arbitrary software")

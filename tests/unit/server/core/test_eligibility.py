@@ -82,6 +82,8 @@ def test_what_an_agent_never_gives_a_bundle_up_for_or_calls_its_own_is_no_verdic
         "withdrawn",
         "interrupted",
         "mirror_wrong",
+        "bad_signature",
+        "malformed_metadata",
         "hash_mismatch",
         "size_mismatch",
         "no_memory_folder",
