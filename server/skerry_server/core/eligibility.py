@@ -10,7 +10,7 @@ from skerry_contract import manifest as m
 UNABLE = frozenset(
     {
         "no_variant", "agent_too_old", "runtime_missing", "not_enough_disk", "not_enough_memory", "storage_failed",
-        "not_enrolled", "identity_damaged", "cancelled", "must_pass_first",
+        "not_enrolled", "identity_damaged", "bad_ca", "bad_url", "cancelled", "must_pass_first",
         "encryption_key_differs", "encryption_key_unusable", "no_memory_folder",
         "store_full", "store_busy", "store_failed", "store_damaged",
     }
@@ -25,9 +25,9 @@ ELSEWHERE = frozenset(
 )  # fmt: skip
 """Codes about the way to the repository and its metadata, which whoever serves it can spoil, about the agent's own helpers on that way, or
 about a change of plan: nothing is said about the bundle, and the device tries again."""
-OWN_COPY = frozenset({"hash_mismatch", "size_mismatch"})
-"""What differs from its hash is a copy on the device's own disk, or on a stick: wrong bytes of the network are ``mirror_wrong``, and what
-the repository has was hashed when it was taken in. The device tries again a few times."""
+OWN_COPY = frozenset({"hash_mismatch", "size_mismatch", "cannot_decrypt"})
+"""What differs from its hash, or does not open, is a copy on the device's own disk, or on a stick: wrong bytes of the network are
+``mirror_wrong``, and what the repository has was hashed, and opened, when it was taken in. The device tries again a few times."""
 
 
 def is_verdict_on_bundle(code: str) -> bool:

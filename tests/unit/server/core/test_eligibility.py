@@ -86,6 +86,8 @@ def test_what_an_agent_never_gives_a_bundle_up_for_or_calls_its_own_is_no_verdic
         "malformed_metadata",
         "hash_mismatch",
         "size_mismatch",
+        "cannot_decrypt",
+        "bad_ca",
         "no_memory_folder",
     ],
 )
