@@ -64,9 +64,11 @@ class Importing:
         self._document = document
         self._task: asyncio.Task[None] | None = None
         self._now: dict[str, Any] = dict(store.get(_KEY, {}))
+        # What was taken before, while another folder is looked at or was refused.
+        self._before: dict[str, Any] = self._now.pop("behind", {})
         if self._now.get("state") == "checking":
             # The agent ended in the middle, and nothing was taken: the person asks again.
-            self._now = {}
+            self._now, self._before = self._before, {}
 
     def configure(self, config: Config) -> None:
         """Goes on with another configuration."""
@@ -75,17 +77,22 @@ class Importing:
     @property
     def active(self) -> bool:
         """Whether updates may come from a folder now."""
-        return self._now.get("state") == "taken"
+        return bool(self._taken)
+
+    @property
+    def _taken(self) -> dict[str, Any]:
+        """The import that lasts; empty without one."""
+        return self._now if self._now.get("state") == "taken" else self._before
 
     def brings(self, digest: str) -> bool:
         """Whether the bundle comes with the folder: it was in the group's document when that was taken, and the import has not ended."""
-        return self.active and digest in self._now.get("digests", ())
+        return digest in self._taken.get("digests", ())
 
     def fields(self) -> dict[str, Any]:
         """What the couriers of updates get beside the rest."""
         if not self.active:
             return {}
-        return {"folder": self._now["folder"], "age_s": self._config.updates.import_age_s}
+        return {"folder": self._taken["folder"], "age_s": self._config.updates.import_age_s}
 
     async def answer(self, body: dict[str, Any]) -> Answer:
         """``POST /skerry/v1/import`` with ``folder``: begins. What becomes of it says ``told``."""
@@ -101,6 +108,8 @@ class Importing:
         if not os.access(f"{folder}/.", os.R_OK | os.X_OK):
             error = f"{folder}: wanted a folder that is there, and that the agent's user {os.geteuid()} may read"
             return Answer(409, {"error": error, "code": "folder_unreadable"})
+        # A folder that is no good, a mistyped one say, takes nothing from the one before.
+        self._before = self._taken
         self._now = {"folder": folder, "state": "checking"}
         self._task = asyncio.get_running_loop().create_task(self._take(folder), name="import")
         return Answer(200, {"ok": True, **self.status()})
@@ -136,6 +145,7 @@ class Importing:
         before = self._key(self._updating.update)
         text = answer.get("group_document")
         document = group.parse(str(text).encode()) if text else self._document()
+        self._before = {}
         self._now = {
             "folder": folder,
             "state": "taken",
@@ -163,14 +173,17 @@ class Importing:
         update = self._updating.update
         self._note(update)
         goes_on = not self._updating.at_rest or self._updating.returning.owed is not None
-        if goes_on or not self._updating.failures.may_come().isdisjoint(self._now.get("digests", ())):
+        over = self._taken
+        if goes_on or not self._updating.failures.may_come().isdisjoint(over.get("digests", ())):
             return
-        self._now = {**self._now, "state": "ended"}
+        if over is self._now:
+            self._now = {**over, "state": "ended"}
+        self._before = {}
         self._keep()
         running = {model: one.version for model, one in self._running().items()}
-        failed = [one for one in self._now["updates"] if one["code"]]
-        log.info("import ended", extra=kv(folder=self._now["folder"], running=running, failed=len(failed)))
-        data = {"state": "ended", "folder": self._now["folder"], "updates": self._now["updates"], "running": running}
+        failed = [one for one in over["updates"] if one["code"]]
+        log.info("import ended", extra=kv(folder=over["folder"], running=running, failed=len(failed)))
+        data = {"state": "ended", "folder": over["folder"], "updates": over["updates"], "running": running}
         self._on_event("import", failed[-1]["code"] if failed else "", data)
 
     def _note(self, update: Update) -> None:
@@ -179,12 +192,12 @@ class Importing:
             "model": update.model, "version": update.version, "state": update.state, "code": update.code,
             "detail": update.detail,
         }  # fmt: skip
-        if not update.resting or not update.model or self._key(update) == self._now.get("before"):
+        if not update.resting or not update.model or self._key(update) == self._taken.get("before"):
             return
         others = [
-            one for one in self._now["updates"] if (one["model"], one["version"]) != (update.model, update.version)
+            one for one in self._taken["updates"] if (one["model"], one["version"]) != (update.model, update.version)
         ]
-        self._now = {**self._now, "updates": [*others, word][-_MOST_TOLD:]}
+        self._taken["updates"] = [*others, word][-_MOST_TOLD:]
         self._keep()
 
     @staticmethod
@@ -193,7 +206,7 @@ class Importing:
 
     def _keep(self) -> None:
         try:
-            self._store.put(_KEY, self._now)
+            self._store.put(_KEY, {**self._now, **({"behind": self._before} if self._before else {})})
         except Degraded as error:
             log.warning("import not noted", extra=kv(code=error.code, detail=error.detail))
 

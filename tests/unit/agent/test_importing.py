@@ -70,3 +70,31 @@ def test_an_import_whose_bundle_failed_for_good_has_ended_and_says_how(life: Lif
         assert [(told["version"], told["code"]) for told in events[-1]["updates"]] == [("2.0.0", code)]
 
     asyncio.run(main())
+
+
+def test_a_second_folder_that_is_refused_takes_nothing_from_the_first(life: Life) -> None:
+    """Who mistypes a path, or asks twice, ends no copy under way."""
+    events: list[dict[str, Any]] = []
+    one = importing(life, events)
+    one._begin("/media/stick", {"group_document": group.encode(DOCUMENT).decode()})
+    life.updating.failures.penalise(lc.Update(digest=CARRIED, code="not_enough_memory", failed_in="fetch"))
+
+    async def asked() -> None:
+        assert (await one.answer({"folder": "/"})).status == 200
+        assert (one.status()["state"], one.brings(CARRIED)) == ("checking", True)
+        assert one.fields()["folder"] == "/media/stick"
+        one.rested()
+        # The agent ends in the middle of looking.
+        assert importing(life, events).status()["state"] == "taken"
+        # It cannot be looked into: there is no syncing here.
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+
+    asyncio.run(asked())
+    for now in (one, importing(life, events)):
+        assert (now.status()["state"], now.status()["folder"], "behind" in now.status()) == ("refused", "/", False)
+        assert (now.brings(CARRIED), now.fields()["folder"]) == (True, "/media/stick")
+    life.updating.failures.forgive(CARRIED)
+    one.rested()
+    assert (events[-1]["state"], events[-1]["folder"]) == ("ended", "/media/stick")
+    assert (one.active, one.status()["state"]) == (False, "refused")
+    assert not importing(life, events).active
