@@ -73,9 +73,23 @@ class Following:
         self._ask_sync = ask_sync
         # Which bundles made way for which, the latest.
         self._made_way: dict[tuple[str, str], None] = {}
+        self._again: asyncio.TimerHandle | None = None
 
     def look(self) -> None:
-        """Asks what follows from the document now, and does it."""
+        """Asks what follows from the document now, and does it; looks again when the first bundle that waits may be tried again."""
+        self._look()
+        if self._again is not None:
+            self._again.cancel()
+        wait_s = self._updating.failures.next_try_s() if self._updating.update.resting else None
+        if wait_s is not None:
+            self._again = asyncio.get_running_loop().call_later(wait_s + 0.05, self._ask_sync)
+
+    def lacks(self) -> str:
+        """What the document requires and this agent does not know, in words; empty for nothing."""
+        document = self._orders.document
+        return ", ".join(group.missing_abilities(document)) if document is not None else ""
+
+    def _look(self) -> None:
         document = self._orders.document
         if document is None or not self._ready() or self._updating.returning.owed is not None:
             return
@@ -109,7 +123,7 @@ class Following:
         for step in sorted(steps, key=self._place, reverse=True):
             match step:
                 case Keep(why="agent_too_old"):
-                    self._too_old(document)
+                    self._too_old()
                 case Rekey():
                     self._rekey(step)
                 case Change():
@@ -151,16 +165,8 @@ class Following:
         answer = self._updating.fetching.admission(manifest, slot.digest)
         return not self._serving.answering(model) or isinstance(answer, admission.Admit)
 
-    def rested(self) -> None:
-        """The update came to rest: takes up the next, or waits until one may be tried again."""
-        self.look()
-        wait_s = self._updating.failures.next_try_s()
-        if wait_s is not None and self._updating.update.resting:
-            # Looks again when the first bundle may be tried again. A second timer for the same moment does no harm.
-            asyncio.get_running_loop().call_later(wait_s + 0.05, self._ask_sync)
-
-    def _too_old(self, document: group.GroupDocument) -> None:
-        lacking = ", ".join(group.missing_abilities(document))
+    def _too_old(self) -> None:
+        lacking = self.lacks()
         if self._store.get("too_old") == lacking:
             return
         with contextlib.suppress(Degraded):

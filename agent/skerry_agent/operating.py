@@ -34,6 +34,7 @@ class Operating:
         ring: the log's last lines, None where none are kept.
         restarts: starts of the agent before this one that did not last.
         unstarted: model -> code and detail of the last start that failed.
+        lacks: what the group's document requires and this agent does not know; empty for nothing.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Operating:
         restarts: Callable[[], int],
         unstarted: Mapping[str, tuple[str, str]],
         importing: Importing,
+        lacks: Callable[[], str],
     ) -> None:
         self._serving = serving
         self._updating = updating
@@ -64,6 +66,7 @@ class Operating:
         self._restarts = restarts
         self._unstarted = unstarted
         self._importing = importing
+        self._lacks = lacks
 
     def routes(self) -> dict[tuple[str, str], Handler]:
         """Method and path -> who answers."""
@@ -119,6 +122,7 @@ class Operating:
             certificate_left_s=None if ends_s is None else ends_s - now_ms / 1e3,
             restarts=self._restarts(),
             unstarted=self._unstarted,
+            lacks=self._lacks(),
         )
         told = [asdict(one) for one in why.explain(facts)]
         return Answer(200, {"device": snapshot.device, "at_ms": now_ms, "told": told})

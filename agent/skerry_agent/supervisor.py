@@ -215,7 +215,7 @@ class Supervisor:
         self._operating = Operating(
             self._serving, self._updating, self._shadowing, self._throttle, self._holding, snapshot=self._snapshot, ask_sync=self.sync,
             reload=self._reload, ring=ring, restarts=lambda: self._restarts.in_a_row, unstarted=self._unstarted.last,
-            importing=self._importing,
+            importing=self._importing, lacks=self._following.lacks,
         )  # fmt: skip
         self._stop = asyncio.Event()
         self._ended: Degraded | None = None
@@ -430,7 +430,7 @@ class Supervisor:
             self._follow_plan()
 
     def _rested(self) -> None:
-        self._following.rested()
+        self._following.look()
         self._importing.rested()
 
     def _apply_settings(self) -> None:

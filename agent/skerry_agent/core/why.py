@@ -91,6 +91,7 @@ class Facts:
         unstarted: model -> code and detail of the last start that failed, of what should answer.
         trial: inferences so far, wanted, and seconds of its time that are left.
         unwritten: the disk does not take the pointer file, so that no update is taken up.
+        lacks: what the group's document requires and this agent does not know, so that none is either; empty for nothing.
     """
 
     running: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -110,6 +111,7 @@ class Facts:
     unstarted: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     trial: tuple[int, int, float] = (0, 0, 0.0)
     unwritten: bool = False
+    lacks: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +142,12 @@ def explain(facts: Facts) -> tuple[Told, ...]:
     for one in facts.beside:
         if one.spent or one.wait_s > 0:
             found.append(_ended(one.update, one.since_s, one.wait_s, one.spent))
+    if facts.lacks:
+        says = f"requires what this agent does not know: {facts.lacks}; what runs goes on, and nothing new is taken up"
+        needs = _NEEDS["agent_too_old"]
+        found.append(
+            Told(about="group document", says=says, waits_for=needs, do="install a newer agent", code="agent_too_old")
+        )
     if facts.unwritten:
         says = "takes no file: what was confirmed or went back holds all the same, and nothing new is taken up"
         do = "make room on it, or see whether it can be written"

@@ -320,6 +320,8 @@ def test_a_document_that_asks_for_more_than_this_agent_changes_nothing(serving: 
     serving.sync()
     wait_for(lambda: any(e.code == "agent_too_old" for e in server.events()), why="the event")
     assert serving.running() == ("1.0.0", "confirmed")
+    (told,) = [one for one in serving.call("GET", "/skerry/v1/why").body["told"] if one["code"] == "agent_too_old"]
+    assert "teleport" in told["says"]
 
 
 def test_a_pin_beats_the_group(serving: Device, server: Server) -> None:

@@ -87,3 +87,9 @@ def test_of_what_should_answer_and_does_not_it_says_so_and_what_to_do() -> None:
     assert "skerry device forget-key" in lost.waits_for and "skerry device forget-key" in lost.do
     refused = why.explain(why.Facts(update=update("idle", "below_floor")))[0]
     assert refused.waits_for == "a bundle that may run here"
+
+
+def test_a_document_that_wants_a_newer_agent_is_named_with_what_it_wants() -> None:
+    found = told(lacks="windows")["group document"]
+    assert "windows" in found.says and "goes on" in found.says
+    assert (found.waits_for, found.do, found.code) == ("a newer agent", "install a newer agent", "agent_too_old")
