@@ -186,10 +186,10 @@ class Model:
     update: Mapping[str, Any]
     failure: Failure | None
     course: Course | None
-    silence: Silence | None
     wants: str
     fits: bool
     pinned_by: str
+    silence: Silence | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -395,8 +395,10 @@ def _meant(code: str, detail: str) -> str:
 def _after(failure: Failure) -> str:
     if failure.code == "below_forced_floor":
         return "a bundle at or above that floor: a device never takes a forced floor back"
-    if failure.code in ("not_in_catalog", "below_floor"):
-        return "another bundle, or a catalog that lists this one and a floor that admits it; it looks again by itself"
+    if failure.code == "below_floor":
+        return "a bundle at or above that floor: a device keeps the highest floor that it has seen"
+    if failure.code == "not_in_catalog":
+        return "another bundle, or a catalog that lists this one; it looks again by itself"
     if failure.code == "cancelled":
         return "another bundle, or a person's word that it may try this one again"
     return "another bundle; it tries this one again a few times at most, then not before a person says so"

@@ -282,7 +282,7 @@ def test_a_device_on_which_nothing_answers_says_what_keeps_its_bundle_from_start
     bench.runs(device, "")
     found = bench.until(device, "refused")
     assert "it runs no gas instead, since below_forced_floor: what served is below a floor" in found["because"]
-    assert "--lower` reaches only others" in found["do"]
+    assert "keeps the highest floor" in found["waits_for"] and "--lower` reaches only others" in found["do"]
 
 
 def test_an_offline_device_keeps_its_reason_when_it_has_one(bench: Bench) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from skerry_contract import group as g
 from skerry_server.core import why
-from skerry_server.core.why import Course, Device, Failure, Model, explain
+from skerry_server.core.why import Course, Device, Failure, Model, Silence, explain
 
 REFERENCE = Path(__file__).parents[4] / "docs" / "reference"
 OLD, NEW = "1" * 64, "2" * 64
@@ -133,6 +133,19 @@ def test_what_a_persons_word_forgave_is_told_as_over() -> None:
     over = Failure(event=7, at_ms=1, code="golden_failed", detail="", failed_in="prove", forgiven=True)
     found = explain(device(), model(failure=over))
     assert found.state == "retrying" and "obeyed a person's retry" in found.because and "device retry" not in found.do
+
+
+def test_what_should_answer_and_does_not_start_is_said_unless_something_newer_is_known() -> None:
+    dead = Silence(event=9, at_ms=1, digest=NEW, code="encryption_key_differs", detail="HTTP 403")
+    found = explain(device(), model(running={}, silence=dead))
+    assert found.state == "stopped" and "encryption_key_differs" in found.because and "HTTP 403" in found.because
+    assert "device forget-key" in found.do
+    assert explain(device(online=False, since="since noon"), model(running={}, silence=dead)).state == "offline"
+    trying = {"digest": NEW, "state": "verify"}
+    assert explain(device(), model(running={}, silence=dead, update=trying)).state == "updating"
+    other = Silence(event=9, at_ms=1, digest=OLD, code="below_forced_floor", detail="")
+    found = explain(device(), model(running={}, silence=other, failure=failure("golden_failed", "prove")))
+    assert found.state == "refused" and "since below_forced_floor: what served is below a floor" in found.because
 
 
 def test_no_retry_is_named_where_only_the_approvers_can_help() -> None:
