@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from skerry_contract import ids
 
 from skerry_cli import device_logs, keys, output
 from skerry_cli.client import quote
@@ -206,8 +207,13 @@ def pin(
     """Makes one device run one approved bundle, whatever its group runs."""
     api = session(context).api
     found = find_bundle(api, bundle)
-    api.put(f"/api/v1/devices/{quote(device)}/pins/{quote(found['model'])}", {"digest": found["digest"]})
+    answer = api.put(f"/api/v1/devices/{quote(device)}/pins/{quote(found['model'])}", {"digest": found["digest"]})
     output.say(f"{device} is pinned to {found['model']} {found['version']}.")
+    floor = str(answer.get("floor") or "")
+    if floor and ids.version_key(found["version"]) < ids.version_key(floor):
+        output.say(
+            f"! It is below the signed floor {floor}: a device that has seen that refuses it, and runs what its group gives it."
+        )
 
 
 @app.command()

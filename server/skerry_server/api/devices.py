@@ -151,7 +151,8 @@ def set_pin(context: Ctx, caller: Operator, device: str, model: str, pin: Pin) -
             version=pin.version,
         )
     context.wake()
-    return {"device": device, "model": model, "digest": pin.digest, "version": version}
+    floor = context.publication.floors().get(model, "")
+    return {"device": device, "model": model, "digest": pin.digest, "version": version, "floor": floor}
 
 
 @router.delete("/devices/{device}/pins/{model}", summary="Take a pin away", status_code=204)

@@ -272,7 +272,8 @@ def test_a_silent_canary_that_is_pinned_or_revoked_is_waited_for_no_longer(
         fleet.follow()
         assert rig.good("GET", path)["stage"] == 0
         time.sleep(0.2)
-    rig.good("PUT", f"/api/v1/devices/{pinned.id}/pins/{MODEL}", {"digest": one, "reason": "in the workshop"})
+    pin = rig.good("PUT", f"/api/v1/devices/{pinned.id}/pins/{MODEL}", {"digest": one, "reason": "in the workshop"})
+    assert pin["floor"] == "", "whoever pins hears of the floor, above which the device alone takes it"
     rig.good("POST", f"/api/v1/devices/{revoked.id}/revoke", {"reason": "fell into the water"})
     found = fleet.drive(rollout, {"completed"})
     assert found["state"] == "completed"
