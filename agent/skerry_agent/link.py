@@ -73,7 +73,10 @@ class _Judged(ssl.SSLSocket):
         super().do_handshake(block)
         ends = str((self.getpeercert() or {}).get("notAfter", ""))
         if not ends or ssl.cert_time_to_seconds(ends) < time.time():
-            raise ssl.SSLCertVerificationError(f"its certificate expired {ends}")
+            here = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+            raise ssl.SSLCertVerificationError(
+                f"its certificate expired {ends}; it is {here} UTC by this device's clock"
+            )
 
 
 def tls_context(identity: Identity) -> ssl.SSLContext:

@@ -24,7 +24,7 @@ _DOES: Mapping[str, str] = {
 _PARDON = "`skerry-agent sync --pardon` here, or `skerry device retry` from afar, lets it try again"
 _CANCEL = "nothing; `skerry-agent cancel` ends it"
 _NEEDS: Mapping[str, str] = {
-    "unreachable": "a way to the server and the repository: network, name, firewall",
+    "unreachable": "a way to the server and the repository: network, name, firewall; and a clock that is not ahead, certificates end by it",
     "timeout": "a better way to the server and the repository, or more time",
     "mirror_wrong": "the right bytes: whoever serves the repository (a cache, a mirror, a proxy) sends others than were signed",
     "expired": "metadata that has not ended: whoever runs the fleet publishes it anew",

@@ -14,6 +14,7 @@ import abc
 import contextlib
 import http.client
 import ssl
+import time
 from collections.abc import Iterator, Mapping
 from urllib.parse import urljoin, urlsplit
 
@@ -196,7 +197,11 @@ class Web(Connections):
         ends = str(certificate.get("notAfter", ""))
         if not ends or ssl.cert_time_to_seconds(ends) < self._now_s:
             connection.close()
-            raise Transient("unreachable", f"{host}:{port}: its certificate expired {ends}")
+            # Whoever reads this may have a clock that is years ahead.
+            here = time.strftime("%Y-%m-%d %H:%M", time.gmtime(min(self._now_s, 253402300799.0)))
+            raise Transient(
+                "unreachable", f"{host}:{port}: its certificate expired {ends}; it is {here} UTC by this device's clock"
+            )
 
 
 def pieces(response: http.client.HTTPResponse, what: str) -> Iterator[bytes]:

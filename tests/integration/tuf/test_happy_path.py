@@ -6,6 +6,8 @@ import time
 
 from cryptography import x509
 
+from tests.integration.tuf.conftest import DeviceHere
+
 
 def test_a_bundle_goes_from_the_approvers_key_to_a_verified_slot(fleet, device, make_bundle):
     bundle = make_bundle("gas", "1.0.0")
@@ -68,3 +70,13 @@ def test_a_certificate_that_has_not_begun_by_the_servers_time_is_renewed_at_once
     assert device.sync(now_s=1.0)["renew_at_s"] == 0.0
     device.ok("renew")
     assert device.sync(now_s=1.0)["renew_at_s"] > time.time() + 200 * 86_400
+
+
+def test_a_device_whose_clock_is_years_ahead_is_told_which_time_it_takes_it_to_be(fleet, device):
+    here = DeviceHere(fleet, device.state_dir)
+    answer = here.ask("sync", group="line-1", now_s=4_102_444_800.0)["error"]
+    assert answer["code"] == "unreachable"
+    assert (
+        "its certificate expired" in answer["detail"]
+        and "2100-01-01 00:00 UTC by this device's clock" in answer["detail"]
+    )
