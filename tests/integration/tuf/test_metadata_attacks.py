@@ -100,6 +100,21 @@ def test_metadata_that_a_mirror_spoils_between_two_looks_is_no_verdict_on_the_bu
     here.manifest(gas)
 
 
+@pytest.mark.attack("freeze")
+def test_what_ended_by_the_timestamps_own_time_is_refused_in_the_same_look_by_a_device_that_knows_no_time(
+    fleet, device, gas
+):
+    here = DeviceHere(fleet, device.state_dir)
+    later = fleet.clock() + dt.timedelta(days=8)
+
+    def signed_later(timestamp):
+        timestamp.unrecognized_fields[layout.SIGNED_AT_FIELD] = int(later.timestamp())
+        timestamp.expires = later + dt.timedelta(days=1)
+
+    Thief(fleet).timestamp(signed_later)
+    assert here.error("sync", group="line-1", now_s=1.0) == ("rejected", "expired")
+
+
 @pytest.mark.attack("arbitrary software")
 def test_flipped_byte_in_a_manifest(fleet, device, gas):
     path = next(fleet.path.glob("targets/catalog/gas/1.0.0/*.manifest.json"))
