@@ -297,29 +297,18 @@ class Supervisor:
         for complaint in complaints:
             log.error("slot unusable", extra=kv(detail=complaint))
             self._uplink.event("slot", "model_damaged", {"detail": complaint})
-        ordered = self._updating.turnover.ordered_back()
-        if ordered is not None:
-            models[ordered[0]] = ordered[1]
         # What lies ready did not begin: it is not to blame, nor does it shield what runs.
         update = self._updating.update
-        blamed = self._restarts.began(at_rest=update.resting or update.state == "ready")
-        if blamed and self._updating.blame(
-            f"the agent itself ended {self._restarts.in_a_row} times in a row soon after its start"
-        ):
-            ordered = self._updating.turnover.ordered_back()
-            if ordered is not None:
-                models[ordered[0]] = ordered[1]
+        if self._restarts.began(at_rest=update.resting or update.state == "ready"):
+            self._updating.blame(
+                f"the agent itself ended {self._restarts.in_a_row} times in a row soon after its start"
+            )
         self._updating.booted()
         self._apply_settings()
-        if models:
-            try:
-                came_up = await self._restoring.bring_up(models, timeout_s=180.0)
-                if ordered is not None:
-                    self._updating.turnover.went_back(*ordered, came_up.get(ordered[0]))
-            except AgentError as error:
-                log.error("confirmed bundles do not start", extra=kv(code=error.code, detail=error.detail))
-                self._uplink.event("worker", error.code, {"detail": error.detail})
-                self._serving.start_later({n: s for n, s in models.items() if self._slots.whole(s.digest, s.variant)})
+        error = await self._updating.come_up(models, timeout_s=180.0) if models else None
+        if error is not None:
+            log.error("confirmed bundles do not start", extra=kv(code=error.code, detail=error.detail))
+            self._uplink.event("worker", error.code, {"detail": error.detail})
         self._booted = True
         if self._importing.active or any(self._following.must_be_replaced(name, slot) for name, slot in models.items()):
             # What to run instead may be here, and the network may not.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -176,6 +176,15 @@ class Turnover:
             if back is None or self._is_forbidden(update.model, back)
             else (update.model, msgspec.structs.replace(back, arm="none", rollout="", stage=0))
         )
+
+    async def bring_up(
+        self, wanted: Mapping[str, Slot], *, timeout_s: float
+    ) -> tuple[Mapping[str, Slot], AgentError | None]:
+        """Starts these. What came up in the end, and why nothing did."""
+        try:
+            return await self._restoring.bring_up(wanted, timeout_s=timeout_s), None
+        except AgentError as error:
+            return {}, error
 
     def went_back(self, model: str, wanted: Slot, came_up: Slot | None) -> None:
         """The end of a way back: the pointer file follows what proved itself, or the bundle that had to go is taken up again."""

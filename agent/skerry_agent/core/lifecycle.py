@@ -258,6 +258,12 @@ def steps_back(update: Update) -> bool:
     return update.code in STEPS_BACK and update.failed_in in RESTING
 
 
+def given_up(update: Update, why: str) -> Update:
+    """Such a revert that ends before its end: what had to go stays confirmed, and no start goes that way on."""
+    detail = f"the way back was given up ({why}): {update.version} goes on"
+    return msgspec.structs.replace(update, failed_in="revert", detail=detail)
+
+
 def restores(update: Update) -> bool:
     """Whether the update is a revert from a bundle that served: what ran before it is being brought up."""
     return update.state == "revert" and (update.failed_in == "trial" or update.failed_in in RESTING)
@@ -330,13 +336,13 @@ def step(update: Update, event: e.Event, at: Instant) -> tuple[Update, tuple[Eff
     if failing or (isinstance(event, e.Booted | e.Stopped) and move.code):
         changed["failed_in"] = update.failed_in or update.state
         changed["at_boot"] = isinstance(event, e.Booted)
+    after = msgspec.structs.replace(update, **changed)
     if steps_back(update) and (move is GIVE_UP or isinstance(event, e.Failed)):
-        # What had to go stays confirmed, and no start goes that way on.
         ended = f"{overdue} deadlines passed"
         if isinstance(event, e.Cancelled | e.Failed):
             ended = ": ".join(filter(None, (getattr(event, "code", ""), event.detail)))
-        changed.update(failed_in="revert", detail=f"the way back was given up ({ended}): {update.version} goes on")
-    return msgspec.structs.replace(update, **changed), move.effects
+        after = given_up(after, ended)
+    return after, move.effects
 
 
 def _stopped(state: State, move: Move) -> Move:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from skerry_contract import ids
@@ -17,7 +17,7 @@ from skerry_contract import ids
 from skerry_agent.core import culprits, lifecycle, liveness, why
 from skerry_agent.core import effects as e
 from skerry_agent.core.lifecycle import Update
-from skerry_agent.errors import Degraded, Rejected
+from skerry_agent.errors import AgentError, Degraded, Rejected
 from skerry_agent.logs import kv
 from skerry_agent.serving import Generation
 from skerry_agent.slots import Slot
@@ -172,6 +172,40 @@ class Updating(Driving):
         self.update = given_up
         self._telling.record(self.update)
         return True
+
+    async def come_up(self, models: Mapping[str, Slot], *, timeout_s: float) -> AgentError | None:
+        """At a start: brings up what the pointers say, or what a way back leads to that was cut off. Where that does not come up it is over,
+        as at any other time.
+
+        Returns:
+            Why nothing came up; it is tried on and on, beside whatever the plan fetches.
+        """
+        ordered = self.turnover.ordered_back()
+        wanted = {**models, **({ordered[0]: ordered[1]} if ordered is not None else {})}
+        came_up, error = await self.turnover.bring_up(wanted, timeout_s=timeout_s)
+        if ordered is not None:
+            model, back = ordered
+            here = came_up.get(model)
+            self.turnover.went_back(model, back, here)
+            if here is None or here.digest != back.digest:
+                self._give_up_way_back(error)
+                wanted = dict(models)
+        if error is not None:
+            whole = {name: slot for name, slot in wanted.items() if self._slots.whole(slot.digest, slot.variant)}
+            self._serving.start_later(whole)
+        return error
+
+    def _give_up_way_back(self, error: AgentError | None) -> None:
+        why = f"{error.code}: {error.detail[:500]}" if error is not None else "what was before it does not start"
+        given_up = lifecycle.given_up(self.update, why)
+        try:
+            self._store.put("update", given_up)
+        except Degraded as found:
+            # The next start tries that way once more.
+            log.error("end of a way back not stored", extra=kv(code=found.code, detail=found.detail))
+            return
+        self.update = given_up
+        self._telling.record(given_up)
 
     def order_revert(self, model: ids.ModelName) -> Slot:
         """A person wants the previous bundle back; what is under way makes way first. Returns the slot that comes back.

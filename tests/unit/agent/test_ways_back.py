@@ -236,6 +236,35 @@ def test_a_way_back_that_a_person_cancelled_is_gone_by_no_start(life: Life, bund
     asyncio.run(main())
 
 
+def test_a_start_gives_a_way_back_up_that_does_not_come_up_and_brings_up_what_is_confirmed(
+    life: Life, bundles: dict[str, Path]
+) -> None:
+    async def main() -> None:
+        life.slots.confirm("gas", put(life.slots, bundles["1.0.0"]))
+        new = put(life.slots, bundles["2.0.0"])
+        life.slots.confirm("gas", new)
+        life.updating.order_revert("gas")
+        life.cut()
+        found, _ = life.slots.boot()
+        life.updating.booted()
+        assert life.updating.turnover.ordered_back() is not None
+        # Within that no worker starts.
+        error = await life.updating.come_up(found, timeout_s=0.01)
+        assert error is not None
+        assert error.code == "start_timeout"
+        async with asyncio.timeout(30):
+            while not life.serving.answering("gas"):
+                await asyncio.sleep(0.01)
+        assert life.serving.models()["gas"].version == "2.0.0"
+        assert (life.updating.update.code, life.updating.failures.of(new.digest)) == ("reverted_by_operator", {})
+        assert "2.0.0 goes on" in life.changes[-1][1]["detail"]
+        await life.serving.stop()
+        life.cut()
+        assert life.updating.turnover.ordered_back() is None, "nor does any later start"
+
+    asyncio.run(main())
+
+
 def test_a_confirmation_is_written_before_a_person_or_a_crash_loop_has_the_bundle_go(
     life: Life, bundles: dict[str, Path]
 ) -> None:
