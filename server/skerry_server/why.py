@@ -440,7 +440,7 @@ def _certificate(row: Mapping[str, Any], now_ms: int, grace_s: float) -> str:
         return ""
     return (
         f"its certificate ended {_when(ended_ms, now_ms)}, longer ago than the {grace_s / 86_400:g} days of grace: "
-        f"`skerry device renew {row['id']}` lets it renew it within the next week"
+        f"`skerry device renew {row['id']} --reason WHY` lets it renew it within the next week"
     )
 
 

@@ -406,15 +406,15 @@ def _after(failure: Failure) -> str:
 
 def _do(state: State, device: Device, model: Model) -> str:
     """The command, or the step outside, that a person has; empty where there is nothing to do."""
-    end = f"nothing; `skerry device cancel {device.id}` ends it"
-    again = f"`skerry device retry {device.id}` lets it try again, or `skerry-agent sync --pardon` on the device"
+    end = f"nothing; `skerry device cancel {device.id} --reason WHY` ends it"
+    again = f"`skerry device retry {device.id} --reason WHY` lets it try again, or `skerry-agent sync --pardon` on the device"
     if device.lacks_certificate and not device.online:
         return device.lacks_certificate
     course, code = model.course, model.failure.code if model.failure is not None else ""
     if state == "waiting_for_stage" and course is not None and course.state == "paused":
-        return f"`skerry rollout resume {course.id}`, or abort it"
+        return f"`skerry rollout resume {course.id} --reason WHY`, or abort it"
     if state == "updating" and model.update.get("state") == "ready":
-        return f"nothing; `skerry-agent activate` on the device starts it (`--despite-locks`: past a lock too), `skerry device cancel {device.id}` ends it"
+        return f"nothing; `skerry-agent activate` on the device starts it (`--despite-locks`: past a lock too), `skerry device cancel {device.id} --reason WHY` ends it"
     if state == "retrying" and (model.failure is None or not model.failure.forgiven):
         return _outside(code) or end
     if state in ("refused", "reverted") and code in _MENDED_BY:
@@ -422,7 +422,7 @@ def _do(state: State, device: Device, model: Model) -> str:
     if state == "stopped" and model.silence is not None:
         code = model.silence.code
     if state in ("unfit", "stopped") and code == "encryption_key_differs":
-        return f"`skerry device forget-key {device.id}`, if its board or token was replaced"
+        return f"`skerry device forget-key {device.id} --reason WHY`, if its board or token was replaced"
     if state == "unfit":
         return "install a newer agent on the device" if code == "agent_too_old" or device.lacks else again
     return {

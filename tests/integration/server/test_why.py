@@ -272,7 +272,7 @@ def test_a_device_on_which_nothing_answers_says_what_keeps_its_bundle_from_start
     assert (
         "no worker starts with it: encryption_key_differs: the server knows another encryption key" in found["because"]
     )
-    assert found["do"].startswith(f"`skerry device forget-key {device.id}`")
+    assert found["do"].startswith(f"`skerry device forget-key {device.id} --reason WHY`")
     assert found["since_ms"] and found["evidence"]["events"]
     bench.runs(device, "1.0.0")
     bench.until(device, "as_assigned")
