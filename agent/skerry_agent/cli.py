@@ -27,7 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.command(options))
+        code = int(options.command(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader went away; nothing is left to say, and the interpreter must not try again while it closes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return conversation.FAILED
+    except KeyboardInterrupt:
+        print("skerry-agent: stopped", file=sys.stderr)
+        return conversation.INTERRUPTED
     except BadConfig as error:
         for fault in error.faults:
             print(f"skerry-agent: {fault}", file=sys.stderr)

@@ -19,7 +19,7 @@ from skerry_agent.errors import AgentError
 if TYPE_CHECKING:
     from skerry_agent.config import Config
 
-OK, FAILED, USAGE, REFUSED = 0, 1, 2, 3
+OK, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 DEFAULT_CONFIG = "/etc/skerry/agent.toml"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
