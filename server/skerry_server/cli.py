@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif asked.command == "new-online-key":
             _say(folder.new_online_key(settings, asked.uri))
         elif asked.command == "migrate":
+            folder.require_initialised(settings.data)
             engine = open_engine(settings.database_url)
             found = migrate(engine)
             engine.dispose()

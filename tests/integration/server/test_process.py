@@ -66,6 +66,17 @@ def test_a_signal_ends_it_in_order_and_soon_with_devices_connected(
     assert b"Traceback" not in (rig.data / "server.log").read_bytes()
 
 
+@pytest.mark.parametrize("command", ["run", "migrate"])
+def test_a_folder_that_holds_no_server_is_named_and_stays_as_it_is(tmp_path: Path, command: str) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        done = run(command, "--data", str(tmp_path / folder))
+        assert (done.returncode, "holds no server; run: skerry-server init" in done.stderr) == (1, True), done.stderr
+        assert "Traceback" not in done.stderr
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_killed_server_leaves_no_broker_and_comes_back_where_it_was(rig: ServerRig, tmp_path: Path) -> None:
     rig.start()
     rig.good("PUT", "/api/v1/groups/press", {})
