@@ -238,7 +238,7 @@ class Examiner:
         if lost:
             faults.append(f"something is called lost: {status['outbox']['lost']}")
         # A power cut is no damage: what is set aside for being damaged was not written as it must be.
-        if aside := [str(path.relative_to(state_dir)) for path in state_dir.rglob("*damaged*")]:
+        if aside := [name for name in _names_below(state_dir) if "damaged" in name.rpartition("/")[2]]:
             faults.append(f"moved aside: {aside}")
         return faults
 
@@ -296,7 +296,7 @@ class Examiner:
         end = self.disk.point_at(stage.end)
         clean = {_sort_of(path) for path in self.disk.files(self.disk.left(end, "killed"))}
         time.sleep(0.3)
-        here = {_sort_of(str(path.relative_to(state_dir))) for path in state_dir.rglob("*")}
+        here = {_sort_of(name) for name in _names_below(state_dir)}
         more = {path for path in here - clean if not path.endswith((".sock", "-shm"))}
         if not stage.after:
             # A ring that nobody has read yet waits for the next worker.
@@ -317,6 +317,15 @@ def forget_opened(config: Path) -> None:
     """What was encrypted lies opened in memory, in a folder that the device noted."""
     if (folder := opening.folder_of(configuration.load(config, {}))) is not None:
         memory_folder.remove(folder)
+
+
+def _names_below(folder: Path) -> list[str]:
+    """Of files and folders, from the folder on. The agent that is looked at may remove some meanwhile."""
+    return [
+        os.path.relpath(os.path.join(at, name), folder)
+        for at, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+    ]
 
 
 def _sort_of(path: str) -> str:
