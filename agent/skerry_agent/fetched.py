@@ -58,6 +58,10 @@ class Fetched:
         except Degraded as error:
             log.warning("bytes not noted", extra=kv(code=error.code, detail=error.detail))
 
+    def forget(self) -> None:
+        """It was confirmed, and told: should the bundle come once more, that is another update. Raises ``Degraded``."""
+        self._store.put(_KEY, {})
+
     def of(self, digest: str) -> dict[str, Any]:
         """``bytes`` that came, ``size_bytes`` of the files, ``delta_bytes`` of those that came and ``patched_bytes`` that were made of them,
         ``refused`` {reason: files}, ``carried_files`` where some came from an imported folder; empty for a bundle of which nothing was fetched.

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from skerry_agent.clock import Clock
-from skerry_agent.core import why
+from skerry_agent.core import lifecycle, why
 from skerry_agent.core.lifecycle import Update
 from skerry_agent.endings import Endings
 from skerry_agent.errors import Degraded
@@ -95,6 +95,8 @@ class Telling:
         with self._store.transaction():
             self._failures.said(update)
             self._store.put("said", said)
+            if update.state in lifecycle.CONFIRMED:
+                self._fetched.forget()
 
     def _word(self, update: Update) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from skerry_agent import config
 from skerry_agent.clock import Clock
@@ -75,5 +76,27 @@ def test_a_word_that_a_full_disk_does_not_take_is_said_when_it_does(
         telling.tick(ended)
         begin(store, tmp_path).record(ended)
         assert store.pending()[0] == 1
+
+    asyncio.run(main())
+
+
+def test_what_an_update_took_is_told_up_to_its_confirmation_and_a_later_one_of_the_bundle_begins_anew(
+    store: Store, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        telling, fetched = begin(store, tmp_path), Fetched(store)
+        for took in (100, 70):
+            fetched.begin()
+            fetched.end("a" * 64, 500, {"bytes": took})
+        update = Update(state="trial", model="gas", digest="a" * 64, version="2.0.0", attempt=2)
+        told = []
+        for state in ("trial", "confirmed"):
+            telling.record(msgspec.structs.replace(update, state=state))
+            record = store.record(store.epoch, store.last_seq)
+            told.append(wire.decode(wire.Event, record.body).data["fetched"]["bytes"])
+        assert told == [170, 170]
+        fetched.begin()
+        fetched.end("a" * 64, 500, {"bytes": 30})
+        assert fetched.of("a" * 64)["bytes"] == 30
 
     asyncio.run(main())
