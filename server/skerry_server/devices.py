@@ -343,10 +343,12 @@ def set_pin(
         version: the membership version that the caller read; None to change whatever is there.
 
     Raises:
-        NotFound: no such device or bundle. Conflict: the bundle is not approved, or is of another model, or the device's
-            group, tags or pins changed since.
+        NotFound: no such device or bundle. Conflict: the bundle is not approved, or is of another model, the device is revoked, or
+            its group, tags or pins changed since.
     """
     held = _expect_membership(conn, device, version)
+    if held["status"] == "revoked":
+        raise Conflict("revoked", f"device {device!r} is revoked: it is told nothing any more")
     ids.model_name(model)
     groups.runnable(conn, digest, model=model)
     c = t.pins.c

@@ -242,7 +242,7 @@ def explain(device: Device, model: Model) -> Answer:
     if device.revoked:
         return answer(
             "revoked",
-            f"the device was revoked {device.revoked}: the server hears and tells it nothing; it goes on serving {_runs(model)}",
+            f"the device was revoked {device.revoked}: the server hears and tells it nothing; it goes on serving {_runs(model) if model.running else 'what it has'}",
             "nothing: a revoked id never comes back; enrol the device under another",
         )
     assigned = model.assigned

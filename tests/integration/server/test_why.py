@@ -354,6 +354,11 @@ def test_a_revoked_device_and_one_whose_group_runs_nothing(server: ServerRig, be
     found = bench.until(device, "revoked")
     assert "revoked by token:admin 20" in found["because"] and "sold with the press" in found["because"]
     assert found["assigned"] is None and found["waits_for"].startswith("nothing: a revoked id never comes back")
+    assert "it goes on serving" in found["because"]
+    pin = server.ask(
+        "PUT", f"/api/v1/devices/{device.id}/pins/{MODEL}", {"digest": bench.digests["2.0.0"], "reason": "x"}
+    )
+    assert (pin.status, pin.code) == (409, "revoked"), "nobody would obey it"
     rows = audit(server)
     assert "device.revoke" in {rows[n]["action"] for n in found["evidence"]["audit"]}
     bare = bench.group("a", stable="")["a"]
