@@ -165,7 +165,8 @@ class Operating:
         return Answer(200, {"ok": True, **told, "waits_for": held})
 
     async def _revert(self, body: dict[str, Any]) -> Answer:
-        models = sorted(self._serving.models())
+        # What should answer and does not start is what a person most wants to leave.
+        models = sorted({**self._serving.trying(), **self._serving.models()})
         wanted = body.get("model") or (models[0] if len(models) == 1 else None)
         try:
             if wanted is None:

@@ -159,6 +159,8 @@ def test_without_another_variant_the_device_says_why_and_serves_again_when_the_r
     device.start()
     device.wait_update("idle", "runtime_missing")
     assert device.status()["running"] == {}
+    # The model that does not start is the one that a person means who names none.
+    assert "no bundle of gas to go back to" in device.call("POST", "/skerry/v1/revert", {}).body["error"]
     found = examine(device)
     assert any(f["verdict"] == "fail" and "tflite" in f["detail"] for f in found["runtime"])
     assert verdict(found, "worker")[0] == "fail"
