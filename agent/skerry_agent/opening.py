@@ -55,7 +55,7 @@ class Opening:
             AgentError: why one cannot be; ``Degraded`` (``no_memory_folder``) when there is no place in memory for it.
         """
         for digest, variant in wanted:
-            if not self._slots.encrypted(digest) or self._slots.is_open(digest, variant):
+            if not self._slots.is_closed(digest, variant):
                 continue
             self._slots.opened = prepared(self._config, self._slots.opened)
             message = {

@@ -86,15 +86,13 @@ class Restoring:
                     if fault:
                         self._slots.set_aside(slot.digest)
                         self._on_damage(model, slot, fault)
-                    if model == without_substitute or (len(models) == 1 and not fault):
-                        raise
                     failed[model].add(slot.digest)
-                    del models[model]
                     substitute = self._slots.runnable(model, unless=failed[model])
+                    if model == without_substitute or (substitute is None and len(models) == 1):
+                        raise
+                    del models[model]
                     if substitute is not None:
                         models[model] = substitute
-                    elif not models:
-                        raise
 
     def look_at_files(self, models: Mapping[str, Slot]) -> None:
         """Sets aside, in a while, what of it is here and damaged."""

@@ -272,7 +272,11 @@ class Turnover:
         slot, now = whole.get(model), self._serving.models().get(model)
         if slot is not None and now is not None and now.digest != slot.digest and self._serving.answering(model):
             # The bundle that has to go answers meanwhile, which is better than nothing.
-            self._serving.site.background(self._replace_later(model, slot))
+            self.replace_later(model, slot)
+
+    def replace_later(self, model: str, slot: Slot) -> None:
+        """Tries on in the background until the slot serves in place of what does, or is confirmed no more."""
+        self._serving.site.background(self._replace_later(model, slot))
 
     async def _replace_later(self, model: str, slot: Slot) -> None:
         failures = 0

@@ -198,7 +198,7 @@ def check_runtime(patient: Patient) -> Iterator[Finding]:
     for name, slot in chosen:
         if slot is None:
             continue
-        if slots.encrypted(slot.digest) and not slots.is_open(slot.digest, slot.variant):
+        if slots.is_closed(slot.digest, slot.variant):
             yield Finding(
                 check="runtime",
                 verdict="warn",

@@ -78,6 +78,10 @@ class Bundles:
         except (KeyError, OSError):
             return False
 
+    def is_closed(self, digest: str, variant: str) -> bool:
+        """Whether the bundle is encrypted and does not lie in the clear."""
+        return self.encrypted(digest) and not self.is_open(digest, variant)
+
     def staging_path(self, digest: str) -> Path:
         """The folder of a bundle that is coming."""
         return self.staging / digest

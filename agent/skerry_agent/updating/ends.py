@@ -178,7 +178,8 @@ class Updating(Driving):
         as at any other time.
 
         Returns:
-            Why nothing came up; it is tried on and on, beside whatever the plan fetches.
+            Why nothing came up; it is tried on and on, beside whatever the plan fetches. So is what is encrypted and cannot be opened,
+            while what it was before serves in its place.
         """
         ordered = self.turnover.ordered_back()
         wanted = {**models, **({ordered[0]: ordered[1]} if ordered is not None else {})}
@@ -193,6 +194,10 @@ class Updating(Driving):
         if error is not None:
             whole = {name: slot for name, slot in wanted.items() if self._slots.whole(slot.digest, slot.variant)}
             self._serving.start_later(whole)
+        for model, here in came_up.items():
+            slot = models.get(model)
+            if slot is not None and here.digest != slot.digest and self._slots.is_closed(slot.digest, slot.variant):
+                self.turnover.replace_later(model, slot)
         return error
 
     def _give_up_way_back(self, error: AgentError | None) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -262,6 +263,59 @@ def test_a_start_gives_a_way_back_up_that_does_not_come_up_and_brings_up_what_is
         life.cut()
         assert life.updating.turnover.ordered_back() is None, "nor does any later start"
 
+    asyncio.run(main())
+
+
+def put_sealed(slots: Slots, folder: Path, version: str) -> Slot:
+    """The slot of an encrypted bundle; ``folder`` keeps it in the clear."""
+    key = bytes(32)
+    models.build_bundle(folder, version=version, content_key=key)
+    manifest = (folder / "manifest.json").read_bytes()
+    digest, found = m.digest(manifest), m.parse(manifest)
+    slots.path(digest).mkdir()
+    (slots.path(digest) / "manifest.json").write_bytes(manifest)
+    for file in found.files():
+        (slots.path(digest) / file.path).write_bytes(models.seal((folder / file.path).read_bytes(), key))
+    return Slot(digest=digest, version=version, variant=found.variants[0].id, standing="confirmed")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_only_model_that_cannot_be_opened_is_replaced_by_what_it_was_before_until_it_can(
+    life: Life, bundles: dict[str, Path], tmp_path: Path, before: bool
+) -> None:
+    slots = life.slots
+    slots.opened = tmp_path / "memory"
+    slots.opened.mkdir(mode=0o700)
+    key_is_there = False
+
+    async def open_bundles(wanted: Iterable[tuple[str, str]]) -> None:
+        if any(slots.is_closed(*one) for one in wanted):
+            if not key_is_there:
+                raise Degraded("encryption_key_unusable", "the token is locked")
+            shutil.copytree(tmp_path / "clear", tmp_path / "memory" / closed.digest)
+
+    async def main() -> None:
+        nonlocal key_is_there
+        life.serving.site.open_bundles = open_bundles
+        error = await life.updating.come_up({"gas": closed}, timeout_s=60.0)
+        assert life.serving.answering("gas") == before
+        if before:
+            assert error is None
+            assert life.serving.models()["gas"].version == "1.0.0"
+        else:
+            assert isinstance(error, Degraded)
+            assert error.code == "encryption_key_unusable"
+        key_is_there = True
+        async with asyncio.timeout(30):
+            while not life.serving.answering("gas") or life.serving.models()["gas"].version != "2.0.0":
+                life.serving.tick()
+                await asyncio.sleep(0.02)
+        await life.serving.stop()
+
+    if before:
+        slots.confirm("gas", put(slots, bundles["1.0.0"]))
+    closed = put_sealed(slots, tmp_path / "clear", "2.0.0")
+    slots.confirm("gas", closed)
     asyncio.run(main())
 
 
