@@ -55,7 +55,7 @@ def test_an_ordered_revert_to_a_damaged_bundle_keeps_what_serves(updated: Device
     rot(updated, "1.0.0")
     with Load(updated) as load:
         assert updated.call("POST", "/skerry/v1/revert", {"model": "gas"}).status == 200
-        updated.wait_update("idle", "hash_mismatch")
+        assert "hash_mismatch" in updated.wait_update("idle", "reverted_by_operator")["detail"]
     assert load.failed == []
     assert updated.running()[0] == "2.0.0"
     assert pointers(updated)["confirmed"] == "2.0.0"

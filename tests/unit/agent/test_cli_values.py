@@ -51,6 +51,8 @@ def test_a_reader_that_goes_away_early_is_no_fault_with_a_traceback() -> None:
 
 def test_whoever_interrupts_a_command_gets_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "agent.toml").write_text(f'state_dir = "{tmp_path / "state"}"')
+    # A shell starts what runs in the background with SIGINT ignored, and that is inherited: here somebody is at the terminal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # It waits for the token on its standard input.
     waits = subprocess.Popen(
         [*AGENT, "enrol", "--config", str(tmp_path / "agent.toml")],
