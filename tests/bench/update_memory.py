@@ -8,6 +8,7 @@ imports that applies nothing, which is what the bound of 8 MB over the largest t
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -71,11 +72,11 @@ class Peaks:
         while found:
             pid = found.pop()
             yield pid
-            for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
-                try:
-                    found += map(int, tasks.read_text().split())
-                except OSError:
-                    continue
+            # A process may end at any moment, and a thread of it.
+            with contextlib.suppress(OSError):
+                for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+                    with contextlib.suppress(OSError):
+                        found += map(int, tasks.read_text().split())
 
 
 def kind_of(pid: int) -> str:

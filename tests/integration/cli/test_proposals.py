@@ -142,7 +142,7 @@ def test_of_two_proposals_that_meet_the_second_is_applied_anew(office: Office) -
 
 
 def test_a_withdrawn_proposal_takes_no_signature(office: Office) -> None:
-    proposal = office.propose("ada", "floor", "set", "gas", "1.1.0", beside="bea")
+    proposal = office.propose("ada", "floor", "set", "gas", "1.1.0", "--ahead", beside="bea")
     gone = office.cli["cyd"]("proposal", "withdraw", proposal, "--reason", "too early", "--json")
     assert (gone.code, gone.json()["state"]) == (OK, "withdrawn")
     late = office.cli["bea"]("proposal", "sign", proposal, "--as", "bea", "--yes")
@@ -153,7 +153,7 @@ def test_a_withdrawn_proposal_takes_no_signature(office: Office) -> None:
 
 @pytest.mark.attack("stolen server slips a bundle in")
 def test_a_stolen_server_that_slips_a_bundle_into_a_proposal_gets_no_signature(office: Office) -> None:
-    proposal = office.propose("ada", "floor", "set", "gas", "1.1.0", beside="bea")
+    proposal = office.propose("ada", "floor", "set", "gas", "1.1.0", "--ahead", beside="bea")
     with sqlite3.connect(office.server.data / "server.db", timeout=30) as db:
         ((data,),) = db.execute("SELECT metadata FROM proposals WHERE id = ?", (proposal,)).fetchall()
         slipped = Metadata[Targets].from_bytes(data)
