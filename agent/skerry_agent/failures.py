@@ -77,7 +77,7 @@ class Failures:
 
     def was_said(self, update: Update) -> bool:
         """Whether saying it again is of no use."""
-        refused = _refusal(update)
+        refused = update.code if update.state in ("revert", "idle") else ""
         known = self._store.get("recorded", {}).get(update.digest)
         # A bundle that is refused again and again for the same reason is worth one line, not one per try. What counts towards a bar is
         # said each time: that ends, and a rollout goes by how often it was.
@@ -85,9 +85,9 @@ class Failures:
         return update.attempt > 3 and (update.state == "fetch" or again)
 
     def said(self, update: Update) -> None:
-        """Remembers what it was refused for, once that was said."""
-        if refused := _refusal(update):
-            self._store.put("recorded", {update.digest: refused})
+        """Remembers what it was refused for, once that was said to its end: of a word that stopped at the way home nobody would know the rest."""
+        if update.state == "idle" and update.code:
+            self._store.put("recorded", {update.digest: update.code})
 
     def of(self, digest: str) -> dict[str, int]:
         """Penalty -> how often the bundle failed so."""
@@ -167,7 +167,3 @@ class Failures:
             for key in ("failures", "waits", "moves", "recorded"):
                 self._store.delete(key)
         return cleared
-
-
-def _refusal(update: Update) -> str:
-    return update.code if update.state in ("revert", "idle") else ""

@@ -85,3 +85,24 @@ def test_what_counts_towards_a_bar_is_said_each_time_however_often_the_link_brok
     assert [said("trial_crashed", "trial", at_boot=True) for _ in range(2)] == [True, True]
     assert failures.spent() == {digest}
     store.close()
+
+
+def test_a_refusal_that_is_worth_a_line_is_said_to_its_end(tmp_path: Path) -> None:
+    """Of the last word that a server hears: it says that the device is on its way home, or that it is there."""
+    store, _ = open_store(
+        tmp_path / "state.db", binding="m", device=ids.device_id("d-1"), new_epoch=lambda: "e" * 32, wall_s=0.0,
+        bound_bytes=1_000_000,
+    )  # fmt: skip
+    failures = Failures(store, Turned(), lambda: 0.5, 1.0)
+    heard = []
+    for attempt in range(2, 7):
+        for state in ("revert", "idle"):
+            ended = Update(state=state, digest="1" * 64, attempt=attempt, code="unreachable", failed_in="fetch")
+            if not failures.was_said(ended):
+                heard.append((attempt, state))
+                failures.said(ended)
+        if attempt == 4:
+            # Power failed, say, before what follows could be noted.
+            store.delete("recorded")
+    assert heard == [(2, "revert"), (2, "idle"), (3, "revert"), (3, "idle"), (5, "revert"), (5, "idle")]
+    store.close()
