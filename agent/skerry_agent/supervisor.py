@@ -303,7 +303,7 @@ class Supervisor:
             self._updating.blame(
                 f"the agent itself ended {self._restarts.in_a_row} times in a row soon after its start"
             )
-        self._updating.booted()
+        await self._updating.booted_and_told()
         self._apply_settings()
         error = await self._updating.come_up(models, timeout_s=180.0) if models else None
         if error is not None:

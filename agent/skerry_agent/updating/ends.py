@@ -51,6 +51,12 @@ class Updating(Driving):
             self._readiness.note(self.update)
             self._deadline.arm(self.update, trial_s=self.rules.duration_s)
 
+    async def booted_and_told(self) -> None:
+        """``booted``, until it is said: whoever takes up the next update before that has the end of this one forgotten."""
+        self.booted()
+        tasks = [task for task in (self._task, *self._others) if task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     def crashed(self, generation: Generation, how: str) -> bool:
         """The serving generation died. True when it was on trial: the update goes back, and brings up what ran before.
 
