@@ -7,7 +7,7 @@ from pathlib import Path
 from skerry_agent.clock import BootSeconds, Clock
 from skerry_agent.core.lifecycle import Update
 from skerry_agent.failures import Failures
-from skerry_agent.store import open_store
+from skerry_agent.store import Store, open_store
 from skerry_contract import ids
 
 
@@ -18,6 +18,15 @@ class Turned(Clock):
 
     def boot_s(self) -> BootSeconds:
         return BootSeconds(self.now)
+
+
+def known(folder: Path) -> tuple[Store, Failures]:
+    """What a new device remembers of bundles that failed, and where."""
+    store, _ = open_store(
+        folder / "state.db", binding="m", device=ids.device_id("d-1"), new_epoch=lambda: "e" * 32, wall_s=0.0,
+        bound_bytes=1_000_000,
+    )  # fmt: skip
+    return store, Failures(store, Turned(), lambda: 0.5, 1.0)
 
 
 def test_what_is_tried_again_keeps_its_room_until_it_is_spent_or_its_wait_is_over(tmp_path: Path) -> None:
@@ -60,11 +69,7 @@ def test_one_wrong_file_of_a_mirror_is_waited_for_as_the_first_whatever_failed_b
 
 
 def test_what_counts_towards_a_bar_is_said_each_time_however_often_the_link_broke_before(tmp_path: Path) -> None:
-    store, _ = open_store(
-        tmp_path / "state.db", binding="m", device=ids.device_id("d-1"), new_epoch=lambda: "e" * 32, wall_s=0.0,
-        bound_bytes=1_000_000,
-    )  # fmt: skip
-    failures = Failures(store, Turned(), lambda: 0.5, 1.0)
+    store, failures = known(tmp_path)
     digest = "1" * 64
 
     def said(code: str, failed_in: str, *, at_boot: bool = False) -> bool:
@@ -89,11 +94,7 @@ def test_what_counts_towards_a_bar_is_said_each_time_however_often_the_link_brok
 
 def test_a_refusal_that_is_worth_a_line_is_said_to_its_end(tmp_path: Path) -> None:
     """Of the last word that a server hears: it says that the device is on its way home, or that it is there."""
-    store, _ = open_store(
-        tmp_path / "state.db", binding="m", device=ids.device_id("d-1"), new_epoch=lambda: "e" * 32, wall_s=0.0,
-        bound_bytes=1_000_000,
-    )  # fmt: skip
-    failures = Failures(store, Turned(), lambda: 0.5, 1.0)
+    store, failures = known(tmp_path)
     heard = []
     for attempt in range(2, 7):
         for state in ("revert", "idle"):
