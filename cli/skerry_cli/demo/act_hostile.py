@@ -41,12 +41,13 @@ def hostile(run: Run) -> None:
     screen.say(f"{mirrored} gets its updates through a mirror that lies, and that holds the server's own keys.")
     thief = forgery.Thief(fleet.server.data / "repository", fleet.overlay, fleet.server.data / "keys" / "online.pem")
 
+    bases = [file for made in run.bundles.values() for file in made.bundle.manifest.files()]
     good = make(run, "2.1.0", (1, 2, 3), seed=1)
     run.publish(good, quietly=True)
     blob = next(file for file in good.bundle.manifest.files() if file.path.endswith(".onnx"))
 
     def flipped() -> None:
-        place = forgery.flip_byte(fleet.server.data / "repository", fleet.overlay, blob)
+        place = forgery.flip_byte(fleet.server.data / "repository", fleet.overlay, blob, bases=bases)
         screen.say(
             f"(a) {mirrored} is pinned to {good.bundle.manifest.version}, approved and sound; the mirror flips byte {place} of its model."
         )

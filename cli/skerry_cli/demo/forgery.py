@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,18 @@ from skerry_cli.bundle import Bundle
 from skerry_cli.errors import Failed
 
 
-def flip_byte(repository: Path, overlay: Path, file: m.File) -> int:
-    """Puts a copy of a blob with one byte changed into the overlay; returns the place of the byte."""
-    relative = layout.blob(file.sha256)
-    data = bytearray((repository / relative).read_bytes())
+def flip_byte(repository: Path, overlay: Path, file: m.File, *, bases: Iterable[m.File]) -> int:
+    """Puts a copy of a blob with one byte changed into the overlay; returns the place of the byte.
+
+    No delta leads around it: in place of each from one of ``bases``, made already or made later, the same wrong bytes are served.
+    """
+    data = bytearray((repository / layout.blob(file.sha256)).read_bytes())
     place = len(data) // 2
     data[place] ^= 0x01
-    target = overlay / relative
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(bytes(data))
+    for relative in (layout.blob(file.sha256), *(layout.delta(base.sha256, file.sha256) for base in bases)):
+        target = overlay / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(bytes(data))
     return place
 
 
