@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from skerry_contract import ids
 from skerry_contract.errors import ContractError
 
+from skerry_agent import durable
 from skerry_agent.clock import Clock
 from skerry_agent.errors import Degraded
 from skerry_agent.logs import kv
@@ -106,19 +106,8 @@ class Remembered:
         near = 0 <= values["lower_bound_s"] - float(self._kept["lower_bound_s"]) < _BOUND_EVERY_S
         if near and values == {**self._kept, "lower_bound_s": values["lower_bound_s"]}:
             return
-        scratch = self._path.with_name(f".{FILE}.new")
         try:
-            scratch.unlink(missing_ok=True)
-            with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(json.dumps({"schema": 1, **values}).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(self._path)
-            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            durable.write(self._path, json.dumps({"schema": 1, **values}).encode())
         except OSError as error:
             # The store has it; the next sync tries again.
             log.warning("not kept beside the store", extra=kv(file=str(self._path), detail=error.strerror))

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import os
 import secrets
 from pathlib import Path
 from typing import Any
 
+from skerry_agent import durable
 from skerry_agent.errors import Degraded
 
 MAGIC = b"SKRYSEAL1"
@@ -37,13 +37,7 @@ def telemetry_key(folder: Path) -> bytes:
     path = folder / "telemetry.key"
     try:
         if not path.exists():
-            fresh = path.with_suffix(".new")
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(_KEY_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.rename(path)
+            durable.write(path, secrets.token_bytes(_KEY_BYTES))
         key = path.read_bytes()
     except OSError as error:
         raise Degraded(

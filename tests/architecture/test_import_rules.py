@@ -43,7 +43,7 @@ LAYERS = {
         ),
         ("link store slots workers leftovers errand control notify local_socket", False),
         (
-            "config configtree identity clients clock logring logs migrations channel spilling workerwire appwire asking socket_path errors sealing scraps memory_folder",
+            "config configtree identity clients clock logring logs migrations channel spilling workerwire appwire asking socket_path errors durable sealing scraps memory_folder",
             True,
         ),
         ("core", True),
@@ -169,6 +169,7 @@ def test_the_processes_of_the_agent_share_only_errors_and_the_wire_between_them(
         ".appwire",
         ".channel",
         ".clients",
+        ".durable",
         ".errors",
         ".logs",
         ".memory_folder",

@@ -16,7 +16,7 @@ from typing import BinaryIO, Protocol
 
 import msgspec
 
-from skerry_agent.courier import durable
+from skerry_agent import durable
 from skerry_agent.courier.meter import Meter
 from skerry_agent.errors import Rejected, Transient
 

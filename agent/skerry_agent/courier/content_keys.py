@@ -16,7 +16,8 @@ from skerry_contract import ids, layout, sealed
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
-from skerry_agent.courier import device_api, durable, encryption_key, folder, requests
+from skerry_agent import durable
+from skerry_agent.courier import device_api, encryption_key, folder, requests
 from skerry_agent.errors import Degraded, Rejected, Transient
 
 KEYS = ".keys"

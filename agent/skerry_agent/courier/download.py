@@ -18,10 +18,11 @@ from skerry_contract import layout
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
+from skerry_agent import durable
 from skerry_agent.courier import (
     acquiring,
-    durable,
     folder,
+    locks,
     parts,
     patched,
     requests,
@@ -61,7 +62,7 @@ def fetch(request: requests.Fetch, report: Report) -> dict[str, Any]:
     }
     try:
         with (
-            durable.alone_in(staging, _LOCK_WAIT_S),
+            locks.alone_in(staging, _LOCK_WAIT_S),
             watch.Watch(request.limits.slow_s) as overdue,
         ):
             meter = Meter(report, overdue, max_bytes_s=request.max_kib_s * 1024, limits=request.limits)

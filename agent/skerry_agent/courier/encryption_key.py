@@ -13,7 +13,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from skerry_agent.courier import durable
+from skerry_agent import durable
 from skerry_agent.errors import Degraded
 
 KEY_FILE = "encryption.key"

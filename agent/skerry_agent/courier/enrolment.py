@@ -26,7 +26,8 @@ from cryptography.x509.oid import NameOID
 from skerry_contract import enrolment, ids, layout
 from skerry_contract.errors import ContractError
 
-from skerry_agent.courier import device_api, durable, encryption_key, keys, requests, transport
+from skerry_agent import durable
+from skerry_agent.courier import device_api, encryption_key, keys, locks, requests, transport
 from skerry_agent.errors import Rejected, Transient
 
 ROOT_MAX_BYTES = 512_000
@@ -53,7 +54,7 @@ def enrol(request: requests.Enrol) -> dict[str, Any]:
         raise Rejected("bad_token", str(error)) from None
     identity = request.identity
     try:
-        with durable.alone(Path(request.state_dir) / "run" / "enrol.lock", _LOCK_WAIT_S):
+        with locks.alone(Path(request.state_dir) / "run" / "enrol.lock", _LOCK_WAIT_S):
             durable.make_folder(identity)
             # Told before anything is asked of the network, and before the token is used up.
             held = _held_root(identity, token.root_sha256)

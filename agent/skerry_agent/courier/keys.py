@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from skerry_agent.courier import durable
+from skerry_agent import durable
 from skerry_agent.errors import Degraded
 
 TOKEN_LIFE_S = 60

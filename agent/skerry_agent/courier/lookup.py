@@ -18,7 +18,7 @@ from skerry_contract.errors import ContractError
 from tuf.api.exceptions import LengthOrHashMismatchError
 from tuf.ngclient import FetcherInterface
 
-from skerry_agent.courier import durable, folder, folder_fetcher, requests, safe_updater, transport, updater
+from skerry_agent.courier import folder, folder_fetcher, locks, requests, safe_updater, transport, updater
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
 
 _LOCK_WAIT_S = 20.0
@@ -53,7 +53,7 @@ def sync(request: requests.Sync, report: Callable[[dict[str, Any]], None]) -> di
     except ContractError as error:
         raise Rejected("bad_request", str(error)) from None
     web = _web(request)
-    with durable.alone(request.tuf / "lock", _LOCK_WAIT_S):
+    with locks.alone(request.tuf / "lock", _LOCK_WAIT_S):
         membership, self_error, told_s = (None, None, 0.0) if request.folder else _membership(request, web)
         if not request.folder:
             report({"membership": membership, "self_error": self_error})
@@ -132,7 +132,7 @@ def _manifest(
     request: requests.Manifest, digest: str, target: str, opened: Callable[[], updater.DeviceUpdater]
 ) -> dict[str, Any]:
     wanted = f"{request.model}@{request.version}"
-    with durable.alone(request.tuf / "lock", _LOCK_WAIT_S):
+    with locks.alone(request.tuf / "lock", _LOCK_WAIT_S):
         fresh = opened()
         try:
             fresh.refresh()

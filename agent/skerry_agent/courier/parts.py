@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from skerry_agent.courier import durable
+from skerry_agent import durable
 from skerry_agent.courier.acquiring import Wanted, mismatch
 from skerry_agent.errors import Transient
 

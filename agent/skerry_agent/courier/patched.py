@@ -23,8 +23,8 @@ from skerry_contract import bases, layout
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
-from skerry_agent import memory_folder
-from skerry_agent.courier import durable, parts, requests, resuming, spending, transport, watch
+from skerry_agent import durable, memory_folder
+from skerry_agent.courier import parts, requests, resuming, spending, transport, watch
 from skerry_agent.courier.acquiring import Wanted, is_whole
 from skerry_agent.courier.meter import Meter
 from skerry_agent.errors import AgentError, Degraded, Rejected, Transient
@@ -349,7 +349,7 @@ class Patched:
                     delta.apply(base.path, patch, made, sha256=sha256, size=wanted.size)
                 if not is_whole(made, wanted):
                     raise _Useless("delta_wrong", f"{wanted.name}: what its delta gives is another file")
-                _sync(made)
+                durable.sync_file(made)
                 made.replace(path)
                 durable.sync_folder(path.parent)
         except delta.DeltaError as error:
@@ -417,11 +417,3 @@ def _write(descriptor: int, piece: bytes) -> None:
     left = memoryview(piece)
     while left:
         left = left[os.write(descriptor, left) :]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

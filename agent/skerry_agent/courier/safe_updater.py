@@ -30,7 +30,8 @@ from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
-from skerry_agent.courier import durable, transport
+from skerry_agent import durable
+from skerry_agent.courier import transport
 from skerry_agent.errors import AgentError, Rejected, Transient
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
-from skerry_agent.courier import durable
+from skerry_agent import durable
 from skerry_agent.courier.acquiring import Wanted, is_whole
 from skerry_agent.courier.meter import Meter
 
@@ -95,11 +95,7 @@ def _take(place: Path, path: Path, wanted: Wanted) -> bool:
             scratch.unlink()
             return False
     # Fetched or copied: its bytes may not be on disk yet.
-    descriptor = os.open(scratch, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    durable.sync_file(scratch)
     scratch.replace(path)
     # rename(2) does nothing between two links of one file.
     scratch.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from skerry_agent.courier import durable
+from skerry_agent import durable
 
 _MOST = 64
 """Of so many files that nobody wants now it is remembered."""

@@ -16,8 +16,8 @@ from skerry_contract import ids, sealed
 from skerry_contract import manifest as manifests
 from skerry_contract.errors import ContractError
 
-from skerry_agent import memory_folder, scraps
-from skerry_agent.courier import content_keys, durable, requests
+from skerry_agent import durable, memory_folder, scraps
+from skerry_agent.courier import content_keys, locks, requests
 from skerry_agent.errors import Degraded, Rejected
 
 _LOCK_WAIT_S = 60.0
@@ -47,10 +47,10 @@ def unseal(request: requests.Unseal) -> dict[str, Any]:
         raise Degraded("no_memory_folder", f"{folder}: wanted a folder of ours with mode 0700, and no link to one")
     target = folder / request.digest
     try:
-        with durable.alone(
+        with locks.alone(
             Path(request.state_dir) / "run" / f"unseal-{request.digest[:16]}.lock", _LOCK_WAIT_S, passing=True
         ):
-            durable.tidy_locks(Path(request.state_dir) / "run", "unseal-*.lock")
+            locks.tidy_locks(Path(request.state_dir) / "run", "unseal-*.lock")
             lacking = [file for file in variant.files if not _has(target / file.path, file.content.size)]
             with scraps.held(folder, f".{request.digest}.new") as scratch:
                 _check_room(folder, sum(file.content.size for file in lacking))

@@ -16,8 +16,9 @@ from skerry_contract import manifest as m
 from skerry_contract.errors import ContractError
 
 from skerry_agent import memory_folder
+from skerry_agent.durable import sync_file, sync_folder
 from skerry_agent.errors import Degraded, Rejected
-from skerry_agent.slots.files import add, fault_of, sync_file, sync_folder
+from skerry_agent.slots.files import add, fault_of
 from skerry_agent.slots.pointers import Slot
 
 PARTS = ".parts"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from skerry_contract import manifest as m
 
+from skerry_agent.durable import sync_folder
 from skerry_agent.errors import Rejected
 
 _CHUNK = 1 << 20
@@ -53,18 +53,3 @@ def add(source: Path, target: Path) -> None:
         path.replace(place)
     for folder in (*(path for path in target.rglob("*") if path.is_dir()), target):
         sync_folder(folder)
-
-
-def sync_file(path: Path) -> None:
-    """What was written to a file is on disk when it returns."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """What was made, renamed or removed in a folder is on disk when it returns."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

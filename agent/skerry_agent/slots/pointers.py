@@ -15,8 +15,8 @@ from typing import Literal
 import msgspec
 
 from skerry_agent.core.effects import Arm
+from skerry_agent.durable import sync_folder
 from skerry_agent.logs import kv
-from skerry_agent.slots.files import sync_folder
 
 log = logging.getLogger(__name__)
 

@@ -1,52 +1,16 @@
-"""Writing files so that a power cut leaves the old one or the new one, and couriers out of each other's way."""
+"""Couriers out of each other's way: locks that end with who holds them."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from skerry_agent.errors import AgentError, Degraded, Transient
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Replaces ``path`` by ``data``; on return both the file and its name are on disk. Raises ``OSError``."""
-    scratch = path.with_name(f".{path.name}.new")
-    # A leftover of a crash is overwritten, so scratch files never pile up. It may have another mode: begin afresh.
-    scratch.unlink(missing_ok=True)
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    sync_folder(path.parent)
-
-
-def make_folder(folder: Path) -> None:
-    """Makes the folder and its parents, each 0700; every new name is on disk on return. Raises ``OSError``."""
-    missing = []
-    while not folder.is_dir():
-        missing.append(folder)
-        folder = folder.parent
-    for new in reversed(missing):
-        new.mkdir(mode=0o700, exist_ok=True)
-        sync_folder(new.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from skerry_agent.durable import make_folder
+from skerry_agent.errors import Transient
 
 
 @contextlib.contextmanager
@@ -118,11 +82,3 @@ def _locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC) -> i
         if not held:
             os.close(descriptor)
     return descriptor if held else None
-
-
-def disk_error(error: OSError) -> AgentError:
-    """What an ``OSError`` of the local disk means to the supervisor."""
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in _FULL:
-        return Degraded("not_enough_disk", f"{error.strerror}{where}", advice="make room on the disk")
-    return Degraded("storage_failed", f"{error.strerror or error}{where}", advice="check the disk and its rights")
