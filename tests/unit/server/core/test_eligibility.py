@@ -47,7 +47,12 @@ def test_what_speaks_of_the_bundle_counts_against_it_and_so_does_what_nobody_kno
 def on_the_way() -> Iterator[str]:
     """Every code by which a courier, or whoever starts one or a worker, says that the try may be made again or the device lacks something."""
     agent = Path(skerry_agent.__file__).parent
-    for path in (agent / "errand.py", agent / "workers.py", *sorted((agent / "courier").glob("*.py"))):
+    for path in (
+        agent / "errand.py",
+        agent / "workers.py",
+        agent / "durable.py",
+        *sorted((agent / "courier").glob("*.py")),
+    ):
         for node in ast.walk(ast.parse(path.read_text())):
             if (
                 isinstance(node, ast.Call)
