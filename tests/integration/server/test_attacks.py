@@ -66,8 +66,9 @@ def token_for(server: ServerRig, operator: Operator, device: str, url: str = "")
     return enrolment.build(found)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def proxy(server: ServerRig) -> Iterator[Proxy]:
+    """For one test alone: what it has seen is this test's."""
     found = Proxy(server)
     yield found
     found.close()
@@ -392,6 +393,14 @@ class Behind:
 
 
 @pytest.fixture(scope="module")
+def agents_proxy(server: ServerRig) -> Iterator[Proxy]:
+    """Between the agent and the server, as long as the agent runs."""
+    found = Proxy(server)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
 def digests(operator: Operator) -> dict[str, str]:
     return {version: operator.publish("gas", version, seed=n) for n, version in enumerate(BUNDLES)}
 
@@ -400,11 +409,11 @@ def digests(operator: Operator) -> dict[str, str]:
 def agent(
     server: ServerRig,
     operator: Operator,
-    proxy: Proxy,
+    agents_proxy: Proxy,
     digests: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Agent]:
-    made = Agent(tmp_path_factory.mktemp("device") / "agent", Behind(server, proxy), operator)  # type: ignore[arg-type]
+    made = Agent(tmp_path_factory.mktemp("device") / "agent", Behind(server, agents_proxy), operator)  # type: ignore[arg-type]
     try:
         server.good("PUT", "/api/v1/groups/press", {"settings": SETTINGS})
         assign(server, digests["1.0.0"])
@@ -446,10 +455,10 @@ def lower_bound_s(agent: Agent) -> float:
 
 @pytest.mark.attack("replayed bell")
 def test_bells_of_a_malicious_broker_cost_few_syncs_and_hold_no_update_back(
-    server: ServerRig, agent: Agent, proxy: Proxy, digests: dict[str, str], broker: paho.Client
+    server: ServerRig, agent: Agent, agents_proxy: Proxy, digests: dict[str, str], broker: paho.Client
 ) -> None:
     bells = (topics.bell(NAME), topics.group_bell(ids.group_name("press")))
-    before = len([one for one in proxy.seen if one.path == "/device/v1/self"])
+    before = len([one for one in agents_proxy.seen if one.path == "/device/v1/self"])
     began = time.monotonic()
     for number in (1, 0, 7, 7, 7, 3, (1 << 53) - 1, *range(100, 300)):
         for topic in bells:
@@ -457,10 +466,11 @@ def test_bells_of_a_malicious_broker_cost_few_syncs_and_hold_no_update_back(
     for rubbish in (b"", b"\xff", msgspec.msgpack.encode({"schema": 1, "version": 1 << 63}), b"\0" * 70_000):
         say(broker, bells[0], rubbish)
     wait_for(
-        lambda: len([one for one in proxy.seen if one.path == "/device/v1/self"]) > before, why="a bell that was heard"
+        lambda: len([one for one in agents_proxy.seen if one.path == "/device/v1/self"]) > before,
+        why="a bell that was heard",
     )
     time.sleep(1.0)
-    syncs = len([one for one in proxy.seen if one.path == "/device/v1/self"]) - before
+    syncs = len([one for one in agents_proxy.seen if one.path == "/device/v1/self"]) - before
     assert syncs <= 4 + (time.monotonic() - began), "some four hundred bells"
     assert agent.runs("1.0.0")
     # The server's own bell is heard after all that.
@@ -470,7 +480,12 @@ def test_bells_of_a_malicious_broker_cost_few_syncs_and_hold_no_update_back(
 
 @pytest.mark.attack("clock poisoning", "rollback of a model", "signed floors", "emergency return")
 def test_wrong_times_an_expired_catalog_and_a_forced_floor_end_as_the_signatures_say(
-    server: ServerRig, operator: Operator, agent: Agent, proxy: Proxy, digests: dict[str, str], broker: paho.Client
+    server: ServerRig,
+    operator: Operator,
+    agent: Agent,
+    agents_proxy: Proxy,
+    digests: dict[str, str],
+    broker: paho.Client,
 ) -> None:
     # The approvers' last catalog ends soon, and nobody renews it.
     ends = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=5)
@@ -484,7 +499,7 @@ def test_wrong_times_an_expired_catalog_and_a_forced_floor_end_as_the_signatures
         say(broker, topics.ack(NAME), wire.encode(wire.Ack(epoch=epoch, upto=0, server_time=when)))
     for status in ("online", "offline"):
         say(broker, topics.SERVER_STATE, wire.encode(wire.ServerState(status=status, birth=(1 << 53) - 1)), retain=True)
-    proxy.date = "Fri, 01 Jan 2100 00:00:00 GMT"
+    agents_proxy.date = "Fri, 01 Jan 2100 00:00:00 GMT"
     before = agent.status()["sync"]["at_ms"]
     agent.call("POST", "/skerry/v1/sync", {})
     wait_for(lambda: agent.status()["sync"]["at_ms"] > before, why="a sync")
@@ -497,7 +512,7 @@ def test_wrong_times_an_expired_catalog_and_a_forced_floor_end_as_the_signatures
     agent.call("POST", "/skerry/v1/sync", {})
     agent.wait_runs("1.0.0")
     assert bound <= lower_bound_s(agent) < time.time() + 60
-    proxy.date = ""
+    agents_proxy.date = ""
 
     # The approvers force it out, and what is permitted and was confirmed comes back by itself; whoever holds the server assigns in vain.
     operator._approver().change(
