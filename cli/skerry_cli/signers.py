@@ -258,6 +258,8 @@ def failed(uri: str, error: Exception) -> CliError:
         return Usage(f"{uri}: keys of {scheme}: need the package {package}", advice=f"pip install '{package}'")
     if kind in ("PinIncorrect", "PinInvalid", "PinLenRange"):
         return Usage(f"{uri}: the PIN is wrong", advice="a token locks itself after a few wrong ones")
+    if kind in ("NoSuchToken", "TokenNotPresent"):
+        return Failed(f"{uri}: no such token is plugged in", advice="the URI's label is the token's, not the key's")
     if kind == "PinLocked":
         return Failed(f"{uri}: the token has locked itself after wrong PINs", advice="its administrator can unlock it")
     if isinstance(error, ValueError):

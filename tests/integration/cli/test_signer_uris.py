@@ -15,7 +15,7 @@ from skerry_cli.errors import RefusedForSafety, Usage
 
 from tests.machines import Machine, Token
 
-USAGE, REFUSED = 2, 3
+FAILED, USAGE, REFUSED = 1, 2, 3
 
 
 @pytest.fixture
@@ -157,6 +157,8 @@ def test_a_token_makes_its_key_signs_with_it_and_never_gives_it_out(ada: Machine
     assert unknown.code == USAGE and "could not find" in unknown.err
     wrong = ada.apart("keys", "make", "x", "--token", "hsm:4?label=fleet", SKERRY_PIN="000000")
     assert wrong.code == USAGE and "the PIN is wrong" in wrong.err
+    absent = ada.apart("keys", "make", "x", "--token", "hsm:4?label=nobody")
+    assert absent.code == FAILED and "no such token is plugged in" in absent.err, absent
     # The token itself says so: the private part is sensitive and was never extractable.
     code = (
         "import os, pkcs11\n"
