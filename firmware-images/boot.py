@@ -27,6 +27,7 @@ from skerry_cli.demo.fleet import GROUP, Fleet
 from skerry_cli.demo.processes import Processes
 from skerry_cli.demo.reckoning import server_counts
 from skerry_cli.enrolling import complete_token
+from skerry_cli.errors import Failed
 from skerry_cli.profile import Profile
 from skerry_contract import enrolment
 
@@ -118,9 +119,10 @@ class Guest:
             try:
                 self._socket.connect(os.fspath(port))
                 break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
+            except OSError as error:
+                if any(name.startswith("qemu ") for name in self._processes.died()) or time.monotonic() > deadline:
+                    said = self._processes.tail("qemu") or error
+                    raise Failed(f"qemu does not run with the accelerator {accelerator}: {said}") from None
                 time.sleep(0.1)
         self._lines = self._socket.makefile("rwb")
 
@@ -288,6 +290,9 @@ def main() -> int:
     story = Story()
     try:
         run(options, processes, story)
+    except Failed as error:
+        print(f"boot.py: {error}", file=sys.stderr)
+        return 1
     finally:
         processes.stop()
     return 0
