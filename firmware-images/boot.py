@@ -129,16 +129,22 @@ class Guest:
     def hear(self, step: str, *, show: bool = True) -> dict[str, Any]:
         """Reads what the rig says until it comes to a step."""
         self._socket.settimeout(STEP_S)
-        for raw in self._lines:
-            line = raw.decode(errors="replace").strip("\r\n")
-            if line.startswith("#"):
-                if show:
-                    print(f"         | {line[2:]}", flush=True)
-            elif line.startswith("{"):
-                found = dict(json.loads(line))
-                assert found["step"] == step, found
-                return found
-        raise EOFError(f"the guest ended before it came to: {step}")
+        ended = "the guest ended"
+        try:
+            for raw in self._lines:
+                line = raw.decode(errors="replace").strip("\r\n")
+                if line.startswith("#"):
+                    if show:
+                        print(f"         | {line[2:]}", flush=True)
+                elif line.startswith("{"):
+                    found = dict(json.loads(line))
+                    assert found["step"] == step, found
+                    return found
+        except OSError as error:
+            ended = f"the guest ended or hangs ({error})"
+        raise Failed(
+            f"{ended} before it came to: {step}; see {self._folder / 'console.log'}. {self._processes.tail('qemu')}".rstrip()
+        )
 
     def go_on(self) -> None:
         """Lets the rig do its next step."""
