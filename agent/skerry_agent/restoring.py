@@ -35,12 +35,18 @@ class Restoring:
         self._on_damage = on_damage
 
     async def bring_up(
-        self, wanted: Mapping[str, Slot], *, timeout_s: float, without_substitute: str = ""
+        self,
+        wanted: Mapping[str, Slot],
+        *,
+        timeout_s: float,
+        without_substitute: str = "",
+        still: Callable[[], bool] = lambda: True,
     ) -> dict[str, Slot]:
         """Starts these models and hands over to them. Returns what came up in the end.
 
         Args:
             without_substitute: a model that comes up as wanted or not at all.
+            still: whether it is to serve now, asked once it could; else it is ended, and nothing came up.
 
         Raises:
             AgentError: why nothing came up; what served before still does.
@@ -51,6 +57,9 @@ class Restoring:
             await self._open(models, failed, without_substitute)
             try:
                 launch = await self._serving.start(models, timeout_s=timeout_s, awake=without_substitute)
+                if not still():
+                    await self._serving.retire(launch)
+                    return {}
                 await self._serving.switch(launch)
                 return models
             except AgentError as error:

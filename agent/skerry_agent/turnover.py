@@ -7,6 +7,7 @@ boot starts is decided by the slots' pointer file alone, which follows the store
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -212,6 +213,10 @@ class Turnover:
             if error is not None:
                 if ordered is not None:
                     self.went_back(*ordered, None)
+                    # What had to go is confirmed still: where it does not answer any more, it is what must come up.
+                    wanted = self._confirmed_models()
+                if not self._serving.runs(wanted):
+                    self._keep_trying(wanted)
                 return e.Failed(code=error.code, detail=error.detail[:500])
         if ordered is not None:
             self.went_back(*ordered, ordered[1])
@@ -261,7 +266,6 @@ class Turnover:
             if failures < _RESTORE_TRIES:
                 wait_s = backoff.delay_s("worker", failures, self._draw(), scale=self._config.timing.backoff_scale)
                 await asyncio.sleep(wait_s)
-        self._keep_trying(wanted)
         return last
 
     def _keep_trying(self, wanted: dict[str, Slot]) -> None:
@@ -289,10 +293,22 @@ class Turnover:
                 return
             if not self._update().resting:
                 continue
+            serves = self._serving.models()
             try:
                 limit_s = lifecycle.DEADLINES_S["prove"]
-                wanted = {**self._serving.models(), model: slot}
-                await self._restoring.bring_up(wanted, timeout_s=limit_s, without_substitute=model)
-                return
+                # What an update has taken up meanwhile is not taken away from it.
+                came_up = await self._restoring.bring_up(
+                    {**serves, model: slot}, timeout_s=limit_s, without_substitute=model,
+                    still=functools.partial(self._nothing_moved, serves),
+                )  # fmt: skip
+                if came_up:
+                    return
             except AgentError as error:
                 log.error("what ran before does not start yet", extra=kv(code=error.code, failures=failures))
+
+    def _nothing_moved(self, serves: Mapping[str, Slot]) -> bool:
+        """Whether no update is under way, and the same bundles serve."""
+        now = self._serving.models()
+        return self._update().resting and {n: s.digest for n, s in now.items()} == {
+            n: s.digest for n, s in serves.items()
+        }

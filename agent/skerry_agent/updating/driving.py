@@ -170,7 +170,7 @@ class Driving:
         """Takes the events that could not be stored when they came; looks at the trial's time."""
         self._up = True
         self._catch_up()
-        self._telling.tick(self.update)
+        self._telling.tick()
         self._go_back_first()
         if self._settling.tick() and self.at_rest:
             self._on_rest()

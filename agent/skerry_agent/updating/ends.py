@@ -266,6 +266,9 @@ class Updating(Driving):
         """
         update = self.update
         if not update.resting and model in ("", update.model):
+            if update.state == "revert" and update.failed_in not in lifecycle.RESTING:
+                # It goes home anyway, and might have come again.
+                self.failures.hold(update.digest, "cancelled")
             self._order(e.Cancelled(detail=f"cancelled by {who}"))
             return (self.update,)
         ended = (update, *self._endings.beside(update.model))

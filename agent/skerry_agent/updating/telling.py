@@ -24,6 +24,9 @@ from skerry_agent.store import Store
 
 log = logging.getLogger(__name__)
 
+_MOST_OWED = 16
+"""So many updates are kept whose word the outbox did not take yet, the latest."""
+
 
 class Telling:
     """See the module.
@@ -49,21 +52,31 @@ class Telling:
         self._endings = endings
         self._fetched = fetched
         self._on_change = on_change
-        self._owing = False
+        self._owed: list[Update] = []
+        self._held_up = False
 
     def record(self, update: Update) -> None:
         """Says what became of the update; of a start after it was said already, only how things stand.
 
         What cannot be kept for the server now is said as soon as it can be; nothing else waits for it.
         """
-        try:
-            self._record(update)
-        except Degraded as error:
-            if not self._owing:
-                log.error("update not told", extra=kv(code=error.code, detail=error.detail, state=update.state))
-            self._owing = True
-        else:
-            self._owing = False
+        kept = [one for one in self._owed if (one.digest, one.attempt) != (update.digest, update.attempt)]
+        self._owed = [*kept[1 - _MOST_OWED :], update]
+        self._say()
+
+    def _say(self) -> None:
+        """What is owed, in its order: of a bundle that was refused nobody else tells, once the next is taken up."""
+        while self._owed:
+            try:
+                self._record(self._owed[0])
+            except Degraded as error:
+                if not self._held_up:
+                    state = self._owed[0].state
+                    log.error("update not told", extra=kv(code=error.code, detail=error.detail, state=state))
+                self._held_up = True
+                return
+            self._held_up = False
+            del self._owed[0]
 
     def beside(self, update: Update) -> None:
         """Says what became of one that is not the last; what cannot be kept now is lost."""
@@ -72,10 +85,9 @@ class Telling:
         except Degraded as error:
             log.error("update not told", extra=kv(code=error.code, detail=error.detail, model=update.model))
 
-    def tick(self, update: Update) -> None:
+    def tick(self) -> None:
         """Says what could not be said when it was due."""
-        if self._owing:
-            self.record(update)
+        self._say()
 
     def _record(self, update: Update) -> None:
         data = self._word(update)

@@ -60,7 +60,7 @@ class Blocks(Matches):
             for at in range(start, end - self._size + 1, _ASKED):
                 stop = min(at + _ASKED, end - self._size + 1)
                 hashes = _hashes(data[at : stop + self._size - 1], self._size)
-                yield hashes[::step], np.arange(at, stop, step)
+                yield hashes[::step].copy(), np.arange(at, stop, step)
 
     def _looked_up(self, hashes: _Hashes, places: _Ints) -> tuple[_Ints, _Ints]:
         if not len(self._hashes):

@@ -444,3 +444,16 @@ def test_a_fetch_that_gets_further_outlasts_its_deadline(life: Life) -> None:
         assert life.updating.update.code == "timeout"
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("ended", [e.Yielded(detail="for press 1.0.0"), e.Failed(code="start_timeout")])
+def test_what_a_person_cancels_on_its_way_home_is_not_tried_again(life: Life, ended: e.Event) -> None:
+    async def main() -> None:
+        life.until("prove")
+        life.updating.feed(ended)
+        assert life.updating.update.state == "revert"
+        life.updating.cancel("a person")
+        await life.rest()
+        assert life.refused
+
+    asyncio.run(main())

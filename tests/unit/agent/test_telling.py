@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -68,16 +69,39 @@ def test_a_word_that_a_full_disk_does_not_take_is_said_when_it_does(
         telling = begin(store, tmp_path)
         monkeypatch.setattr(store, "append", full)
         telling.record(ended)
-        telling.tick(ended)
+        telling.tick()
         monkeypatch.undo()
         assert store.pending()[0] == 0
-        telling.tick(ended)
+        telling.tick()
         assert store.pending()[0] == 1
-        telling.tick(ended)
+        telling.tick()
         begin(store, tmp_path).record(ended)
         assert store.pending()[0] == 1
 
     asyncio.run(main())
+
+
+def test_a_word_that_was_not_taken_is_said_before_that_of_what_was_taken_up_since(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, str, str]] = []
+    is_full = True
+
+    def on_change(code: str, data: dict[str, Any]) -> None:
+        if is_full:
+            raise Degraded("store_busy", "a reader holds the log", advice="")
+        said.append((data["model"], data["state"], code))
+
+    telling = begin(store, tmp_path)
+    monkeypatch.setattr(telling, "_on_change", on_change)
+    failed = Update(state="revert", model="gas", digest="a" * 64, version="2.0.0", code="golden_failed", attempt=1)
+    telling.record(failed)
+    telling.record(msgspec.structs.replace(failed, state="idle"))
+    telling.record(Update(state="fetch", model="press", digest="b" * 64, version="1.0.0", attempt=1))
+    is_full = False
+    for _ in range(2):
+        telling.tick()
+        assert said == [("gas", "idle", "golden_failed"), ("press", "fetch", "")]
 
 
 def test_what_an_update_took_is_told_up_to_its_confirmation_and_a_later_one_of_the_bundle_begins_anew(

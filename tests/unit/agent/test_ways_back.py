@@ -266,6 +266,88 @@ def test_a_start_gives_a_way_back_up_that_does_not_come_up_and_brings_up_what_is
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_way_back_that_is_given_up_leaves_what_is_confirmed_answering(
+    life: Life, bundles: dict[str, Path], dies: bool
+) -> None:
+    async def main() -> None:
+        old = put(life.slots, bundles["1.0.0"])
+        life.slots.confirm("gas", old)
+        new = put(life.slots, bundles["2.0.0"])
+        life.slots.confirm("gas", new)
+        life.serving.site.on_crash = lambda generation, _code: not life.updating.crashed(generation, "killed")
+        await life.serving.switch(await life.serving.start({"gas": new}, timeout_s=60))
+        open_bundles = life.serving.site.open_bundles
+
+        async def old_does_not_start(wanted: Iterable[tuple[str, str]]) -> None:
+            if any(digest == old.digest for digest, _ in wanted):
+                while dies and not generation.gone:
+                    await asyncio.sleep(0.005)
+                raise Rejected("golden_failed", "other outputs", model="gas")
+            await open_bundles(wanted)
+
+        generation = life.serving.generation_of("gas")
+        assert generation is not None
+        life.serving.site.open_bundles = old_does_not_start
+        life.updating.tick()
+        assert life.updating.go_back("gas", new, "it crashes")
+        if dies:
+            # It goes anyway: nobody starts it again while what was before it is brought up.
+            generation.worker.kill()
+        await settled(life)
+        assert "2.0.0 goes on" in life.updating.update.detail
+        async with asyncio.timeout(30):
+            while not life.serving.answering("gas"):
+                await asyncio.sleep(0.01)
+        assert life.serving.models()["gas"].version == "2.0.0"
+        await life.serving.stop()
+
+    asyncio.run(main())
+
+
+def test_what_comes_back_later_takes_nothing_from_a_trial_that_began_meanwhile(
+    life: Life, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No other worker of what is confirmed.
+    monkeypatch.setattr(life.updating.turnover.standby, "begin", lambda _models: None)
+
+    async def main() -> None:
+        old, new, third = (put(life.slots, bundle) for bundle in (*bundles.values(), tmp_path / "3.0.0"))
+        life.slots.confirm("gas", old)
+        life.slots.confirm("gas", new)
+        await life.serving.switch(await life.serving.start({"gas": old}, timeout_s=60))
+        open_bundles, begun, goes_on = life.serving.site.open_bundles, asyncio.Event(), asyncio.Event()
+
+        async def slowly(wanted: Iterable[tuple[str, str]]) -> None:
+            await open_bundles(wanted)
+            if any(digest == new.digest for digest, _ in wanted):
+                begun.set()
+                await goes_on.wait()
+
+        life.serving.site.open_bundles = slowly
+        life.updating.turnover.replace_later("gas", new)
+        await asyncio.wait_for(begun.wait(), 30)
+        life.updating.update = lc.Update(
+            state="prove", model="gas", digest=third.digest, version="3.0.0", variant=third.variant, attempt=1,
+            since=life.clock.instant(),
+        )  # fmt: skip
+        life.updating.feed(await life.updating.turnover.prove())
+        async with asyncio.timeout(30):
+            while life.serving.models()["gas"].version != "3.0.0" or len(life.serving.site.alive) > 1:
+                await asyncio.sleep(0.01)
+        goes_on.set()
+        async with asyncio.timeout(30):
+            # It comes up, and one of the two is ended.
+            for workers in (2, 1):
+                while len(life.serving.site.alive) != workers:
+                    await asyncio.sleep(0.001)
+        assert (life.updating.update.state, life.serving.models()["gas"].version) == ("trial", "3.0.0")
+        await life.serving.stop()
+
+    models.build_bundle(tmp_path / "3.0.0", version="3.0.0")
+    asyncio.run(main())
+
+
 def put_sealed(slots: Slots, folder: Path, version: str) -> Slot:
     """The slot of an encrypted bundle; ``folder`` keeps it in the clear."""
     key = bytes(32)

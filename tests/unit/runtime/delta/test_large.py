@@ -93,6 +93,21 @@ def test_few_bytes_of_memory_are_taken_for_each_place() -> None:
     assert peak < 24 * 2 * len(base)
 
 
+def test_of_a_base_that_is_larger_than_its_blocks_no_hash_of_every_place_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("skerry_runtime.delta.blocks._STEPS_MOST", 1 << 12)
+    monkeypatch.setattr("skerry_runtime.delta.blocks._ASKED", 1 << 14)
+    base = np.frombuffer(os.urandom(1 << 22), np.uint8)
+    tracemalloc.start()
+    try:
+        Blocks(base, base[:0], [])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < len(base)
+
+
 def moved(kind: str) -> tuple[bytes, bytes]:
     rng = np.random.default_rng(5)
     old = rng.normal(size=33_000) * (30 if kind == "int8" else 0.05)
