@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.crash import kept
-from tests.crash.checks import BOOT_S, Examiner, Nursery, boot_after, forget_opened, until
+from tests.crash.checks import BOOT_S, Examiner, Nursery, boot_after, forget_opened, stage_at, until
 from tests.crash.disk import WAYS, Disk, Way, lay_out
 from tests.crash.second_story import SecondStory
 from tests.crash.story import FirstStory, Stage, Story
@@ -177,7 +177,7 @@ class Life:
     def recovery(self, case: Case, folder: Path) -> Life:
         """The start that follows a cut, without a network, recorded like the life itself: power may fail in it as well."""
         point, way, seed = case
-        stage = next(stage for stage in self.stages if point <= self.disk.point_at(stage.end))
+        stage = stage_at(self.disk, self.stages, point)
         state_dir, record, log = folder / "d", folder / "record", folder / "log"
         folder.mkdir()
         lay_out(self.disk.files(self.disk.left(point, way, seed)), state_dir)

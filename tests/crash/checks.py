@@ -17,7 +17,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,11 @@ class Nursery:
         self._process.stdout.close()
 
 
+def stage_at(disk: Disk, stages: Sequence[Stage], point: int) -> Stage:
+    """Where a point lies in a story; behind its last part, as when the agent is ended, it lies in that."""
+    return next((stage for stage in stages if point <= disk.point_at(stage.end)), stages[-1])
+
+
 class Examiner:
     """Cuts a story and looks at what comes of it.
 
@@ -94,10 +99,7 @@ class Examiner:
 
     def stage_of(self, point: int) -> Stage:
         """Where a point lies in the story."""
-        for stage in self.stages:
-            if point <= self.disk.point_at(stage.end):
-                return stage
-        return self.stages[-1]
+        return stage_at(self.disk, self.stages, point)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 -- lives as long as the test
     def _committed(self, point: int) -> Committed:
