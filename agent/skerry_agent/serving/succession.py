@@ -171,10 +171,13 @@ class Cell:
             raise
         generation.proofs = {proved.name: proved for proved in found.models}
         self.start_s = site.clock.boot_s() - began_s
-        variants = (site.slots.variant(slot) for slot in models.values())
-        site.spare.refill_soon(tuple(sorted({variant.runtime for variant in variants if variant is not None})))
+        self._refill_spare(models)
         site.on_start(models, None, generation.proofs)
         return generation
+
+    def _refill_spare(self, models: Mapping[str, Slot]) -> None:
+        variants = (self._site.slots.variant(slot) for slot in models.values())
+        self._site.spare.refill_soon(tuple(sorted({variant.runtime for variant in variants if variant is not None})))
 
     def _hear(self, generation: Generation, message: Any, fd: int | None) -> None:
         hear(self._site, generation, message, fd, serves=generation is self.current)
@@ -210,6 +213,8 @@ class Cell:
         new.silent_s = 0.0
         self.current, self.trying = new, {}
         self._take_up_keys(new)
+        # What was kept loaded, and answers again, was started long ago: the spare may have died since.
+        self._refill_spare(new.models)
         return old
 
     async def drain(self, old: Generation) -> None:

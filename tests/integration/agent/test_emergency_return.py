@@ -76,8 +76,10 @@ def test_an_expired_catalog_stops_no_return_to_what_the_device_confirmed_and_a_f
     )
     agent.call("POST", "/skerry/v1/sync", {})
     wait_for(lambda: "gas" not in agent.status()["running"], why=lambda: f"it stops: {agent.log()[-3000:]}")
-    told = server.good("GET", "/api/v1/devices/drawer-1/why")
-    assert "floor" in json.dumps(told), told
+    wait_for(
+        lambda: "floor" in json.dumps(server.good("GET", "/api/v1/devices/drawer-1/why")),
+        why=lambda: f"the reason: {server.good('GET', '/api/v1/devices/drawer-1/why')}",
+    )
     assign(server, digests["1.2.0"])
     agent.wait_runs("1.2.0")
     assert server.good("GET", "/api/v1/repository/alerts")["items"] == []

@@ -65,7 +65,7 @@ def fill(store: Store, make: Any, n: int, models: int, *, sampled: bool) -> int:
         pytest.param(600, 1, 130_000, 100, True, id="samples between the windows"),
         pytest.param(600, 6, 30_000, 100, False, id="six models, and a bound that drops"),
         pytest.param(14_000, 1, 4_000_000, wire.MAX_RANGES, True, id="48 days", marks=pytest.mark.slow),
-        pytest.param(9000, 6, 600_000, wire.MAX_RANGES, False, id="six models for long", marks=pytest.mark.slow),
+        pytest.param(18_000, 6, 600_000, wire.MAX_RANGES, False, id="six models for long", marks=pytest.mark.slow),
     ],
 )
 def test_a_long_full_backlog_arrives_or_is_named(
