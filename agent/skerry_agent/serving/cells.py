@@ -283,6 +283,9 @@ class Serving:
         if drains:
             # On their own: a drain goes on when whoever asked for it has changed his mind.
             await asyncio.shield(self.site.background(_all(drains)))
+        for cell, generation in launch.new.items():
+            # What was kept loaded, and answers again, was started long ago: the spare may have died since.
+            cell.refill_spare(generation.models)
 
     def _remember(self, launch: Launch) -> None:
         for generation in launch.new.values():

@@ -171,11 +171,12 @@ class Cell:
             raise
         generation.proofs = {proved.name: proved for proved in found.models}
         self.start_s = site.clock.boot_s() - began_s
-        self._refill_spare(models)
+        self.refill_spare(models)
         site.on_start(models, None, generation.proofs)
         return generation
 
-    def _refill_spare(self, models: Mapping[str, Slot]) -> None:
+    def refill_spare(self, models: Mapping[str, Slot]) -> None:
+        """Has a worker started ahead, where there shall be one and is none, with the runtimes of these."""
         variants = (self._site.slots.variant(slot) for slot in models.values())
         self._site.spare.refill_soon(tuple(sorted({variant.runtime for variant in variants if variant is not None})))
 
@@ -213,8 +214,6 @@ class Cell:
         new.silent_s = 0.0
         self.current, self.trying = new, {}
         self._take_up_keys(new)
-        # What was kept loaded, and answers again, was started long ago: the spare may have died since.
-        self._refill_spare(new.models)
         return old
 
     async def drain(self, old: Generation) -> None:
